@@ -1,0 +1,149 @@
+"""The few layers that every model is made of, how layers are stacked for scan, and the bridge to plain parameter trees."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from medplib_jax.types import Array, Params
+
+Rngs = nnx.Rngs
+
+
+def param(rngs: Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, std: float | None = None, value: float = 0.0) -> nnx.Param:
+    """A float32 parameter with logical axis names: normal with `std`, or constant `value` when std is None."""
+    if len(shape) != len(axes):
+        raise ValueError(f"{len(shape)} dimensions but {len(axes)} logical axes: {shape} {axes}")
+    initial = jnp.full(shape, value) if std is None else std * jax.random.normal(rngs.params(), shape)
+    return nnx.Param(initial, axes=axes)
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias), with an optional low-rank adapter: + scale * dropout(x) @ lora_a @ lora_b.
+
+    kernel is [in, out]; PyTorch's is [out, in]. `axes` are the kernel's logical axes. The product runs in x's dtype.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, axes: tuple[str | None, str | None], rngs: Rngs, bias: bool = True, lora=None, lora_rank: int = 0):
+        self.kernel = param(rngs, (in_dim, out_dim), axes, std=1 / math.sqrt(in_dim))
+        self.bias = param(rngs, (out_dim,), (axes[1],)) if bias else None
+        self.lora_scale, self.lora_dropout = (lora.scale, lora.dropout) if lora_rank else (0.0, 0.0)
+        self.lora_a = param(rngs, (in_dim, lora_rank), (axes[0], "lora_rank"), std=1 / math.sqrt(3 * in_dim)) if lora_rank else None
+        self.lora_b = param(rngs, (lora_rank, out_dim), ("lora_rank", axes[1])) if lora_rank else None
+
+    def __call__(self, x: Array, *, rng: Array | None = None) -> Array:
+        """x [..., in] -> [..., out]. `rng` turns on the adapter's dropout."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.lora_a is not None:
+            low = dropout(x, self.lora_dropout, rng) @ self.lora_a[...].astype(x.dtype)
+            y = y + self.lora_scale * (low @ self.lora_b[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def dropout(x: Array, rate: float, rng: Array | None) -> Array:
+    """Inverted dropout; the identity without an rng or at rate 0."""
+    if rng is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis, statistics in float32."""
+
+    def __init__(self, dim: int, *, eps: float, rngs: Rngs):
+        self.scale = param(rngs, (dim,), ("norm",), value=1.0)
+        self.bias = param(rngs, (dim,), ("norm",))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RmsNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, statistics in float32 (LlamaRMSNorm)."""
+
+    def __init__(self, dim: int, *, eps: float, rngs: Rngs):
+        self.scale = param(rngs, (dim,), ("norm",), value=1.0)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, in_dim: int, mlp_dim: int, out_dim: int, activation: Callable[[Array], Array], *, rngs: Rngs):
+        self.fc1 = Linear(in_dim, mlp_dim, axes=("embed", "mlp"), rngs=rngs)
+        self.fc2 = Linear(mlp_dim, out_dim, axes=("mlp", "embed"), rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def gelu(x: Array) -> Array:
+    """Exact (erf) GELU, as torch.nn.GELU()."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), CLIP's activation."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def stack_layers(make: Callable[[Rngs], nnx.Module], count: int, rngs: Rngs) -> nnx.Module:
+    """`count` copies of a module with every parameter stacked on a leading `layers` axis, ready for `scan_layers`."""
+    template = abstract_module(make)
+    stacked = jax.vmap(lambda key: params_of(make(Rngs(key))))(jax.random.split(rngs.params(), count))
+    graphdef, state = nnx.split(bind(template, stacked))
+    for _, variable in nnx.to_flat_state(state):
+        variable.set_metadata(axes=("layers", *variable.axes))
+    return nnx.merge(graphdef, state)
+
+
+def scan_layers(layers: nnx.Module, body: Callable, carry, xs=None, *, unroll: int = 1, wrap: Callable = lambda step: step):
+    """`lax.scan` over stacked layers: body(layer, carry, x) -> (carry, y). `wrap` may be a `jax.checkpoint` policy."""
+    graphdef, state = nnx.split(layers)
+
+    def step(carry, inputs):
+        layer_state, x = inputs
+        return body(nnx.merge(graphdef, layer_state), carry, x)
+
+    return jax.lax.scan(wrap(step), carry, (state, xs), unroll=unroll)
+
+
+def abstract_module(make: Callable[[Rngs], nnx.Module]) -> nnx.Module:
+    """The module with shapes in place of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: make(Rngs(0)))
+
+
+def params_of(module: nnx.Module) -> Params:
+    """The module's parameters as a plain nested dict with string keys."""
+    return _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+
+
+def logical_axes(module: nnx.Module) -> Params:
+    """The logical axis names of every parameter, in the same nesting as `params_of`."""
+    axes = {path: variable.axes for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    return _string_keys(nnx.traversals.unflatten_mapping(axes))
+
+
+def bind(module: nnx.Module, params: Params) -> nnx.Module:
+    """A module of the same structure that computes with `params`; the given (usually abstract) module is left alone."""
+    graphdef, state = nnx.split(module)
+    state = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def _string_keys(tree):
+    return {str(key): _string_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
