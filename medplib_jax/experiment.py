@@ -1,0 +1,155 @@
+"""One experiment: the model and everything around it, as frozen dataclasses. `configs/*.py` build one; flags change it."""
+
+import dataclasses
+import re
+
+from medplib_jax.config import ModelConfig, require, from_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read and how it becomes batches of static shape.
+
+    `sources` are paths of annotation files in MeCoVQA form, `weights` their shares of the mixture (empty: by size).
+    """
+
+    sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    tokenizer: str = ""
+    template: str = "llava_v1"  # training template of the original; evaluation uses "v1"
+    bucket_lengths: tuple[int, ...] = (1024,)  # final lengths, image tokens included
+    batch_size: int = 128  # global
+    max_images: int = 1
+    max_regions: int = 1
+    max_masks: int = 1  # 0: no mask slots, the mask head is not run
+    mask_canvas: int = 1024  # masks longer than this are shrunk to fit
+    on_error: str = "raise"  # or "skip": count and name the record, take another one
+    workers: int = 2
+
+    def __post_init__(self):
+        for name in ("sources", "weights", "bucket_lengths"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        require(not self.weights or len(self.weights) == len(self.sources), f"data.weights has {len(self.weights)} entries for {len(self.sources)} data.sources")
+        require(self.bucket_lengths == tuple(sorted(set(self.bucket_lengths))) and len(self.bucket_lengths) > 0, f"data.bucket_lengths {self.bucket_lengths} must ascend")
+        require(self.on_error in ("raise", "skip"), f"data.on_error {self.on_error!r} is neither 'raise' nor 'skip'")
+        require(self.template in ("llava_v1", "v1"), f"data.template {self.template!r} is neither 'llava_v1' nor 'v1'")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with clipping by global norm. `trainable` are regular expressions searched in parameter paths."""
+
+    lr: float = 3e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    warmup: float = 0.01  # share of ONE epoch's steps, at least 2 steps
+    schedule: str = "exact"  # or "reference": the original's first step runs at full rate
+    trainable: tuple[str, ...] = (".*",)
+    lr_scale: tuple[tuple[str, float], ...] = ()  # (path pattern, factor); the first match counts
+    accumulate: int = 1
+    frozen_dtype: str = "float32"
+
+    def __post_init__(self):
+        object.__setattr__(self, "trainable", tuple(self.trainable))
+        object.__setattr__(self, "lr_scale", tuple((pattern, float(factor)) for pattern, factor in self.lr_scale))
+        require(self.schedule in ("exact", "reference"), f"optim.schedule {self.schedule!r} is neither 'exact' nor 'reference'")
+        require(self.frozen_dtype in ("float32", "bfloat16"), f"optim.frozen_dtype {self.frozen_dtype!r} is neither 'float32' nor 'bfloat16'")
+        for pattern in (*self.trainable, *(pattern for pattern, _ in self.lr_scale)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"optim pattern {pattern!r} is not a regular expression: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss terms (spec: the stages' table)."""
+
+    ce: float = 1.0
+    dice: float = 0.0
+    bce: float = 0.0
+    focal: float = 0.0
+    iou: float = 0.0
+    ce_chunk: int = 1024  # positions per chunk of the cross-entropy, so that [B, L, V] never exists in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1 (whatever is left)."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        require(all(size == -1 or size >= 1 for size in sizes) and sizes.count(-1) <= 1, f"mesh sizes {sizes} must be positive, at most one -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Where parameters come from. Each is a checkpoint directory (workdir of an earlier stage); empty: random."""
+
+    stage: int = 0  # 1 align, 2 visual-language expert, 3 grounding expert, 4 MoE; 0: a single fine-tuning
+    base: str = ""
+    grounding: str = ""  # stage IV: expert 0, SEG MLP and mask head come from here
+
+    def __post_init__(self):
+        require(0 <= self.stage <= 4, f"init.stage {self.stage} is outside [0, 4]")
+        require(self.stage == 4 or not self.grounding, "init.grounding is read by stage 4 only")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run and what is written when. `steps` wins over `epochs` when positive."""
+
+    steps: int = 0
+    epochs: float = 1.0
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    sources: tuple[str, ...] = ()
+    batch_size: int = 16
+    max_new_tokens: int = 64
+    mask_threshold: float = 0.5  # on the sigmoid; the original evaluates at 0.1
+
+    def __post_init__(self):
+        object.__setattr__(self, "sources", tuple(self.sources))
+        require(0.0 < self.mask_threshold < 1.0, f"eval.mask_threshold {self.mask_threshold} is outside (0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything a run reads; saved as JSON beside its checkpoints."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    mesh: MeshConfig = MeshConfig()
+    init: InitConfig = InitConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+def to_config_dict(experiment: ExperimentConfig):
+    """The experiment as a locked ml_collections.ConfigDict, so that flags can change any field and no other."""
+    import ml_collections  # not needed by data workers
+
+    return ml_collections.ConfigDict(dataclasses.asdict(experiment), type_safe=False).lock()
+
+
+def from_config_dict(config) -> ExperimentConfig:
+    """A validated experiment from the (possibly flag-changed) ConfigDict."""
+    return from_dict(ExperimentConfig, config.to_dict())
