@@ -1,0 +1,66 @@
+"""MedPLIB: CLIP sees, LLaMA with experts reads and answers, SAM-Med2D draws (Huang et al., AAAI 2025, figure 2)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from medplib_jax.config import ModelConfig
+from medplib_jax.models.clip import ClipVisionTower, normalise_clip
+from medplib_jax.models.layers import Mlp, Rngs, gelu
+from medplib_jax.models.llm import Llama
+from medplib_jax.models.region import RegionEncoder
+from medplib_jax.models.sam import SamMed2d, normalise_sam
+from medplib_jax.types import Array, Batch, ModelOutput
+
+
+class MedPLIB(nnx.Module):
+    """The whole model. All indices come from the host in `Batch`; nothing here has a data-dependent shape."""
+
+    def __init__(self, config: ModelConfig, rngs: Rngs):
+        width = config.llm.hidden_size
+        self.config = config
+        self.clip = ClipVisionTower(config.clip, rngs)
+        self.projector = Mlp(config.clip.hidden_size, width, width, gelu, rngs=rngs)
+        self.region = RegionEncoder(config.region, config.clip, width, rngs)
+        self.llm = Llama(config, rngs)
+        self.seg_mlp = Mlp(width, width, config.mask.out_dim, jax.nn.relu, rngs=rngs)
+        self.sam = SamMed2d(config.mask, rngs)
+
+    def __call__(self, batch: Batch, *, train: bool = False, rng: Array | None = None) -> tuple[ModelOutput, dict[str, Any]]:
+        """A teacher-forced pass. `train` selects the training capacity; `rng` turns on dropout and random token priority."""
+        x_BxLxD, out = self.embed(batch)
+        hidden_BxLxD, llm_out = self.llm(x_BxLxD, batch.valid, train=train, rng=rng)
+        out |= llm_out
+        mask_logits_BxMxhxw = iou_BxM = None
+        if batch.seg_position.shape[1]:
+            seg_hidden_BxMxD = jnp.take_along_axis(hidden_BxLxD, batch.seg_position[:, :, None], axis=1)
+            mask_logits_BxMxhxw, iou_BxM = self.draw(seg_hidden_BxMxD, batch)
+        return ModelOutput(hidden_BxLxD, mask_logits_BxMxhxw, iou_BxM, aux=llm_out), out
+
+    def embed(self, batch: Batch) -> tuple[Array, dict[str, Any]]:
+        """Token embeddings with the visual features spliced in, [B, L, D]."""
+        features_BxTxD, out = self.visual_features(batch)
+        tokens_BxLxD = self.llm.embed(batch.tokens)
+        spliced_BxLxD = jnp.take_along_axis(features_BxTxD, jnp.maximum(batch.feature_index, 0)[:, :, None], axis=1)
+        x_BxLxD = jnp.where((batch.feature_index >= 0)[:, :, None], spliced_BxLxD.astype(tokens_BxLxD.dtype), tokens_BxLxD)
+        return x_BxLxD, out | {"embeddings": x_BxLxD}
+
+    def visual_features(self, batch: Batch) -> tuple[Array, dict[str, Any]]:
+        """What text positions may be replaced by: the N*P projected patches, then the R region vectors, [B, T, D]."""
+        B, N = batch.clip_pixels.shape[:2]
+        pixels = normalise_clip(batch.clip_pixels.reshape(B * N, *batch.clip_pixels.shape[2:])).astype(self.config.dtype)
+        clip_BNxPxC, clip_out = self.clip(pixels)
+        image_BxNPxD = self.projector(clip_BNxPxC).reshape(B, -1, self.config.llm.hidden_size)
+        out = {f"clip_{name}": value for name, value in clip_out.items()} | {"clip_features": clip_BNxPxC}
+        if batch.region_points.shape[1] == 0:
+            return image_BxNPxD, out
+        clip_BxNxPxC = clip_BNxPxC.reshape(B, N, *clip_BNxPxC.shape[1:])
+        region_BxRxD, _ = self.region(clip_BxNxPxC, batch.region_points, batch.region_point_valid, batch.region_image)
+        return jnp.concatenate([image_BxNPxD, region_BxRxD.astype(image_BxNPxD.dtype)], axis=1), out | {"regions": region_BxRxD}
+
+    def draw(self, seg_hidden_BxMxD: Array, batch: Batch) -> tuple[Array, Array]:
+        """Masks from the hidden states that predict <SEG>: float32 logits [B, M, h, w] and predicted IoU [B, M]."""
+        pixels = normalise_sam(batch.sam_pixels, batch.sam_box).astype(self.config.dtype)
+        return self.sam.decode(self.sam.encode(pixels), self.seg_mlp(seg_hidden_BxMxD))
