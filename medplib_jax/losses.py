@@ -1,0 +1,107 @@
+"""Losses as (sum, weight) pairs, so that they reduce exactly over micro-batches and hosts: mean = sum of sums / sum of weights.
+
+Formulas: MedPLIB model/MedPLIB.py (`sigmoid_ce_loss`, `dice_loss`, `FocalLoss`, `MaskIoULoss`, `model_forward`).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from medplib_jax.config import MaskConfig, ModelConfig
+from medplib_jax.experiment import LossConfig
+from medplib_jax.models.unpad import resample_to_canvas
+from medplib_jax.types import Array, Batch, ModelOutput
+
+Pair = tuple[Array, Array]
+
+MASK_TERMS = ("dice", "bce", "focal", "iou")
+
+
+def token_cross_entropy(hidden_BxLxD: Array, head_kernel_DxV: Array, targets_BxL: Array, weights_BxL: Array, chunk: int) -> Pair:
+    """Sum of weighted next-token cross-entropies and sum of weights, float32.
+
+    Logits exist for `chunk` positions of each row at a time, in the forward and in the backward pass.
+    """
+
+    def chunk_sum(hidden_BxcxD, targets_Bxc, weights_Bxc):
+        kernel = head_kernel_DxV.astype(hidden_BxcxD.dtype)
+        logits_BxcxV = jnp.einsum("bcd,dv->bcv", hidden_BxcxD, kernel, preferred_element_type=jnp.float32)
+        is_target = jnp.arange(logits_BxcxV.shape[-1]) == targets_Bxc[..., None]  # unlike a gather it works on a sharded vocabulary
+        target_logit_Bxc = jnp.where(is_target, logits_BxcxV, 0.0).sum(-1)
+        return jnp.sum(weights_Bxc * (jax.nn.logsumexp(logits_BxcxV, -1) - target_logit_Bxc))
+
+    B, L = targets_BxL.shape
+    weights_BxL = weights_BxL.astype(jnp.float32)
+    weight = weights_BxL.sum()
+    if L <= chunk:
+        return chunk_sum(hidden_BxLxD, targets_BxL, weights_BxL), weight
+
+    def split(x_BxL):  # [B, L, ...] -> [chunks, B, chunk, ...]
+        padded = jnp.pad(x_BxL, [(0, 0), (0, -L % chunk)] + [(0, 0)] * (x_BxL.ndim - 2))
+        return jnp.moveaxis(padded.reshape(B, -1, chunk, *x_BxL.shape[2:]), 1, 0)
+
+    def step(total, inputs):
+        return total + jax.checkpoint(chunk_sum)(*inputs), None
+
+    return jax.lax.scan(step, jnp.zeros(()), tuple(map(split, (hidden_BxLxD, targets_BxL, weights_BxL))))[0], weight
+
+
+def mask_losses(logits_BxMxIxJ: Array, gt_BxMxIxJ: Array, canvas_mask_BxIxJ: Array, predicted_iou_BxM: Array) -> dict[str, Array]:
+    """The four losses of every mask, [B, M] float32 each, over the pixels where `canvas_mask` is 1.
+
+    bce: mean over pixels. dice: 1 - (2 sum pg + 1e-6) / (sum p + sum g + 1e-6). focal: gamma 2, alpha 0.25, mean over pixels.
+    iou: (soft IoU with 1e-7 - predicted IoU) squared.
+    """
+    inside = canvas_mask_BxIxJ[:, None].astype(jnp.float32)
+    logits = logits_BxMxIxJ.astype(jnp.float32)
+    g = gt_BxMxIxJ.astype(jnp.float32) * inside
+    probability = jax.nn.sigmoid(logits)
+    p = probability * inside
+
+    def total(x):
+        return x.sum((-2, -1))
+
+    pixels = jnp.maximum(total(inside), 1.0)  # a filler row has none
+    intersection, sum_p, sum_g = total(p * g), total(p), total(g)
+    bce = total((jax.nn.softplus(logits) - logits * g) * inside) / pixels
+    dice = 1.0 - (2.0 * intersection + 1e-6) / (sum_p + sum_g + 1e-6)
+    positive = 0.25 * g * jnp.square(1.0 - probability) * jnp.log(probability + 1e-12)
+    negative = 0.75 * (inside - g) * jnp.square(probability) * jnp.log(1.0 - probability + 1e-12)
+    focal = -total(positive + negative) / pixels
+    soft_iou = (intersection + 1e-7) / (sum_p + sum_g - intersection + 1e-7)
+    return {"bce": bce, "dice": dice, "focal": focal, "iou": jnp.square(soft_iou - predicted_iou_BxM)}
+
+
+def divisors(batch: Batch, micro_batches: int = 1) -> dict[str, Array]:
+    """What each sum is divided by: label positions for "ce", masks + 1e-8 for the mask terms, micro-batches for "aux".
+
+    They depend on data alone, so a micro-batch can be scaled by those of the whole batch and its losses and gradients add up.
+    """
+    tokens = jnp.maximum(batch.loss_weights.astype(jnp.float32).sum(), 1.0)
+    masks = batch.mask_valid.astype(jnp.float32).sum() + 1e-8
+    return {"ce": tokens, "aux": jnp.float32(micro_batches)} | dict.fromkeys(MASK_TERMS, masks)
+
+
+def loss_sums(output: ModelOutput, head_kernel_DxV: Array, batch: Batch, loss: LossConfig, mask: MaskConfig) -> dict[str, Array]:
+    """Undivided sums of the terms over the batch: "ce" over tokens, the mask terms over masks (0 without masks), "aux" as it is."""
+    sums = dict.fromkeys(MASK_TERMS, jnp.zeros(())) | {"aux": output.aux.get("aux_loss", jnp.zeros(()))}
+    sums["ce"], _ = token_cross_entropy(output.hidden, head_kernel_DxV, batch.targets, batch.loss_weights, loss.ce_chunk)
+    if output.mask_logits is None:
+        return sums
+    logits_BxMxIxJ, canvas_mask_BxIxJ = resample_to_canvas(
+        output.mask_logits, batch.sam_box, batch.mask_size, batch.gt_masks.shape[-2:], mask.image_size, mask.unpad
+    )
+    per_mask = mask_losses(logits_BxMxIxJ, batch.gt_masks, canvas_mask_BxIxJ, output.predicted_iou)
+    return sums | {name: jnp.sum(jnp.where(batch.mask_valid, per_mask[name], 0.0)) for name in MASK_TERMS}
+
+
+def total_loss(
+    output: ModelOutput, head_kernel_DxV: Array, batch: Batch, loss: LossConfig, model: ModelConfig, divide_by: dict[str, Array]
+) -> tuple[Array, dict[str, Array]]:
+    """ce * (CE + aux_loss_weight * aux) + dice * Dice + bce * BCE + focal * Focal + iou * IoU, and the unweighted terms.
+
+    `divide_by` are the `divisors` of the batch, or of the whole batch when `batch` is a micro-batch of it.
+    """
+    terms = {name: value / divide_by[name] for name, value in loss_sums(output, head_kernel_DxV, batch, loss, model.mask).items()}
+    language = loss.ce * (terms["ce"] + model.moe.aux_loss_weight * terms["aux"])
+    total = language + sum(getattr(loss, name) * terms[name] for name in MASK_TERMS)
+    return total, terms | {"loss": total}

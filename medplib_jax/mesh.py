@@ -1,0 +1,49 @@
+"""The device mesh: axes data, fsdp, expert, tensor. One device is a mesh too, so that every run takes the same way."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from medplib_jax.experiment import MeshConfig
+
+AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
+
+
+def resolve(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """The sizes of the four axes with -1 filled in. Raises ValueError when their product is not `num_devices`."""
+    sizes = dataclasses.astuple(config)
+    given = math.prod(size for size in sizes if size != -1)
+    described = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+    if -1 in sizes:
+        if num_devices % given:
+            raise ValueError(f"mesh {described}: {num_devices} devices are not a multiple of {given}")
+        return tuple(num_devices // given if size == -1 else size for size in sizes)
+    if given != num_devices:
+        raise ValueError(f"mesh {described} needs {given} devices, found {num_devices}")
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all of them), axes Auto: the compiler propagates shardings.
+
+    With several TPU slices the data axis spans them (slower network outside, fast links inside), so it must be a
+    multiple of their number. Raises ValueError when the sizes do not fit.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = resolve(config, len(devices))
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices > 1:
+        if sizes[0] % num_slices:
+            raise ValueError(f"mesh data={sizes[0]} is not a multiple of the {num_slices} slices")
+        inner = (sizes[0] // num_slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inner, (num_slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+    elif devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

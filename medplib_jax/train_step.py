@@ -1,0 +1,128 @@
+"""The training step: pure functions over plain pytrees, and the only place that takes gradients."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from medplib_jax.experiment import ExperimentConfig
+from medplib_jax.losses import divisors, total_loss
+from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
+from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.optim import combine, partition
+from medplib_jax.sharding import optimizer_shardings, param_shardings
+from medplib_jax.types import Array, Batch, Params, TrainState
+
+Metrics = dict[str, Array]
+
+
+def abstract_model(config: ExperimentConfig) -> MedPLIB:
+    """The model with shapes in place of arrays."""
+    return abstract_module(lambda rngs: MedPLIB(config.model, rngs))
+
+
+def init_params(config: ExperimentConfig, shardings: Params) -> Params:
+    """Random float32 parameters from `train.seed`, created where they belong."""
+    return jax.jit(lambda: params_of(MedPLIB(config.model, nnx.Rngs(config.train.seed))), out_shardings=shardings)()
+
+
+def model_shardings(model: MedPLIB, mesh: Mesh) -> Params:
+    return param_shardings(logical_axes(model), params_of(model), mesh)
+
+
+def make_state(params: Params, config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
+    """Step 0: parameters split into trainable (float32) and frozen (`optim.frozen_dtype`), moments for the trainable ones."""
+    trainable, frozen = partition(params, config.optim.trainable)
+    frozen = jax.tree.map(lambda x: x.astype(config.optim.frozen_dtype), frozen)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))
+
+
+def state_shardings(model: MedPLIB, config: ExperimentConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A TrainState of NamedShardings: moments lie where their parameter lies."""
+    shapes, _ = partition(params_of(model), config.optim.trainable)
+    trainable, frozen = partition(model_shardings(model, mesh), config.optim.trainable)
+    return TrainState(NamedSharding(mesh, PartitionSpec()), trainable, frozen, optimizer_shardings(tx, shapes, trainable, mesh))
+
+
+def make_train_step(
+    model: MedPLIB, config: ExperimentConfig, tx: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """(state, batch) -> (state, metrics). With `optim.accumulate` > 1 the batch is worked off in that many parts, whose
+    gradients add up to the whole batch's. Randomness depends on (train.seed, step) only."""
+
+    def micro_loss(trainable: Params, frozen: Params, batch: Batch, rng: Array, divide_by):
+        params = combine(trainable, frozen)
+        output, _ = bind(model, params)(batch, train=True, rng=rng)
+        loss, metrics = total_loss(output, params["llm"]["head"]["kernel"], batch, config.loss, config.model, divide_by)
+        return loss, metrics | router_metrics(output.aux, config.optim.accumulate)
+
+    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+
+    def gradients(state: TrainState, batch: Batch, rng: Array) -> tuple[Params, Metrics]:
+        parts = config.optim.accumulate
+        divide_by = divisors(batch, parts)
+        if parts == 1:
+            (_, metrics), grads = gradient(state.trainable, state.frozen, batch, rng, divide_by)
+            return grads, metrics
+
+        def add(total: Params, inputs):
+            micro_batch, index = inputs
+            (_, metrics), grads = gradient(state.trainable, state.frozen, micro_batch, jax.random.fold_in(rng, index), divide_by)
+            return jax.tree.map(jnp.add, total, grads), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+        grads, metrics = jax.lax.scan(add, zeros, (split_batch(batch, parts), jnp.arange(parts)))
+        return grads, jax.tree.map(lambda x: x.sum(0), metrics)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        grads, metrics = gradients(state, batch, rng)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics |= {
+            "grad_norm": optax.global_norm(grads),
+            "lr": jnp.float32(schedule(state.step)),
+            "tokens": batch.valid.sum(),
+            "target_tokens": batch.loss_weights.sum(),
+            "masks": batch.mask_valid.sum(),
+        }
+        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def split_batch(batch: Batch, parts: int) -> Batch:
+    """[B, ...] -> [parts, B / parts, ...]: part i takes rows i, i + parts, ..., so that every device keeps rows of each part."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def router_metrics(aux: dict[str, Any], parts: int) -> Metrics:
+    """Share of tokens per expert and of dropped tokens, mean over layers, divided by `parts`; nothing without experts."""
+    if "expert_load" not in aux:
+        return {}
+    load_E = aux["expert_load"].mean(0) / parts
+    return {f"expert_load/{i}": load_E[i] for i in range(load_E.shape[0])} | {"dropped": aux["dropped"].mean() / parts}
+
+
+class CompiledStep:
+    """The training step, compiled ahead once per bucket length; a batch of another shape in the same bucket is an error."""
+
+    def __init__(self, step: Callable, shardings: TrainState):
+        self._jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        self._compiled: dict[int, Any] = {}
+        self.compile_seconds: dict[int, float] = {}  # bucket length -> what compiling it took
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        length = batch.tokens.shape[1]
+        if length not in self._compiled:
+            start = time.perf_counter()
+            self._compiled[length] = self._jitted.lower(state, batch).compile()
+            self.compile_seconds[length] = time.perf_counter() - start
+            logging.info("compiled the step for length %d in %.1f s (%d so far)", length, self.compile_seconds[length], len(self._compiled))
+        return self._compiled[length](state, batch)

@@ -1,0 +1,115 @@
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from medplib_jax import checkpoint
+from medplib_jax.experiment import DataConfig, ExperimentConfig, MeshConfig
+from medplib_jax.mesh import make_mesh
+from medplib_jax.types import TrainState
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_text("not part of the tokenizer")
+    return ExperimentConfig(data=DataConfig(tokenizer=str(folder)))
+
+
+def make_state(step: int, mesh) -> TrainState:
+    """Numbers that tell where they belong: w = step + 0, 1, 2, ..."""
+    w = jax.device_put(step + jnp.arange(16.0).reshape(8, 2), NamedSharding(mesh, PartitionSpec("fsdp")))
+    trainable = {"blocks": {"0": {"kernel": w}}}
+    opt_state = optax.adam(1e-3).init(trainable)
+    return TrainState(jnp.int32(step), trainable, {"blocks": {"0": {"bias": jnp.ones(3, jnp.bfloat16)}, "1": {"bias": jnp.zeros(2)}}}, opt_state)
+
+
+def abstract(state, mesh, spec, dtype=None):
+    def leaf(x):
+        fits = NamedSharding(mesh, spec if x.ndim == 2 else PartitionSpec())
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=fits)
+
+    return jax.tree.map(leaf, state)
+
+
+def write(workdir, experiment, steps, keep=5):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    with checkpoint.make_manager(str(workdir), keep=keep) as manager:
+        for step in steps:
+            checkpoint.save(manager, make_state(step, mesh), experiment, total_steps=9)
+
+
+def test_round_trip_on_another_mesh_and_dtype(tmp_path, experiment):
+    write(tmp_path / "run", experiment, [3])
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    state = make_state(3, mesh)
+    with checkpoint.make_manager(str(tmp_path / "run")) as manager:
+        same = checkpoint.restore(manager, 3, abstract(state, mesh, PartitionSpec("tensor", "fsdp")))
+        half = checkpoint.restore(manager, 3, abstract(state, mesh, PartitionSpec(), jnp.bfloat16))
+    assert jax.tree.structure(same) == jax.tree.structure(state)
+    for restored, original in zip(jax.tree.leaves(same), jax.tree.leaves(state)):
+        np.testing.assert_array_equal(restored, original)
+        assert restored.dtype == original.dtype
+    kernel = same.trainable["blocks"]["0"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec("tensor", "fsdp") and kernel.sharding.mesh == mesh
+    assert half.trainable["blocks"]["0"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_load_params_joins_the_parts_and_brings_the_tokenizer(tmp_path, experiment):
+    write(tmp_path / "run", experiment, [3, 5])
+    config, params, tokenizer = checkpoint.load_params(str(tmp_path / "run"))
+    assert config == experiment
+    assert set(params["blocks"]) == {"0", "1"} and set(params["blocks"]["0"]) == {"kernel", "bias"}
+    np.testing.assert_array_equal(params["blocks"]["0"]["kernel"], 5 + np.arange(16.0).reshape(8, 2))
+    assert params["blocks"]["0"]["bias"].dtype == jnp.bfloat16
+    assert [path.name for path in checkpoint.tokenizer_files(tokenizer)] == ["tokenizer.json"]
+    assert not (tmp_path / "run/checkpoints/5/tokenizer/model.safetensors").exists()
+    older = checkpoint.load_params(str(tmp_path / "run"), step=3)[1]
+    np.testing.assert_array_equal(older["blocks"]["0"]["kernel"], 3 + np.arange(16.0).reshape(8, 2))
+
+
+def test_load_params_places_by_shardings(tmp_path, experiment):
+    write(tmp_path / "run", experiment, [1])
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    rows, replicated = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
+    shardings = {"blocks": {"0": {"kernel": rows, "bias": replicated}, "1": {"bias": replicated}}}
+    _, params, _ = checkpoint.load_params(str(tmp_path / "run"), shardings=shardings)
+    assert params["blocks"]["0"]["kernel"].sharding == rows
+
+
+def test_only_the_newest_are_kept(tmp_path, experiment):
+    write(tmp_path / "run", experiment, [1, 2, 3], keep=2)
+    with checkpoint.make_manager(str(tmp_path / "run")) as manager:
+        assert sorted(manager.all_steps()) == [2, 3]
+        assert checkpoint.read_experiment(manager, 3) == (experiment, 9)
+
+
+def test_half_written_steps_do_not_count(tmp_path, experiment, caplog):
+    write(tmp_path / "run", experiment, [1, 2, 3])
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "3").rename(folder / "3.orbax-checkpoint-tmp")  # what a save killed by SIGKILL leaves
+    shutil.rmtree(folder / "2" / "state")
+    with checkpoint.make_manager(str(tmp_path / "run"), read_only=True) as manager:
+        assert checkpoint.latest_step(manager) == 1
+    assert "lacks state" in caplog.text
+    _, params, _ = checkpoint.load_params(str(tmp_path / "run"))
+    assert params["blocks"]["0"]["kernel"][0, 0] == 1
+
+
+def test_nothing_complete_is_refused_by_name(tmp_path, experiment):
+    with pytest.raises(FileNotFoundError, match="no 'checkpoints' folder"):
+        checkpoint.load_params(str(tmp_path / "nowhere"))
+    write(tmp_path / "run", experiment, [1])
+    (tmp_path / "run/checkpoints/1").rename(tmp_path / "run/checkpoints/1.orbax-checkpoint-tmp")
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint.*1.orbax-checkpoint-tmp"):
+        checkpoint.load_params(str(tmp_path / "run"))
+    bad = dataclasses.replace(experiment, data=DataConfig(tokenizer=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="no tokenizer files"):
+        write(tmp_path / "other", bad, [1])

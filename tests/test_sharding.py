@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from medplib_jax.experiment import MeshConfig
+from medplib_jax.mesh import make_mesh
+from medplib_jax.sharding import RULES, batch_sharding, optimizer_shardings, param_shardings, process_rows, put_batch
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def test_rules_map_names_to_mesh_axes(mesh):
+    axes = {"mlp": {"kernel": ("layers", "expert", "embed", "mlp"), "scale": ("norm",)}, "position": (None, "vision")}
+    shapes = {"mlp": {"kernel": shape(3, 2, 8, 6), "scale": shape(5)}, "position": shape(7, 3)}
+    shardings = param_shardings(axes, shapes, mesh)
+    assert shardings["mlp"]["kernel"].spec == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert shardings["mlp"]["scale"].spec == PartitionSpec(None)
+    assert shardings["position"].spec == PartitionSpec(None, None)
+
+
+@pytest.mark.parametrize(
+    ("axes", "sizes", "rules", "message"),
+    [
+        (("embed", "mpl"), (4, 4), RULES, "llm/up: no sharding rule for logical axis 'mpl'"),
+        (("embed", "mlp"), (4, 4), {**RULES, "mlp": "fsdp"}, "llm/up: logical axes 'embed' and 'mlp' are both mapped to mesh axis 'fsdp'"),
+        (("embed", "embed"), (4, 4), RULES, "both mapped to mesh axis 'fsdp'"),
+        (("embed", "mlp"), (4, 5), RULES, "llm/up: dimension 'mlp' of size 5 is not divisible by 2"),
+        (("embed",), (4, 4), RULES, "llm/up: 1 logical axes"),
+        (("embed", "mlp"), (4, 4), {**RULES, "mlp": "model"}, "llm/up: rule 'mlp' -> 'model', but the mesh has axes"),
+    ],
+)
+def test_errors_are_loud_and_name_the_parameter(mesh, axes, sizes, rules, message):
+    with pytest.raises(ValueError, match=message):
+        param_shardings({"llm": {"up": axes}}, {"llm": {"up": shape(*sizes)}}, mesh, rules)
+
+
+def test_trees_must_agree(mesh):
+    with pytest.raises(ValueError, match="llm: logical axes and shapes differ in \\['up'\\]"):
+        param_shardings({"llm": {}}, {"llm": {"up": shape(4)}}, mesh)
+
+
+def test_moments_are_sharded_like_their_parameter(mesh):
+    shapes = {"kernel": shape(8, 4), "scale": shape(3)}
+    shardings = param_shardings({"kernel": ("embed", "mlp"), "scale": ("norm",)}, shapes, mesh)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_learning_rate(lambda step: 1e-3))
+    params = jax.tree.map(lambda s, sharding: jax.device_put(jnp.ones(s.shape), sharding), shapes, shardings)
+    placed = optimizer_shardings(tx, shapes, shardings, mesh)
+    state = jax.jit(tx.init, out_shardings=placed)(params)
+    moments = [x for x in jax.tree.leaves(state) if x.shape == (8, 4)]
+    assert len(moments) == 2 and all(x.sharding.is_equivalent_to(shardings["kernel"], 2) for x in moments)
+
+
+def test_rows_of_a_batch(mesh):
+    np.testing.assert_array_equal(process_rows(mesh, 8), np.arange(8))
+    batch = put_batch({"tokens": np.arange(16).reshape(8, 2)}, mesh, 8)
+    assert batch["tokens"].sharding == batch_sharding(mesh)
+    assert batch["tokens"].addressable_shards[0].data.shape == (2, 2)
+    np.testing.assert_array_equal(batch["tokens"], np.arange(16).reshape(8, 2))
+    with pytest.raises(ValueError, match="batch size 6 is not divisible by data x fsdp = 4"):
+        process_rows(mesh, 6)
