@@ -1,0 +1,142 @@
+"""SAM-Med2D's image encoder: a ViTDet with windowed attention, relative positions and an adapter in every block (Cheng et al. 2023)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from medplib_jax.config import MaskConfig
+from medplib_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, gelu, param
+from medplib_jax.models.vision import Conv, ConvTranspose, merge_heads, softmax_attention
+from medplib_jax.types import Array
+
+EPS = 1e-6
+ADAPTER_EPS = 1e-5  # the adapter alone keeps PyTorch's default
+
+
+class WindowAttention(nnx.Module):
+    """Self-attention within windows; a window as large as the grid makes it global.
+
+    Windows at the lower and right edge reach beyond the grid. As in the original the cells out there take part as keys (they are
+    zero, so their projection is the bias); their queries would be thrown away and are not computed.
+    Relative positions (decomposed in rows and columns) ride in the product of queries and keys: the query's row and column
+    terms are appended to q, one-hot coordinates to k.
+    """
+
+    def __init__(self, width: int, heads: int, window: int, rngs: Rngs):
+        self.qkv = Linear(width, 3 * width, axes=("vision", None), rngs=rngs)
+        self.proj = Linear(width, width, axes=(None, "vision"), rngs=rngs)
+        self.rel_pos_h = param(rngs, (2 * window - 1, width // heads), (None, None), std=0.02)
+        self.rel_pos_w = param(rngs, (2 * window - 1, width // heads), (None, None), std=0.02)
+        self.heads, self.window = heads, window
+
+    def __call__(self, x_BxhxwxC: Array) -> Array:
+        height, width = x_BxhxwxC.shape[1:3]
+        qkv = x_BxhxwxC @ self.qkv.kernel[...].astype(x_BxhxwxC.dtype)  # the bias comes after padding
+        strips = [
+            jnp.concatenate([self._attend(qkv[:, rows, columns], tile_h, tile_w) for columns, tile_w in _tilings(width, self.window)], axis=2)
+            for rows, tile_h in _tilings(height, self.window)
+        ]
+        return self.proj(jnp.concatenate(strips, axis=1))
+
+    def _attend(self, qkv: Array, tile_h: int, tile_w: int) -> Array:
+        """qkv [B, h, w, 3C] without bias, cut into tiles -> [B, h, w, C]. Each tile fills the corner of its window."""
+        batch, height, width, _ = qkv.shape
+        rows, columns, window = height // tile_h, width // tile_w, self.window
+        tiles = qkv.reshape(batch, rows, tile_h, columns, tile_w, -1).swapaxes(2, 3)
+        tiles = jnp.pad(tiles, [(0, 0)] * 3 + [(0, window - tile_h), (0, window - tile_w), (0, 0)]) + self.qkv.bias[...].astype(qkv.dtype)
+        tiles = tiles.reshape(batch * rows * columns, window, window, 3, self.heads, -1).transpose(3, 0, 4, 1, 2, 5)
+        q, k, v = tiles[0, :, :, :tile_h, :tile_w], tiles[1], tiles[2]
+
+        row_terms = jnp.einsum("nHijk,iak->nHija", q, _relative(self.rel_pos_h, tile_h, window).astype(q.dtype))
+        column_terms = jnp.einsum("nHijk,jak->nHija", q, _relative(self.rel_pos_w, tile_w, window).astype(q.dtype))
+        q = jnp.concatenate([q * q.shape[-1] ** -0.5, row_terms, column_terms], axis=-1)
+        coordinates = jnp.broadcast_to(_one_hot_coordinates(window).astype(k.dtype), (*k.shape[:-1], 2 * window))
+        k = jnp.concatenate([k, coordinates], axis=-1)
+        q, k, v = (part.reshape(*part.shape[:2], -1, part.shape[-1]) for part in (q, k, v))
+
+        attended = merge_heads(softmax_attention(q, k, v)).reshape(batch, rows, columns, tile_h, tile_w, -1)
+        return attended.swapaxes(2, 3).reshape(batch, height, width, -1)
+
+
+def _tilings(size: int, window: int) -> list[tuple[slice, int]]:
+    """An axis as whole windows, then the rest: (slice, length of a tile in it)."""
+    whole = size // window * window
+    return [(slice(start, stop), tile) for start, stop, tile in ((0, whole, window), (whole, size, size - whole)) if start < stop]
+
+
+def _relative(table: nnx.Param, queries: int, keys: int) -> Array:
+    """The table's row for every offset query - key: [queries, keys, K]."""
+    return table[...][np.arange(queries)[:, None] - np.arange(keys) + keys - 1]
+
+
+def _one_hot_coordinates(window: int) -> Array:
+    """[window, window, 2 * window]: one-hot row, then one-hot column of every cell."""
+    eye = np.eye(window, dtype=np.float32)
+    return jnp.concatenate([jnp.broadcast_to(eye[:, None], (window,) * 3), jnp.broadcast_to(eye, (window,) * 3)], axis=-1)
+
+
+class Adapter(nnx.Module):
+    """SAM-Med2D's adapter: channel attention, then a convolution down and up again, residual, norm."""
+
+    def __init__(self, width: int, rngs: Rngs):
+        self.channel1 = Linear(width, width // 4, axes=("vision", None), bias=False, rngs=rngs)
+        self.channel2 = Linear(width // 4, width, axes=(None, "vision"), bias=False, rngs=rngs)
+        self.spatial1 = Conv(width, width, 3, stride=2, padding=1, bias=False, axes=("vision", None), rngs=rngs)
+        self.spatial2 = ConvTranspose(width, width, 4, stride=2, bias=False, rngs=rngs)
+        self.norm = LayerNorm(width, eps=ADAPTER_EPS, rngs=rngs)
+
+    def __call__(self, x_BxhxwxC: Array) -> Array:
+        pooled = x_BxhxwxC.mean((1, 2), keepdims=True)
+        channel = jax.nn.sigmoid(self.channel2(jax.nn.relu(self.channel1(pooled)))) * x_BxhxwxC
+        spatial = jax.nn.relu(self.spatial2(jax.nn.relu(self.spatial1(channel))))
+        return self.norm(x_BxhxwxC + spatial)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: MaskConfig, window: int, rngs: Rngs):
+        width = config.hidden_size
+        self.norm1 = LayerNorm(width, eps=EPS, rngs=rngs)
+        self.attn = WindowAttention(width, config.num_heads, window, rngs)
+        self.norm2 = LayerNorm(width, eps=EPS, rngs=rngs)
+        self.mlp = Mlp(width, 4 * width, width, gelu, rngs=rngs)
+        self.adapter = Adapter(width, rngs) if config.adapter else None
+
+    def __call__(self, x_BxhxwxC: Array) -> Array:
+        x = x_BxhxwxC + self.attn(self.norm1(x_BxhxwxC))
+        normed = self.norm2(x)
+        x = x + self.mlp(normed)
+        return x if self.adapter is None else x + self.adapter(normed)
+
+
+class Neck(nnx.Module):
+    """To the width of the mask decoder."""
+
+    def __init__(self, in_dim: int, out_dim: int, rngs: Rngs):
+        self.conv1 = Conv(in_dim, out_dim, 1, bias=False, axes=("vision", None), rngs=rngs)
+        self.norm1 = LayerNorm(out_dim, eps=EPS, rngs=rngs)
+        self.conv2 = Conv(out_dim, out_dim, 3, padding=1, bias=False, rngs=rngs)
+        self.norm2 = LayerNorm(out_dim, eps=EPS, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.norm2(self.conv2(self.norm1(self.conv1(x))))
+
+
+class ImageEncoder(nnx.Module):
+    def __init__(self, config: MaskConfig, rngs: Rngs):
+        width, patch = config.hidden_size, config.patch_size
+        self.patch_embed = Conv(3, width, patch, stride=patch, axes=(None, "vision"), rngs=rngs)
+        self.position_embed = param(rngs, (config.grid, config.grid, width), (None, None, "vision"), std=0.02)
+        windows = [config.grid if i in config.global_layers else config.window_size for i in range(config.num_layers)]
+        self.blocks = nnx.List([Block(config, window, rngs) for window in windows])
+        self.neck = Neck(width, config.out_dim, rngs)
+
+    def __call__(self, pixels_BxIxIx3: Array) -> tuple[Array, dict]:
+        """Normalised pixels -> embedding_BxhxwxC (h = I / patch) in the pixels' dtype. `out`: 'embedded', and 'blocks', each block's output."""
+        embedded = self.patch_embed(pixels_BxIxIx3)
+        embedded = embedded + self.position_embed[...].astype(embedded.dtype)
+        x, blocks = embedded, []
+        for block in self.blocks:
+            x = block(x)
+            blocks.append(x)
+        return self.neck(x), {"embedded": embedded, "blocks": blocks}

@@ -1,0 +1,57 @@
+"""From the decoder's low-resolution masks back to the picture: undo SAM's resize and padding, on a canvas of static shape.
+
+The original upsamples, cuts and resizes with `F.interpolate(mode="bilinear", align_corners=False)`. Each of these is linear and
+separable, so the whole chain is one matrix per axis and example, built on device from the box and the size of the mask.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from medplib_jax.types import Array
+
+
+def resample_to_canvas(
+    mask_logits_BxMxhxw: Array, sam_box_Bx4: Array, mask_size_Bx2: Array, *, canvas: tuple[int, int], sam_size: int, mode: str
+) -> tuple[Array, Array]:
+    """Mask logits at their original size, in the top-left corner of a canvas (I, J).
+
+    sam_box: (top, left, height, width) of the picture on the sam_size x sam_size canvas; mask_size: (height, width) of the
+    picture on the mask canvas. Returns float32 logits_BxMxIxJ, 0 outside mask_size, and bool canvas_mask_BxIxJ of the pixels that count.
+
+    mode 'exact' scales the logits to SAM's canvas, cuts out the box and resizes. 'reference' reproduces the cut of the
+    original (MedPLIB.py `postprocess_masks`), which subtracts the box's size from the grid's, takes half of that (negative)
+    number as the start of a Python slice and so cuts one-sided or not at all; the released weights were trained with it.
+    """
+    if mode not in ("exact", "reference"):
+        raise ValueError(f"unpad mode {mode!r} is neither 'exact' nor 'reference'")
+    weights, inside = [], []
+    for axis in (0, 1):
+        grid, start, length = mask_logits_BxMxhxw.shape[2 + axis], sam_box_Bx4[:, axis], sam_box_Bx4[:, 2 + axis]
+        size = mask_size_Bx2[:, axis]
+        if mode == "exact":
+            to_sam = _resize_weights(np.zeros(1), np.full(1, grid), np.full(1, sam_size), grid, sam_size, np)[0]
+            weights.append(_resize_weights(start, length, size, sam_size, canvas[axis], jnp) @ to_sam)
+        else:
+            start, length = _reference_slice(grid, length)
+            weights.append(_resize_weights(start, length, size, grid, canvas[axis], jnp))
+        inside.append(jnp.arange(canvas[axis]) < size[:, None])
+    rows_BxIxh, columns_BxJxw = weights
+    logits = rows_BxIxh[:, None] @ mask_logits_BxMxhxw.astype(jnp.float32) @ columns_BxJxw[:, None].swapaxes(-2, -1)
+    return logits, inside[0][:, :, None] & inside[1][:, None, :]
+
+
+def _resize_weights(start, length, size, in_dim: int, out_dim: int, xp) -> Array:
+    """W[B, out_dim, in_dim]: bilinear resize (half-pixel centres, edges clamped) of in[start : start + length] to `size`; rows beyond are 0."""
+    start, length, size = (value[:, None].astype(np.float32) for value in (start, length, size))
+    target = xp.arange(out_dim, dtype=np.float32)
+    source = xp.clip((target + 0.5) * (length / size) - 0.5, 0, length - 1) + start
+    weights = xp.maximum(1 - xp.abs(source[..., None] - xp.arange(in_dim, dtype=np.float32)), 0)
+    return weights * (target < size)[..., None].astype(np.float32)
+
+
+def _reference_slice(grid: int, length_B: Array) -> tuple[Array, Array]:
+    """(start, length) of `x[pad // 2 : pad // 2 + length]` on `grid` cells with pad = grid - length, a negative start counting from the end."""
+    start = (grid - length_B) // 2
+    stop = jnp.minimum(start + length_B, grid)
+    start = jnp.where(start < 0, jnp.maximum(start + grid, 0), start)
+    return start, stop - start
