@@ -1,0 +1,83 @@
+"""Pictures and masks from disk to the uint8 arrays that the model normalises on the device.
+
+Resizing is Pillow's bilinear (antialiased) on uint8, as torchvision does it in the original: the arrays equal the original's exactly.
+"""
+
+import functools
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from medplib_jax.data.errors import DataError
+
+CLIP_PAD_COLOUR = (122, 116, 104)  # int(255 * CLIP's mean)
+MAX_PIXELS = 2**27  # a larger picture is refused before it is decoded
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def _open(path: str) -> Image.Image:
+    try:
+        image = Image.open(path)
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(path, None, "picture is too large", f"at most {MAX_PIXELS} pixels", f"{image.width} x {image.height}")
+        image.load()
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(path, None, "picture is too large", f"at most {MAX_PIXELS} pixels", str(error)) from error
+    except (OSError, ValueError, SyntaxError, MemoryError) as error:
+        raise DataError(path, None, "picture cannot be read", "an image file", str(error)) from error
+    return image
+
+
+def load_image(path: str) -> np.ndarray:
+    """RGB uint8 [h, w, 3]. DataError when it cannot be read or is too large.
+
+    The file's EXIF rotation is applied (as OpenCV does in the original; masks carry none, so a mask made on the unrotated picture is
+    met by the size check of `load_mask`). Alpha is dropped, 16-bit grey keeps its high byte, palettes and CMYK are converted.
+    """
+    image = ImageOps.exif_transpose(_open(path))
+    if image.mode in _SIXTEEN_BIT or image.mode == "I":
+        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise DataError(path, None, "picture has floating-point pixels", "8 or 16 bits per channel", image.mode)
+    return np.asarray(image.convert("RGB"))
+
+
+def load_mask(path: str, size: tuple[int, int]) -> np.ndarray:
+    """0/1 uint8 [h, w]: 1 where the grey value is at least 1. DataError when it cannot be read or its size is not (h, w)."""
+    image = _open(path)
+    if (image.height, image.width) != tuple(size):
+        raise DataError(path, None, "mask and picture differ in size", f"{size[0]} x {size[1]} (h x w)", f"{image.height} x {image.width}")
+    return (np.asarray(image.convert("L")) >= 1).astype(np.uint8)
+
+
+def fit(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(h, w) with the longest side made `side`, rounded half up as segment-anything's `get_preprocess_shape`; at least 1."""
+    scale = side / max(size)
+    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
+
+
+def to_canvas(pixels: np.ndarray, side: int, colour: tuple[int, ...] | int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """Longest side resized to `side`, centred on a square of `colour` (odd rests: the smaller half first).
+
+    Takes uint8 [h, w] or [h, w, 3]; returns uint8 [side, side(, 3)] and the picture's box (top, left, height, width).
+    """
+    height, width = fit(pixels.shape[:2], side)
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas = np.empty((side, side, *pixels.shape[2:]), np.uint8)
+    canvas[...] = colour
+    canvas[top : top + height, left : left + width] = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    return canvas, (top, left, height, width)
+
+
+clip_pixels = functools.partial(to_canvas, colour=CLIP_PAD_COLOUR)  # (rgb, side) -> canvas, box
+sam_pixels = functools.partial(to_canvas, colour=0)
+
+
+def mask_on_canvas(mask: np.ndarray, side: int) -> np.ndarray:
+    """The mask itself, or, when it does not fit a canvas of this side, shrunk (nearest) until its longest side does."""
+    if max(mask.shape) <= side:
+        return mask
+    height, width = fit(mask.shape, side)
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))

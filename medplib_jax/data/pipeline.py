@@ -1,0 +1,351 @@
+"""From records to batches of static shape: what is in each batch (`BatchPlan`), how it is read (`Loader`), and iterators with prefetch.
+
+The plan is a pure function of the seed, so the position in the data IS the step number: a run resumes by asking for the next step,
+and every process reads its own rows of the same batch, however many processes or worker processes there are.
+"""
+
+import collections
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+
+from medplib_jax.config import ModelConfig
+from medplib_jax.data import images, prompts, regions
+from medplib_jax.data.errors import DataError
+from medplib_jax.data.sources import MecovqaSource, Record
+from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.experiment import DataConfig
+
+CACHE_BYTES = 2**28  # decoded and resized pixels kept per process
+MAX_REPLACEMENTS = 100  # bad records in a row before giving up on a row
+Arrays = dict[str, np.ndarray]
+
+
+class BatchPlan:
+    """Which records make up the batch of a step: a pure function of the arguments and the step.
+
+    lengths: one array per source, the final length of each record; 0 leaves a record out. Records are numbered through all sources.
+    Every epoch is shuffled anew. Batches hold records of one bucket; what does not fill a batch joins the next longer bucket, and what
+    is left in the end makes one batch that is filled up with -1. So, without weights, an epoch has each record exactly once.
+    With `weights`, an epoch has the same number of rows, shared among the sources by weight; a source starts over when it is used up.
+    """
+
+    def __init__(self, lengths: Sequence[np.ndarray], bucket_lengths: Sequence[int], batch_size: int, seed: int, weights: Sequence[float] = ()):
+        self._lengths = np.concatenate([np.asarray(one, np.int64) for one in lengths])
+        starts = np.cumsum([0, *map(len, lengths)])
+        self._sources = [start + np.flatnonzero(np.asarray(one)) for start, one in zip(starts, lengths, strict=False)]
+        self._bucket_lengths = np.asarray(bucket_lengths)
+        self.batch_size, self._seed = batch_size, seed
+        total = sum(map(len, self._sources))
+        if not total:
+            raise ValueError("no usable record in any source")
+        if self._lengths.max() > self._bucket_lengths[-1]:
+            raise ValueError(f"a record of length {self._lengths.max()} does not fit the longest bucket {self._bucket_lengths[-1]}")
+        self._shares = _shares(total, weights) if weights else [len(source) for source in self._sources]
+        if any(share and not len(source) for share, source in zip(self._shares, self._sources, strict=True)):
+            raise ValueError("a source with a positive weight has no usable record")
+        self.steps_per_epoch = math.ceil(total / batch_size)
+        self._epoch = functools.lru_cache(maxsize=2)(self._shuffled_epoch)
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._epoch = functools.lru_cache(maxsize=2)(self._shuffled_epoch)
+
+    def batch(self, step: int) -> tuple[int, np.ndarray]:
+        """Length of the bucket and the record numbers int64 [batch_size] of a step; -1 where a row is left empty."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[position]
+
+    def replacements(self, step: int, row: int) -> np.ndarray:
+        """Records of the batch's bucket to try, in this order, in place of the one in this row."""
+        bucket, _ = self.batch(step)
+        usable = np.concatenate([source for share, source in zip(self._shares, self._sources, strict=True) if share])
+        same = usable[self._bucket_of(usable) == np.searchsorted(self._bucket_lengths, bucket)]
+        return np.random.default_rng([self._seed, 2, step, row]).permutation(same)[:MAX_REPLACEMENTS]
+
+    def _bucket_of(self, records: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._bucket_lengths, self._lengths[records])
+
+    def _shuffled_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        rng = np.random.default_rng([self._seed, 0, epoch])
+        order = rng.permutation(np.concatenate([self._draw(source, epoch) for source in range(len(self._sources))]))
+        bucket_of = self._bucket_of(order)
+        batches, rest = [], order[:0]
+        for bucket in range(len(self._bucket_lengths)):
+            rows = np.concatenate([rest, order[bucket_of == bucket]])
+            full = len(rows) // self.batch_size * self.batch_size
+            batches.extend(rows[:full].reshape(-1, self.batch_size))
+            rest = rows[full:]
+        if len(rest):
+            batches.append(np.pad(rest, (0, self.batch_size - len(rest)), constant_values=-1))
+        buckets = [int(self._bucket_lengths[self._bucket_of(rows[rows >= 0]).max()]) for rows in batches]
+        return [(buckets[i], batches[i]) for i in rng.permutation(len(batches))]
+
+    def _draw(self, source: int, epoch: int) -> np.ndarray:
+        """The source's rows of an epoch: a stretch of the endless row of its permutations."""
+        records, share = self._sources[source], self._shares[source]
+        if not share:
+            return records[:0]
+        first, last = epoch * share, (epoch + 1) * share
+        passes = range(first // len(records), -(-last // len(records)))
+        stream = np.concatenate([np.random.default_rng([self._seed, 1, source, i]).permutation(records) for i in passes])
+        return stream[first - passes.start * len(records) :][:share]
+
+
+def _shares(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to the weights that sum to the total (largest remainders)."""
+    exact = np.asarray(weights, np.float64) / sum(weights) * total
+    shares = np.floor(exact).astype(int)
+    shares[np.argsort(shares - exact, kind="stable")[: total - shares.sum()]] += 1
+    return shares.tolist()
+
+
+class Loader:
+    """Reads records into rows of a batch. Pixels, masks and region points are kept in a bounded cache.
+
+    A batch is a dict with the names, shapes and types of `medplib_jax.types.Batch`. An empty row has record -1, a single valid position,
+    no loss weight and no mask. With several images, masks lie on (and the mask head sees) the last one.
+    """
+
+    def __init__(self, sources: Sequence[MecovqaSource], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig):
+        self._sources, self._tokenizer, self._data, self._model = sources, tokenizer, data, model
+        self._starts = np.cumsum([0, *map(len, sources)])
+        self._cache = _Cache(CACHE_BYTES)
+
+    def __reduce__(self):
+        return Loader, (self._sources, self._tokenizer, self._data, self._model)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def record(self, index: int) -> Record:
+        """The record of this number, counted through all sources."""
+        source = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._sources[source][index - int(self._starts[source])]
+
+    def encode(self, record: Record, question: bool = False) -> prompts.Encoded:
+        """The record's text: the whole conversation, or the question only."""
+        encode = prompts.encode_question if question else prompts.encode_conversation
+        encoded = encode(
+            record,
+            self._tokenizer,
+            template=self._data.template,
+            image_tokens=self._model.clip.num_patches,
+            max_images=self._data.max_images,
+            max_length=self._data.bucket_lengths[-1],
+        )
+        if len(encoded.regions) > self._data.max_regions:
+            raise record.error("too many regions", f"at most {self._data.max_regions}", str(len(encoded.regions)))
+        if len(encoded.masks) > self._data.max_masks:
+            raise record.error("too many masks", f"at most {self._data.max_masks}", str(len(encoded.masks)))
+        return encoded
+
+    def plan(self, seed: int) -> tuple[BatchPlan, list[DataError]]:
+        """The plan of all sources, and the records left out of it because their text cannot be used (`on_error` skip; else raises)."""
+        lengths, problems = np.zeros(len(self), np.int64), []
+        for index in range(len(self)):
+            try:
+                lengths[index] = len(self.encode(self.record(index)))
+            except DataError as error:
+                if self._data.on_error == "raise":
+                    raise
+                problems.append(error)
+        per_source = np.split(lengths, self._starts[1:-1])
+        return BatchPlan(per_source, self._data.bucket_lengths, self._data.batch_size, seed, self._data.weights), problems
+
+    def load_batch(self, plan: BatchPlan, step: int, rows: Sequence[int]) -> tuple[Arrays, list[DataError]]:
+        """These rows of a step's batch, and the errors of records that were replaced by others (`on_error` skip)."""
+        bucket, indices = plan.batch(step)
+        return self._load(indices[list(rows)], bucket, False, lambda i: plan.replacements(step, rows[i]))
+
+    def load_eval(self, indices: Sequence[int], rows: Sequence[int], question: bool) -> tuple[Arrays, list[DataError]]:
+        """These rows of the batch made of these records, at the shortest bucket that fits all of them. A skipped record leaves its row empty.
+
+        A question's `gt_masks` are those of the answer that follows it; their `seg_position` is 0, because the answer is not there.
+        """
+        longest = max((self._length(index, question) for index in indices if index >= 0), default=0)
+        bucket = next(length for length in self._data.bucket_lengths if length >= longest)
+        return self._load(np.asarray(indices)[list(rows)], bucket, question, lambda i: ())
+
+    def _length(self, index: int, question: bool) -> int:
+        try:
+            return len(self.encode(self.record(index), question))
+        except DataError:
+            if self._data.on_error == "raise":
+                raise
+            return 0
+
+    def _load(self, indices: np.ndarray, length: int, question: bool, others: Callable[[int], Sequence[int]]) -> tuple[Arrays, list[DataError]]:
+        arrays, skipped = self._empty(len(indices), length), []
+        for row, index in enumerate(indices):
+            if index < 0:
+                continue
+            try:
+                example = self._read(int(index), question)
+            except DataError as error:
+                if self._data.on_error == "raise":
+                    raise
+                skipped.append(error)
+                example = self._first_usable(others(row), question, skipped)
+            if example:
+                _write(arrays, row, *example)
+        return arrays, skipped
+
+    def _first_usable(self, indices: Sequence[int], question: bool, skipped: list[DataError]):
+        for index in indices:
+            try:
+                return self._read(int(index), question)
+            except DataError as error:
+                skipped.append(error)
+        if len(indices):
+            raise skipped[-1]
+        return None
+
+    def _empty(self, batch: int, length: int) -> Arrays:
+        data, clip, sam = self._data, self._model.clip.image_size, self._model.mask.image_size
+        points, canvas = self._model.region.max_points, data.mask_canvas
+        arrays = {
+            "tokens": np.zeros((batch, length), np.int32),
+            "valid": np.zeros((batch, length), bool),
+            "targets": np.zeros((batch, length), np.int32),
+            "loss_weights": np.zeros((batch, length), np.float32),
+            "feature_index": np.full((batch, length), -1, np.int32),
+            "clip_pixels": np.zeros((batch, data.max_images, clip, clip, 3), np.uint8),
+            "sam_pixels": np.zeros((batch, sam, sam, 3), np.uint8),
+            "sam_box": np.tile(np.array([0, 0, sam, sam], np.int32), (batch, 1)),
+            "region_points": np.zeros((batch, data.max_regions, points, 2), np.float32),
+            "region_point_valid": np.zeros((batch, data.max_regions, points), bool),
+            "region_image": np.zeros((batch, data.max_regions), np.int32),
+            "seg_position": np.zeros((batch, data.max_masks), np.int32),
+            "mask_valid": np.zeros((batch, data.max_masks), bool),
+            "gt_masks": np.zeros((batch, data.max_masks, canvas, canvas), np.uint8),
+            "mask_size": np.full((batch, 2), canvas, np.int32),
+            "record": np.full(batch, -1, np.int32),
+        }
+        # one valid token, so that no row attends to nothing
+        arrays["tokens"][:, 0], arrays["valid"][:, 0] = self._tokenizer.bos_id, True
+        return arrays
+
+    def _read(self, index: int, question: bool):
+        record = self.record(index)
+        try:
+            encoded = self.encode(record, question)
+            pictures = [self._picture(record.path(image)) for image in record.images]
+            points = [self._region(record, text, pictures[i][3]) for text, i in zip(encoded.regions, encoded.region_images, strict=True)]
+            masks = [self._mask(record.path(path), pictures[-1][3]) for path in encoded.masks] if pictures else []
+            if len(masks) != len(encoded.masks):
+                raise record.error("mask without an image", "an image", "none")
+        except DataError as error:
+            raise error if error.record is not None else error.in_record(record.file, record.index) from error
+        return index, encoded, pictures, points, masks
+
+    def _picture(self, path: str):
+        def make():
+            rgb = images.load_image(path)
+            sam, box = images.sam_pixels(rgb, self._model.mask.image_size)
+            return images.clip_pixels(rgb, self._model.clip.image_size)[0], sam, box, rgb.shape[:2]
+
+        return self._cache.get(("picture", path), make)
+
+    def _mask(self, path: str, size: tuple[int, int]) -> np.ndarray:
+        return self._cache.get(("mask", path, size), lambda: (images.mask_on_canvas(images.load_mask(path, size), self._data.mask_canvas),))[0]
+
+    def _region(self, record: Record, reference: str, size: tuple[int, int]) -> np.ndarray:
+        shape = regions.is_shape(reference)
+        name = reference if shape else record.path(reference)
+
+        def make():
+            mask = regions.draw(reference, size) if shape else images.load_mask(name, size)
+            try:
+                return (regions.region_points(mask, self._model.region.max_points),)
+            except ValueError as error:
+                raise DataError(name, None, "region is empty", "at least one pixel", "none") from error
+
+        return self._cache.get(("region", name, size), make)[0]
+
+
+def _write(arrays: Arrays, row: int, index: int, encoded: prompts.Encoded, pictures: list, points: list, masks: list) -> None:
+    length = len(encoded)
+    for name in ("tokens", "targets", "loss_weights", "feature_index"):
+        arrays[name][row, :length] = getattr(encoded, name)
+    arrays["valid"][row, :length] = True
+    arrays["record"][row] = index
+    for i, (clip, *_) in enumerate(pictures):
+        arrays["clip_pixels"][row, i] = clip
+    canvas = arrays["gt_masks"].shape[-1]
+    if pictures:
+        _, arrays["sam_pixels"][row], arrays["sam_box"][row], size = pictures[-1]
+        arrays["mask_size"][row] = size if max(size) <= canvas else images.fit(size, canvas)
+    for i, one in enumerate(points):
+        arrays["region_points"][row, i, : len(one)] = one
+        arrays["region_point_valid"][row, i, : len(one)] = True
+        arrays["region_image"][row, i] = encoded.region_images[i]
+    for i, mask in enumerate(masks):
+        arrays["gt_masks"][row, i, : mask.shape[0], : mask.shape[1]] = mask
+        arrays["mask_valid"][row, i] = True
+    arrays["seg_position"][row, : len(encoded.seg_positions)] = encoded.seg_positions
+
+
+class _Cache:
+    """Least recently used values by key, bounded by the bytes of their arrays. Threads share it."""
+
+    def __init__(self, limit: int):
+        self._limit, self._bytes = limit, 0
+        self._values: collections.OrderedDict = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key, make: Callable[[], tuple]) -> tuple:
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        value = make()
+        with self._lock:
+            if key not in self._values:
+                self._values[key] = value
+                self._bytes += _bytes(value)
+            while self._bytes > self._limit:
+                self._bytes -= _bytes(self._values.popitem(last=False)[1])
+        return value
+
+
+def _bytes(value: tuple) -> int:
+    return sum(part.nbytes for part in value if isinstance(part, np.ndarray))
+
+
+def make_loader(data: DataConfig, model: ModelConfig, root: str | None = None) -> Loader:
+    """A loader of the configured sources; `root` is where their paths start, each file's folder by default."""
+    sources = [MecovqaSource(path, root) for path in data.sources]
+    return Loader(sources, Tokenizer.load(data.tokenizer), data, model)
+
+
+def train_batches(loader: Loader, plan: BatchPlan, rows: Sequence[int], start: int, stop: int, workers: int) -> Iterator[tuple[Arrays, list[DataError]]]:
+    """This process's rows of the batches of steps start..stop-1, read ahead by threads (workers 0) or worker processes."""
+    return _read_ahead(functools.partial(loader.load_batch, plan, rows=tuple(rows)), range(start, stop), workers)
+
+
+def eval_batches(
+    loader: Loader, indices: Sequence[int], batch_size: int, rows: Sequence[int], question: bool, workers: int
+) -> Iterator[tuple[Arrays, list[DataError]]]:
+    """This process's rows of the batches that hold these records in order; the last batch is filled up with empty rows."""
+    padded = np.pad(np.asarray(indices, np.int64), (0, -len(indices) % batch_size), constant_values=-1).reshape(-1, batch_size)
+    return _read_ahead(functools.partial(_load_eval, loader, padded, tuple(rows), question), range(len(padded)), workers)
+
+
+def _load_eval(loader: Loader, batches: np.ndarray, rows: tuple[int, ...], question: bool, step: int):
+    return loader.load_eval(batches[step], rows, question)
+
+
+def _read_ahead(load: Callable[[int], tuple], steps: range, workers: int) -> Iterator[tuple]:
+    dataset = grain.MapDataset.range(steps.start, steps.stop).map(load)
+    if not workers:
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0)).mp_prefetch(options))
