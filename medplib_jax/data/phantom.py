@@ -110,8 +110,7 @@ def _save(out: Path, stem: str, scene: Scene) -> text.Facts:
         merged = f"masks_merged/{stem}--{label}.png"
         _write_png(out / merged, united.astype(np.uint8) * 255)
         centre_x = float(np.nonzero(united)[1].mean() / united.shape[1])
-        referable = tuple(file for file, instance in zip(files, instances, strict=True) if text.survives(instance.mask))
-        targets.append(text.Target(name, instances[0].finding, files, merged, centre_x, referable))
+        targets.append(text.Target(name, instances[0].finding, files, merged, centre_x))
     visible = {target.name for target in targets}
     modality = scene.modality
     names = [(thing.name, False) for thing in modality.structures] + [(thing.name, True) for thing in modality.findings]

@@ -6,10 +6,6 @@ answer does not give a later one away. A test record is one question. Answers ar
 
 import dataclasses
 
-import numpy as np
-
-GRID = 8  # a region is only asked about if it survives on a grid as coarse as this
-
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -20,7 +16,6 @@ class Target:
     masks: tuple[str, ...]
     merged: str
     centre_x: float
-    referable: tuple[str, ...]  # those of `masks` that survive on a coarse grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +30,6 @@ class Facts:
     @property
     def findings(self):
         return [target for target in self.targets if target.finding]
-
-
-def survives(mask: np.ndarray) -> bool:
-    """Whether bool[H, W], centred on a square canvas, has a pixel among those that a nearest resize to GRID x GRID samples."""
-    height, width = mask.shape
-    side = max(height, width)
-    samples = np.arange(GRID) * side // GRID
-    rows, columns = samples - (side - height) // 2, samples - (side - width) // 2
-    rows, columns = rows[(rows >= 0) & (rows < height)], columns[(columns >= 0) & (columns < width)]
-    return bool(mask[np.ix_(rows, columns)].any())
 
 
 def article(word):
@@ -151,13 +136,12 @@ def complex_turns(facts, rng, labels):
 
 def region_turns(facts, rng):
     """Whether one region is normal (half of them are) and what up to three others are."""
-    referable = [target for target in facts.targets if target.referable]
-    ordered = sample(rng, referable)
+    ordered = sample(rng, facts.targets)
     finding_first = rng.random() < 0.7  # not a half: three images in ten have no finding
     ordered.sort(key=lambda target: target.finding != finding_first)
     turns = []
     for number, target in enumerate(ordered[:4]):
-        region = f"<region>{_pick(rng, target.referable)}</region>"
+        region = f"<region>{_pick(rng, target.masks)}</region>"
         if number == 0:
             turns.append((f"Is {region} normal or abnormal?", "abnormal" if target.finding else "normal", "closed"))
         else:

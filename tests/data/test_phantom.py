@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medplib_jax.data import phantom, phantom_draw, phantom_text
+from medplib_jax.data import phantom, phantom_draw
 
 
 def digest(folder):
@@ -155,7 +155,6 @@ def test_region_answers_match_their_masks(made):
         (path,) = re.findall(r"<region>(.*?)</region>", question)
         name = re.fullmatch(r"masks/.*--(.*)_\d{3}\.png", path)[1].replace("_", " ")
         assert answer == (("abnormal" if name in findings else "normal") if question.endswith("normal or abnormal?") else name)
-        assert phantom_text.survives(np.asarray(Image.open(folder / path)) > 0)
 
 
 def test_no_name_is_asked_about_twice_in_a_conversation(made):
@@ -199,14 +198,6 @@ def test_scenes_are_well_formed(modality, seed):
     for instance in scene.instances:
         smallest = phantom_draw.MIN_FINDING_AREA if instance.finding else phantom_draw.MIN_STRUCTURE_AREA
         assert instance.mask.shape == (height, width) and instance.mask.mean() >= smallest
-
-
-def test_a_speck_between_the_samples_does_not_survive():
-    mask = np.zeros((80, 80), bool)
-    mask[1:9, 1:9] = True
-    assert not phantom_text.survives(mask)
-    mask[10, 10] = True
-    assert phantom_text.survives(mask)
 
 
 def test_modalities_look_different():
