@@ -1,4 +1,4 @@
-"""A region of the image becomes one token: CLIP features under its points, adapted to the width of the language model."""
+"""A region of the image becomes one token: CLIP features under its points, brought to the width of the language model."""
 
 import jax
 import jax.numpy as jnp
@@ -6,39 +6,60 @@ from flax import nnx
 
 from medplib_jax.config import ClipConfig, RegionConfig
 from medplib_jax.models.layers import Linear, Rngs
+from medplib_jax.models.region_geometry import GeometrySampler, repeat_points
 from medplib_jax.types import Array
 
 
-def bilinear_weights(coordinates: Array, size: int) -> Array:
-    """Weights [..., size] of `grid_sample(2p - 1, align_corners=True)` along one axis, for p [...] in [0, 1)."""
-    return jnp.maximum(1 - jnp.abs(coordinates[..., None] * (size - 1) - jnp.arange(size)), 0)
+def point_weights(points_BxRxSx2: Array, grid: int) -> Array:
+    """Weights [B, R, S, P] of the patches in `grid_sample(2p - 1, align_corners=True)` at (x, y) points in [0, 1)."""
+    columns, rows = (_axis_weights(points_BxRxSx2[..., axis], grid) for axis in (0, 1))
+    return (rows[..., :, None] * columns[..., None, :]).reshape(*rows.shape[:-1], -1)
+
+
+def mean_weights(points_BxRxSx2: Array, valid_BxRxS: Array, grid: int) -> Array:
+    """Mean of `point_weights` over a region's valid points, [B, R, P]; 0 without any."""
+    columns, rows = (_axis_weights(points_BxRxSx2[..., axis], grid) for axis in (0, 1))
+    total = jnp.einsum("brsi,brsj->brij", rows * valid_BxRxS[..., None], columns)
+    count = jnp.maximum(valid_BxRxS.sum(-1, keepdims=True), 1)
+    return total.reshape(*count.shape[:-1], -1) / count
+
+
+def _axis_weights(coordinates: Array, size: int) -> Array:
+    return jnp.maximum(1 - jnp.abs(coordinates.astype(jnp.float32)[..., None] * (size - 1) - jnp.arange(size)), 0)
 
 
 class RegionEncoder(nnx.Module):
-    """Mean of the adapted features at the region's points (medplib_arch.py `extract_region_feature`).
+    """'mean' sampler: the mean of the adapted features at the region's points (medplib_arch.py `extract_region_feature`).
 
     Adapter, sampling and mean are linear and the weights of a point sum to 1, so the mean is taken first, as one product
-    over the patches, and the adapter runs once per region instead of once per patch.
+    over the patches, and the adapter runs once per region instead of once per patch. 'geometry' sampler: see `GeometrySampler`;
+    it reads the features directly, and the adapter stays for the checkpoints that hold both.
     """
 
     def __init__(self, config: RegionConfig, clip: ClipConfig, llm_dim: int, rngs: Rngs):
         self.adapter = Linear(clip.hidden_size, llm_dim, axes=("vision", "embed"), rngs=rngs)
-        self.grid = clip.grid
+        is_geometric = config.sampler == "geometry"
+        self.geometry = GeometrySampler(clip.hidden_size, llm_dim, config.pooling, rngs) if is_geometric else None
+        self.grid, self.max_points = clip.grid, config.max_points
 
     def __call__(self, clip_features_BxNxPxC: Array, region_points_BxRxSx2: Array, valid_BxRxS: Array, region_image_BxR: Array) -> tuple[Array, dict]:
         """features, (x, y) points in [0, 1) and which of the N images they lie on -> region_BxRxD, 0 for a region without points.
 
-        `out` has 'patch_weights' [B, R, P]: how much each patch counts in the mean.
+        Computed in float32. `out` has 'pooled' [B, R, C], the mean of the raw features (absent with the geometry-aware sampler).
         """
-        weights = self.patch_weights(region_points_BxRxSx2, valid_BxRxS)
-        num_images = clip_features_BxNxPxC.shape[1]
-        chosen = jax.nn.one_hot(region_image_BxR, num_images, dtype=jnp.float32)
-        pooled = jnp.einsum("brn,brp,bnpc->brc", chosen, weights, clip_features_BxNxPxC.astype(jnp.float32))
-        region = self.adapter(pooled) * valid_BxRxS.any(-1, keepdims=True)
-        return region.astype(clip_features_BxNxPxC.dtype), {"patch_weights": weights}
+        features = clip_features_BxNxPxC.astype(jnp.float32)
+        on_image = jax.nn.one_hot(region_image_BxR, features.shape[1], dtype=jnp.float32)
+        if self.geometry is not None:
+            region, out = self._geometric(jnp.einsum("brn,bnpc->brpc", on_image, features), region_points_BxRxSx2, valid_BxRxS), {}
+        else:
+            pooled = jnp.einsum("brn,brp,bnpc->brc", on_image, mean_weights(region_points_BxRxSx2, valid_BxRxS, self.grid), features)
+            region, out = self.adapter(pooled), {"pooled": pooled}
+        return (region * valid_BxRxS.any(-1, keepdims=True)).astype(clip_features_BxNxPxC.dtype), out
 
-    def patch_weights(self, points_BxRxSx2: Array, valid_BxRxS: Array) -> Array:
-        columns, rows = (bilinear_weights(points_BxRxSx2[..., axis].astype(jnp.float32), self.grid) for axis in (0, 1))
-        total = jnp.einsum("brsi,brsj->brij", rows * valid_BxRxS[..., None], columns)
-        count = jnp.maximum(valid_BxRxS.sum(-1), 1)[..., None]
-        return total.reshape(*count.shape[:-1], -1) / count
+    def _geometric(self, features_BxRxPxC: Array, points_BxRxSx2: Array, valid_BxRxS: Array) -> Array:
+        chosen = repeat_points(valid_BxRxS, self.max_points)
+        points = jnp.take_along_axis(points_BxRxSx2, chosen[..., None], axis=2)
+        sampled = jnp.einsum("brsp,brpc->brsc", point_weights(points, self.grid), features_BxRxPxC)
+        batch, regions, *rest = sampled.shape
+        rows_columns = points[..., ::-1].reshape(batch * regions, self.max_points, 2)
+        return self.geometry(sampled.reshape(-1, *rest), rows_columns).reshape(batch, regions, -1)
