@@ -1,0 +1,80 @@
+"""Self-attention of the decoder: rotary positions, grouped key/value heads, KV cache."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from medplib_jax.config import LlmConfig, LoraConfig
+from medplib_jax.models.layers import Linear, Rngs
+from medplib_jax.models.moe import split_rng
+from medplib_jax.types import Array
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys (rotated) and values of every layer. Row b holds `length_B[b]` positions; what lies beyond is overwritten later."""
+
+    k: Float[Array, "n B S G K"]
+    v: Float[Array, "n B S G K"]
+    length_B: Int[Array, "B"]
+
+
+def rotary_tables(positions_BxL: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """cos and sin [B, L, K/2] in float32 of position * theta^(-2i/K) (Su et al. 2021, eq. 15)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_BxL[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BxLxHxK: Array, tables: tuple[Array, Array]) -> Array:
+    """Rotates channel i with channel i + K/2 (LLaMA's rotate-half layout), in float32; keeps x's dtype."""
+    cos, sin = (table[:, :, None, :] for table in tables)
+    first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxLxHxK.dtype)
+
+
+def attend(q_BxLxHxK: Array, k_BxSxGxK: Array, v_BxSxGxK: Array, *, query_position_BxL: Array, key_valid_BxS: Array | None = None) -> Array:
+    """Causal attention: a query sees the keys at index <= its position that are valid. Softmax in float32; G divides H.
+
+    A row that may see no key at all gets the mean of all values, never NaN. Returns [B, L, H, K] in q's dtype. The mask is fully
+    described by positions and validity, which is also what the blocked TPU kernels (splash attention) take.
+    """
+    B, L, H, K = q_BxLxHxK.shape
+    S, G = k_BxSxGxK.shape[1:3]
+    visible_BxLxS = jnp.arange(S) <= query_position_BxL[..., None]
+    if key_valid_BxS is not None:
+        visible_BxLxS &= key_valid_BxS[:, None, :]
+    q = (q_BxLxHxK * K**-0.5).reshape(B, L, G, H // G, K)
+    scores = jnp.einsum("blghk,bsgk->bghls", q, k_BxSxGxK, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible_BxLxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BxSxGxK.dtype)
+    return jnp.einsum("bghls,bsgk->blghk", weights, v_BxSxGxK).reshape(B, L, H, K)
+
+
+class Attention(nnx.Module):
+    """LLaMA self-attention without biases."""
+
+    def __init__(self, llm: LlmConfig, lora: LoraConfig, rngs: Rngs):
+        D, K = llm.hidden_size, llm.head_dim
+
+        def linear(name, out_heads, axis):
+            return Linear(D, out_heads * K, axes=("embed", axis), bias=False, rngs=rngs, lora=lora, lora_rank=lora.rank_of(name))
+
+        self.q = linear("q", llm.num_heads, "heads")
+        self.k = linear("k", llm.num_kv_heads, "kv_heads")
+        self.v = linear("v", llm.num_kv_heads, "kv_heads")
+        self.o = Linear(llm.num_heads * K, D, axes=("heads", "embed"), bias=False, rngs=rngs, lora=lora, lora_rank=lora.rank_of("o"))
+        self.head_dim = K
+
+    def project(self, x_BxLxD: Array, tables: tuple[Array, Array], rng: Array | None) -> tuple[Array, Array, Array]:
+        """Queries and keys (both rotated) and values, [B, L, heads, K]."""
+        rngs = split_rng(rng, 3)
+        q, k, v = (
+            linear(x_BxLxD, rng=key).reshape(*x_BxLxD.shape[:2], -1, self.head_dim) for linear, key in zip((self.q, self.k, self.v), rngs)
+        )
+        return rotate(q, tables), rotate(k, tables), v
+
+    def output(self, y_BxLxHxK: Array, rng: Array | None) -> Array:
+        return self.o(y_BxLxHxK.reshape(*y_BxLxHxK.shape[:2], -1), rng=rng)

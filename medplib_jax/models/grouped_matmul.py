@@ -1,0 +1,138 @@
+"""Products of groups of rows with one matrix per group: what a token costs does not depend on the number of groups.
+
+`grouped_matmul(x, w, sizes)`: the first sizes[0] rows of x times w[0], the next sizes[1] rows times w[1], ...; rows beyond the
+groups give zero. On TPU it is the megablox kernel that ships with JAX, elsewhere loops over blocks of rows whose trip
+counts follow the group sizes.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+from medplib_jax.types import Array
+
+# Rows per block, descending. A group takes as many blocks of each size as fit, so that large products run at full speed and
+# at most ROW_BLOCKS[-1] - 1 rows per group are computed for nothing.
+ROW_BLOCKS = (512, 128, 32)
+TPU_ROW_TILE = 128
+
+
+@jax.custom_vjp
+def grouped_matmul(x_SxD: Array, w_ExDxF: Array, sizes_E: Array) -> Array:
+    """[S, D] rows sorted by group times [E, D, F] -> [S, F] in x's dtype."""
+    return _multiply(x_SxD, w_ExDxF, sizes_E, transpose=False)
+
+
+def _forward(x_SxD, w_ExDxF, sizes_E):
+    return _multiply(x_SxD, w_ExDxF, sizes_E, transpose=False), (x_SxD, w_ExDxF, sizes_E)
+
+
+def _backward(residuals, dy_SxF):
+    x_SxD, w_ExDxF, sizes_E = residuals
+    dx_SxD = _multiply(dy_SxF, w_ExDxF, sizes_E, transpose=True)
+    dw_ExDxF = jax.lax.platform_dependent(x_SxD, dy_SxF, sizes_E, tpu=_weight_gradient_tpu, default=_weight_gradient_blocks)
+    return dx_SxD, dw_ExDxF.astype(w_ExDxF.dtype), np.zeros(sizes_E.shape, jax.dtypes.float0)
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _multiply(x, w, sizes, *, transpose):
+    def tpu(x, w, sizes):
+        return _multiply_tpu(x, w, sizes, transpose)
+
+    def blocks(x, w, sizes):
+        return _multiply_blocks(x, w, sizes, transpose)
+
+    return jax.lax.platform_dependent(x, w, sizes, tpu=tpu, default=blocks)
+
+
+# ---- blocks of rows ----
+
+
+def _each_block(start: Array, size: Array, num_rows: int, carry, body: Callable):
+    """body(row, count, keep [count], carry) -> carry over the blocks that cover rows [start, start + size) of `num_rows`.
+
+    `keep` is None where the block lies inside the range, else it says which of its rows do.
+    """
+    for count in ROW_BLOCKS:
+        count, last = min(count, num_rows), count == ROW_BLOCKS[-1]
+        trips = -(-size // count) if last else size // count
+
+        def step(i, carry, count=count, last=last, start=start, size=size):
+            row = start + i * count
+            if not last:
+                return body(row, count, None, carry)
+            shifted = jnp.minimum(row, num_rows - count)
+            index = shifted + jnp.arange(count)
+            return body(shifted, count, ((index >= row) & (index < start + size))[:, None], carry)
+
+        carry = jax.lax.fori_loop(0, trips, step, carry)
+        start, size = start + trips * count, size - trips * count
+    return carry
+
+
+def _multiply_blocks(x, w, sizes, transpose):
+    starts = jnp.cumsum(sizes) - sizes
+    out_dim = w.shape[1] if transpose else w.shape[2]
+    contract = (((1,), (1 if transpose else 0,)), ((), ()))
+
+    def group(e, out):
+        matrix = w[e].astype(x.dtype)
+
+        def block(row, count, keep, out):
+            y = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(x, row, count), matrix, contract)
+            if keep is not None:
+                y = jnp.where(keep, y, jax.lax.dynamic_slice_in_dim(out, row, count))
+            return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
+
+        return _each_block(starts[e], sizes[e], x.shape[0], out, block)
+
+    return jax.lax.fori_loop(0, w.shape[0], group, jnp.zeros((x.shape[0], out_dim), x.dtype))
+
+
+def _weight_gradient_blocks(x, dy, sizes):
+    starts = jnp.cumsum(sizes) - sizes
+
+    def group(e):
+        def block(row, count, keep, total):
+            rows, grads = (jax.lax.dynamic_slice_in_dim(a, row, count) for a in (x, dy))
+            if keep is not None:
+                grads = jnp.where(keep, grads, 0)
+            return total + jax.lax.dot_general(rows, grads, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+        return _each_block(starts[e], sizes[e], x.shape[0], jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32), block)
+
+    return jax.lax.map(group, jnp.arange(sizes.shape[0]))
+
+
+# ---- megablox ----
+
+
+def _tiling(rows: int, inner: int, outer: int) -> tuple[int, int, int]:
+    return TPU_ROW_TILE, min(inner, 512), min(outer, 512)
+
+
+def _pad_rows(x: Array) -> Array:
+    return jnp.pad(x, ((0, -x.shape[0] % TPU_ROW_TILE), (0, 0)))
+
+
+def _with_rest(sizes: Array, rows: int) -> Array:
+    """Appends the rows that belong to no group as a last group without a matrix: the kernel zeroes it."""
+    return jnp.append(sizes, rows - sizes.sum()).astype(jnp.int32)
+
+
+def _multiply_tpu(x, w, sizes, transpose):
+    rows = _pad_rows(x)
+    y = gmm(rows, w.astype(x.dtype), _with_rest(sizes, rows.shape[0]), x.dtype, _tiling, transpose_rhs=transpose)
+    return y[: x.shape[0]]
+
+
+def _weight_gradient_tpu(x, dy, sizes):
+    rows, grads = _pad_rows(x), _pad_rows(dy)
+    return tgmm(
+        rows.T, grads, _with_rest(sizes, rows.shape[0]), jnp.float32, _tiling, num_actual_groups=sizes.shape[0]
+    )

@@ -1,0 +1,189 @@
+"""LLaMA decoder whose MLPs may be mixtures of experts, as scans over stacked layers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from medplib_jax.config import ModelConfig
+from medplib_jax.models.attention import Attention, KVCache, attend, rotary_tables
+from medplib_jax.models.layers import Linear, RmsNorm, Rngs, param, stack_layers
+from medplib_jax.models.moe import MoeMlp, SwiGlu, split_rng
+from medplib_jax.models.remat import remat
+from medplib_jax.types import Array
+
+
+class Embedding(nnx.Module):
+    """Token embeddings [V, D]."""
+
+    def __init__(self, vocab_size: int, dim: int, dtype: str, rngs: Rngs):
+        self.embedding = param(rngs, (vocab_size, dim), ("vocab", "embed"), std=0.02)
+        self.dtype = dtype
+
+    def __call__(self, tokens_BxL: Array) -> Array:
+        return self.embedding[...][tokens_BxL].astype(self.dtype)
+
+
+class DecoderLayer(nnx.Module):
+    """What every decoder layer has: two norms and attention. Its MLP lives in another stack, since it is one of two kinds."""
+
+    def __init__(self, config: ModelConfig, rngs: Rngs):
+        self.input_norm = RmsNorm(config.llm.hidden_size, eps=config.llm.rms_norm_eps, rngs=rngs)
+        self.attn = Attention(config.llm, config.lora, rngs)
+        self.post_norm = RmsNorm(config.llm.hidden_size, eps=config.llm.rms_norm_eps, rngs=rngs)
+
+
+class Llama(nnx.Module):
+    """LLaMA (Touvron et al. 2023) with MedPLIB's mixture of experts in the layers `config.moe_layers`."""
+
+    def __init__(self, config: ModelConfig, rngs: Rngs):
+        llm, num_layers, num_moe = config.llm, config.llm.num_layers, len(config.moe_layers)
+        self.config = config
+        self.embed = Embedding(llm.vocab_size, llm.hidden_size, config.dtype, rngs)
+        self.layers = stack_layers(lambda r: DecoderLayer(config, r), num_layers, rngs)
+        self.mlp = stack_layers(lambda r: SwiGlu(llm, config.lora, r), num_layers - num_moe, rngs) if num_moe < num_layers else None
+        self.moe = stack_layers(lambda r: MoeMlp(llm, config.moe, config.lora, r), num_moe, rngs) if num_moe else None
+        self.final_norm = RmsNorm(llm.hidden_size, eps=llm.rms_norm_eps, rngs=rngs)
+        self.head = Linear(llm.hidden_size, llm.vocab_size, axes=("embed", "vocab"), bias=False, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BxLxD: Array,
+        valid_BxL: Array,
+        *,
+        cache: KVCache | None = None,
+        positions_BxL: Array | None = None,
+        train: bool = False,
+        rng: Array | None = None,
+        router_noise: Array | None = None,
+    ) -> tuple[Array, dict[str, Any]]:
+        """Embeddings [B, L, D] (padding on the right) to the last hidden state after the final norm, and named intermediates.
+
+        With a cache the L new positions continue each row at its own length. `rng` turns on adapter dropout and random token
+        priorities; `router_noise` [n_moe, B*L, E] gives the latter explicitly. `out` has, when there are experts: router_logits
+        [n_moe, B, L, E], expert_index [n_moe, B, L, k], expert_load [n_moe, E], dropped [n_moe]; always aux_loss (sum over
+        layers); and `cache` when one was given.
+        """
+        start_B = jnp.zeros(x_BxLxD.shape[0], jnp.int32) if cache is None else cache.length_B
+        index_BxL = start_B[:, None] + jnp.arange(x_BxLxD.shape[1])
+        tables = rotary_tables(index_BxL if positions_BxL is None else positions_BxL, self.config.llm.head_dim, self.config.llm.rope_theta)
+        step = _LayerStep(self.config, tables, index_BxL, valid_BxL, train)
+        num_layers, moe_layers = self.config.llm.num_layers, self.config.moe_layers
+        inputs = {"layer": jnp.arange(num_layers), "rng": None if rng is None else jax.random.split(rng, num_layers)}
+        carry, metrics = (x_BxLxD, None if cache is None else (cache.k, cache.v)), []
+        for start, period, repeats in scan_plan([i in moe_layers for i in range(num_layers)]):
+            stop = start + period * repeats
+            kinds = [i in moe_layers for i in range(start, stop)]
+            first_moe = sum(i < start for i in moe_layers)
+            moe_stop, mlp_start = first_moe + sum(kinds), start - first_moe
+            stacks = {
+                "layers": _rows(self.layers, start, stop, repeats),
+                "moe": _rows(self.moe, first_moe, moe_stop, repeats),
+                "mlp": _rows(self.mlp, mlp_start, stop - moe_stop, repeats),
+            }
+            xs = {
+                "inputs": _take(inputs, start, stop, repeats),
+                "noise": _take(router_noise, first_moe, moe_stop, repeats),
+                "params": {name: state for name, (_, state) in stacks.items()},
+            }
+            graphdefs = {name: graphdef for name, (graphdef, _) in stacks.items()}
+            body = step.over(graphdefs, kinds[:period])
+            carry, ys = jax.lax.scan(remat(self.config.remat)(body), carry, xs, unroll=min(repeats, self.config.scan_unroll))
+            metrics.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
+        x_BxLxD, buffers = carry
+        out = jax.tree.map(lambda *parts: jnp.concatenate(parts), *[m for m in metrics if m]) if moe_layers else {}
+        out["aux_loss"] = out["aux_loss"].sum() if moe_layers else jnp.zeros(())
+        if cache is not None:
+            out["cache"] = KVCache(*buffers, cache.length_B + valid_BxL.sum(-1, dtype=jnp.int32))
+        return self.final_norm(x_BxLxD), out
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., D] -> float32 [..., V]."""
+        return jnp.matmul(hidden, self.head.kernel[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+class _LayerStep:
+    """The body of the scan: one period of decoder layers, with what all layers share."""
+
+    def __init__(self, config, tables, index_BxL, valid_BxL, train):
+        self.config, self.tables, self.index_BxL, self.valid_BxL, self.train = config, tables, index_BxL, valid_BxL, train
+
+    def over(self, graphdefs, kinds: Sequence[bool]):
+        """A scan body over layers of these kinds (True: experts); params have a leading axis of the period."""
+
+        def body(carry, xs):
+            metrics = []
+            for j, is_moe in enumerate(kinds):
+                among_kind = sum(kind == is_moe for kind in kinds[:j])
+                layer = nnx.merge(graphdefs["layers"], _index(xs["params"]["layers"], j))
+                name = "moe" if is_moe else "mlp"
+                mlp = nnx.merge(graphdefs[name], _index(xs["params"][name], among_kind))
+                carry, out = self.layer(layer, mlp, carry, _index(xs["inputs"], j), _index(xs["noise"], among_kind) if is_moe else None)
+                metrics += [out] if is_moe else []
+            return carry, jax.tree.map(lambda *m: jnp.stack(m), *metrics) if metrics else {}
+
+        return body
+
+    def layer(self, layer: DecoderLayer, mlp: SwiGlu | MoeMlp, carry, inputs, noise_SxE):
+        x, buffers = carry
+        project_rng, output_rng, mlp_rng = split_rng(inputs["rng"], 3)
+        q, k, v = layer.attn.project(layer.input_norm(x), self.tables, project_rng)
+        if buffers is None:
+            y = attend(q, k, v, query_position_BxL=self.index_BxL, key_valid_BxS=self.valid_BxL)
+        else:
+            rows = jnp.arange(x.shape[0])[:, None]
+            buffers = tuple(
+                buffer.at[inputs["layer"], rows, self.index_BxL].set(new.astype(buffer.dtype)) for buffer, new in zip(buffers, (k, v))
+            )
+            # Rows hold no gaps: what lies at or before a valid query's position was written and is valid.
+            y = attend(q, *(buffer[inputs["layer"]].astype(q.dtype) for buffer in buffers), query_position_BxL=self.index_BxL)
+        x = x + layer.attn.output(y, output_rng)
+        h = layer.post_norm(x)
+        if isinstance(mlp, SwiGlu):
+            return (x + mlp(h, mlp_rng), buffers), {}
+        y, out = mlp(h, self.valid_BxL, train=self.train, rng=mlp_rng, noise_SxE=noise_SxE)
+        return (x + y, buffers), out
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> KVCache:
+    """An empty cache for `length` positions per row."""
+    shape = (config.llm.num_layers, batch, length, config.llm.num_kv_heads, config.llm.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+
+def scan_plan(kinds: Sequence[bool]) -> list[tuple[int, int, int]]:
+    """Splits a sequence of layer kinds into (start, period, repeats), each the longest repetition from its start.
+
+    All alike: one entry of period 1. Every second: one entry of period 2. Two halves: two entries of period 1.
+    """
+    plan, start = [], 0
+    while start < len(kinds):
+        best = (1, 1)
+        for period in range(1, (len(kinds) - start) // 2 + 1):
+            repeats = 1
+            while kinds[start + repeats * period : start + (repeats + 1) * period] == kinds[start : start + period]:
+                repeats += 1
+            if repeats > 1 and period * repeats > best[0] * best[1]:
+                best = (period, repeats)
+        plan.append((start, *best))
+        start += best[0] * best[1]
+    return plan
+
+
+def _take(tree, start: int, stop: int, repeats: int):
+    """Rows start..stop of every leaf, folded to [repeats, rows per repeat, ...]."""
+    return jax.tree.map(lambda a: a[start:stop].reshape(repeats, -1, *a.shape[1:]), tree) if stop > start else None
+
+
+def _rows(stack: nnx.Module | None, start: int, stop: int, repeats: int):
+    """The module's structure and the parameters of some of its layers."""
+    if stop == start:
+        return None, None
+    graphdef, state = nnx.split(stack)
+    return graphdef, _take(state, start, stop, repeats)
+
+
+def _index(tree, i: int):
+    return jax.tree.map(lambda a: a[i], tree)

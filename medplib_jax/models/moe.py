@@ -1,0 +1,241 @@
+"""Mixture of SwiGLU experts: fp32 router, two routing rules behind one interface, one way to compute the experts.
+
+A routing rule turns router probabilities into `Routing`: `dropless` keeps every token, `capacity` is DeepSpeed 0.13.1's rule.
+The experts then run on rows sorted by expert, so that a token costs top_k experts' FLOPs whatever the number of experts.
+"""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
+from medplib_jax.models.grouped_matmul import grouped_matmul
+from medplib_jax.models.layers import Linear, Rngs, dropout, param
+from medplib_jax.types import Array
+
+# Up to this many tokens every expert runs on every token: reading the weights is then what costs.
+FEW_TOKENS = 16
+
+
+@flax.struct.dataclass
+class Routing:
+    """Which experts a token goes to. A dropped choice has weight 0 and `kept` False. S tokens, k choices."""
+
+    expert: Int[Array, "S k"]
+    weight: Float[Array, "S k"]
+    kept: Bool[Array, "S k"]
+
+
+def expert_capacity(num_tokens: int, num_experts: int, factor: float, min_capacity: int) -> int:
+    """Tokens per expert under DeepSpeed's rule (`sharded_moe._capacity`); the product is rounded to float32 before ceil."""
+    return max(math.ceil(np.float32(num_tokens / num_experts) * np.float32(factor)), min_capacity)
+
+
+def route_dropless(probs_SxE: Array, top_k: int) -> Routing:
+    """The k likeliest experts, none dropped. k = 1: weight is the probability itself; k > 1: probabilities renormalised over k."""
+    weight, expert = jax.lax.top_k(probs_SxE, top_k)
+    if top_k > 1:
+        weight = weight / weight.sum(-1, keepdims=True)
+    return Routing(expert, weight, jnp.ones(expert.shape, bool))
+
+
+def route_capacity(probs_SxE: Array, logits_SxE: Array, top_k: int, capacity: int, noise_SxE: Array | None) -> Routing:
+    """DeepSpeed 0.13.1 `top1gating` (random token selection by uniform noise) and `top2gating` (Gumbel noise on the second choice).
+
+    Without noise, the tokens that come first survive (top-1), and the second choice is the second likeliest (top-2).
+    """
+    return _route_top1(probs_SxE, capacity, noise_SxE) if top_k == 1 else _route_top2(probs_SxE, logits_SxE, capacity, noise_SxE)
+
+
+def _route_top1(probs, capacity, noise):
+    num_tokens, num_experts = probs.shape
+    expert = probs.argmax(-1)
+    member = jax.nn.one_hot(expert, num_experts, dtype=bool)
+    priority = jnp.where(member, 0.0 if noise is None else noise, -1.0)
+    rank = jnp.argsort(jnp.argsort(-priority, axis=0, stable=True), axis=0)
+    kept = (member & (rank < capacity)).any(-1)
+    weight = jnp.take_along_axis(probs, expert[:, None], axis=1)
+    return Routing(expert[:, None], weight * kept[:, None], kept[:, None])
+
+
+def _route_top2(probs, logits, capacity, noise):
+    num_experts = probs.shape[1]
+    first = probs.argmax(-1)
+    first_mask = jax.nn.one_hot(first, num_experts, dtype=jnp.int32)
+    second = jnp.where(first_mask > 0, -jnp.inf, logits if noise is None else logits + noise).argmax(-1)
+    second_mask = jax.nn.one_hot(second, num_experts, dtype=jnp.int32)
+    queue_first = ((jnp.cumsum(first_mask, 0) - 1) * first_mask).sum(-1)
+    queue_second = ((jnp.cumsum(second_mask, 0) - 1 + first_mask.sum(0)) * second_mask).sum(-1)
+    expert = jnp.stack([first, second], -1)
+    kept = jnp.stack([queue_first, queue_second], -1) < capacity
+    weight = jnp.take_along_axis(probs, expert, axis=1) * kept
+    return Routing(expert, weight / jnp.maximum(weight.sum(-1, keepdims=True), jnp.finfo(jnp.float32).eps), kept)
+
+
+def load_balancing_loss(probs_SxE: Array, first_choice_S: Array, count_S: Array) -> Array:
+    """E * sum_e mean(probability of e) * mean(first choice is e) over the tokens that count (GShard, eq. 4; DeepSpeed's l_aux)."""
+    num_experts = probs_SxE.shape[1]
+    share = count_S / jnp.maximum(count_S.sum(), 1)
+    chosen = jax.nn.one_hot(first_choice_S, num_experts)
+    return num_experts * jnp.sum((share @ probs_SxE) * (share @ chosen))
+
+
+@jax.custom_vjp
+def permute_rows(x: Array, index: Array, inverse: Array) -> Array:
+    """x[index] for a permutation whose inverse is known: the gradient is a gather too, not a scatter."""
+    return x[index]
+
+
+permute_rows.defvjp(
+    lambda x, index, inverse: (x[index], (index, inverse)),
+    lambda saved, dy: (dy[saved[1]], *(np.zeros(a.shape, jax.dtypes.float0) for a in saved)),
+)
+
+
+class ExpertLinear(nnx.Module):
+    """One linear layer per expert: kernel [E, in, out], optional low-rank adapters [E, in, r] and [E, r, out]."""
+
+    def __init__(self, num_experts: int, in_dim: int, out_dim: int, axes: tuple[str, str], lora: LoraConfig, lora_rank: int, rngs: Rngs):
+        self.kernel = param(rngs, (num_experts, in_dim, out_dim), ("expert", *axes), std=1 / math.sqrt(in_dim))
+        self.lora_scale, self.lora_dropout = lora.scale, lora.dropout
+        shape_a, shape_b = (num_experts, in_dim, lora_rank), (num_experts, lora_rank, out_dim)
+        self.lora_a = param(rngs, shape_a, ("expert", axes[0], "lora_rank"), std=1 / math.sqrt(3 * in_dim)) if lora_rank else None
+        self.lora_b = param(rngs, shape_b, ("expert", "lora_rank", axes[1])) if lora_rank else None
+
+    def sorted_rows(self, x_SxD: Array, sizes_E: Array, member_SxE: Array, rng: Array | None) -> Array:
+        """Rows sorted by expert, `sizes_E` of each; `member_SxE` says the same row by row. [S, in] -> [S, out]."""
+        y = grouped_matmul(x_SxD, self.kernel[...], sizes_E)
+        if self.lora_a is None:
+            return y
+        # All experts' adapters at once: a dense product of width E * r, masked to each row's expert, costs less than sorting.
+        low = jnp.einsum("sd,edr->ser", dropout(x_SxD, self.lora_dropout, rng), self.lora_a[...].astype(y.dtype))
+        low = jnp.where(member_SxE[:, :, None], low, 0)
+        return y + self.lora_scale * jnp.einsum("ser,erf->sf", low, self.lora_b[...].astype(y.dtype))
+
+    def every_expert(self, x_ExSxD: Array, rng: Array | None) -> Array:
+        """[E, S, in] -> [E, S, out]."""
+        y = x_ExSxD @ self.kernel[...].astype(x_ExSxD.dtype)
+        if self.lora_a is None:
+            return y
+        low = dropout(x_ExSxD, self.lora_dropout, rng) @ self.lora_a[...].astype(y.dtype)
+        return y + self.lora_scale * (low @ self.lora_b[...].astype(y.dtype))
+
+
+class Experts(nnx.Module):
+    """E SwiGLU MLPs with stacked weights."""
+
+    def __init__(self, num_experts: int, llm: LlmConfig, lora: LoraConfig, rngs: Rngs):
+        D, F = llm.hidden_size, llm.mlp_dim
+        self.gate = ExpertLinear(num_experts, D, F, ("embed", "mlp"), lora, lora.rank_of("gate"), rngs)
+        self.up = ExpertLinear(num_experts, D, F, ("embed", "mlp"), lora, lora.rank_of("up"), rngs)
+        self.down = ExpertLinear(num_experts, F, D, ("mlp", "embed"), lora, lora.rank_of("down"), rngs)
+        self.num_experts = num_experts
+
+    def __call__(self, x_SxD: Array, routing: Routing, rng: Array | None) -> Array:
+        """sum_k weight_k * expert_k(x), [S, D]."""
+        if x_SxD.shape[0] <= FEW_TOKENS:
+            return self._few(x_SxD, routing, rng)
+        return self._sorted(x_SxD, routing, rng)
+
+    def _few(self, x_SxD, routing, rng):
+        gate_rng, up_rng, down_rng = split_rng(rng, 3)
+        x_ExSxD = jnp.broadcast_to(x_SxD, (self.num_experts, *x_SxD.shape))
+        h = jax.nn.silu(self.gate.every_expert(x_ExSxD, gate_rng)) * self.up.every_expert(x_ExSxD, up_rng)
+        weight_SxE = (jax.nn.one_hot(routing.expert, self.num_experts) * routing.weight[:, :, None]).sum(1)
+        return jnp.einsum("esd,se->sd", self.down.every_expert(h, down_rng), weight_SxE.astype(x_SxD.dtype))
+
+    def _sorted(self, x_SxD, routing, rng):
+        gate_rng, up_rng, down_rng = split_rng(rng, 3)
+        S, k = routing.expert.shape
+        expert = jnp.where(routing.kept, routing.expert, self.num_experts).reshape(S * k)  # dropped choices go last, to no expert
+        order = jnp.argsort(expert, stable=True)
+        inverse = jnp.argsort(order)
+        member = expert[order][:, None] == jnp.arange(self.num_experts)
+        sizes = member.sum(0, dtype=jnp.int32)
+        x = permute_rows(jnp.repeat(x_SxD, k, axis=0), order, inverse)
+        h = jax.nn.silu(self.gate.sorted_rows(x, sizes, member, gate_rng)) * self.up.sorted_rows(x, sizes, member, up_rng)
+        y = permute_rows(self.down.sorted_rows(h, sizes, member, down_rng), inverse, order)
+        return (y.reshape(S, k, -1) * routing.weight[:, :, None].astype(y.dtype)).sum(1)
+
+
+class SwiGlu(nnx.Module):
+    """LLaMA's MLP: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, llm: LlmConfig, lora: LoraConfig, rngs: Rngs):
+        D, F = llm.hidden_size, llm.mlp_dim
+
+        def linear(name, in_dim, out_dim, axes):
+            return Linear(in_dim, out_dim, axes=axes, bias=False, rngs=rngs, lora=lora, lora_rank=lora.rank_of(name))
+
+        self.gate = linear("gate", D, F, ("embed", "mlp"))
+        self.up = linear("up", D, F, ("embed", "mlp"))
+        self.down = linear("down", F, D, ("mlp", "embed"))
+
+    def __call__(self, x: Array, rng: Array | None = None) -> Array:
+        gate_rng, up_rng, down_rng = split_rng(rng, 3)
+        return self.down(jax.nn.silu(self.gate(x, rng=gate_rng)) * self.up(x, rng=up_rng), rng=down_rng)
+
+
+class MoeMlp(nnx.Module):
+    """The MLP of a decoder layer as a mixture of experts (paper section 3.3; DeepSpeed `moe.layer.MoE`)."""
+
+    def __init__(self, llm: LlmConfig, moe: MoeConfig, lora: LoraConfig, rngs: Rngs):
+        self.moe = moe
+        self.router = Linear(llm.hidden_size, moe.num_experts, axes=("embed", None), bias=False, rngs=rngs)
+        self.experts = Experts(moe.num_experts, llm, lora, rngs)
+        self.residual = SwiGlu(llm, lora, rngs) if moe.residual else None
+        self.coefficient = Linear(llm.hidden_size, 2, axes=("embed", None), rngs=rngs) if moe.residual else None
+
+    def __call__(
+        self, x_BxLxD: Array, valid_BxL: Array, *, train: bool = False, rng: Array | None = None, noise_SxE: Array | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """[B, L, D] -> [B, L, D] in x's dtype, and metrics of this layer.
+
+        `rng` turns on adapter dropout and, for the capacity rule, draws the noise unless `noise_SxE` is given.
+        """
+        B, L, D = x_BxLxD.shape
+        noise_rng, expert_rng, residual_rng = split_rng(rng, 3)
+        logits_BxLxE = self.router(x_BxLxD.astype(jnp.float32))
+        routing, aux_loss = self._route(logits_BxLxE.reshape(B * L, -1), valid_BxL.reshape(-1), train, noise_rng, noise_SxE)
+        y_BxLxD = self.experts(x_BxLxD.reshape(B * L, D), routing, expert_rng).reshape(B, L, D)
+        if self.residual is not None:
+            mix = jax.nn.softmax(self.coefficient(x_BxLxD).astype(jnp.float32), axis=-1).astype(y_BxLxD.dtype)
+            y_BxLxD = y_BxLxD * mix[..., :1] + self.residual(x_BxLxD, residual_rng) * mix[..., 1:]
+        out = {"router_logits": logits_BxLxE, "expert_index": routing.expert.reshape(B, L, -1), "aux_loss": aux_loss}
+        return y_BxLxD, out | _load(routing, valid_BxL.reshape(-1), self.moe.num_experts)
+
+    def _route(self, logits_SxE, valid_S, train, rng, noise_SxE):
+        probs_SxE = jax.nn.softmax(logits_SxE, axis=-1)
+        if self.moe.dispatch == "dropless":
+            routing = route_dropless(probs_SxE, self.moe.top_k)
+            counted_S = valid_S.astype(jnp.float32)
+        else:
+            S, E = logits_SxE.shape
+            if noise_SxE is None and rng is not None:
+                draw = jax.random.uniform if self.moe.top_k == 1 else jax.random.gumbel
+                noise_SxE = draw(rng, (S, E))
+            factor = (self.moe.capacity_factor if train else self.moe.eval_capacity_factor) * self.moe.top_k
+            capacity = expert_capacity(S, E, factor, self.moe.min_capacity)
+            routing = route_capacity(probs_SxE, logits_SxE, self.moe.top_k, capacity, noise_SxE)
+            counted_S = jnp.ones(S)  # the rule counts padding too
+        return routing, load_balancing_loss(probs_SxE, routing.expert[:, 0], counted_S)
+
+
+def _load(routing: Routing, valid_S: Array, num_experts: int) -> dict[str, Array]:
+    """Each expert's share of the valid tokens' choices (before drops), and the share of those choices that were dropped."""
+    share = (valid_S / jnp.maximum(valid_S.sum() * routing.expert.shape[1], 1))[:, None]
+    return {
+        "expert_load": (jax.nn.one_hot(routing.expert, num_experts) * share[:, :, None]).sum((0, 1)),
+        "dropped": jnp.sum(~routing.kept * share),
+    }
+
+
+def split_rng(rng: Array | None, count: int):
+    """`count` keys, or as many Nones when there is no key."""
+    return [None] * count if rng is None else jax.random.split(rng, count)

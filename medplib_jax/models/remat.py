@@ -1,0 +1,25 @@
+"""Named rematerialisation policies: what the backward pass recomputes inside each decoder layer."""
+
+from collections.abc import Callable
+
+import jax
+
+_policies = jax.checkpoint_policies
+# Grouped matmuls hide their products in loops or kernels, so policies that save products name them (see `models/moe.py`).
+_named = _policies.save_only_these_names("grouped_matmul")
+
+POLICIES = {
+    "full": _policies.nothing_saveable,
+    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _named),
+    "dots_no_batch": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _named),
+}
+
+
+def remat(name: str) -> Callable[[Callable], Callable]:
+    """A wrapper for the step of a scan: `none` keeps every intermediate, `full` only the step's inputs, `dots` the results of
+    matrix products, `dots_no_batch` those of weights (attention scores are recomputed). Raises ValueError on another name."""
+    if name == "none":
+        return lambda step: step
+    if name not in POLICIES:
+        raise ValueError(f"model.remat {name!r} is not one of {['none', *POLICIES]}")
+    return lambda step: jax.checkpoint(step, policy=POLICIES[name], prevent_cse=False)
