@@ -1,0 +1,281 @@
+"""PyTorch weights in: one checkpoint folder that train, evaluate and predict take.
+
+python -m convert.from_torch --source DIR_OR_FILE [--source ...] --out WORKDIR [--kind auto] [--dtype bf16] [--mesh fsdp=8,tensor=2]
+
+Several sources are put together (LLaVA, CLIP and SAM-Med2D, say); where two hold the same tensor, the first is taken. Tensors are
+read, laid out and written one at a time. The result appears under its name only when it is complete.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import AbstractMesh
+
+from convert import kinds, mapping, orbax_stream, torch_files, vocabulary
+from medplib_jax import checkpoint
+from medplib_jax.config import ModelConfig
+from medplib_jax.experiment import DataConfig, ExperimentConfig, InitConfig, MeshConfig
+from medplib_jax.models.layers import Mlp, abstract_module, gelu, logical_axes, params_of
+from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.models.region import RegionEncoder
+from medplib_jax.optim import flatten, unflatten
+from medplib_jax.sharding import axis_size, partition_spec
+
+DTYPES = {"fp32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}
+SIDE_FOLDER = "huggingface"  # the source's own files, for the way back
+SIDE_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
+FRESH = {
+    "projector": lambda config, rngs: Mlp(config.clip.hidden_size, config.llm.hidden_size, config.llm.hidden_size, gelu, rngs=rngs),
+    "region": lambda config, rngs: RegionEncoder(config.region, config.clip, config.llm.hidden_size, rngs),
+    "seg_mlp": lambda config, rngs: Mlp(config.llm.hidden_size, config.llm.hidden_size, config.mask.out_dim, jax.nn.relu, rngs=rngs),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to convert. `fresh` names parts that the sources lack and that start at random; `stage` is where the weights come from."""
+
+    sources: tuple[pathlib.Path, ...]
+    out: pathlib.Path
+    kind: str = "auto"
+    dtype: str | None = None  # of DTYPES; None keeps each tensor's own
+    mesh: MeshConfig = MeshConfig(data=1)
+    config: pathlib.Path | None = None
+    tokenizer: pathlib.Path | None = None
+    fresh: tuple[str, ...] = ()
+    stage: int = 0
+    lora_alpha: float = 16.0
+
+
+def convert(options: Options) -> ModelConfig:
+    """Writes the checkpoint `options.out` and returns the model's configuration.
+
+    Raises FileNotFoundError for missing files, ValueError for weights that are damaged, not finite, of a wrong shape, or that do not
+    fill the model exactly; then nothing is left behind.
+    """
+    tensors = read_sources(options.sources)
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    folders = [folder for folder in (options.config, *(s if s.is_dir() else s.parent for s in options.sources)) if folder]
+    language, vision, side = find_configs(folders)
+    config = kinds.detect_config(shapes, language, vision, options.lora_alpha)
+    plan, params = plan_parameters(config, shapes, required_parts(options, shapes), options.fresh)
+    growth, tokenizer = 0, None
+    if "llm/embed/embedding" in params:
+        tokenizer = vocabulary.find_tokenizer(options.tokenizer, folders)
+        growth = vocabulary.missing_rows(tokenizer, config.llm.vocab_size)
+        config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=config.llm.vocab_size + growth))
+    leaves = streamed_leaves(config, plan, params, tensors, options, growth)
+    leaves |= fresh_leaves(config, options)
+    with staged(options.out) as folder:
+        write_checkpoint(folder, config, leaves, tokenizer, options)
+        for name in SIDE_FILES if side else ():
+            if (side / name).is_file():
+                (folder / SIDE_FOLDER).mkdir(exist_ok=True)
+                shutil.copyfile(side / name, folder / SIDE_FOLDER / name)
+    return config
+
+
+def read_sources(sources: Sequence[pathlib.Path]) -> dict[str, torch_files.Tensor]:
+    """Canonical name -> tensor of all sources; the first that has a name counts."""
+    merged: dict[str, torch_files.Tensor] = {}
+    for source in sources:
+        if not source.exists():
+            raise FileNotFoundError(f"--source {source}: no such file or folder")
+        named: dict[str, torch_files.Tensor] = {}
+        for key, tensor in torch_files.read_folder(source).items():
+            name = mapping.canonical(key)
+            if name in named:
+                raise ValueError(f"{tensor.file}: {key!r} is one tensor under two names; the other is in {named[name].file}")
+            named[name] = tensor
+        repeated = named.keys() & merged.keys()
+        if repeated:
+            logging.info("%s: %d tensors are taken from an earlier source, first %s", source, len(repeated), min(repeated))
+        merged = named | merged
+    return merged
+
+
+def find_configs(folders: Sequence[pathlib.Path]) -> tuple[kinds.Json, kinds.Json, pathlib.Path | None]:
+    """config.json of the language model and of CLIP, and the folder of the former. CLIP's may lie where `mm_vision_tower` points."""
+    language, vision, side = {}, {}, None
+    for folder in folders:
+        found = kinds.read_json(folder / "config.json")
+        if found.get("model_type", "").startswith("clip"):
+            vision = vision or found
+        elif found and not language:
+            language, side = found, folder
+            vision = vision or found.get("vision_config", {})
+    tower = language.get("mm_vision_tower")
+    for base in (pathlib.Path(), side and side.parent):
+        if tower and base and not vision:
+            vision = kinds.read_json(base / tower / "config.json")
+    return language, vision, side
+
+
+def required_parts(options: Options, shapes: kinds.Shapes) -> set[str]:
+    """The parts that must be filled: those of the kind, and every other that a source begins."""
+    found = kinds.detect_kind(shapes)
+    if options.kind not in ("auto", found) and not (options.kind == "llava" and found == "medplib" and options.fresh):
+        raise ValueError(f"--kind {options.kind}: the source looks like {found}")
+    held = {kinds.part_of(key) for key in shapes if not mapping.ignored(key)}
+    return (set(kinds.KINDS[found]) | held) - {None, *options.fresh}
+
+
+def plan_parameters(config: ModelConfig, shapes: kinds.Shapes, parts: set[str], fresh: Sequence[str]):
+    """(name -> place, path -> shape) of the parameters under `parts`, checked strictly against the source's shapes."""
+    unknown = set(fresh) - set(FRESH)
+    if unknown:
+        raise ValueError(f"--fresh {sorted(unknown)}: only {sorted(FRESH)} can start fresh")
+    params = {path: leaf.shape for path, leaf in flatten(params_of(model_shapes(config))).items() if path.split("/")[0] in parts}
+    params |= mapping.extra_parameters(config, shapes, ("icl/",))
+    return mapping.strict_plan(config, params, shapes), params
+
+
+def model_shapes(config: ModelConfig) -> MedPLIB:
+    return abstract_module(lambda rngs: MedPLIB(config, rngs))
+
+
+def streamed_leaves(config, plan, params, tensors, options: Options, growth: int) -> dict[str, orbax_stream.Streamed]:
+    """Path -> array to be streamed from the tensors that fill it."""
+    by_path = collections.defaultdict(list)
+    for key, entry in plan.items():
+        by_path[entry.path].append((key, entry, tensors[key]))
+    parts = shard_counts(config, params, growth, options.mesh)
+    return {path: _streamed(path, params[path], members, options.dtype, growth, parts[path]) for path, members in by_path.items()}
+
+
+def shard_counts(config: ModelConfig, params: dict[str, tuple[int, ...]], growth: int, mesh: MeshConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> how many shards the mesh cuts each axis into: files hold whole shards, so that each host reads only its own."""
+    sizes = dataclasses.asdict(mesh)
+    abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    axes = flatten(logical_axes(model_shapes(config)))
+    counts = {}
+    for path, shape in params.items():
+        spec = partition_spec(path, axes[path], _grown(path, shape, growth), abstract) if path in axes else (None,) * len(shape)
+        counts[path] = tuple(axis_size(abstract, target) for target in spec)
+    return counts
+
+
+def _grown(path: str, shape: tuple[int, ...], growth: int) -> tuple[int, ...]:
+    if path not in vocabulary.GROWING:
+        return shape
+    return (shape[0] + growth, shape[1]) if path == vocabulary.GROWING[0] else (shape[0], shape[1] + growth)
+
+
+def _streamed(path, shape, members, dtype, growth, parts) -> orbax_stream.Streamed:
+    found = {tensor.dtype for _, _, tensor in members}
+    if dtype is None and len(found) > 1:
+        raise ValueError(f"{path}: its tensors are of types {sorted(map(str, found))}; choose one with --dtype")
+    target = DTYPES[dtype] if dtype else found.pop()
+    if target not in DTYPES.values():
+        raise ValueError(f"{path}: its tensors are of type {target}; choose one of {sorted(DTYPES)} with --dtype")
+
+    def slabs() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        for key, entry, tensor in members:
+            values = tensor.read().astype(target, copy=False)
+            torch_files.check_finite(key, tensor.file, values)
+            slab = torch_files.contiguous(entry.layout.to_jax(values))
+            yield entry.index, vocabulary.grow(path, slab, growth) if growth and path in vocabulary.GROWING else slab
+
+    full = _grown(path, shape, growth)
+    stacked = len(members[0][1].stack)
+    return orbax_stream.Streamed(full, target, orbax_stream.chunk_shape(full, stacked, parts, target.itemsize), lambda: _ahead(slabs()))
+
+
+def _ahead(items: Iterator) -> Iterator:
+    """The same items; each is made on another thread while the one before is used."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+
+
+def fresh_leaves(config: ModelConfig, options: Options) -> dict[str, orbax_stream.Streamed]:
+    """Randomly initialised parameters of the parts `options.fresh`."""
+    tree = {part: params_of(FRESH[part](config, nnx.Rngs(0))) for part in options.fresh}
+    dtype = DTYPES[options.dtype or "fp32"]
+    return {path: _whole(np.asarray(leaf).astype(dtype)) for path, leaf in flatten(tree).items()}
+
+
+def _whole(array: np.ndarray) -> orbax_stream.Streamed:
+    return orbax_stream.Streamed(array.shape, array.dtype, array.shape, lambda: iter([((), array)]))
+
+
+def write_checkpoint(folder: pathlib.Path, config: ModelConfig, leaves, tokenizer: pathlib.Path | None, options: Options) -> None:
+    """Step 0 of a workdir, with the items that `medplib_jax.checkpoint` reads."""
+    steps = folder / checkpoint.FOLDER
+    handlers = {"state": orbax_stream.handler(), "experiment": ocp.JsonCheckpointHandler(), "tokenizer": checkpoint.TokenizerHandler()}
+    final = options.out.absolute() / checkpoint.FOLDER / "0" / "tokenizer"
+    data = DataConfig(tokenizer=str(final) if tokenizer else "")
+    experiment = dataclasses.asdict(ExperimentConfig(model=config, data=data, init=InitConfig(stage=options.stage)))
+    items = {
+        "state": ocp.args.PyTreeSave({"step": _whole(np.zeros((), np.int32)), "trainable": unflatten(leaves), "frozen": {}, "opt_state": {}}),
+        "experiment": ocp.args.JsonSave({"experiment": experiment, "total_steps": 0}),
+    }
+    if tokenizer:
+        items["tokenizer"] = checkpoint.TokenizerSave(str(tokenizer))
+    manager_options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(steps, item_handlers=handlers, options=manager_options) as manager:
+        manager.save(0, args=ocp.args.Composite(**items))
+    (steps / "0" / "tokenizer").mkdir(exist_ok=True)  # every step has all items; CLIP or SAM alone have no tokenizer
+
+
+@contextlib.contextmanager
+def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A hidden folder beside `out` that takes its name at the end. An exception removes it; a kill leaves it, under its hidden name."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"--out {out}: already exists and is not an empty folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.converting-", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        os.replace(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """"fsdp=8,tensor=2" -> MeshConfig; axes not named are 1."""
+    sizes = dict(part.split("=") for part in text.split(",")) if text else {}
+    return MeshConfig(**{"data": 1} | {axis: int(size) for axis, size in sizes.items()})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", action="append", required=True, type=pathlib.Path, help="folder or file; may be given several times")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="workdir to create")
+    parser.add_argument("--kind", choices=("auto", *kinds.KINDS), default="auto")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as in the source")
+    parser.add_argument("--mesh", type=parse_mesh, default=MeshConfig(data=1), help="lay files out for this mesh, e.g. fsdp=8,tensor=2")
+    parser.add_argument("--config", type=pathlib.Path, help="folder with config.json, where the source has none")
+    parser.add_argument("--tokenizer", type=pathlib.Path, help="folder with tokenizer.model, where the source has none")
+    parser.add_argument("--fresh", default="", help=f"comma-separated parts that start at random: {', '.join(FRESH)}")
+    parser.add_argument("--stage", type=int, default=0, help="training stage that the weights come from")
+    parser.add_argument("--lora_alpha", type=float, default=16.0, help="of unmerged adapters; it is in no tensor")
+    arguments = vars(parser.parse_args(argv))
+    arguments["fresh"] = tuple(filter(None, arguments["fresh"].split(",")))
+    arguments["sources"] = tuple(arguments.pop("source"))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = convert(Options(**arguments))
+    print(json.dumps(dataclasses.asdict(config), indent=1))
+    print(f"wrote {arguments['out']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Orbax checkpoints written and read piece by piece, so that no parameter need ever be whole in memory.
+
+With `handler`, a tree's leaves are `Streamed`: Orbax writes its usual files (they restore like any other checkpoint), only the arrays'
+contents come from here, one slab at a time. `open_arrays` gives TensorStore handles in place of arrays; slicing one reads a part.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from orbax.checkpoint import type_handlers
+
+from medplib_jax.types import Params
+
+Index = tuple[int, ...]
+MAX_CHUNK_BYTES = 1 << 25
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """An array that is made while it is written: `slabs()` yields (index on the leading axes, the rest)."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]  # what is read and written as one piece; divides every slab
+    slabs: Callable[[], Iterator[tuple[Index, np.ndarray]]]
+
+
+class _StreamHandler(type_handlers.NumpyHandler):
+    """Writes `Streamed` leaves; reads any array as an open TensorStore."""
+
+    async def serialize(self, values, infos, args=None):
+        return [ocp.future.CommitFutureAwaitingContractedSignals(self._write(values, infos), name="streamed_arrays")]
+
+    async def _write(self, values, infos):
+        for value, info in zip(values, infos):
+            await info.await_path_creation()
+            spec = type_handlers.get_json_tspec_write(info, info.is_ocdbt_checkpoint, value.shape, value.chunk, value.dtype, process_index=0)
+            store = await ts.open(spec, create=True, open=True, context=info.ts_context)
+            for index, slab in value.slabs():
+                await store[index].write(slab)
+
+    async def deserialize(self, infos, args=None):
+        specs = [type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint) for info in infos]
+        return [await ts.open(spec, open=True, context=info.ts_context) for spec, info in zip(specs, infos)]
+
+
+def handler() -> ocp.PyTreeCheckpointHandler:
+    """Of an item whose leaves are `Streamed`."""
+    arrays = _StreamHandler()
+    registry = type_handlers.create_type_handler_registry((Streamed, arrays), (np.ndarray, arrays))
+    # no compression: trained weights shrink by a quarter at most, and packing them costs more time than writing them
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+
+
+def chunk_shape(shape: tuple[int, ...], stacked: int, parts: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The piece to write at once: one slab along the first `stacked` axes, cut into `parts` per axis (a mesh's shards), then
+    halved along its longest even axis until it is no larger than `MAX_CHUNK_BYTES`."""
+    chunk = [1] * stacked + [size // part for size, part in zip(shape[stacked:], parts[stacked:])]
+    while math.prod(chunk) * itemsize > MAX_CHUNK_BYTES and any(size % 2 == 0 for size in chunk):
+        axis = max((i for i, size in enumerate(chunk) if size % 2 == 0), key=chunk.__getitem__)
+        chunk[axis] //= 2
+    return tuple(chunk)
+
+
+def open_arrays(directory: pathlib.Path, parts: tuple[str, ...]) -> dict[str, Params]:
+    """The named subtrees of an Orbax item, with an open `tensorstore.TensorStore` for each array."""
+    reader = handler()
+    saved = reader.metadata(directory).tree
+    wanted = {part: saved.get(part) or {} for part in parts}
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.PyTreeRestore(item=jax.tree.map(lambda _: 0, wanted), restore_args=restore_args, partial_restore=True)
+    with ocp.Checkpointer(reader) as checkpointer:
+        return checkpointer.restore(directory, args=args)

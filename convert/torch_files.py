@@ -1,0 +1,231 @@
+"""PyTorch checkpoint files as named tensors, read and written one at a time: safetensors natively, `.bin`/`.pth` through torch.
+
+Nothing is unpickled but tensors (`weights_only=True`). numpy arrays come out, bfloat16 as `ml_dtypes.bfloat16`.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import ml_dtypes
+import numpy as np
+
+Shape = tuple[int, ...]
+
+FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+_TYPES = FLOATS | {name: np.dtype(kind) for name, kind in _INTEGERS.items()}
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|rng_state|random_states)")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
+_BITS = {4: (np.uint32, 0x7FFFFFFF, 0x7F800000), 2: (np.uint16, 0x7FFF, None)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file, not read yet."""
+
+    file: pathlib.Path
+    shape: Shape
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def read_folder(source: pathlib.Path) -> dict[str, Tensor]:
+    """Name -> tensor of one file, or of all weight files of a folder (safetensors if there are any, else .bin, else .pth/.pt).
+
+    An index file may be absent, of the other format, or wrong in where it puts tensors; what is read is what the files hold.
+    Raises FileNotFoundError without weights or when a shard is missing, ValueError on a damaged file or a name found twice.
+    """
+    files = [source] if source.is_file() else _weight_files(source)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in read_file(file).items():
+            if name in tensors:
+                raise ValueError(f"{file}: tensor {name!r} is also in {tensors[name].file.name}")
+            tensors[name] = tensor
+    if source.is_dir():
+        _check_shards(source, files, tensors)
+    return tensors
+
+
+def read_file(file: pathlib.Path) -> dict[str, Tensor]:
+    """Name -> tensor of one file. ValueError when it is truncated, not a checkpoint, or a pickle with more than tensors."""
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    for suffixes in ((".safetensors",), (".bin",), (".pth", ".pt")):
+        found = sorted(p for p in folder.iterdir() if p.suffix in suffixes and not _NOT_WEIGHTS.match(p.name))
+        if found:
+            return found
+    raise FileNotFoundError(f"{folder}: expected weights (*.safetensors, *.bin, *.pth or *.pt), found {sorted(p.name for p in folder.iterdir())[:10]}")
+
+
+def _check_shards(folder: pathlib.Path, files: list[pathlib.Path], tensors: dict[str, Tensor]) -> None:
+    present = {file.name for file in files}
+    for file in files:
+        numbered = _SHARD.search(file.name)
+        for i in range(1, int(numbered[2]) + 1) if numbered else ():
+            name = _SHARD.sub(f"-{i:05d}-of-{numbered[2]}.", file.name)
+            if name not in present:
+                raise FileNotFoundError(f"{folder}: shard {name} is missing; found {sorted(present)}")
+    for index in sorted(folder.glob("*.index.json")):
+        shards = json.loads(index.read_text())["weight_map"]
+        for name, shard in shards.items():
+            if name not in tensors and not (folder / shard).exists():
+                raise FileNotFoundError(f"{index}: tensor {name!r} is in no file, and the shard {shard} that should hold it is missing")
+
+
+def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{file}: truncated or not a safetensors file: header of {length} bytes in a file of {size}")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ValueError(f"{file}: damaged safetensors header: {error}") from error
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+        if entry["dtype"] not in _TYPES:
+            raise ValueError(f"{file}: tensor {name!r} has type {entry['dtype']}; known are {sorted(_TYPES)}")
+        dtype = _TYPES[entry["dtype"]]
+        if end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{file}: tensor {name!r} of shape {shape}: expected {math.prod(shape) * dtype.itemsize} bytes, found {end - start}")
+        if 8 + length + end > size:
+            raise ValueError(f"{file}: truncated: tensor {name!r} ends at byte {8 + length + end}, the file at {size}")
+        tensors[name] = Tensor(file, shape, dtype, _slice_reader(file, 8 + length + start, shape, dtype))
+    return tensors
+
+
+def _slice_reader(file: pathlib.Path, offset: int, shape: Shape, dtype: np.dtype) -> Callable[[], np.ndarray]:
+    return lambda: np.fromfile(file, dtype, math.prod(shape), offset=offset).reshape(shape)
+
+
+def _read_pickle(file: pathlib.Path) -> dict[str, Tensor]:
+    torch = _torch(file)
+    try:
+        # mmap: only the tensors that are read come into memory; the format before PyTorch 1.6 does not have it
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{file}: refused, the pickle holds more than tensors (it could run code when loaded): {str(error)[:200]}") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file}: truncated or damaged: {str(error)[:200]}") from error
+    for key in ("model", "module", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{file}: expected a dictionary of tensors, found {type(loaded).__name__}")
+    tensors = {}
+    for name, value in loaded.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{file}: {name!r}: expected a tensor, found {type(value).__name__}")
+        dtype = np.dtype(ml_dtypes.bfloat16) if value.dtype == torch.bfloat16 else np.dtype(str(value.dtype).removeprefix("torch."))
+        tensors[name] = Tensor(file, tuple(value.shape), dtype, _torch_reader(torch, value))
+    return tensors
+
+
+def _torch_reader(torch, value) -> Callable[[], np.ndarray]:
+    if value.dtype == torch.bfloat16:
+        return lambda: value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return lambda: value.contiguous().numpy()
+
+
+def _torch(file: pathlib.Path):
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"{file.name}: .bin and .pth files need torch (pip install torch); safetensors files do not") from error
+    return torch
+
+
+def check_finite(name: str, file: pathlib.Path, tensor: np.ndarray) -> None:
+    """ValueError when a tensor holds NaN or infinity. Works on the bits: numpy has no fast isfinite for bfloat16."""
+    kind, mask, infinity = _BITS[tensor.dtype.itemsize]
+    if infinity is None:
+        infinity = 0x7C00 if tensor.dtype == np.float16 else 0x7F80
+    if tensor.size and int((tensor.view(kind) & kind(mask)).max()) >= infinity:
+        raise ValueError(f"{file}: tensor {name!r} holds NaN or infinite values")
+
+
+def contiguous(view: np.ndarray) -> np.ndarray:
+    """The view's elements in C order. XLA's transpose is five times as fast as numpy's."""
+    return view if view.flags.c_contiguous else np.asarray(jax.device_put(view))
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A tensor to be written."""
+
+    name: str
+    shape: Shape
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_shards(folder: pathlib.Path, tensors: Iterable[Planned], file_format: str, shard_bytes: int) -> None:
+    """Writes `model*.safetensors` or `pytorch_model*.bin` with an index when there are several, each of at most `shard_bytes`
+    (or one tensor)."""
+    shards = list(_pack(tensors, shard_bytes))
+    stem, suffix, write = _FORMATS[file_format]
+    weight_map, total = {}, 0
+    for i, shard in enumerate(shards):
+        name = f"{stem}-{i + 1:05d}-of-{len(shards):05d}{suffix}" if len(shards) > 1 else stem + suffix
+        write(folder / name, shard)
+        weight_map |= {tensor.name: name for tensor in shard}
+        total += sum(tensor.nbytes for tensor in shard)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _pack(tensors: Iterable[Planned], shard_bytes: int) -> Iterator[list[Planned]]:
+    shard, size = [], 0
+    for tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(tensor)
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _write_safetensors(file: pathlib.Path, tensors: list[Planned]) -> None:
+    header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this
+    for tensor in tensors:
+        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": (offset, offset + tensor.nbytes)}
+        offset += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            stream.write(contiguous(tensor.make()).view(np.uint8).data)
+
+
+def _write_pickle(file: pathlib.Path, tensors: list[Planned]) -> None:
+    torch = _torch(file)
+
+    def as_torch(array: np.ndarray):
+        bits = np.require(contiguous(array), requirements="W")
+        return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16) if array.dtype == ml_dtypes.bfloat16 else torch.from_numpy(bits)
+
+    torch.save({tensor.name: as_torch(tensor.make()) for tensor in tensors}, file)
+
+
+_FORMATS = {"safetensors": ("model", ".safetensors", _write_safetensors), "bin": ("pytorch_model", ".bin", _write_pickle)}
