@@ -95,8 +95,8 @@ def _prefill(model: MedPLIB, batch: Batch, max_new_tokens: int, max_masks: int) 
     lengths = batch.valid.sum(-1)
     return _Loop(
         step=jnp.zeros((), jnp.int32),
-        hidden=jnp.take_along_axis(hidden_BxLxD, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0],
-        done=lengths == 0,  # filler rows
+        hidden=jnp.take_along_axis(hidden_BxLxD, (lengths - 1)[:, None, None], axis=1)[:, 0],
+        done=batch.record < 0,  # filler rows
         tokens=jnp.zeros((B, max_new_tokens), jnp.int32),
         lengths=jnp.zeros(B, jnp.int32),
         seg_hidden=jnp.zeros((B, max_masks, hidden_BxLxD.shape[-1]), hidden_BxLxD.dtype),
