@@ -8,7 +8,6 @@ read, laid out and written one at a time. The result appears under its name only
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -73,13 +72,20 @@ def convert(options: Options) -> ModelConfig:
     folders = [folder for folder in (options.config, *(s if s.is_dir() else s.parent for s in options.sources)) if folder]
     language, vision, side = find_configs(folders)
     config = kinds.detect_config(shapes, language, vision, options.lora_alpha)
-    plan, params = plan_parameters(config, shapes, required_parts(options, shapes), options.fresh)
+    model = model_shapes(config)
+    params = target_shapes(config, model, shapes, required_parts(options, shapes))
+    plan = mapping.strict_plan(config, params, shapes)
     growth, tokenizer = 0, None
     if "llm/embed/embedding" in params:
         tokenizer = vocabulary.find_tokenizer(options.tokenizer, folders)
         growth = vocabulary.missing_rows(tokenizer, config.llm.vocab_size)
         config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=config.llm.vocab_size + growth))
-    leaves = streamed_leaves(config, plan, params, tensors, options, growth)
+    params = {path: _grown(path, shape, growth) for path, shape in params.items()}
+    pieces = shard_counts(model, params, options.mesh)
+    members = collections.defaultdict(list)
+    for key, entry in plan.items():
+        members[entry.path].append((entry, tensors[key]))
+    leaves = {path: streamed(path, params[path], pieces[path], members[path], options.dtype, growth) for path in params}
     leaves |= fresh_leaves(config, options)
     with staged(options.out) as folder:
         write_checkpoint(folder, config, leaves, tokenizer, options)
@@ -135,39 +141,24 @@ def required_parts(options: Options, shapes: kinds.Shapes) -> set[str]:
     return (set(kinds.KINDS[found]) | held) - {None, *options.fresh}
 
 
-def plan_parameters(config: ModelConfig, shapes: kinds.Shapes, parts: set[str], fresh: Sequence[str]):
-    """(name -> place, path -> shape) of the parameters under `parts`, checked strictly against the source's shapes."""
-    unknown = set(fresh) - set(FRESH)
-    if unknown:
-        raise ValueError(f"--fresh {sorted(unknown)}: only {sorted(FRESH)} can start fresh")
-    params = {path: leaf.shape for path, leaf in flatten(params_of(model_shapes(config))).items() if path.split("/")[0] in parts}
-    params |= mapping.extra_parameters(config, shapes, ("icl/",))
-    return mapping.strict_plan(config, params, shapes), params
-
-
 def model_shapes(config: ModelConfig) -> MedPLIB:
+    """The model with shapes in place of arrays."""
     return abstract_module(lambda rngs: MedPLIB(config, rngs))
 
 
-def streamed_leaves(config, plan, params, tensors, options: Options, growth: int) -> dict[str, orbax_stream.Streamed]:
-    """Path -> array to be streamed from the tensors that fill it."""
-    by_path = collections.defaultdict(list)
-    for key, entry in plan.items():
-        by_path[entry.path].append((key, entry, tensors[key]))
-    parts = shard_counts(config, params, growth, options.mesh)
-    return {path: _streamed(path, params[path], members, options.dtype, growth, parts[path]) for path, members in by_path.items()}
+def target_shapes(config: ModelConfig, model: MedPLIB, shapes: kinds.Shapes, parts: set[str]) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the parameters to fill: the model's under `parts`, and the in-context-learning modules' if the source has them."""
+    held = {path: leaf.shape for path, leaf in flatten(params_of(model)).items() if path.split("/")[0] in parts}
+    return held | mapping.extra_parameters(config, shapes, ("icl/",))
 
 
-def shard_counts(config: ModelConfig, params: dict[str, tuple[int, ...]], growth: int, mesh: MeshConfig) -> dict[str, tuple[int, ...]]:
+def shard_counts(model: MedPLIB, params: dict[str, tuple[int, ...]], mesh: MeshConfig) -> dict[str, tuple[int, ...]]:
     """Path -> how many shards the mesh cuts each axis into: files hold whole shards, so that each host reads only its own."""
     sizes = dataclasses.asdict(mesh)
     abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    axes = flatten(logical_axes(model_shapes(config)))
-    counts = {}
-    for path, shape in params.items():
-        spec = partition_spec(path, axes[path], _grown(path, shape, growth), abstract) if path in axes else (None,) * len(shape)
-        counts[path] = tuple(axis_size(abstract, target) for target in spec)
-    return counts
+    axes = flatten(logical_axes(model))
+    specs = {path: partition_spec(path, axes[path], shape, abstract) if path in axes else (None,) * len(shape) for path, shape in params.items()}
+    return {path: tuple(axis_size(abstract, target) for target in spec) for path, spec in specs.items()}
 
 
 def _grown(path: str, shape: tuple[int, ...], growth: int) -> tuple[int, ...]:
@@ -176,8 +167,9 @@ def _grown(path: str, shape: tuple[int, ...], growth: int) -> tuple[int, ...]:
     return (shape[0] + growth, shape[1]) if path == vocabulary.GROWING[0] else (shape[0], shape[1] + growth)
 
 
-def _streamed(path, shape, members, dtype, growth, parts) -> orbax_stream.Streamed:
-    found = {tensor.dtype for _, _, tensor in members}
+def streamed(path: str, shape, pieces, members: list, dtype: str | None, growth: int) -> orbax_stream.Streamed:
+    """One parameter, to be put together from its tensors while it is written. `members`: (place, tensor) pairs."""
+    found = {tensor.dtype for _, tensor in members}
     if dtype is None and len(found) > 1:
         raise ValueError(f"{path}: its tensors are of types {sorted(map(str, found))}; choose one with --dtype")
     target = DTYPES[dtype] if dtype else found.pop()
@@ -185,28 +177,21 @@ def _streamed(path, shape, members, dtype, growth, parts) -> orbax_stream.Stream
         raise ValueError(f"{path}: its tensors are of type {target}; choose one of {sorted(DTYPES)} with --dtype")
 
     def slabs() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        for key, entry, tensor in members:
+        for entry, tensor in members:
             values = tensor.read().astype(target, copy=False)
-            torch_files.check_finite(key, tensor.file, values)
+            torch_files.check_finite(entry.key, tensor.file, values)
             slab = torch_files.contiguous(entry.layout.to_jax(values))
             yield entry.index, vocabulary.grow(path, slab, growth) if growth and path in vocabulary.GROWING else slab
 
-    full = _grown(path, shape, growth)
-    stacked = len(members[0][1].stack)
-    return orbax_stream.Streamed(full, target, orbax_stream.chunk_shape(full, stacked, parts, target.itemsize), lambda: _ahead(slabs()))
-
-
-def _ahead(items: Iterator) -> Iterator:
-    """The same items; each is made on another thread while the one before is used."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, items, None)
-        while (item := following.result()) is not None:
-            following = pool.submit(next, items, None)
-            yield item
+    chunk = orbax_stream.chunk_shape(shape, len(members[0][0].stack), pieces, target.itemsize)
+    return orbax_stream.Streamed(shape, target, chunk, lambda: torch_files.ahead(slabs()))
 
 
 def fresh_leaves(config: ModelConfig, options: Options) -> dict[str, orbax_stream.Streamed]:
     """Randomly initialised parameters of the parts `options.fresh`."""
+    unknown = set(options.fresh) - set(FRESH)
+    if unknown:
+        raise ValueError(f"--fresh {sorted(unknown)}: only {sorted(FRESH)} can start fresh")
     tree = {part: params_of(FRESH[part](config, nnx.Rngs(0))) for part in options.fresh}
     dtype = DTYPES[options.dtype or "fp32"]
     return {path: _whole(np.asarray(leaf).astype(dtype)) for path, leaf in flatten(tree).items()}

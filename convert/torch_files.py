@@ -3,6 +3,7 @@
 Nothing is unpickled but tensors (`weights_only=True`). numpy arrays come out, bfloat16 as `ml_dtypes.bfloat16`.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import math
@@ -163,6 +164,15 @@ def contiguous(view: np.ndarray) -> np.ndarray:
     return view if view.flags.c_contiguous else np.asarray(jax.device_put(view))
 
 
+def ahead(items: Iterator) -> Iterator:
+    """The same items; each is made on another thread while the one before is used."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+
+
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """A tensor to be written."""
@@ -214,8 +224,8 @@ def _write_safetensors(file: pathlib.Path, tensors: list[Planned]) -> None:
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            stream.write(contiguous(tensor.make()).view(np.uint8).data)
+        for values in ahead(contiguous(tensor.make()) for tensor in tensors):
+            stream.write(values.view(np.uint8).data)
 
 
 def _write_pickle(file: pathlib.Path, tensors: list[Planned]) -> None:
