@@ -10,8 +10,8 @@ class DataError(ValueError):
 
     def __str__(self) -> str:
         place = self.file if self.record is None else f"{self.file}, record {self.record}"
-        detail = "".join(f"; {name} {value}" for name, value in (("expected", self.expected), ("found", self.found)) if value)
-        return f"{place}: {self.what}{detail}"
+        detail = [f"{name} {value}" for name, value in (("expected", self.expected), ("found", self.found)) if value]
+        return "; ".join([f"{place}: {self.what}", *filter(None, [", ".join(detail)])])
 
     def in_record(self, file: str, record: int) -> "DataError":
         """The same problem, met while reading a record that refers to this error's file."""

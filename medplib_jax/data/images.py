@@ -18,15 +18,13 @@ _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 def _open(path: str) -> Image.Image:
     try:
         image = Image.open(path)
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(path, None, "picture is too large", f"at most {MAX_PIXELS} pixels", f"{image.width} x {image.height}")
-        image.load()
-    except DataError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise DataError(path, None, "picture is too large", f"at most {MAX_PIXELS} pixels", str(error)) from error
-    except (OSError, ValueError, SyntaxError, MemoryError) as error:
+        too_large = image.width * image.height > MAX_PIXELS
+        if not too_large:
+            image.load()
+    except Exception as error:  # decoders raise errors of many types on broken files
         raise DataError(path, None, "picture cannot be read", "an image file", str(error)) from error
+    if too_large:
+        raise DataError(path, None, "picture is too large", f"at most {MAX_PIXELS} pixels", f"{image.width} x {image.height}")
     return image
 
 

@@ -10,7 +10,6 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-import grain
 import numpy as np
 
 from medplib_jax.config import ModelConfig
@@ -110,11 +109,12 @@ def _shares(total: int, weights: Sequence[float]) -> list[int]:
 class Loader:
     """Reads records into rows of a batch. Pixels, masks and region points are kept in a bounded cache.
 
+    sources: sequences of `Record`, such as a `MecovqaSource` or a list of records made on the spot.
     A batch is a dict with the names, shapes and types of `medplib_jax.types.Batch`. An empty row has record -1, a single valid position,
     no loss weight and no mask. With several images, masks lie on (and the mask head sees) the last one.
     """
 
-    def __init__(self, sources: Sequence[MecovqaSource], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig):
+    def __init__(self, sources: Sequence[Sequence[Record]], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig):
         self._sources, self._tokenizer, self._data, self._model = sources, tokenizer, data, model
         self._starts = np.cumsum([0, *map(len, sources)])
         self._cache = _Cache(CACHE_BYTES)
@@ -344,8 +344,26 @@ def _load_eval(loader: Loader, batches: np.ndarray, rows: tuple[int, ...], quest
 
 
 def _read_ahead(load: Callable[[int], tuple], steps: range, workers: int) -> Iterator[tuple]:
-    dataset = grain.MapDataset.range(steps.start, steps.stop).map(load)
-    if not workers:
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0)).mp_prefetch(options))
+    import grain  # imports jax, which nothing else in data/ needs
+    from absl import flags
+
+    dataset = grain.MapDataset.range(steps.start, steps.stop).map(functools.partial(_error_as_value, load))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # in a notebook or script without absl's app; grain's workers read the defaults
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0)).mp_prefetch(options)
+    else:
+        dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
+    for result in dataset:
+        if isinstance(result, DataError):
+            raise result
+        yield result
+
+
+def _error_as_value(load: Callable[[int], tuple], step: int) -> tuple | DataError:
+    """Grain rewrites the exceptions that pass through it; a value arrives as it is, from another process too."""
+    try:
+        return load(step)
+    except DataError as error:
+        return error

@@ -31,6 +31,8 @@ class Record:
 
         Some of MeCoVQA's references lack their ".png"; it is tried.
         """
+        if "\0" in reference:
+            raise self.error("not a path", "no zero byte", repr(reference))
         root = os.path.realpath(self.root)
         joined = os.path.join(root, reference)
         path = joined if os.path.isfile(joined) else joined + ".png"
@@ -118,6 +120,8 @@ def _check_turn(role: str, text: str, fail) -> None:
     masks, segs = len(MASK.findall(text)), text.count("<SEG>")
     if role == "human" and masks:
         fail("mask in a question", "masks in answers only", text)
+    if role == "gpt" and "<image>" in text:
+        fail("image in an answer", "<image> in questions only", text)
     if role == "gpt" and masks != segs:
         fail("<SEG> and masks do not pair up", f"{segs} <mask> for {segs} <SEG>", str(masks))
     if not MASK.sub("", text).strip():

@@ -1,0 +1,109 @@
+"""Pixels against the original's, every kind of picture file, and files that must be refused."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medplib_jax.data import images
+from medplib_jax.data.errors import DataError
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "preprocess"
+ARRAYS = np.load(GOLDEN / "arrays.npz")
+
+
+def inside(canvas, box):
+    top, left, height, width = box
+    return canvas[top : top + height, left : left + width]
+
+
+@pytest.mark.parametrize("name", ["synth_wide", "synth_large"])
+def test_pixels_equal_the_originals(name):
+    rgb = images.load_image(str(GOLDEN / f"{name}.png"))
+    sam, box = images.sam_pixels(rgb, 256)
+    np.testing.assert_array_equal(inside(sam, box), ARRAYS[f"{name}_sam_resized_u8"])
+    np.testing.assert_array_equal(box[2:], ARRAYS[f"{name}_resize"])
+    clip, box = images.clip_pixels(rgb, 336)
+    np.testing.assert_array_equal(inside(clip, box), ARRAYS[f"{name}_clip_resized_u8"])
+    mask = images.load_mask(str(GOLDEN / f"{name}_mask.png"), rgb.shape[:2])
+    np.testing.assert_array_equal(mask, ARRAYS[f"{name}_gt_mask"])
+
+
+def test_sizes_equal_the_originals():
+    for height, width, side, *expected in ARRAYS["preprocess_shapes"]:
+        assert images.fit((height, width), side) == tuple(expected)
+
+
+def test_canvas_is_centred_and_padded_with_its_colour():
+    rgb = np.full((10, 7, 3), 200, np.uint8)
+    clip, box = images.clip_pixels(rgb, 20)
+    assert box == (0, 3, 20, 14)
+    assert (clip[:, :3] == images.CLIP_PAD_COLOUR).all() and (clip[:, 17:] == images.CLIP_PAD_COLOUR).all()
+    assert (inside(clip, box) == 200).all()
+    sam, box = images.sam_pixels(np.full((7, 10, 3), 200, np.uint8), 15)  # an odd rest: the smaller half on top
+    assert box == (2, 0, 11, 15)
+    assert not sam[:2].any() and not sam[13:].any()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = str(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
+    Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode).save(path)
+    rgb = images.load_image(path)
+    assert rgb.shape == (4, 6, 3) and rgb.dtype == np.uint8
+    assert (rgb > 250).all()
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path):
+    path = str(tmp_path / "a.png")
+    Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16)).save(path)
+    assert images.load_image(path)[0, :, 0].tolist() == [0, 0, 1, 255]
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    path = str(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (6, 4)).save(path, exif=exif)
+    assert images.load_image(path).shape == (6, 4, 3)
+
+
+def test_any_grey_value_from_one_is_mask(tmp_path):
+    path = str(tmp_path / "m.png")
+    Image.fromarray(np.array([[0, 1, 2, 255]], np.uint8)).save(path)
+    assert images.load_mask(path, (1, 4)).tolist() == [[0, 1, 1, 1]]
+
+
+def test_a_mask_of_another_size_is_refused(tmp_path):
+    path = str(tmp_path / "m.png")
+    Image.new("L", (6, 4)).save(path)
+    with pytest.raises(DataError, match=r"m.png: mask and picture differ in size; expected 6 x 4 \(h x w\), found 4 x 6"):
+        images.load_mask(path, (6, 4))
+
+
+def test_an_unreadable_picture_is_refused(tmp_path):
+    broken = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(broken)
+    broken.write_bytes(broken.read_bytes()[:900])
+    for path in (broken, tmp_path / "b.png"):
+        path.touch()
+        with pytest.raises(DataError, match="picture cannot be read; expected an image file"):
+            images.load_image(str(path))
+
+
+def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.png")
+    Image.new("L", (50, 50)).save(path)
+    monkeypatch.setattr(images, "MAX_PIXELS", 2499)
+    with pytest.raises(DataError, match="picture is too large; expected at most 2499 pixels, found 50 x 50"):
+        images.load_image(path)
+
+
+def test_a_large_mask_shrinks_to_the_canvas():
+    mask = np.zeros((100, 40), np.uint8)
+    mask[:50] = 1
+    small = images.mask_on_canvas(mask, 20)
+    assert small.shape == (20, 8)
+    assert small[:10].all() and not small[10:].any()
+    assert images.mask_on_canvas(mask, 100) is mask

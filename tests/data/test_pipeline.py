@@ -1,0 +1,365 @@
+"""The plan's promises, batches against their declared form, and what happens to records that cannot be used."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from medplib_jax.config import ClipConfig, MaskConfig, ModelConfig, RegionConfig
+from medplib_jax.data.errors import DataError
+from medplib_jax.data.pipeline import BatchPlan, eval_batches, make_loader, train_batches
+from medplib_jax.experiment import DataConfig
+from medplib_jax.types import Batch
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+MODEL = ModelConfig(clip=ClipConfig(image_size=28), mask=MaskConfig(image_size=32), region=RegionConfig(max_points=16))
+BUCKETS = (128, 160, 256)
+some = settings(max_examples=25, deadline=None)
+lengths_of_sources = st.lists(st.lists(st.integers(1, 100), min_size=1, max_size=40), min_size=1, max_size=3)
+
+
+def records_of(plan, epoch):
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    rows = np.concatenate([plan.batch(step)[1] for step in steps])
+    return rows[rows >= 0]
+
+
+@some
+@given(lengths_of_sources, st.integers(1, 9), st.integers(0, 3))
+def test_every_record_once_per_epoch_in_a_bucket_that_fits(lengths, batch_size, seed):
+    plan = BatchPlan(lengths, (10, 40, 100), batch_size, seed)
+    flat = np.concatenate(lengths)
+    for epoch in (0, 5):
+        np.testing.assert_array_equal(np.sort(records_of(plan, epoch)), np.arange(len(flat)))
+    assert plan.steps_per_epoch == -(-len(flat) // batch_size)
+    for step in range(plan.steps_per_epoch):
+        bucket, rows = plan.batch(step)
+        assert rows.shape == (batch_size,)
+        longest = flat[rows[rows >= 0]].max()
+        assert bucket == min(length for length in (10, 40, 100) if length >= longest)
+
+
+@some
+@given(lengths_of_sources, st.integers(1, 9), st.integers(0, 50))
+def test_a_batch_is_a_pure_function_of_seed_and_step(lengths, batch_size, step):
+    fresh, used = (BatchPlan(lengths, (10, 40, 100), batch_size, 3) for _ in range(2))
+    for earlier in range(step):
+        used.batch(earlier)
+    for other in (used, pickle.loads(pickle.dumps(used))):
+        assert fresh.batch(step)[0] == other.batch(step)[0]
+        np.testing.assert_array_equal(fresh.batch(step)[1], other.batch(step)[1])
+
+
+def test_epochs_and_seeds_differ():
+    first, second = (BatchPlan([np.full(50, 5)], (10,), 50, seed) for seed in (0, 1))
+    orders = {tuple(plan.batch(step)[1]) for plan in (first, second) for step in (0, 1)}
+    assert len(orders) == 4
+
+
+def test_only_leftovers_leave_their_bucket():
+    plan = BatchPlan([np.array([5] * 10 + [30] * 10)], (10, 40), 4, 0)
+    buckets = [plan.batch(step)[0] for step in range(plan.steps_per_epoch)]
+    assert sorted(buckets) == [10, 10, 40, 40, 40]  # 2 of the 10 short ones join the long ones
+
+
+def test_weights_share_the_rows_and_sources_start_over():
+    plan = BatchPlan([np.full(30, 5), np.full(6, 5), np.full(4, 5)], (10,), 8, 0, (1, 1, 0))
+    counts = np.bincount(np.concatenate([records_of(plan, epoch) for epoch in range(3)]), minlength=40)
+    assert len(records_of(plan, 0)) == 40
+    assert set(counts[:30]) == {2}  # 60 rows of 30 records
+    assert set(counts[30:36]) == {10}
+    assert not counts[36:].any()
+
+
+def test_left_out_records_do_not_appear():
+    plan = BatchPlan([np.array([5, 0, 5])], (10,), 2, 0)
+    assert sorted(records_of(plan, 0)) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "weights", "message"),
+    [([[0, 0]], (), "no usable record"), ([[5, 11]], (), "length 11 does not fit the longest bucket 10"), ([[5, 5], [0]], (1, 1), "positive weight has no usable")],
+)
+def test_an_impossible_plan_is_refused(lengths, weights, message):
+    with pytest.raises(ValueError, match=message):
+        BatchPlan(lengths, (10,), 2, 0, weights)
+
+
+def turns(question, answer):
+    return [{"from": "human", "value": "<image>\n" + question}, {"from": "gpt", "value": answer}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two pictures, a mask, and seven records of every kind."""
+    rng = np.random.default_rng(0)
+    for name, size in (("wide", (20, 30)), ("tall", (40, 16))):
+        Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(tmp_path / f"{name}.png")
+        mask = np.zeros(size, np.uint8)
+        mask[5:12, 4:9] = 255
+        Image.fromarray(mask).save(tmp_path / f"{name}_mask.png")
+    write_good(tmp_path)
+    return tmp_path
+
+
+def write_good(folder):
+    write(
+        folder,
+        [
+            {"image": "wide.png", "conversations": turns("What is it?", "A liver.")},
+            {"image": "wide.png", "conversations": turns("Segment it.", "It is <SEG>.<mask>wide_mask.png</mask>")},
+            {"image": "tall.png", "conversations": turns("Segment it.", "<SEG><mask>tall_mask.png</mask> and <SEG><mask>tall_mask</mask>")},
+            {"image": "tall.png", "conversations": turns("What is <region>tall_mask.png</region> here?", "A kidney.")},
+            {"image": "tall.png", "conversations": turns("Is <region>point:3,5</region> in <region>box:0,0,9,9</region>?", "Yes.")},
+            {"conversations": [{"from": "human", "value": "What is pneumonia?"}, {"from": "gpt", "value": "An infection."}]},
+            {"image": "wide.png", "conversations": turns("Describe it at length. " * 6, "A cyst.")},
+        ],
+    )
+
+
+def write(folder, records):
+    (folder / "train.json").write_text(json.dumps(records))
+
+
+def config(folder, **changes):
+    values = {"batch_size": 4, "max_regions": 2, "max_masks": 2, "mask_canvas": 32, "bucket_lengths": BUCKETS, "workers": 0} | changes
+    return DataConfig(sources=(str(folder / "train.json"),), tokenizer=str(GOLDEN / "tokenizer"), **values)
+
+
+def add(folder, *records):
+    write(folder, json.loads((folder / "train.json").read_text()) + list(records))
+
+
+def epoch(folder, rows=range(4), **changes):
+    loader = make_loader(config(folder, **changes), MODEL)
+    plan, problems = loader.plan(seed=0)
+    return list(train_batches(loader, plan, rows, 0, plan.steps_per_epoch, workers=0)), problems
+
+
+def check_form(arrays, rows, length):
+    """Every field of `types.Batch`, with its declared dtype, and one size per axis letter."""
+    sizes = {"B": rows, "L": length, "3": 3, "4": 4, "2": 2}
+    assert set(arrays) == {field.name for field in dataclasses.fields(Batch)}
+    for field in dataclasses.fields(Batch):
+        array = arrays[field.name]
+        axes = field.type.dim_str.split()
+        assert array.dtype.name in field.type.dtypes, field.name
+        assert array.shape == tuple(sizes.setdefault(axis, size) for axis, size in zip(axes, array.shape, strict=True)), field.name
+    assert [sizes[axis] for axis in "N Ic Is R S M I J".split()] == [1, 28, 32, 2, 16, 2, 32, 32]
+
+
+def test_batches_have_their_declared_form_and_hold_every_record(folder):
+    batches, problems = epoch(folder)
+    assert problems == [] and [skipped for _, skipped in batches] == [[], []]
+    for arrays, _ in batches:
+        check_form(arrays, 4, arrays["tokens"].shape[1])
+    assert sorted(np.concatenate([arrays["record"] for arrays, _ in batches])) == [-1, *range(7)]
+
+
+def row_of(folder, record, **changes):
+    for arrays, _ in epoch(folder, **changes)[0]:
+        for row in np.flatnonzero(arrays["record"] == record):
+            return {name: array[row] for name, array in arrays.items()}
+    raise AssertionError(f"record {record} is in no batch")
+
+
+def test_masks_lie_in_the_corner_of_the_canvas(folder):
+    row = row_of(folder, 1)
+    assert row["mask_valid"].tolist() == [True, False]
+    assert row["mask_size"].tolist() == [20, 30]
+    expected = np.zeros((32, 32))
+    expected[5:12, 4:9] = 1
+    np.testing.assert_array_equal(row["gt_masks"][0], expected)
+    assert not row["gt_masks"][1].any()
+    assert row["sam_box"].tolist() == [5, 0, 21, 32]
+    assert row["targets"][row["seg_position"][0]] == 400 and row["loss_weights"][row["seg_position"][0]] == 1
+
+
+def test_masks_larger_than_the_canvas_shrink(folder):
+    row = row_of(folder, 2)
+    assert row["mask_valid"].tolist() == [True, True]
+    assert row["mask_size"].tolist() == [32, 13]
+    assert row["gt_masks"][:, :, 13:].sum() == 0
+    assert 0 < row["gt_masks"][0].sum() < 7 * 5
+
+
+def test_regions_fill_their_slots(folder):
+    row = row_of(folder, 4)
+    assert row["region_point_valid"][0].sum() == 1 and row["region_point_valid"][1].sum() == 16
+    assert row["region_image"].tolist() == [0, 0]
+    assert sorted(row["feature_index"][row["feature_index"] >= 0]) == [0, 1, 2, 3, 4, 5]
+
+
+def test_empty_rows_count_nowhere(folder):
+    row = row_of(folder, -1)
+    assert not row["loss_weights"].any() and not row["mask_valid"].any() and not row["region_point_valid"].any()
+    assert row["valid"].sum() == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_read_disjoint_rows_of_the_same_batch(folder, processes):
+    whole, _ = epoch(folder)
+    shares = [epoch(folder, rows=range(first, 4, processes))[0] for first in range(processes)]
+    for step, (arrays, _) in enumerate(whole):
+        for first in range(processes):
+            for name, array in shares[first][step][0].items():
+                np.testing.assert_array_equal(array, arrays[name][first::processes])
+
+
+def test_resuming_gives_the_same_batches(folder):
+    loader = make_loader(config(folder), MODEL)
+    plan, _ = loader.plan(seed=0)
+    whole = list(train_batches(loader, plan, range(4), 0, 5, workers=0))
+    resumed = list(train_batches(pickle.loads(pickle.dumps(loader)), plan, range(4), 3, 5, workers=0))
+    for (expected, _), (found, _) in zip(whole[3:], resumed, strict=True):
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name])
+
+
+BAD_TEXT = [
+    ({"image": "wide.png"}, "record without conversations"),
+    ({"image": "wide.png", "conversations": [{"from": "system", "value": "x"}]}, "unknown role"),
+    ({"image": "wide.png", "conversations": turns("Segment it.", "It is <SEG>.")}, "<SEG> and masks do not pair up"),
+    ({"image": "wide.png", "conversations": turns("Segment it. " * 40, "No.")}, "text too long; expected at most 256 positions"),
+    ({"image": "wide.png", "conversations": turns("<region>point:1,1</region>" * 3, "No.")}, "too many regions; expected at most 2, found 3"),
+    ({"image": "wide.png", "conversations": turns("All.", "<SEG><mask>wide_mask.png</mask>" * 3)}, "too many masks; expected at most 2, found 3"),
+    ({"image": ["wide.png"] * 2, "conversations": turns("<image>?", "No.")}, "too many images; expected at most 1, found 2"),
+]
+BAD_FILES = [
+    ({"image": "gone.png", "conversations": turns("What?", "No.")}, "file is missing"),
+    ({"image": "broken.png", "conversations": turns("What?", "No.")}, "picture cannot be read .*broken.png"),
+    ({"image": "../train.json", "conversations": turns("What?", "No.")}, "path leaves the data folder"),
+    ({"image": "wide.png", "conversations": turns("Segment.", "<SEG><mask>tall_mask.png</mask>")}, "mask and picture differ in size .*tall_mask.png.*20 x 30"),
+    ({"image": "wide.png", "conversations": turns("<region>tall_mask.png</region>?", "No.")}, "mask and picture differ in size"),
+    ({"image": "wide.png", "conversations": turns("<region>point:31,3</region>?", "No.")}, "region is outside the picture"),
+    ({"image": "wide.png", "conversations": turns("<region>empty.png</region>?", "No.")}, "region is empty"),
+    ({"conversations": [{"from": "human", "value": "Hm."}, {"from": "gpt", "value": "<SEG><mask>wide_mask.png</mask>"}]}, "mask without an image"),
+]
+
+
+@pytest.fixture
+def bad_files(folder):
+    (folder / "broken.png").write_text("no picture")
+    Image.new("L", (30, 20)).save(folder / "empty.png")
+    return folder
+
+
+@pytest.mark.parametrize(("record", "message"), BAD_TEXT + BAD_FILES)
+def test_a_bad_record_stops_the_run_and_is_named(bad_files, record, message):
+    add(bad_files, record)
+    with pytest.raises(DataError, match=rf"train.json, record 7: {message}") as caught:
+        epoch(bad_files)
+    assert "Grain" not in str(caught.value)
+
+
+def test_bad_texts_are_left_out_of_the_plan(folder):
+    add(folder, *[record for record, _ in BAD_TEXT])
+    batches, problems = epoch(folder, on_error="skip")
+    assert [error.record for error in problems] == list(range(7, 7 + len(BAD_TEXT)))
+    assert sorted(np.concatenate([arrays["record"] for arrays, _ in batches])) == [-1, *range(7)]
+
+
+def test_bad_files_are_replaced_by_records_of_the_bucket_and_named(bad_files):
+    add(bad_files, *[record for record, _ in BAD_FILES])
+    first, again = (epoch(bad_files, on_error="skip")[0] for _ in range(2))
+    skipped = [error for _, errors in first for error in errors]
+    assert {error.record for error in skipped} == set(range(7, 7 + len(BAD_FILES)))
+    records = np.concatenate([arrays["record"] for arrays, _ in first])
+    assert set(records) - {-1} == set(range(7))
+    assert (records == -1).sum() == 1  # only the row that the plan leaves empty
+    np.testing.assert_array_equal(records, np.concatenate([arrays["record"] for arrays, _ in again]))
+
+
+def test_a_bucket_without_a_good_record_gives_up(bad_files):
+    write(bad_files, [BAD_FILES[0][0]])
+    with pytest.raises(DataError, match="file is missing"):
+        epoch(bad_files, on_error="skip")
+
+
+def evaluate(folder, question, rows=range(3), **changes):
+    loader = make_loader(config(folder, **changes), MODEL)
+    return list(eval_batches(loader, range(len(loader)), 3, rows, question, workers=0))
+
+
+def test_evaluation_reads_in_order_and_fills_the_last_batch(folder):
+    batches = evaluate(folder, question=False)
+    assert np.concatenate([arrays["record"] for arrays, _ in batches]).tolist() == [*range(7), -1, -1]
+    second_rows = evaluate(folder, question=False, rows=[1])
+    for (arrays, _), (share, _) in zip(batches, second_rows, strict=True):
+        np.testing.assert_array_equal(share["tokens"], arrays["tokens"][1:2])  # the bucket is that of the whole batch
+
+
+def test_questions_end_where_the_answer_begins_and_keep_its_masks(folder):
+    arrays, _ = evaluate(folder, question=True)[0]
+    loader = make_loader(config(folder), MODEL)
+    ends = arrays["valid"].sum(axis=1)
+    colon = loader.encode(loader.record(0)).tokens[ends[0] - 1]
+    assert (arrays["tokens"][np.arange(3), ends - 1] == colon).all()
+    assert not arrays["loss_weights"].any()
+    assert arrays["mask_valid"].tolist() == [[False, False], [True, False], [True, True]]
+    assert arrays["gt_masks"][1, 0].sum() == 7 * 5
+    assert loader.encode(loader.record(1), question=True).answer == "It is <SEG>."
+
+
+def test_a_skipped_record_leaves_its_row_of_an_evaluation_empty(bad_files):
+    add(bad_files, BAD_FILES[0][0], BAD_TEXT[0][0])
+    batches = evaluate(bad_files, question=True, on_error="skip")
+    assert np.concatenate([arrays["record"] for arrays, _ in batches]).tolist() == [*range(7), -1, -1]
+    assert [error.record for _, errors in batches for error in errors] == [7, 8]
+    with pytest.raises(DataError, match="record 8: record without conversations"):
+        evaluate(bad_files, question=True)
+
+
+def test_worker_processes_give_the_same_batches_and_errors(bad_files):
+    """In a process of its own, because worker processes import the main module again."""
+    write(bad_files, [record for record, _ in BAD_FILES])
+    broken = bad_files / "broken.json"
+    (bad_files / "train.json").rename(broken)
+    write_good(bad_files)
+    script = bad_files / "script.py"
+    script.write_text(WORKER_SCRIPT.format(data=config(bad_files), model=MODEL, broken=dataclasses.replace(config(bad_files), sources=(str(broken),))))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, cwd=pathlib.Path(__file__).parents[2], env=environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    steps, equal, record = done.stdout.split()
+    assert (steps, equal) == ("5", "equal")
+    assert 0 <= int(record) < len(BAD_FILES)
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+
+
+WORKER_SCRIPT = """
+import numpy as np
+from medplib_jax.config import *
+from medplib_jax.data.errors import DataError
+from medplib_jax.data.pipeline import make_loader, train_batches
+from medplib_jax.experiment import DataConfig
+
+if __name__ == "__main__":
+    loader = make_loader({data!r}, {model!r})
+    plan, _ = loader.plan(seed=0)
+    here, there = (list(train_batches(loader, plan, range(4), 0, 5, workers)) for workers in (0, 2))
+    print(len(there))
+    equal = all(np.array_equal(a[name], b[name]) for (a, _), (b, _) in zip(here, there, strict=True) for name in a)
+    print("equal" if equal else "different")
+    broken = make_loader({broken!r}, {model!r})
+    try:
+        list(train_batches(broken, plan, range(4), 0, 1, 1))
+    except DataError as error:
+        print(error.record)
+"""
+
+
+def test_reading_data_does_not_import_jax():
+    code = "import sys, medplib_jax.data.pipeline; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2], env=environment())
