@@ -75,8 +75,12 @@ def detect_config(shapes: Shapes, language: Json, vision: Json, lora_alpha: floa
         sizes["lora"] = _lora(shapes, lora_alpha)
     if "sam" in parts:
         sizes["mask"] = _mask(shapes)
-    region = RegionConfig(max_points=language.get("max_sample_point", 512), pooling=language.get("sampler_pooler_mode", "max"))
-    return ModelConfig(**sizes, region=region)
+    sizes["region"] = RegionConfig(
+        sampler="geometry" if any(key.startswith("model.region_geo_sampler.") for key in shapes) else "mean",
+        max_points=language.get("max_sample_point", 512),
+        pooling=language.get("sampler_pooler_mode", "max"),
+    )
+    return ModelConfig(**sizes)
 
 
 def _clip(shapes: Shapes, vision: Json, language: Json) -> ClipConfig:

@@ -21,36 +21,36 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one PyTorch tensor lies in the JAX parameter: drop leading axes of size 1, then permute (empty: as it is)."""
+    """How one PyTorch tensor lies in the JAX parameter: permute (empty: as it is), then drop leading axes of size 1."""
 
-    drop: int = 0
     order: tuple[int, ...] = ()
+    drop: int = 0
 
     def to_jax(self, tensor: np.ndarray) -> np.ndarray:
         """A view in the JAX layout; nothing is copied."""
-        tensor = tensor.reshape(tensor.shape[self.drop :])
-        return tensor.transpose(self.order) if self.order else tensor
+        tensor = tensor.transpose(self.order) if self.order else tensor
+        return tensor[(0,) * self.drop]
 
     def to_torch(self, tensor: np.ndarray) -> np.ndarray:
         """The inverse view."""
-        tensor = tensor.transpose(np.argsort(self.order)) if self.order else tensor
-        return tensor.reshape((1,) * self.drop + tensor.shape)
+        tensor = tensor[(None,) * self.drop]
+        return tensor.transpose(np.argsort(self.order)) if self.order else tensor
 
     def torch_shape(self, shape: Shape) -> Shape:
         """The PyTorch shape of a tensor of this JAX shape."""
-        ordered = [shape[i] for i in np.argsort(self.order)] if self.order else shape
-        return (1,) * self.drop + tuple(ordered)
+        full = (1,) * self.drop + tuple(shape)
+        return tuple(full[i] for i in np.argsort(self.order)) if self.order else full
 
     def jax_shape(self, shape: Shape) -> Shape:
         """The JAX shape of a tensor of this PyTorch shape."""
-        kept = shape[self.drop :]
-        return tuple(kept[i] for i in self.order) if self.order else tuple(kept)
+        return tuple(shape[i] for i in self.order or range(len(shape)))[self.drop :]
 
 
 SAME = Layout()
 LINEAR = Layout(order=(1, 0))  # [out, in] -> [in, out]
 CONV = Layout(order=(2, 3, 1, 0))  # OIHW -> HWIO
 CONV_TRANSPOSE = Layout(order=(2, 3, 0, 1))  # IOHW -> HWIO
+CONV_POINT = Layout(order=(2, 1, 0), drop=1)  # [out, in, 1] -> [in, out]
 ROW = Layout(drop=1)  # [1, ...] -> [...]
 
 _CLIP = "model.vision_tower.vision_tower.vision_model."
@@ -58,6 +58,7 @@ _CLIP_LAYER = _CLIP + "encoder.layers.{vision}."
 _LAYER = "model.layers.{layer}."
 _EXPERTS = "model.layers.{moe}.mlp.deepspeed_moe."
 _DENSE = "model.layers.{dense}.mlp."
+_GEOMETRY = "model.region_geo_sampler."
 _SAM = "model.visual_model."
 _BLOCK = _SAM + "image_encoder.blocks.{block}."
 _DECODER = _SAM + "mask_decoder."
@@ -85,6 +86,10 @@ TABLE: tuple[tuple[str, str, Layout], ...] = (
     # between vision and language
     *_affine("model.mm_projector.[0,2]", "projector/fc[1,2]", LINEAR),
     *_affine("model.region_fea_adapter", "region/adapter", LINEAR),
+    *_affine(_GEOMETRY + "diff_projector_list.{geometry}", "region/geometry/stages/{geometry}/diff", LINEAR),
+    *_affine(_GEOMETRY + "agg_projector_list.{geometry}.net.0", "region/geometry/stages/{geometry}/aggregate", CONV_POINT),
+    *_norm(_GEOMETRY + "agg_projector_list.{geometry}.norm", "region/geometry/stages/{geometry}/norm"),
+    *_affine(_GEOMETRY + "[flatten,dim]_projector", "region/geometry/[flatten,project]", LINEAR),
     # LLaMA, its dense and mixture-of-experts MLPs
     ("model.embed_tokens.weight", "llm/embed/embedding", SAME),
     (_LAYER + "[input,post_attention]_layernorm.weight", "llm/layers/[input,post]_norm/scale", SAME),
@@ -192,6 +197,7 @@ def indices(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     layers = tuple(range(config.llm.num_layers))
     return {
         "vision": tuple(range(config.clip.num_layers)),
+        "geometry": (0, 1),
         "layer": layers,
         "moe": config.moe_layers,
         "dense": tuple(i for i in layers if i not in config.moe_layers),
