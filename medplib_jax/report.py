@@ -20,7 +20,7 @@ from medplib_jax.data import images, regions
 from medplib_jax.data.sources import REGION, Record
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito: told apart by colour-blind readers
-REGION_COLOUR = "#f0e442"
+REGION_COLOUR = "#00e5ff"
 THUMBNAIL = 224  # pixels of the longest side
 
 

@@ -4,7 +4,7 @@ COMMAND
     python -m medplib_jax.data.phantom --out data/phantom --examples 2000 --test-examples 200 --seed 0
 
 It lets the whole programme (four stages, evaluation, demo) run anywhere without licensed data. Every image depends only on
-(seed, split, index), so the folder is byte-identical on every machine and with any number of processes, and a larger dataset begins with the smaller one.
+(seed, split, index), so the same arguments give the same bytes with any number of processes, and a larger dataset begins with the smaller one.
 """
 
 import argparse
