@@ -33,7 +33,9 @@ class BatchPlan:
     With `weights`, an epoch has the same number of rows, shared among the sources by weight; a source starts over when it is used up.
     """
 
-    def __init__(self, lengths: Sequence[np.ndarray], bucket_lengths: Sequence[int], batch_size: int, seed: int, weights: Sequence[float] = ()):
+    def __init__(
+        self, lengths: Sequence[np.ndarray], bucket_lengths: Sequence[int], batch_size: int, seed: int, weights: Sequence[float] = ()
+    ):
         self._lengths = np.concatenate([np.asarray(one, np.int64) for one in lengths])
         starts = np.cumsum([0, *map(len, lengths)])
         self._sources = [start + np.flatnonzero(np.asarray(one)) for start, one in zip(starts, lengths, strict=False)]
@@ -166,7 +168,7 @@ class Loader:
         return self._load(indices[list(rows)], bucket, False, lambda i: plan.replacements(step, rows[i]))
 
     def load_eval(self, indices: Sequence[int], rows: Sequence[int], question: bool) -> tuple[Arrays, list[DataError]]:
-        """These rows of the batch made of these records, at the shortest bucket that fits all of them. A skipped record leaves its row empty.
+        """These rows of the batch made of these records, at the shortest bucket that fits all. A skipped record leaves its row empty.
 
         A question's `gt_masks` are those of the answer that follows it; their `seg_position` is 0, because the answer is not there.
         """
@@ -182,7 +184,9 @@ class Loader:
                 raise
             return 0
 
-    def _load(self, indices: np.ndarray, length: int, question: bool, others: Callable[[int], Sequence[int]]) -> tuple[Arrays, list[DataError]]:
+    def _load(
+        self, indices: np.ndarray, length: int, question: bool, others: Callable[[int], Sequence[int]]
+    ) -> tuple[Arrays, list[DataError]]:
         arrays, skipped = self._empty(len(indices), length), []
         for row, index in enumerate(indices):
             if index < 0:
@@ -255,7 +259,10 @@ class Loader:
         return self._cache.get(("picture", path), make)
 
     def _mask(self, path: str, size: tuple[int, int]) -> np.ndarray:
-        return self._cache.get(("mask", path, size), lambda: (images.mask_on_canvas(images.load_mask(path, size), self._data.mask_canvas),))[0]
+        def make():
+            return (images.mask_on_canvas(images.load_mask(path, size), self._data.mask_canvas),)
+
+        return self._cache.get(("mask", path, size), make)[0]
 
     def _region(self, record: Record, reference: str, size: tuple[int, int]) -> np.ndarray:
         shape = regions.is_shape(reference)
@@ -326,7 +333,9 @@ def make_loader(data: DataConfig, model: ModelConfig, root: str | None = None) -
     return Loader(sources, Tokenizer.load(data.tokenizer), data, model)
 
 
-def train_batches(loader: Loader, plan: BatchPlan, rows: Sequence[int], start: int, stop: int, workers: int) -> Iterator[tuple[Arrays, list[DataError]]]:
+def train_batches(
+    loader: Loader, plan: BatchPlan, rows: Sequence[int], start: int, stop: int, workers: int
+) -> Iterator[tuple[Arrays, list[DataError]]]:
     """This process's rows of the batches of steps start..stop-1, read ahead by threads (workers 0) or worker processes."""
     return _read_ahead(functools.partial(loader.load_batch, plan, rows=tuple(rows)), range(start, stop), workers)
 
@@ -358,7 +367,9 @@ def _read_ahead(load: Callable[[int], tuple], steps: range, workers: int) -> Ite
     for result in dataset:
         if isinstance(result, DataError):
             raise result
-        yield result
+        arrays, skipped = result
+        # a worker's arrays lie in shared memory that is unmapped with them; jax may keep a view of what it is given, so copy
+        yield {name: np.array(array, subok=False) for name, array in arrays.items()} if workers else arrays, skipped
 
 
 def _error_as_value(load: Callable[[int], tuple], step: int) -> tuple | DataError:

@@ -39,8 +39,13 @@ class Encoded:
         return len(self.tokens)
 
 
-def encode_conversation(record: Record, tokenizer: Tokenizer, *, template: str, image_tokens: int, max_images: int, max_length: int) -> Encoded:
-    """The whole conversation, for training. DataError when it has no answer, more than `max_length` positions, or images that do not fit the text."""
+def encode_conversation(
+    record: Record, tokenizer: Tokenizer, *, template: str, image_tokens: int, max_images: int, max_length: int
+) -> Encoded:
+    """The whole conversation, for training.
+
+    DataError when it has no answer, more than `max_length` positions, too many images, or images that do not pair up with `<image>`.
+    """
     if record.turns[-1][0] != "gpt":
         raise record.error("conversation without an answer", "a gpt turn at the end", record.turns[-1][1])
     return _encode(record, record.turns, tokenizer, template, image_tokens, max_images, max_length)

@@ -23,6 +23,7 @@ from medplib_jax.types import Batch
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODEL = ModelConfig(clip=ClipConfig(image_size=28), mask=MaskConfig(image_size=32), region=RegionConfig(max_points=16))
 BUCKETS = (128, 160, 256)
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
 some = settings(max_examples=25, deadline=None)
 lengths_of_sources = st.lists(st.lists(st.integers(1, 100), min_size=1, max_size=40), min_size=1, max_size=3)
 
@@ -87,15 +88,23 @@ def test_left_out_records_do_not_appear():
 
 @pytest.mark.parametrize(
     ("lengths", "weights", "message"),
-    [([[0, 0]], (), "no usable record"), ([[5, 11]], (), "length 11 does not fit the longest bucket 10"), ([[5, 5], [0]], (1, 1), "positive weight has no usable")],
+    [
+        ([[0, 0]], (), "no usable record"),
+        ([[5, 11]], (), "length 11 does not fit the longest bucket 10"),
+        ([[5, 5], [0]], (1, 1), "positive weight has no usable"),
+    ],
 )
 def test_an_impossible_plan_is_refused(lengths, weights, message):
     with pytest.raises(ValueError, match=message):
         BatchPlan(lengths, (10,), 2, 0, weights)
 
 
+def text_only(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
 def turns(question, answer):
-    return [{"from": "human", "value": "<image>\n" + question}, {"from": "gpt", "value": answer}]
+    return text_only("<image>\n" + question, answer)
 
 
 @pytest.fixture
@@ -120,7 +129,7 @@ def write_good(folder):
             {"image": "tall.png", "conversations": turns("Segment it.", "<SEG><mask>tall_mask.png</mask> and <SEG><mask>tall_mask</mask>")},
             {"image": "tall.png", "conversations": turns("What is <region>tall_mask.png</region> here?", "A kidney.")},
             {"image": "tall.png", "conversations": turns("Is <region>point:3,5</region> in <region>box:0,0,9,9</region>?", "Yes.")},
-            {"conversations": [{"from": "human", "value": "What is pneumonia?"}, {"from": "gpt", "value": "An infection."}]},
+            {"conversations": text_only("What is pneumonia?", "An infection.")},
             {"image": "wide.png", "conversations": turns("Describe it at length. " * 6, "A cyst.")},
         ],
     )
@@ -230,19 +239,19 @@ BAD_TEXT = [
     ({"image": "wide.png", "conversations": [{"from": "system", "value": "x"}]}, "unknown role"),
     ({"image": "wide.png", "conversations": turns("Segment it.", "It is <SEG>.")}, "<SEG> and masks do not pair up"),
     ({"image": "wide.png", "conversations": turns("Segment it. " * 40, "No.")}, "text too long; expected at most 256 positions"),
-    ({"image": "wide.png", "conversations": turns("<region>point:1,1</region>" * 3, "No.")}, "too many regions; expected at most 2, found 3"),
-    ({"image": "wide.png", "conversations": turns("All.", "<SEG><mask>wide_mask.png</mask>" * 3)}, "too many masks; expected at most 2, found 3"),
+    ({"image": "wide.png", "conversations": turns("<region>point:1,1</region>" * 3, "No.")}, "too many regions; .* 2, found 3"),
+    ({"image": "wide.png", "conversations": turns("All.", "<SEG><mask>wide_mask.png</mask>" * 3)}, "too many masks; .* 2, found 3"),
     ({"image": ["wide.png"] * 2, "conversations": turns("<image>?", "No.")}, "too many images; expected at most 1, found 2"),
 ]
 BAD_FILES = [
     ({"image": "gone.png", "conversations": turns("What?", "No.")}, "file is missing"),
     ({"image": "broken.png", "conversations": turns("What?", "No.")}, "picture cannot be read .*broken.png"),
     ({"image": "../train.json", "conversations": turns("What?", "No.")}, "path leaves the data folder"),
-    ({"image": "wide.png", "conversations": turns("Segment.", "<SEG><mask>tall_mask.png</mask>")}, "mask and picture differ in size .*tall_mask.png.*20 x 30"),
+    ({"image": "wide.png", "conversations": turns("Segment.", "<SEG><mask>tall_mask.png</mask>")}, "mask and picture differ .*20 x 30"),
     ({"image": "wide.png", "conversations": turns("<region>tall_mask.png</region>?", "No.")}, "mask and picture differ in size"),
     ({"image": "wide.png", "conversations": turns("<region>point:31,3</region>?", "No.")}, "region is outside the picture"),
     ({"image": "wide.png", "conversations": turns("<region>empty.png</region>?", "No.")}, "region is empty"),
-    ({"conversations": [{"from": "human", "value": "Hm."}, {"from": "gpt", "value": "<SEG><mask>wide_mask.png</mask>"}]}, "mask without an image"),
+    ({"image": [], "conversations": text_only("Segment it.", "<SEG><mask>wide_mask.png</mask>")}, "mask without an image"),
 ]
 
 
@@ -326,16 +335,13 @@ def test_worker_processes_give_the_same_batches_and_errors(bad_files):
     (bad_files / "train.json").rename(broken)
     write_good(bad_files)
     script = bad_files / "script.py"
-    script.write_text(WORKER_SCRIPT.format(data=config(bad_files), model=MODEL, broken=dataclasses.replace(config(bad_files), sources=(str(broken),))))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, cwd=pathlib.Path(__file__).parents[2], env=environment())
+    good = config(bad_files)
+    script.write_text(WORKER_SCRIPT.format(data=good, model=MODEL, broken=dataclasses.replace(good, sources=(str(broken),))))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
     steps, equal, record = done.stdout.split()
     assert (steps, equal) == ("5", "equal")
     assert 0 <= int(record) < len(BAD_FILES)
-
-
-def environment():
-    return os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
 
 
 WORKER_SCRIPT = """
@@ -362,4 +368,4 @@ if __name__ == "__main__":
 
 def test_reading_data_does_not_import_jax():
     code = "import sys, medplib_jax.data.pipeline; assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2], env=environment())
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)

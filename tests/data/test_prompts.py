@@ -118,7 +118,7 @@ def test_a_question_keeps_the_history_before_it(tokenizer):
 @pytest.mark.parametrize(
     ("turns", "images", "changes", "message"),
     [
-        ([("human", "<image>\nWhy? " * 9), ("gpt", "So.")], ("a.png",), {"max_length": 64}, "text too long; expected at most 64 positions, found"),
+        ([("human", "<image>\nWhy? " * 9), ("gpt", "So.")], ("a.png",), {"max_length": 64}, "text too long; expected at most 64 positions"),
         ([("human", "Why?"), ("gpt", "So.")], ("a.png",), {}, "do not pair up; expected 1 <image>, found 0"),
         ([("human", "<image>"), ("gpt", "So.")], (), {}, "expected 0 <image>, found 1"),
         ([("human", "<image> <image>"), ("gpt", "So.")], ("a.png", "b.png"), {}, "too many images; expected at most 1, found 2"),

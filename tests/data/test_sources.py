@@ -80,7 +80,9 @@ def test_a_file_of_records(tmp_path):
     assert MecovqaSource(str(path), "elsewhere")[0].root == "elsewhere"
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "annotation file cannot be read"), ("{}", "not a list of records; expected a JSON list, found dict")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "annotation file cannot be read"), ("{}", "not a list of records; expected a JSON list, found dict")]
+)
 def test_a_bad_file_is_named(tmp_path, text, message):
     path = tmp_path / "train.json"
     path.write_text(text)

@@ -36,7 +36,8 @@ def test_text_equals_the_originals(tokenizer, golden):
 
 def test_sizes_and_control_ids_equal_the_originals(tokenizer, golden):
     special = golden["special"]
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == tuple(special[name] for name in ("bos", "eos", "unk", "pad"))
+    found = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id)
+    assert found == tuple(special[name] for name in ("bos", "eos", "unk", "pad"))
     assert tokenizer.vocab_size == special["len"]
     assert [tokenizer.seg_id] == special["seg"]
 
@@ -81,10 +82,10 @@ def test_a_model_without_llamas_control_ids_is_refused(tmp_path):
     import sentencepiece
 
     texts = iter(["a tumour in the left lung"] * 3)
+    control_ids = {"pad_id": 0, "unk_id": 3}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=texts, model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, pad_id=0, unk_id=3, model_type="bpe", byte_fallback=True,
-        hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=texts, model_prefix=str(tmp_path / "tokenizer"), vocab_size=40, hard_vocab_limit=False, minloglevel=2, **control_ids
+    )
     with pytest.raises(ValueError, match="not a LLaMA tokenizer"):
         Tokenizer.load(str(tmp_path))
 
