@@ -82,10 +82,8 @@ def test_a_model_without_llamas_control_ids_is_refused(tmp_path):
     import sentencepiece
 
     texts = iter(["a tumour in the left lung"] * 3)
-    control_ids = {"pad_id": 0, "unk_id": 3}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=texts, model_prefix=str(tmp_path / "tokenizer"), vocab_size=40, hard_vocab_limit=False, minloglevel=2, **control_ids
-    )
+    options = {"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2, "pad_id": 0, "unk_id": 3}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=str(tmp_path / "tokenizer"), **options)
     with pytest.raises(ValueError, match="not a LLaMA tokenizer"):
         Tokenizer.load(str(tmp_path))
 
