@@ -18,6 +18,8 @@ from medplib_jax.experiment import ExperimentConfig
 from medplib_jax.optim import combine
 from medplib_jax.types import Params, TrainState
 
+log = logging.getLogger(__name__)
+
 FOLDER = "checkpoints"
 ITEMS = ("state", "experiment", "tokenizer")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -89,7 +91,7 @@ def latest_step(manager: ocp.CheckpointManager) -> int | None:
         missing = [item for item in ITEMS if not (folder / item).exists()]
         if not missing:
             return step
-        logging.warning("checkpoint %s lacks %s and is not used", folder, ", ".join(missing))
+        log.warning("checkpoint %s lacks %s and is not used", folder, ", ".join(missing))
     return None
 
 

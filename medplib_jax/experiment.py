@@ -15,6 +15,7 @@ class DataConfig:
 
     sources: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
+    root: str = ""  # folder where the paths inside the sources start; empty: the folder of each source
     tokenizer: str = ""
     template: str = "llava_v1"  # training template of the original; evaluation uses "v1"
     bucket_lengths: tuple[int, ...] = (1024,)  # final lengths, image tokens included
@@ -141,6 +142,10 @@ class ExperimentConfig:
     init: InitConfig = InitConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+    def __post_init__(self):
+        longest, limit = self.data.bucket_lengths[-1], self.model.llm.max_positions
+        require(longest <= limit, f"data.bucket_lengths ends with {longest}, longer than model.llm.max_positions {limit}")
 
 
 def to_config_dict(experiment: ExperimentConfig):

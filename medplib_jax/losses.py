@@ -87,8 +87,9 @@ def loss_sums(output: ModelOutput, head_kernel_DxV: Array, batch: Batch, loss: L
     sums["ce"], _ = token_cross_entropy(output.hidden, head_kernel_DxV, batch.targets, batch.loss_weights, loss.ce_chunk)
     if output.mask_logits is None:
         return sums
+    canvas = batch.gt_masks.shape[-2:]
     logits_BxMxIxJ, canvas_mask_BxIxJ = resample_to_canvas(
-        output.mask_logits, batch.sam_box, batch.mask_size, batch.gt_masks.shape[-2:], mask.image_size, mask.unpad
+        output.mask_logits, batch.sam_box, batch.mask_size, canvas=canvas, sam_size=mask.image_size, mode=mask.unpad
     )
     per_mask = mask_losses(logits_BxMxIxJ, batch.gt_masks, canvas_mask_BxIxJ, output.predicted_iou)
     return sums | {name: jnp.sum(jnp.where(batch.mask_valid, per_mask[name], 0.0)) for name in MASK_TERMS}
@@ -103,5 +104,6 @@ def total_loss(
     """
     terms = {name: value / divide_by[name] for name, value in loss_sums(output, head_kernel_DxV, batch, loss, model.mask).items()}
     language = loss.ce * (terms["ce"] + model.moe.aux_loss_weight * terms["aux"])
-    total = language + sum(getattr(loss, name) * terms[name] for name in MASK_TERMS)
+    masks = loss.dice * terms["dice"] + loss.bce * terms["bce"] + loss.focal * terms["focal"] + loss.iou * terms["iou"]
+    total = language + masks
     return total, terms | {"loss": total}

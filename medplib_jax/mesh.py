@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 
 import jax
@@ -12,6 +13,15 @@ from jax.sharding import AxisType, Mesh
 from medplib_jax.experiment import MeshConfig
 
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
+
+
+def initialize_distributed() -> None:
+    """Joins the other processes: on a TPU pod by its own metadata, elsewhere by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID. A process on its own needs nothing."""
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize(num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"]))
+    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
 
 
 def resolve(config: MeshConfig, num_devices: int) -> tuple[int, ...]:

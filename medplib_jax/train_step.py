@@ -19,6 +19,8 @@ from medplib_jax.optim import combine, partition
 from medplib_jax.sharding import optimizer_shardings, param_shardings
 from medplib_jax.types import Array, Batch, Params, TrainState
 
+log = logging.getLogger(__name__)
+
 Metrics = dict[str, Array]
 
 
@@ -124,5 +126,5 @@ class CompiledStep:
             start = time.perf_counter()
             self._compiled[length] = self._jitted.lower(state, batch).compile()
             self.compile_seconds[length] = time.perf_counter() - start
-            logging.info("compiled the step for length %d in %.1f s (%d so far)", length, self.compile_seconds[length], len(self._compiled))
+            log.info("compiled the step for length %d in %.1f s (%d so far)", length, self.compile_seconds[length], len(self._compiled))
         return self._compiled[length](state, batch)

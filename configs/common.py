@@ -1,0 +1,63 @@
+"""What the stages share: model sizes, where data lies, and which parameters a pattern means."""
+
+from medplib_jax.config import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
+from medplib_jax.experiment import DataConfig
+
+# MedPLIB-7B: the defaults of ModelConfig, in bfloat16, activations recomputed.
+LARGE = ModelConfig(dtype="bfloat16", remat="full")
+
+# Everything a thousand times smaller; trains on a laptop from nothing. The vocabulary: 1024 pieces and 267 added tokens.
+TINY = ModelConfig(
+    clip=ClipConfig(image_size=112, patch_size=14, hidden_size=96, num_layers=4, num_heads=4, mlp_dim=192),
+    llm=LlmConfig(vocab_size=1024 + 267, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=256, max_positions=512),
+    mask=MaskConfig(
+        image_size=128, patch_size=8, hidden_size=96, num_layers=4, num_heads=4, window_size=7, global_layers=(1, 3),
+        out_dim=64, decoder_mlp_dim=128, iou_head_dim=64,
+    ),
+    region=RegionConfig(max_points=64),
+)  # fmt: skip
+
+ALL_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
+MLP_LINEAR = ("gate", "up", "down")
+EXPERTS = MoeConfig(num_experts=2, top_k=1, capacity_factor=1.5)
+
+# Patterns of parameter paths, see optim.trainable.
+LORA = "lora_[ab]$"
+HEAD_AND_EMBEDDINGS = ("^llm/head/", "^llm/embed/")
+LAYER_NORMS = "^llm/layers/(input|post)_norm/"
+PROJECTOR, REGION = "^projector/", "^region/"
+CLIP, LLM, SAM = "^clip/", "^llm/", "^sam/"
+MASK_DECODER, SEG_MLP = "^sam/mask_decoder/", "^seg_mlp/"
+ROUTER = "^llm/moe/router/"
+
+# Lengths with 576 positions for the image: texts up to 2048 and up to 1024 tokens.
+BUCKETS_2048, BUCKETS_1024 = (768, 1024, 1664, 2688), (768, 1024, 1664)
+
+ALIGN, COMPLEX, REGIONS, GROUNDING = "align", "MeCoVQA-Complex", "MeCoVQA-Complex_local+Region", "MeCoVQA-Grounding"
+
+
+def choose(size: str, **by_size):
+    """by_size[size]; ValueError for a size that the config file does not have."""
+    if size not in by_size:
+        raise ValueError(f"unknown size {size!r} of this config; sizes: {', '.join(by_size)}")
+    return by_size[size]
+
+
+def lora(rank: int, targets: tuple[str, ...]) -> LoraConfig:
+    return LoraConfig(rank=rank, alpha=16.0, dropout=0.05, targets=targets)
+
+
+def mecovqa(*names: str, **settings) -> DataConfig:
+    """MeCoVQA's training files below data/MeCoVQA, with the tokenizer of the converted LLaVA-1.5-7B."""
+    return DataConfig(
+        sources=tuple(f"data/MeCoVQA/train/{name}.json" for name in names), root="data/MeCoVQA",
+        tokenizer="checkpoints/llava-v1.5-7b/tokenizer", batch_size=128, on_error="skip", workers=8, **settings,
+    )  # fmt: skip
+
+
+def phantom(*names: str, **settings) -> DataConfig:
+    """The generated dataset of `python -m medplib_jax.data.phantom --out data/phantom`, with the tokenizer trained on it."""
+    return DataConfig(
+        sources=tuple(f"data/phantom/train/{name}.json" for name in names), root="data/phantom", tokenizer="data/phantom/tokenizer",
+        bucket_lengths=(256, 320), batch_size=16, mask_canvas=160, workers=0, **settings,
+    )  # fmt: skip

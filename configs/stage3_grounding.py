@@ -1,0 +1,42 @@
+"""Stage III: the pixel-grounding expert. Learns to answer with masks.
+
+COMMAND
+    python -m medplib_jax.train --config=configs/stage3_grounding.py:7b --workdir=runs/7b/stage3
+
+7b: from stage II with its LoRA merged; a new LoRA (rank 8) on the decoder's MLPs, SAM-Med2D's mask decoder and the SEG MLP train on
+MeCoVQA's grounding set. Batch 128, 10 epochs, lr 3e-4. Stage IV takes this stage's MLPs as expert 0.
+tiny: the whole of SAM trains, because nothing is pretrained.
+"""
+
+import dataclasses
+
+from configs import common
+from medplib_jax.experiment import ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig, to_config_dict
+
+LOSS = LossConfig(ce=1.0, dice=5.0, bce=1.0, focal=1.0, iou=0.0)
+
+
+def get_config(size: str = "7b"):
+    return to_config_dict(common.choose(size, **{"7b": large, "tiny": tiny})())
+
+
+def large() -> ExperimentConfig:
+    return ExperimentConfig(
+        model=dataclasses.replace(common.LARGE, lora=common.lora(8, common.MLP_LINEAR)),
+        data=common.mecovqa(common.GROUNDING, bucket_lengths=common.BUCKETS_2048, max_regions=0, max_masks=1),
+        optim=OptimConfig(lr=3e-4, trainable=(common.LORA, common.MASK_DECODER, common.SEG_MLP), frozen_dtype="bfloat16"),
+        loss=LOSS,
+        init=InitConfig(stage=3, base="runs/7b/stage2"),
+        train=TrainConfig(epochs=10),
+    )
+
+
+def tiny() -> ExperimentConfig:
+    return ExperimentConfig(
+        model=dataclasses.replace(common.TINY, lora=common.lora(16, common.MLP_LINEAR)),
+        data=common.phantom(common.GROUNDING, max_regions=0, max_masks=4),
+        optim=OptimConfig(lr=1e-3, warmup=0.1, trainable=(common.LORA, common.SAM, common.SEG_MLP)),
+        loss=LOSS,
+        init=InitConfig(stage=3, base="runs/tiny/stage2"),
+        train=TrainConfig(epochs=10, checkpoint_every=200),
+    )

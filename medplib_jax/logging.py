@@ -1,0 +1,117 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard events, and how well it used the machine."""
+
+import json
+import time
+
+import jax
+from etils import epath
+
+from medplib_jax.config import ModelConfig
+
+# Dense bf16 FLOP/s of one device, from the makers' data sheets; other kinds report no MFU.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class MetricWriter:
+    """Appends {"step": ..., **metrics} lines to metrics.jsonl and the same scalars to TensorBoard. Silent on all but process 0.
+
+    On resume, lines of steps after `start_step` (written after the last checkpoint, or half-written) are removed.
+    """
+
+    def __init__(self, workdir: str, start_step: int):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        from tensorboardX import SummaryWriter  # slow to import, and only process 0 needs it
+
+        self.path = epath.Path(workdir) / "metrics.jsonl"
+        kept = [json.dumps(row) for row in read_metrics(workdir) if row["step"] <= start_step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        if not self._active:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._active:
+            self._board.close()
+
+
+def read_metrics(workdir: str) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl in order; a half-written last line is left out."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+class Clock:
+    """Seconds per step, and goodput: the share of the run's wall time that was not start-up, restoring or compiling."""
+
+    def __init__(self):
+        self._begin = self._last = time.perf_counter()
+        self._lost = 0.0
+
+    def begin_training(self) -> None:
+        """All time up to now was start-up."""
+        self._last = time.perf_counter()
+        self._lost = self._last - self._begin
+
+    def lose(self, seconds: float) -> None:
+        """Leaves these seconds (of compiling) out of the step's time and out of the goodput."""
+        self._lost += seconds
+        self._last += seconds
+
+    def seconds_per_step(self) -> float:
+        """Seconds since the last call."""
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        return elapsed
+
+    def goodput(self) -> float:
+        return 1.0 - self._lost / (time.perf_counter() - self._begin)
+
+
+def mfu(flops: float, seconds: float) -> float | None:
+    """Model FLOPs utilisation of all devices, None for a kind of device without a known peak."""
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return None if peak is None else flops / seconds / (peak * jax.device_count())
+
+
+def step_flops(config: ModelConfig, batch_size: int, length: int, images: int, masks: int, trainable_share: float) -> float:
+    """Model FLOPs of one training step: what the mathematics needs, without recomputation.
+
+    Per multiply-add 2 forward and 2 for the gradient of the activations; 2 more for the gradient of the trainable share of the
+    decoder's weights. A top-k mixture counts k experts. CLIP and the mask encoder count forward only (they are usually frozen).
+    """
+    llm, clip, mask = config.llm, config.clip, config.mask
+    kv = llm.num_kv_heads * llm.head_dim
+    attention = llm.hidden_size * (2 * llm.hidden_size + 2 * kv)
+    mlp = 3 * llm.hidden_size * llm.mlp_dim
+    experts = len(config.moe_layers) * (config.moe.top_k - 1) * mlp
+    weights = llm.num_layers * (attention + mlp) + experts + llm.hidden_size * llm.vocab_size
+    causal = llm.num_layers * llm.hidden_size * length  # scores and values over half of the positions
+    decoder = batch_size * length * ((4 + 2 * trainable_share) * weights + 4 * causal)
+    clip_layers = clip.num_layers + 1 + clip.select_layer
+    towers = images * vit_flops(clip.hidden_size, clip.mlp_dim, clip_layers, clip.num_patches)
+    if masks:
+        towers += vit_flops(mask.hidden_size, 4 * mask.hidden_size, mask.num_layers, mask.grid**2)
+    return decoder + batch_size * towers
+
+
+def vit_flops(hidden: int, mlp: int, layers: int, positions: int) -> float:
+    """Forward FLOPs of a vision transformer over one image."""
+    return 2 * layers * positions * (4 * hidden**2 + 2 * hidden * mlp + 2 * hidden * positions)

@@ -1,0 +1,306 @@
+"""Training.
+
+COMMAND
+    python -m medplib_jax.train --config=configs/stage3_grounding.py:tiny --workdir=runs/stage3 [--config.optim.lr=1e-4 ...]
+
+The same command again resumes from the last checkpoint with the same losses, bit for bit; a finished workdir returns at once.
+SIGTERM and Ctrl-C save a checkpoint and end the run.
+"""
+
+import collections
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import absl.logging
+import jax
+import orbax.checkpoint as ocp
+from absl import app, flags
+from etils import epath
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from medplib_jax import checkpoint
+from medplib_jax.data.errors import DataError
+from medplib_jax.data.pipeline import BatchPlan, Loader, make_loader, train_batches
+from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.experiment import ExperimentConfig, from_config_dict
+from medplib_jax.logging import Clock, MetricWriter, mfu, read_metrics, step_flops
+from medplib_jax.mesh import initialize_distributed, make_mesh
+from medplib_jax.models.layers import params_of
+from medplib_jax.optim import make_optimizer, make_schedule, partition
+from medplib_jax.sharding import process_rows, put_batch
+from medplib_jax.stages import hand_over
+from medplib_jax.train_step import CompiledStep, abstract_model, init_params, make_state, make_train_step, model_shardings, state_shardings
+from medplib_jax.types import Batch, Params, TrainState
+
+log = logging.getLogger("medplib_jax.train")  # not __name__: the module is also run by python -m
+
+
+def train(config: ExperimentConfig, workdir: str) -> dict[str, Any]:
+    """Trains until done, interrupted or a loss is not finite; returns the last metrics, "step" and "interrupted" (a signal or None).
+
+    Raises ValueError for a config that does not fit the data, the mesh or the checkpoint in `workdir`, FloatingPointError for
+    a loss that is not finite (naming step and records), DataError for a bad record with data.on_error "raise".
+    """
+    with checkpoint.make_manager(workdir, keep=config.train.keep) as manager, StopSignal() as stop:
+        last = checkpoint.latest_step(manager)
+        if last is not None and finished(manager, last, config):
+            log.warning("%s is finished (step %d)", workdir, last)
+            return {"interrupted": None, **read_metrics(workdir)[-1]}
+        return Run(config, workdir, manager, last).loop(stop)
+
+
+class Run:
+    """Everything that one call of `train` holds: data, mesh, compiled step and state."""
+
+    def __init__(self, config: ExperimentConfig, workdir: str, manager: ocp.CheckpointManager, last: int | None):
+        self.config, self.workdir, self.manager = config, workdir, manager
+        self.clock = Clock()
+        self.mesh = make_mesh(config.mesh)
+        self.rows = process_rows(self.mesh, config.data.batch_size)
+        if config.data.batch_size % config.optim.accumulate:
+            raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of optim.accumulate {config.optim.accumulate}")
+        check_tokenizer(config)
+        self.loader, self.plan, self.skipped = self._read_sources()
+        self.total_steps = config.train.steps or math.ceil(config.train.epochs * self.plan.steps_per_epoch)
+
+        self.model = abstract_model(config)
+        trainable, _ = partition(params_of(self.model), config.optim.trainable)
+        self.trainable_share = _count(trainable) / _count(params_of(self.model))
+        schedule = make_schedule(config.optim, self.total_steps, self.plan.steps_per_epoch)
+        self.tx = make_optimizer(config.optim, schedule, trainable)
+        self.shardings = state_shardings(self.model, config, self.tx, self.mesh)
+        self.step = CompiledStep(make_train_step(self.model, config, self.tx, schedule), self.shardings)
+        self.state = self._start() if last is None else self._resume(last)
+        self.start = last or 0
+        log.info("%.2f of %.2f million parameters train; steps %d to %d", _count(trainable) / 1e6, _count(params_of(self.model)) / 1e6, self.start, self.total_steps)
+
+    def _read_sources(self) -> tuple[Loader, BatchPlan, "SkippedRecords"]:
+        loader = make_loader(self.config.data, self.config.model, self.config.data.root or None)
+        plan, problems = loader.plan(self.config.train.seed)
+        skipped = SkippedRecords(self.workdir)
+        skipped.add(problems)
+        return loader, plan, skipped
+
+    def _start(self) -> TrainState:
+        placed = model_shardings(self.model, self.mesh)
+        params = starting_params(self.config, init_params(self.config, placed))
+        params = jax.tree.map(jax.device_put, params, placed)
+        return jax.jit(lambda p: make_state(p, self.config, self.tx), out_shardings=self.shardings)(params)
+
+    def _resume(self, step: int) -> TrainState:
+        saved, _ = checkpoint.read_experiment(self.manager, step)
+        check_resumable(saved, self.config)
+        shapes = jax.eval_shape(lambda p: make_state(p, self.config, self.tx), params_of(self.model))
+        like = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, self.shardings)
+        log.info("resuming %s from step %d", self.workdir, step)
+        return checkpoint.restore(self.manager, step, like)
+
+    def loop(self, stop: "StopSignal") -> dict[str, Any]:
+        config = self.config.train
+        batches = train_batches(self.loader, self.plan, self.rows, self.start, self.total_steps, self.config.data.workers)
+        writer = MetricWriter(self.workdir, self.start)
+        late, last, saved = LateMetrics(self), {"step": self.start}, self.start
+        bar = tqdm(total=self.total_steps, initial=self.start, desc="train", disable=jax.process_index() > 0, mininterval=1.0)
+        step = self.start
+        self.clock.begin_training()
+        while step < self.total_steps and not stop.requested(self.manager, step):
+            batch = self._next(batches, stop)
+            if batch is None:
+                break
+            compiled = len(self.step.compile_seconds)
+            self.state, metrics = self.step(self.state, batch)
+            if len(self.step.compile_seconds) > compiled:
+                self.clock.lose(self.step.compile_seconds[batch.tokens.shape[1]])
+            step += 1
+            late.add(step, metrics, batch.tokens.shape)
+            for row in late.ready(keep=1):
+                last = self._report(row, writer, bar)
+            if step % config.checkpoint_every == 0 or step == self.total_steps:
+                last, saved = self._save(late, writer, bar) or last, step
+            bar.update()
+        if saved < step:
+            last = self._save(late, writer, bar) or last
+        self.manager.wait_until_finished()
+        bar.close()
+        writer.close()
+        if stop.signal is not None:
+            log.warning("%s: step %d of %d is saved; run the same command to resume", signal.Signals(stop.signal).name, step, self.total_steps)
+        return last | {"interrupted": stop.signal}
+
+    def _next(self, batches: Iterator, stop: "StopSignal") -> Batch | None:
+        """The next batch on the devices; None when Ctrl-C ended the worker processes that would have read it."""
+        try:
+            arrays, skipped = next(batches)
+        except Exception:
+            if stop.signal is None:
+                raise
+            return None
+        self.skipped.add(skipped)
+        return put_batch(Batch(**arrays), self.mesh, self.config.data.batch_size)
+
+    def _report(self, row: dict[str, float], writer: MetricWriter, bar: tqdm) -> dict[str, float]:
+        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        if row["step"] % self.config.train.log_every == 0 or row["step"] == self.total_steps:
+            writer.write(row["step"], {name: value for name, value in row.items() if name != "step"})
+        return row
+
+    def _save(self, late: "LateMetrics", writer: MetricWriter, bar: tqdm) -> dict[str, float] | None:
+        """Saves the state, after every metric up to now was seen to be finite; returns the last of them."""
+        rows = [self._report(row, writer, bar) for row in late.ready(keep=0)]
+        checkpoint.save(self.manager, self.state, self.config, self.total_steps)
+        return rows[-1] if rows else None
+
+
+class LateMetrics:
+    """Metrics wait on the device until the next step is under way, so that reading them does not stop the device."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._waiting: collections.deque = collections.deque()
+
+    def add(self, step: int, metrics: dict[str, jax.Array], shape: tuple[int, int]) -> None:
+        self._waiting.append((step, metrics, shape))
+
+    def ready(self, keep: int) -> Iterator[dict[str, float]]:
+        """Rows of all but the newest `keep` steps. FloatingPointError when a loss or gradient is not finite."""
+        while len(self._waiting) > keep:
+            step, metrics, shape = self._waiting.popleft()
+            row = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                raise FloatingPointError(self._describe(step, row))
+            yield {"step": step, **row, **self._speed(row, shape), "skipped": self._run.skipped.count}
+
+    def _speed(self, row: dict[str, float], shape: tuple[int, int]) -> dict[str, float]:
+        config, seconds = self._run.config, self._run.clock.seconds_per_step()
+        speed = {"seconds_per_step": seconds, "tokens_per_second": row["tokens"] / seconds, "goodput": self._run.clock.goodput()}
+        flops = step_flops(config.model, *shape, config.data.max_images, config.data.max_masks, self._run.trainable_share)
+        used = mfu(flops, seconds)
+        return speed if used is None else speed | {"mfu": used}
+
+    def _describe(self, step: int, row: dict[str, float]) -> str:
+        _, indices = self._run.plan.batch(step - 1)
+        records = [self._run.loader.record(int(index)) for index in indices if index >= 0]
+        names = ", ".join(f"{record.file}[{record.index}]" for record in records)
+        terms = ", ".join(f"{name} {row[name]}" for name in ("loss", "ce", "dice", "bce", "focal", "iou", "aux", "grad_norm"))
+        return f"step {step}: not finite: {terms}; its batch holds the records {names}"
+
+
+class SkippedRecords:
+    """Names and counts the records that could not be used, in skipped.<process>.jsonl."""
+
+    def __init__(self, workdir: str):
+        self._path = epath.Path(workdir) / f"skipped.{jax.process_index()}.jsonl"
+        self.count = 0
+
+    def add(self, errors: list[DataError]) -> None:
+        self.count += len(errors)
+        if not errors:
+            return
+        with self._path.open("a") as file:
+            for error in errors:
+                log.warning("skipped %s", error)
+                file.write(json.dumps(error.as_dict()) + "\n")
+
+
+class StopSignal:
+    """Within the context, the first SIGTERM or SIGINT is only noted in `signal`; a second one acts as usual."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        self.signal = number
+        self.__exit__()
+
+    def requested(self, manager: ocp.CheckpointManager, step: int) -> bool:
+        """Whether to stop before this step. Several processes agree on it through JAX's preemption service."""
+        if jax.process_count() == 1:
+            return self.signal is not None
+        if manager.reached_preemption(step):
+            self.signal = self.signal or signal.SIGTERM
+            return True
+        return False
+
+
+def finished(manager: ocp.CheckpointManager, last: int, config: ExperimentConfig) -> bool:
+    """Whether the run in this workdir came to its end; asking for more steps or epochs than it had continues it."""
+    saved, total_steps = checkpoint.read_experiment(manager, last)
+    return last >= total_steps and (saved.train.steps, saved.train.epochs) == (config.train.steps, config.train.epochs)
+
+
+def check_tokenizer(config: ExperimentConfig) -> None:
+    checkpoint.tokenizer_files(config.data.tokenizer)
+    size = Tokenizer.load(config.data.tokenizer).vocab_size
+    if size != config.model.llm.vocab_size:
+        raise ValueError(f"model.llm.vocab_size is {config.model.llm.vocab_size}, but data.tokenizer {config.data.tokenizer!r} has {size} tokens")
+
+
+def check_resumable(saved: ExperimentConfig, config: ExperimentConfig) -> None:
+    """ValueError when model or trainable set differ from the checkpoint's; other changes are logged."""
+    changes = {name: (old, new) for name, old, new in _differences(dataclasses.asdict(saved), dataclasses.asdict(config))}
+    fixed = {name: change for name, change in changes.items() if name.startswith(("model.", "optim.trainable", "optim.frozen_dtype", "init.stage"))}
+    if fixed:
+        listed = "; ".join(f"{name}: {old!r} in the checkpoint, {new!r} now" for name, (old, new) in fixed.items())
+        raise ValueError(f"the workdir's checkpoint cannot be resumed with this config: {listed}")
+    for name, (old, new) in changes.items():
+        log.warning("resuming with another %s: %r instead of %r", name, new, old)
+
+
+def _differences(saved: dict, config: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key, old in saved.items():
+        if isinstance(old, dict):
+            yield from _differences(old, config[key], f"{prefix}{key}.")
+        elif old != config[key]:
+            yield f"{prefix}{key}", old, config[key]
+
+
+def starting_params(config: ExperimentConfig, fresh: Params) -> Params:
+    """`fresh` parameters, or those that the stage takes over from the checkpoints of `init`."""
+    if not config.init.base:
+        return fresh
+    base = checkpoint.load_params(config.init.base)[:2]
+    grounding = checkpoint.load_params(config.init.grounding)[:2] if config.init.grounding else None
+    return hand_over(config, fresh, base, grounding)
+
+
+def _count(params: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def main() -> None:
+    config = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:SIZE")
+    workdir = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics.jsonl and TensorBoard events.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def run(_) -> int:
+        absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax reports every file
+        logging.getLogger("medplib_jax").setLevel(logging.INFO)
+        if jax.config.jax_compilation_cache_dir is None:
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/medplib_jax"))
+        initialize_distributed()
+        result = train(from_config_dict(config.value), workdir.value)
+        return 130 if result["interrupted"] == signal.SIGINT else 0
+
+    app.run(run)
+
+
+if __name__ == "__main__":
+    main()

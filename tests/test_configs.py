@@ -1,0 +1,103 @@
+"""Every experiment file builds, says what it should, and no field of the config is unread."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import re
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from medplib_jax.experiment import ExperimentConfig, from_config_dict
+from medplib_jax.models.layers import params_of
+from medplib_jax.optim import flatten, partition
+from medplib_jax.train_step import abstract_model
+
+ROOT = pathlib.Path(__file__).parents[1]
+STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe")
+
+
+def experiment(name: str, size: str) -> ExperimentConfig:
+    return from_config_dict(importlib.import_module(f"configs.{name}").get_config(size))
+
+
+@pytest.mark.parametrize("size", ["tiny", "7b"])
+@pytest.mark.parametrize("stage", range(4))
+def test_stages_follow_each_other_and_their_patterns_match(stage, size):
+    config = experiment(STAGES[stage], size)
+    assert config.init.stage == stage + 1
+    trainable, frozen = partition(params_of(abstract_model(config)), config.optim.trainable)  # a pattern without a match raises
+    assert trainable and frozen
+    assert config.init.base == ("" if (stage, size) == (0, "tiny") else config.init.base) and (stage == 0 or config.init.base)
+
+
+def test_the_original_hyperparameters():
+    two, three, four = (experiment(name, "7b") for name in STAGES[1:])
+    assert [c.optim.lr for c in (two, three, four)] == [1e-4, 3e-4, 3e-4]
+    assert [c.train.epochs for c in (two, three, four)] == [3, 10, 3]
+    assert [c.data.batch_size for c in (two, three, four)] == [128] * 3
+    assert [(c.model.lora.rank, c.model.lora.alpha, c.model.lora.dropout) for c in (two, three, four)] == [(16, 16, 0.05), (8, 16, 0.05), (8, 16, 0.05)]
+    assert dataclasses.astuple(three.loss)[:5] == (1, 5, 1, 1, 0) and dataclasses.astuple(four.loss)[:5] == (1, 0.5, 2, 0, 0)
+    assert len(four.model.moe_layers) == 32
+
+
+def test_what_trains_in_stage_4():
+    config = experiment("stage4_moe", "7b")
+    trainable, _ = partition(params_of(abstract_model(config)), config.optim.trainable)
+    parts = {re.sub(r"/(kernel|bias|scale|embedding)$", "", path) for path in flatten(trainable) if not path.startswith(("sam/", "region/", "seg_mlp/"))}
+    experts = {f"llm/moe/experts/{name}/lora_{ab}" for name in ("gate", "up", "down") for ab in "ab"}
+    assert parts == {"llm/embed", "llm/head", "llm/moe/router", *experts, *(f"llm/layers/attn/{n}/lora_{ab}" for n in "qv" for ab in "ab")}
+    assert {path.split("/")[1] for path in flatten(trainable) if path.startswith("sam/")} == {"mask_decoder"}
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    def parse(*arguments: str) -> ExperimentConfig:
+        argv = ["train", f"--config={ROOT}/configs/stage3_grounding.py:tiny", *arguments]
+        monkeypatch.setattr("sys.argv", argv)  # config_flags looks there for the fields that are overridden
+        values = flags.FlagValues()
+        holder = config_flags.DEFINE_config_file("config", flag_values=values)
+        values(argv)
+        return from_config_dict(holder.value)
+
+    return parse
+
+
+def test_flags_change_fields(parse):
+    config = parse("--config.optim.lr=0.5", "--config.data.bucket_lengths=(128,256)", "--config.model.clip.num_layers=3", "--config.mesh.fsdp=2")
+    assert (config.optim.lr, config.data.bucket_lengths, config.model.clip.num_layers, config.mesh.fsdp) == (0.5, (128, 256), 3, 2)
+
+
+@pytest.mark.parametrize("argument", ["--config.optim.lrate=0.5", "--config.otpim.lr=0.5"])
+def test_a_misspelt_field_on_the_command_line_is_an_error(parse, argument):
+    with pytest.raises((AttributeError, KeyError, flags.Error), match="lrate|otpim"):
+        parse(argument)
+
+
+def test_an_unknown_size_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown size 'huge'.*7b, tiny"):
+        experiment("stage1_align", "huge")
+
+
+def test_a_folder_becomes_an_experiment(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match="found none"):
+        experiment("finetune_folder", str(tmp_path))
+    (tmp_path / "train" / "a.json").write_text(json.dumps([]))
+    config = experiment("finetune_folder", str(tmp_path))
+    assert config.data.sources == (str(tmp_path / "train" / "a.json"),) and config.data.root == str(tmp_path)
+
+
+def fields(cls):
+    for field in dataclasses.fields(cls):
+        yield from fields(field.type) if dataclasses.is_dataclass(field.type) else [(cls.__name__, field.name)]
+
+
+@pytest.mark.parametrize(("section", "name"), list(fields(ExperimentConfig)))
+def test_every_field_is_read_somewhere(section, name):
+    declared = [ROOT / "medplib_jax" / file for file in ("config.py", "experiment.py")]
+    sources = [path for path in (ROOT / "medplib_jax").rglob("*.py") if path not in declared]
+    within = section == "MeshConfig" or name in ("alpha", "max_positions")  # by astuple, LoraConfig.scale, ExperimentConfig
+    assert within or any(re.search(rf"\.{name}\b", path.read_text()) for path in sources)
