@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medplib_jax.experiment import ExperimentConfig
 from medplib_jax.losses import divisors, total_loss
-from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
+from medplib_jax.models.layers import abstract_module, bind, draw_params, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.optim import combine, partition
 from medplib_jax.sharding import optimizer_shardings, param_shardings
@@ -30,8 +29,8 @@ def abstract_model(config: ExperimentConfig) -> MedPLIB:
 
 
 def init_params(config: ExperimentConfig, shardings: Params) -> Params:
-    """Random float32 parameters from `train.seed`, created where they belong."""
-    return jax.jit(lambda: params_of(MedPLIB(config.model, nnx.Rngs(config.train.seed))), out_shardings=shardings)()
+    """Random float32 parameters from `train.seed`, placed where they belong."""
+    return jax.device_put(draw_params(abstract_model(config), config.train.seed), shardings)
 
 
 def model_shardings(model: MedPLIB, mesh: Mesh) -> Params:

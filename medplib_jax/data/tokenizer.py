@@ -147,7 +147,7 @@ def train_tokenizer(texts: Iterable[str], folder: str, vocab_size: int) -> Token
         split_digits=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        character_coverage=0.99995,
+        character_coverage=1.0,
         hard_vocab_limit=False,
         num_threads=1,
         unk_id=0,

@@ -1,10 +1,12 @@
 """The few layers that every model is made of, how layers are stacked for scan, and the bridge to plain parameter trees."""
 
 import math
+import zlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from medplib_jax.types import Array, Params
@@ -17,7 +19,7 @@ def param(rngs: Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, s
     if len(shape) != len(axes):
         raise ValueError(f"{len(shape)} dimensions but {len(axes)} logical axes: {shape} {axes}")
     initial = jnp.full(shape, value) if std is None else std * jax.random.normal(rngs.params(), shape)
-    return nnx.Param(initial, axes=axes)
+    return nnx.Param(initial, axes=axes, std=std, constant=value)
 
 
 class Linear(nnx.Module):
@@ -129,6 +131,23 @@ def abstract_module(make: Callable[[Rngs], nnx.Module]) -> nnx.Module:
 def params_of(module: nnx.Module) -> Params:
     """The module's parameters as a plain nested dict with string keys."""
     return _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+
+
+def draw_params(module: nnx.Module, seed: int) -> Params:
+    """Random float32 NumPy parameters for a (usually abstract) module, as the module's own initialisation would draw them.
+
+    Drawn on the host, because compiling a program that draws hundreds of arrays takes a minute. A parameter's values depend on
+    its path and the seed only.
+    """
+
+    def draw(path: tuple, variable: nnx.Param) -> np.ndarray:
+        if variable.std is None:
+            return np.full(variable.shape, variable.constant, np.float32)
+        rng = np.random.default_rng([seed, zlib.crc32("/".join(map(str, path)).encode())])
+        return variable.std * rng.standard_normal(variable.shape, np.float32)
+
+    values = {path: draw(path, variable) for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    return _string_keys(nnx.traversals.unflatten_mapping(values))
 
 
 def logical_axes(module: nnx.Module) -> Params:
