@@ -126,9 +126,8 @@ def find_configs(folders: Sequence[pathlib.Path]) -> tuple[kinds.Json, kinds.Jso
             language, side = found, folder
             vision = vision or found.get("vision_config", {})
     tower = language.get("mm_vision_tower")
-    for base in (pathlib.Path(), side and side.parent):
-        if tower and base and not vision:
-            vision = kinds.read_json(base / tower / "config.json")
+    for base in (pathlib.Path(), side.parent, side) if tower else ():
+        vision = vision or kinds.read_json(base / tower / "config.json")
     return language, vision, side
 
 
