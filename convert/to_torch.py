@@ -69,7 +69,7 @@ def planned(stored: Stored, layout: str) -> Iterator[torch_files.Planned]:
         shape = entry.torch_shape(shapes[entry.path])
         yield torch_files.Planned(name, shape, stored.dtype(entry.path), _maker(stored, entry, name, adapted and layout == "merged"))
     if "llm/embed/embedding" in shapes:
-        yield from _rotary_buffers(stored, layout)
+        yield from rotary_buffers(stored, layout)
 
 
 def _maker(stored: Stored, entry: mapping.Entry, name: str, merge: bool):
@@ -89,7 +89,7 @@ def _read(stored: Stored, path: str, index: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray(stored.arrays[path][index].read().result())
 
 
-def _rotary_buffers(stored: Stored, layout: str) -> Iterator[torch_files.Planned]:
+def rotary_buffers(stored: Stored, layout: str) -> Iterator[torch_files.Planned]:
     """LLaMA's `inv_freq`, which transformers 4.31 keeps in checkpoints although rope_theta decides it."""
     llm = stored.config.llm
     exponent = np.arange(0, llm.head_dim, 2, dtype=np.float32) / np.float32(llm.head_dim)
