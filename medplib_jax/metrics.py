@@ -5,9 +5,11 @@ Two protocols. `exact` is the definition of the literature; `reference` is the a
 
     exact match     exact: 1 when the normalised answers are equal. reference: distinct truth words found / predicted words (a precision)
     F1              exact: overlap of multisets (SQuAD). reference: a shared word counts as often as it was predicted
+    candidates      exact: a prediction without a word of any candidate hits none. reference: it hits the first
     empty answers   exact: an answer of articles only ("A" of a multiple choice) is compared as it stands. reference: its scores are 0
     BLEU-1..3       exact: cumulative, as the literature. reference: the precision of that n-gram order alone, times the brevity penalty
     IoU, Dice       exact: an empty union is 1, and questions without a target stay out of mIoU and mDice. reference: it is 0 and stays in
+    surplus masks   exact: a drawn mask beyond the true ones counts as a pair with IoU 0. reference: it is ignored
     gIoU            reference adds 1e-5 to every union
 Unlike the original's, the normalisation strips every full stop, not only the first 32.
 """
@@ -25,17 +27,18 @@ PROTOCOLS = ("exact", "reference")
 # Normalisation of answers: the VQA challenge's rules and word lists (Antol et al. 2015), as in model/eval/glossary.py.
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _ARTICLES = frozenset({"a", "an", "the"})
-_NUMBERS = {word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
 _CONTRACTED = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's
-    isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've should've
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll
+    how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've should've
     shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
     something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll
     what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
     wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've 'twas 'ow's'at
 """.split()
 # Each contraction is recognised with one of its apostrophes missing.
-_CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _CONTRACTED for i in range(len(word)) if word[i] == "'"} | {"somebody'd": "somebodyd"}
+_CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _CONTRACTED for i in range(len(word)) if word[i] == "'"}
+_CONTRACTIONS["somebody'd"] = "somebodyd"  # the list's own slip
 
 
 def check_protocol(protocol: str) -> None:
@@ -69,7 +72,7 @@ def closed_hit(prediction: str, truth: str, protocol: str = "exact") -> float:
 
 
 def word_precision(prediction: Sequence[str], truth: Sequence[str]) -> float:
-    """Distinct words of the truth that were predicted over the number of predicted words (the original's "exact match"); 0 without words."""
+    """Distinct words of the truth that were predicted over the number of predicted words (the original's "exact match"); 0 if none."""
     return len(set(truth) & set(prediction)) / len(prediction) if prediction else 0.0
 
 
@@ -93,7 +96,7 @@ def token_f1(prediction: Sequence[str], truth: Sequence[str], protocol: str = "e
 def bleu(prediction: Sequence[str], truth: Sequence[str], weights: Sequence[float]) -> float:
     """Sentence BLEU (Papineni et al. 2002) against one reference, weights[n-1] for n-grams, no smoothing.
 
-    Equals nltk.translate.bleu_score.sentence_bleu: an order without a match counts as the smallest normal float; no shared word at all is 0.
+    Equals nltk.translate.bleu_score.sentence_bleu: an order without a match counts as the smallest normal float; no shared word is 0.
     """
     if not set(prediction) & set(truth):
         return 0.0
@@ -133,11 +136,12 @@ def open_scores(prediction: str, truth: str, protocol: str = "exact") -> dict[st
     return scores
 
 
-def candidate_hits(predictions: Sequence[str], truths: Sequence[str], candidates: Iterable[str]) -> list[float]:
-    """1 for each prediction that IS the truth, or whose nearest candidate is (model/eval/evaluate_metrics.py calculate_appearance_with_normalization).
+def candidate_hits(predictions: Sequence[str], truths: Sequence[str], candidates: Iterable[str], protocol: str = "exact") -> list[float]:
+    """1 for each prediction that IS the truth, or whose nearest candidate is.
 
+    Source: model/eval/evaluate_metrics.py calculate_appearance_with_normalization.
     Nearest: the largest share of a candidate's distinct words that were predicted; among equals the first in sorted order (the original
-    takes whichever its set yields first).
+    takes whichever its set yields first). `exact`: a prediction that shares no word with any candidate has no nearest one.
     """
     texts = [normalise_answer(candidate) for candidate in sorted(set(candidates))]
     words = [frozenset(text.split()) for text in texts]
@@ -146,7 +150,9 @@ def candidate_hits(predictions: Sequence[str], truths: Sequence[str], candidates
         predicted, true = (normalise_answer(text.lower()) for text in (prediction, truth))
         found = set(predicted.split())
         similarity = [len(found & candidate) / len(candidate) if candidate else 0.0 for candidate in words]
-        hits.append(float(predicted == true or texts[similarity.index(max(similarity))] == true))
+        best = max(similarity)
+        has_nearest = best > 0 or protocol == "reference"
+        hits.append(float(predicted == true or (has_nearest and texts[similarity.index(best)] == true)))
     return hits
 
 
@@ -176,16 +182,14 @@ def dice(intersection: float, union: float, protocol: str = "exact") -> float:
 def mask_scores(predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], protocol: str = "exact") -> dict[str, float]:
     """Scores of one question: its predicted masks against its true ones, matched in order; boolean arrays of one shape.
 
-    A true mask without a prediction, or a prediction without a true mask, is paired with an empty mask. `iou` and `dice` are means over
-    the pairs, `intersection` and `union` sums; `target` is 1 when a true pixel exists, `drawn` when a predicted pixel does, `masks` counts predictions.
+    A true mask without a prediction is paired with an empty mask, and so is a drawn one without a true mask (`reference`: it is ignored).
+    `iou` and `dice` are means over the pairs, `intersection` and `union` sums; `target` is 1 when a true pixel exists, `drawn` when a
+    predicted pixel does, `masks` counts predictions.
     """
-    pairs = []
-    for i in range(max(len(predictions), len(truths), 1)):
-        drawn, true = (masks[i] if i < len(masks) else None for masks in (predictions, truths))
-        if drawn is not None and true is not None:
-            pairs.append(overlap(drawn, true))
-        else:
-            pairs.append((0, sum(int(np.count_nonzero(mask)) for mask in (drawn, true) if mask is not None)))
+    pairs = [overlap(predictions[i], true) if i < len(predictions) else (0, int(np.count_nonzero(true))) for i, true in enumerate(truths)]
+    if protocol == "exact":
+        pairs += [(0, int(np.count_nonzero(drawn))) for drawn in predictions[len(truths) :] if drawn.any()]
+    pairs = pairs or [(0, 0)]
     return {
         "iou": _mean([iou(*pair, protocol) for pair in pairs]),
         "dice": _mean([dice(*pair, protocol) for pair in pairs]),

@@ -44,15 +44,22 @@ def test_open_scores_equal_golden(pair):
 
 
 def test_candidate_hits_equal_golden(golden):
-    hits = metrics.candidate_hits([pair["pred"] for pair in PAIRS], [pair["gt"] for pair in PAIRS], golden["candidate_set"])
+    hits = metrics.candidate_hits([pair["pred"] for pair in PAIRS], [pair["gt"] for pair in PAIRS], golden["candidate_set"], "reference")
     assert hits == [pair["appearance_with_normalization"] for pair in PAIRS]
+
+
+def test_gibberish_is_near_to_no_candidate():
+    gibberish = ["qqq"], ["ct"], ["ct", "mr"]
+    assert metrics.candidate_hits(*gibberish) == [0] and metrics.candidate_hits(*gibberish, "reference") == [1]
+    assert metrics.candidate_hits(["a ct scan", "mr of ct"], ["ct", "mr"], ["mr", "ct"]) == [1, 0]  # in a tie, ct sorts first
 
 
 def test_table_equals_golden(golden):
     table = golden["cal_metric_table_percent"]
     opened = [pair for pair in PAIRS if pair["answer_type"] in ("open", "other", "number")]
     scores = [metrics.open_scores(pair["pred"], pair["gt"], "reference") for pair in opened]
-    names = {"exact match acc score": "exact_match", "f1 score": "f1", "bleu_score": "bleu_4", "bleu_score_3": "bleu_3", "precision": "precision"}
+    names = {"exact match acc score": "exact_match", "f1 score": "f1", "precision": "precision", "recall": "recall", "bleu_score": "bleu_4"}
+    names |= {f"bleu_score_{n}": f"bleu_{n}" for n in (1, 2, 3)}
     for theirs, ours in names.items():
         assert 100 * np.mean([score[ours] for score in scores]) == pytest.approx(table[theirs], rel=1e-9)
     closed = [metrics.closed_hit(pair["pred"], pair["gt"], "reference") for pair in PAIRS if pair not in opened]
@@ -127,6 +134,8 @@ def test_masks_are_matched_in_order_and_surplus_counts():
     score = metrics.mask_scores([HALF, FULL, FULL], [HALF, HALF])
     assert score["iou"] == pytest.approx((1 + 0.5 + 0) / 3) and (score["intersection"], score["union"]) == (20, 10 + 20 + 20)
     assert metrics.mask_scores([HALF], [~HALF, HALF])["iou"] == 0
+    assert metrics.mask_scores([FULL, EMPTY], [HALF])["iou"] == 0.5  # nothing drawn beyond the true mask neither helps nor harms
+    assert metrics.mask_scores([HALF, FULL], [HALF], "reference")["iou"] == 1
 
 
 def test_no_target_questions_count_apart():
