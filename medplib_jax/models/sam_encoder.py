@@ -7,7 +7,7 @@ from flax import nnx
 
 from medplib_jax.config import MaskConfig
 from medplib_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, gelu, param
-from medplib_jax.models.vision import Conv, ConvTranspose, merge_heads, softmax_attention
+from medplib_jax.models.vision import Conv, ConvTranspose, softmax_attention
 from medplib_jax.types import Array
 
 EPS = 1e-6
@@ -31,32 +31,43 @@ class WindowAttention(nnx.Module):
         self.heads, self.window = heads, window
 
     def __call__(self, x_BxhxwxC: Array) -> Array:
-        height, width = x_BxhxwxC.shape[1:3]
-        qkv = x_BxhxwxC @ self.qkv.kernel[...].astype(x_BxhxwxC.dtype)  # the bias comes after padding
-        strips = [
-            jnp.concatenate([self._attend(qkv[:, rows, columns], tile_h, tile_w) for columns, tile_w in _tilings(width, self.window)], axis=2)
-            for rows, tile_h in _tilings(height, self.window)
-        ]
+        q, k, v = self._project(x_BxhxwxC)
+        strips = []
+        for rows, tile_h in _tilings(q.shape[2], self.window):
+            strip = []
+            for columns, tile_w in _tilings(q.shape[3], self.window):
+                tiles = _tiles(q[:, :, rows, columns], tile_h, tile_w)
+                windows = (_tiles(x[:, :, _whole(rows, self.window), _whole(columns, self.window)], self.window, self.window) for x in (k, v))
+                strip.append(_untile(softmax_attention(tiles, *windows), tile_h, tile_w, q[:, :, rows, columns].shape))
+            strips.append(jnp.concatenate(strip, axis=2))
         return self.proj(jnp.concatenate(strips, axis=1))
 
-    def _attend(self, qkv: Array, tile_h: int, tile_w: int) -> Array:
-        """qkv [B, h, w, 3C] without bias, cut into tiles -> [B, h, w, C]. Each tile fills the corner of its window."""
-        batch, height, width, _ = qkv.shape
-        rows, columns, window = height // tile_h, width // tile_w, self.window
-        tiles = qkv.reshape(batch, rows, tile_h, columns, tile_w, -1).swapaxes(2, 3)
-        tiles = jnp.pad(tiles, [(0, 0)] * 3 + [(0, window - tile_h), (0, window - tile_w), (0, 0)]) + self.qkv.bias[...].astype(qkv.dtype)
-        tiles = tiles.reshape(batch * rows * columns, window, window, 3, self.heads, -1).transpose(3, 0, 4, 1, 2, 5)
-        q, k, v = tiles[0, :, :, :tile_h, :tile_w], tiles[1], tiles[2]
-
-        row_terms = jnp.einsum("nHijk,iak->nHija", q, _relative(self.rel_pos_h, tile_h, window).astype(q.dtype))
-        column_terms = jnp.einsum("nHijk,jak->nHija", q, _relative(self.rel_pos_w, tile_w, window).astype(q.dtype))
+    def _project(self, x_BxhxwxC: Array) -> tuple[Array, Array, Array]:
+        """q [B, H, h, w, K + 2 window] scaled and extended; k, of the same width, and v [B, H, h', w', K] on whole windows."""
+        batch, height, width, _ = x_BxhxwxC.shape
+        dtype, window = x_BxhxwxC.dtype, self.window
+        beyond = [(0, 0), (0, -height % window), (0, -width % window), (0, 0)]
+        qkv = jnp.pad(x_BxhxwxC @ self.qkv.kernel[...].astype(dtype), beyond) + self.qkv.bias[...].astype(dtype)
+        q, k, v = qkv.reshape(*qkv.shape[:3], 3, self.heads, -1).transpose(3, 0, 4, 1, 2, 5)
+        q = q[:, :, :height, :width]
+        row_terms = jnp.einsum("bHijk,iak->bHija", q, _relative(self.rel_pos_h[...], height, window).astype(dtype))
+        column_terms = jnp.einsum("bHijk,jak->bHija", q, _relative(self.rel_pos_w[...], width, window).astype(dtype))
         q = jnp.concatenate([q * q.shape[-1] ** -0.5, row_terms, column_terms], axis=-1)
-        coordinates = jnp.broadcast_to(_one_hot_coordinates(window).astype(k.dtype), (*k.shape[:-1], 2 * window))
-        k = jnp.concatenate([k, coordinates], axis=-1)
-        q, k, v = (part.reshape(*part.shape[:2], -1, part.shape[-1]) for part in (q, k, v))
+        coordinates = jnp.broadcast_to(_one_hot_coordinates(*k.shape[2:4], window).astype(dtype), (*k.shape[:-1], 2 * window))
+        return q, jnp.concatenate([k, coordinates], axis=-1), v
 
-        attended = merge_heads(softmax_attention(q, k, v)).reshape(batch, rows, columns, tile_h, tile_w, -1)
-        return attended.swapaxes(2, 3).reshape(batch, height, width, -1)
+
+def _relative(table: Array, cells: int, window: int) -> Array:
+    """Per cell and key of its window the table's row for their offset, [cells, window, K]. A product: its gradient needs no scatter."""
+    offset = (np.arange(cells) % window)[:, None] - np.arange(window) + window - 1
+    return jnp.asarray(np.eye(len(table), dtype=np.float32)[offset]) @ table
+
+
+def _one_hot_coordinates(height: int, width: int, window: int) -> Array:
+    """[height, width, 2 * window]: one-hot row, then one-hot column of every cell within its window."""
+    rows, columns = (np.eye(window, dtype=np.float32)[np.arange(size) % window] for size in (height, width))
+    shape = (height, width, window)
+    return jnp.concatenate([jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns, shape)], axis=-1)
 
 
 def _tilings(size: int, window: int) -> list[tuple[slice, int]]:
@@ -65,15 +76,23 @@ def _tilings(size: int, window: int) -> list[tuple[slice, int]]:
     return [(slice(start, stop), tile) for start, stop, tile in ((0, whole, window), (whole, size, size - whole)) if start < stop]
 
 
-def _relative(table: nnx.Param, queries: int, keys: int) -> Array:
-    """The table's row for every offset query - key: [queries, keys, K]."""
-    return table[...][np.arange(queries)[:, None] - np.arange(keys) + keys - 1]
+def _whole(part: slice, window: int) -> slice:
+    """The slice, on to the end of its last window."""
+    return slice(part.start, part.stop + (part.start - part.stop) % window)
 
 
-def _one_hot_coordinates(window: int) -> Array:
-    """[window, window, 2 * window]: one-hot row, then one-hot column of every cell."""
-    eye = np.eye(window, dtype=np.float32)
-    return jnp.concatenate([jnp.broadcast_to(eye[:, None], (window,) * 3), jnp.broadcast_to(eye, (window,) * 3)], axis=-1)
+def _tiles(x: Array, tile_h: int, tile_w: int) -> Array:
+    """[B, H, h, w, K] -> [B * tiles, H, tile_h * tile_w, K]."""
+    batch, heads, height, width, dim = x.shape
+    x = x.reshape(batch, heads, height // tile_h, tile_h, width // tile_w, tile_w, dim)
+    return x.transpose(0, 2, 4, 1, 3, 5, 6).reshape(-1, heads, tile_h * tile_w, dim)
+
+
+def _untile(x: Array, tile_h: int, tile_w: int, shape: tuple[int, ...]) -> Array:
+    """[B * tiles, H, tile_h * tile_w, K] -> [B, h, w, H * K], the inverse of `_tiles` with the heads joined; shape is [B, H, h, w, ...]."""
+    batch, heads, height, width = shape[:4]
+    x = x.reshape(batch, height // tile_h, width // tile_w, heads, tile_h, tile_w, -1)
+    return x.transpose(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, -1)
 
 
 class Adapter(nnx.Module):
