@@ -127,7 +127,7 @@ class Evaluator(abc.ABC):
 
 
 def mask_drawer(sam_size: int, unpad: str, canvas: int, threshold: float) -> Callable[[Batch, Generation], np.ndarray]:
-    """A function of prompts and generation: bool masks [B, M, canvas, canvas] of probability over `threshold`, the picture at the top left."""
+    """A function of prompts and generation: bool masks [B, M, canvas, canvas] of probability over `threshold`, picture at the top left."""
 
     @jax.jit
     def logits_on_canvas(mask_logits, sam_box, mask_size):

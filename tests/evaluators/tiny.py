@@ -71,7 +71,8 @@ def make_experiment(folder):
 def write_checkpoint(workdir):
     """A finished checkpoint of random weights at step 3; returns the experiment."""
     experiment = make_experiment(workdir / "tokenizer")
-    state = TrainState(step=jnp.asarray(3), trainable=draw_params(abstract_module(functools.partial(MedPLIB, experiment.model)), 0), frozen={}, opt_state={})
+    params = draw_params(abstract_module(functools.partial(MedPLIB, experiment.model)), 0)
+    state = TrainState(step=jnp.asarray(3), trainable=params, frozen={}, opt_state={})
     with checkpoint.make_manager(str(workdir), keep=1) as manager:
         checkpoint.save(manager, state, experiment, total_steps=3)
         manager.wait_until_finished()
