@@ -16,7 +16,7 @@ from medplib_jax.types import Array
 
 # Rows per block, descending. A group takes as many blocks of each size as fit, so that large products run at full speed and
 # at most ROW_BLOCKS[-1] - 1 rows per group are computed for nothing.
-ROW_BLOCKS = (512, 128, 32)
+ROW_BLOCKS = (256, 64, 16)
 TPU_ROW_TILE = 128
 
 

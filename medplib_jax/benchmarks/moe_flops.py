@@ -1,0 +1,198 @@
+"""What a token costs in a mixture of experts, against one expert's MLP: executed FLOPs and time.
+
+    python -m medplib_jax.benchmarks.moe_flops                              # CPU: executed FLOPs, counted, and CPU time
+    python -m medplib_jax.benchmarks.moe_flops --topology=v5e:4x4           # TPU: the compiler's count, and the kernel's tiles
+
+The trip counts of the CPU's loops depend on where the tokens go, so no compiler can state their FLOPs: `executed_flops`
+runs the program with a counter that adds up every matrix product that really happens. Expect at most 1.3 times one expert
+on CPU and 1.05 on TPU, for 2 and for 8 experts.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
+from medplib_jax.models.grouped_matmul import TPU_ROW_TILE
+from medplib_jax.models.layers import abstract_module, bind, params_of
+from medplib_jax.models.moe import MoeMlp, SwiGlu
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU topology to compile for, such as v5e:4x4; default: run on this machine")
+_EXPERTS = flags.DEFINE_multi_integer("experts", [2, 8], "numbers of experts")
+_TOKENS = flags.DEFINE_integer("tokens", None, "tokens; default 2048, for a TPU 8192")
+_REPEATS = flags.DEFINE_integer("repeats", 10, "interleaved runs of which the fastest counts")
+
+
+def executed_flops(function: Callable, *args) -> float:
+    """Runs `function` on this machine with a counter beside it; returns the FLOPs of all matrix products that ran."""
+    closed = jax.make_jaxpr(function)(*args)
+    return float(jax.jit(lambda *leaves: _run(closed, *leaves)[1])(*jax.tree.leaves(args)))
+
+
+def _run(closed, *args):
+    """Evaluates a jaxpr; returns its outputs and the FLOPs executed."""
+    jaxpr, total = closed.jaxpr, jnp.zeros(())
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args)))
+
+    def read(atom):
+        return atom.val if hasattr(atom, "val") else values[atom]
+
+    for eqn in jaxpr.eqns:
+        outputs, flops = _run_equation(eqn, [read(atom) for atom in eqn.invars])
+        values.update(zip(eqn.outvars, outputs))
+        total += flops
+    return [read(atom) for atom in jaxpr.outvars], total
+
+
+def _run_equation(eqn, inputs):
+    name, params = eqn.primitive.name, eqn.params
+    if name == "platform_index":
+        return [len(params["platforms"]) - 1], 0.0  # the default branch comes last
+    if name == "cond":
+        index, *operands = inputs
+        branches = [functools.partial(_run, branch) for branch in params["branches"]]
+        return branches[index](*operands) if isinstance(index, int) else jax.lax.switch(index, branches, *operands)
+    if name == "while":
+        return _run_while(params, inputs)
+    if name == "scan":
+        return _run_scan(params, inputs)
+    for key in ("jaxpr", "call_jaxpr"):
+        if key in params:
+            return _run(params[key], *inputs)
+    flops = 0.0
+    if name == "dot_general":
+        (contracting, _), _ = params["dimension_numbers"]
+        flops = 2.0 * eqn.outvars[0].aval.size * np.prod([inputs[0].shape[axis] for axis in contracting])
+    outputs = eqn.primitive.bind(*inputs, **params)
+    return outputs if eqn.primitive.multiple_results else [outputs], flops
+
+
+def _run_while(params, inputs):
+    cond_end, body_end = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+
+    def body(state):
+        carry, flops = _run(params["body_jaxpr"], *inputs[cond_end:body_end], *state[0])
+        return carry, state[1] + flops
+
+    def keep_going(state):
+        return _run(params["cond_jaxpr"], *inputs[:cond_end], *state[0])[0][0]
+
+    return jax.lax.while_loop(keep_going, body, (inputs[body_end:], jnp.zeros(())))
+
+
+def _run_scan(params, inputs):
+    consts_end, carry_end = params["num_consts"], params["num_consts"] + params["num_carry"]
+
+    def body(state, xs):
+        outputs, flops = _run(params["jaxpr"], *inputs[:consts_end], *state[0], *xs)
+        return (outputs[: params["num_carry"]], state[1] + flops), outputs[params["num_carry"] :]
+
+    state = inputs[consts_end:carry_end], jnp.zeros(())
+    (carry, flops), ys = jax.lax.scan(body, state, inputs[carry_end:], length=params["length"], reverse=params["reverse"])
+    return [*carry, *ys], flops
+
+
+def programs(tokens: int, width: int, mlp: int, num_experts: int) -> dict[str, tuple[Callable, dict]]:
+    """{name: (function(params, x), abstract parameters)}: one MLP and a top-1 mixture, forward and with all gradients."""
+    llm = LlmConfig(hidden_size=width, mlp_dim=mlp, num_layers=1, num_heads=1, num_kv_heads=1)
+    valid = jnp.ones((1, tokens), bool)
+    mlp_module = abstract_module(lambda rngs: SwiGlu(llm, LoraConfig(), rngs))
+    moe_module = abstract_module(lambda rngs: MoeMlp(llm, MoeConfig(num_experts=num_experts), LoraConfig(), rngs))
+
+    def one(params, x):
+        return bind(mlp_module, params)(x)
+
+    def mixture(params, x):
+        return bind(moe_module, params)(x, valid)[0]
+
+    return {
+        "mlp forward": (one, params_of(mlp_module)),
+        "moe forward": (mixture, params_of(moe_module)),
+        "mlp gradient": (_gradient(one), params_of(mlp_module)),
+        "moe gradient": (_gradient(mixture), params_of(moe_module)),
+    }
+
+
+def _gradient(function):
+    return jax.grad(lambda params, x: jnp.sum(jnp.square(function(params, x).astype(jnp.float32))), argnums=(0, 1))
+
+
+def example(abstract_params, tokens: int, width: int):
+    """Random parameters and tokens [1, S, D]."""
+    keys = iter(jax.random.split(jax.random.key(0), 1 + len(jax.tree.leaves(abstract_params))))
+    params = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape) / np.sqrt(p.shape[-2]), abstract_params)
+    return params, jax.random.normal(next(keys), (1, tokens, width))
+
+
+def flop_ratios(tokens: int, width: int, mlp: int, num_experts: int) -> dict[str, float]:
+    """Executed FLOPs of the mixture over those of one expert's MLP on this machine, {"forward": .., "gradient": ..}."""
+    counts = {
+        name: executed_flops(function, *example(params, tokens, width))
+        for name, (function, params) in programs(tokens, width, mlp, num_experts).items()
+    }
+    return {kind: counts[f"moe {kind}"] / counts[f"mlp {kind}"] for kind in ("forward", "gradient")}
+
+
+def cpu_milliseconds(tokens: int, width: int, mlp: int, num_experts: int, repeats: int) -> dict[str, float]:
+    """CPU time of each program, all threads together: the least of `repeats` interleaved runs."""
+    runs = {}
+    for name, (function, params) in programs(tokens, width, mlp, num_experts).items():
+        params, x = example(params, tokens, width)
+        runs[name] = (jax.jit(function).lower(params, x).compile(), params, x)
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(repeats):
+        for name, (program, params, x) in runs.items():
+            start = time.process_time()
+            jax.block_until_ready(program(params, x))
+            best[name] = min(best[name], 1e3 * (time.process_time() - start))
+    return best
+
+
+def tpu_ratios(topology: str, tokens: int, width: int, mlp: int, num_experts: int) -> dict[str, float]:
+    """FLOPs the TPU compiler counts for the mixture over one MLP's, bfloat16, one chip. Needs no TPU, only libtpu."""
+    from jax.experimental import topologies  # libtpu is needed for this table alone
+
+    chip = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(chip)
+    counts = {}
+    for name, (function, params) in programs(tokens, width, mlp, num_experts).items():
+        x = jax.ShapeDtypeStruct((1, tokens, width), jnp.bfloat16, sharding=sharding)
+        params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=sharding), params)
+        counts[name] = jax.jit(function).lower(params, x).compile().cost_analysis()["flops"]
+    return {kind: counts[f"moe {kind}"] / counts[f"mlp {kind}"] for kind in ("forward", "gradient")}
+
+
+def tile_ratio(tokens: int, num_experts: int) -> float:
+    """Row tiles the TPU kernel visits at worst over those of one product: a tile that holds a border is visited twice."""
+    tiles = -(-tokens // TPU_ROW_TILE)
+    return (tiles + num_experts - 1) / tiles
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    if _TOPOLOGY.value:
+        tokens = _TOKENS.value or 8192
+        print(f"{_TOPOLOGY.value}, {tokens} tokens, width 4096, mlp 11008, top-1, bfloat16; FLOPs over one expert's")
+        for num_experts in _EXPERTS.value:
+            ratios = tpu_ratios(_TOPOLOGY.value, tokens, 4096, 11008, num_experts)
+            print(f"{num_experts} experts: {_text(ratios)}, tiles at worst {tile_ratio(tokens, num_experts):.3f}")
+        return
+    for tokens, width, mlp in ((_TOKENS.value or 2048, 128, 256), (1300, 512, 1376)):
+        print(f"{jax.default_backend()}, {tokens} tokens, width {width}, mlp {mlp}, top-1, float32")
+        for num_experts in _EXPERTS.value:
+            times = cpu_milliseconds(tokens, width, mlp, num_experts, _REPEATS.value)
+            time_ratios = {kind: times[f"moe {kind}"] / times[f"mlp {kind}"] for kind in ("forward", "gradient")}
+            print(f"{num_experts} experts: FLOPs {_text(flop_ratios(tokens, width, mlp, num_experts))}; CPU time {_text(time_ratios)}")
+
+
+def _text(ratios: dict[str, float]) -> str:
+    return ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in ratios.items())
+
+
+if __name__ == "__main__":
+    app.run(main)
