@@ -1,0 +1,66 @@
+"""A model and batches small enough to train in a test."""
+
+import dataclasses
+
+import numpy as np
+
+from medplib_jax.config import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
+from medplib_jax.experiment import DataConfig, ExperimentConfig, LossConfig, OptimConfig
+from medplib_jax.types import Batch
+
+MODEL = ModelConfig(
+    clip=ClipConfig(image_size=28, patch_size=14, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=32),
+    llm=LlmConfig(vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=32, max_positions=64),
+    moe=MoeConfig(num_experts=2, top_k=1),
+    mask=MaskConfig(
+        image_size=32, patch_size=8, hidden_size=16, num_layers=1, num_heads=2, window_size=3, global_layers=(), out_dim=16,
+        mask_in_dim=4, decoder_layers=1, decoder_mlp_dim=16, decoder_heads=2, iou_head_dim=16,
+    ),
+    region=RegionConfig(max_points=4),
+    lora=LoraConfig(rank=2, alpha=4.0, targets=("gate", "up", "down", "q")),
+)  # fmt: skip
+
+
+def tiny_experiment(**sections) -> ExperimentConfig:
+    """All losses on, everything but CLIP trains; sections as in ExperimentConfig."""
+    base = ExperimentConfig(
+        model=MODEL,
+        data=DataConfig(bucket_lengths=(16,), batch_size=8, max_regions=1, max_masks=2, mask_canvas=20),
+        optim=OptimConfig(lr=1e-2, trainable=("^llm/", "^sam/", "^seg_mlp/", "^region/", "^projector/")),
+        loss=LossConfig(ce=1.0, dice=0.5, bce=2.0, focal=1.0, iou=0.5),
+    )
+    return dataclasses.replace(base, **sections)
+
+
+def random_batch(config: ExperimentConfig, length: int = 16, seed: int = 0) -> Batch:
+    """Rows of different lengths, some with a region, with no, one or two masks."""
+    rng = np.random.default_rng(seed)
+    data, model = config.data, config.model
+    B, M, canvas = data.batch_size, data.max_masks, data.mask_canvas
+    patches, clip, sam = model.clip.num_patches, model.clip.image_size, model.mask.image_size
+    lengths = rng.integers(length // 2 + 2, length + 1, B)
+    valid = np.arange(length) < lengths[:, None]
+    feature_index = np.full((B, length), -1, np.int32)
+    feature_index[:, 1 : 1 + patches] = np.arange(patches)
+    feature_index[::2, 1 + patches] = patches  # every second row has a region
+    weights = (valid & (np.arange(length) > patches + 2) & (rng.random((B, length)) < 0.8)).astype(np.float32)
+    mask_valid = np.arange(M) < rng.integers(0, M + 1, (B, 1))
+    mask_size = rng.integers(canvas // 2, canvas + 1, (B, 2)).astype(np.int32)
+    return Batch(
+        tokens=rng.integers(3, model.llm.vocab_size, (B, length)).astype(np.int32) * valid,
+        valid=valid,
+        targets=rng.integers(3, model.llm.vocab_size, (B, length)).astype(np.int32),
+        loss_weights=weights,
+        feature_index=feature_index,
+        clip_pixels=rng.integers(0, 256, (B, data.max_images, clip, clip, 3)).astype(np.uint8),
+        sam_pixels=rng.integers(0, 256, (B, sam, sam, 3)).astype(np.uint8),
+        sam_box=np.tile(np.array([2, 0, sam - 4, sam], np.int32), (B, 1)),
+        region_points=rng.random((B, data.max_regions, model.region.max_points, 2)).astype(np.float32),
+        region_point_valid=rng.random((B, data.max_regions, model.region.max_points)) < 0.7,
+        region_image=np.zeros((B, data.max_regions), np.int32),
+        seg_position=(rng.integers(patches + 2, length // 2, (B, M)) * mask_valid).astype(np.int32),
+        mask_valid=mask_valid,
+        gt_masks=(rng.random((B, M, canvas, canvas)) < 0.4).astype(np.uint8),
+        mask_size=mask_size,
+        record=np.arange(B, dtype=np.int32),
+    )
