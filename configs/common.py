@@ -6,13 +6,13 @@ from medplib_jax.experiment import DataConfig
 # MedPLIB-7B: the defaults of ModelConfig, in bfloat16, activations recomputed.
 LARGE = ModelConfig(dtype="bfloat16", remat="full")
 
-# Everything a thousand times smaller; trains on a laptop from nothing. The vocabulary: 1024 pieces and 267 added tokens.
+# Everything a thousand times smaller; trains on a laptop from nothing. The vocabulary: 800 pieces and 267 added tokens.
 TINY = ModelConfig(
     clip=ClipConfig(image_size=112, patch_size=14, hidden_size=96, num_layers=4, num_heads=4, mlp_dim=192),
-    llm=LlmConfig(vocab_size=1024 + 267, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=256, max_positions=512),
+    llm=LlmConfig(vocab_size=800 + 267, hidden_size=128, num_layers=3, num_heads=4, num_kv_heads=4, mlp_dim=256, max_positions=512),
     mask=MaskConfig(
-        image_size=128, patch_size=8, hidden_size=96, num_layers=4, num_heads=4, window_size=7, global_layers=(1, 3),
-        out_dim=64, decoder_mlp_dim=128, iou_head_dim=64,
+        image_size=128, patch_size=16, hidden_size=96, num_layers=4, num_heads=4, window_size=4, global_layers=(1, 3),
+        out_dim=64, decoder_heads=4, decoder_mlp_dim=128, iou_head_dim=64,
     ),
     region=RegionConfig(max_points=64),
 )  # fmt: skip
@@ -59,5 +59,5 @@ def phantom(*names: str, **settings) -> DataConfig:
     """The generated dataset of `python -m medplib_jax.data.phantom --out data/phantom`, with the tokenizer trained on it."""
     return DataConfig(
         sources=tuple(f"data/phantom/train/{name}.json" for name in names), root="data/phantom", tokenizer="data/phantom/tokenizer",
-        bucket_lengths=(256, 320), batch_size=16, mask_canvas=160, workers=0, **settings,
+        bucket_lengths=(224,), batch_size=16, mask_canvas=160, workers=0, **settings,
     )  # fmt: skip

@@ -35,8 +35,8 @@ def tiny() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.TINY, lora=common.lora(16, common.MLP_LINEAR)),
         data=common.phantom(common.GROUNDING, max_regions=0, max_masks=4),
-        optim=OptimConfig(lr=1e-3, warmup=0.1, trainable=(common.LORA, common.SAM, common.SEG_MLP)),
+        optim=OptimConfig(lr=2e-3, warmup=0.2, trainable=(common.LORA, common.SAM, common.SEG_MLP)),
         loss=LOSS,
         init=InitConfig(stage=3, base="runs/tiny/stage2"),
-        train=TrainConfig(epochs=10, checkpoint_every=200),
+        train=TrainConfig(steps=400, checkpoint_every=200),
     )

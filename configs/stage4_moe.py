@@ -37,8 +37,8 @@ def tiny() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.TINY, moe=common.EXPERTS, lora=common.lora(16, TARGETS)),
         data=common.phantom(common.COMPLEX, common.REGIONS, common.GROUNDING, max_regions=4, max_masks=4),
-        optim=OptimConfig(lr=5e-4, warmup=0.1, trainable=TRAINABLE),
+        optim=OptimConfig(lr=1e-3, warmup=0.05, trainable=TRAINABLE),
         loss=LOSS,
         init=InitConfig(stage=4, base="runs/tiny/stage2", grounding="runs/tiny/stage3"),
-        train=TrainConfig(epochs=3, checkpoint_every=200),
+        train=TrainConfig(steps=150, checkpoint_every=200),
     )

@@ -19,6 +19,7 @@ import numpy as np
 
 from medplib_jax import report
 from medplib_jax.checkpoint import load_params
+from medplib_jax.config import LoraConfig
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.images import load_image
 from medplib_jax.data.pipeline import Loader
@@ -32,6 +33,7 @@ from medplib_jax.evaluators.region import RegionVqaEvaluator
 from medplib_jax.evaluators.vqa import VqaEvaluator
 from medplib_jax.experiment import EvalConfig, ExperimentConfig
 from medplib_jax.metrics import PROTOCOLS
+from medplib_jax.models.lora import merge_lora
 from medplib_jax.types import Params
 
 EVALUATORS: dict[str, type[Evaluator]] = {"grounding": GroundingEvaluator, "region": RegionVqaEvaluator, "vqa": VqaEvaluator}
@@ -118,6 +120,8 @@ def evaluate(
         {"kind", "file", "records", "skipped", "predictions", "metrics": {name: value}, "router" (see `router.summarise`; MoE models only)}.
     """
     experiment, params, tokenizer_dir = load_params(str(checkpoint_dir))
+    params = merge_lora(params, experiment.model.lora)
+    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, lora=LoraConfig()))
     given = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "mask_threshold": mask_threshold}
     settings = dataclasses.replace(experiment.eval, **{name: value for name, value in given.items() if value is not None})
     if protocol == "reference":

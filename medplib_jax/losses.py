@@ -65,7 +65,8 @@ def mask_losses(logits_BxMxIxJ: Array, gt_BxMxIxJ: Array, canvas_mask_BxIxJ: Arr
     bce = total((jax.nn.softplus(logits) - logits * g) * inside) / pixels
     dice = 1.0 - (2.0 * intersection + 1e-6) / (sum_p + sum_g + 1e-6)
     positive = 0.25 * g * jnp.square(1.0 - probability) * jnp.log(probability + 1e-12)
-    negative = 0.75 * (inside - g) * jnp.square(probability) * jnp.log(1.0 - probability + 1e-12)
+    one_minus = jnp.maximum(1.0 - probability, 0.0)  # a fast sigmoid may exceed 1 by one rounding
+    negative = 0.75 * (inside - g) * jnp.square(probability) * jnp.log(one_minus + 1e-12)
     focal = -total(positive + negative) / pixels
     soft_iou = (intersection + 1e-7) / (sum_p + sum_g - intersection + 1e-7)
     return {"bce": bce, "dice": dice, "focal": focal, "iou": jnp.square(soft_iou - predicted_iou_BxM)}

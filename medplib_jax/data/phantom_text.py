@@ -156,11 +156,11 @@ def _request(rng, facts, *names):
 
 
 def single_turn(facts, rng, target):
-    return _request(rng, facts, target.name), f"Sure, the {target.name} is <SEG>.<mask>{target.merged}</mask>", "open"
+    return _request(rng, facts, target.name), f"Here is the {target.name} <SEG>.<mask>{target.merged}</mask>", "open"
 
 
 def double_turn(facts, rng, first, second):
-    answer = f"Sure, the {first.name} is <SEG><mask>{first.merged}</mask> and the {second.name} is <SEG>.<mask>{second.merged}</mask>"
+    answer = f"Here are the {first.name} <SEG><mask>{first.merged}</mask> and the {second.name} <SEG>.<mask>{second.merged}</mask>"
     return _request(rng, facts, first.name, second.name), answer, "open"
 
 

@@ -1,6 +1,6 @@
 """Questions about a marked region (MeCoVQA-Region): scored like other questions, but only if the region really is in the batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -25,3 +25,8 @@ class RegionVqaEvaluator(VqaEvaluator):
                 found = f"{with_points} with points, {placed_B[i]} in the text"
                 raise record.error("region is not in the batch", f"{expected} regions", found)
         return super()._rows(batch, generation)
+
+    def summarise(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Beside the scores of other questions, `accuracy`: the share of right answers, closed ones and (exactly matched) open ones."""
+        right = [row["scores"].get("closed_accuracy", row["scores"].get("open_exact_match")) for row in rows]
+        return {"accuracy": float(np.mean(right))} | super().summarise(rows)

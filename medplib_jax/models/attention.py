@@ -7,9 +7,11 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from medplib_jax.config import LlmConfig, LoraConfig
-from medplib_jax.models.layers import Linear, Rngs
+from medplib_jax.models.layers import Linear, Rngs, softmax_average
 from medplib_jax.models.moe import split_rng
 from medplib_jax.types import Array
+
+HIDDEN = -1e30  # added to the score of a key that a query may not see; absorbs any score
 
 
 @flax.struct.dataclass
@@ -46,11 +48,13 @@ def attend(q_BxLxHxK: Array, k_BxSxGxK: Array, v_BxSxGxK: Array, *, query_positi
     visible_BxLxS = jnp.arange(S) <= query_position_BxL[..., None]
     if key_valid_BxS is not None:
         visible_BxLxS &= key_valid_BxS[:, None, :]
-    q = (q_BxLxHxK * K**-0.5).reshape(B, L, G, H // G, K)
-    scores = jnp.einsum("blghk,bsgk->bghls", q, k_BxSxGxK, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible_BxLxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BxSxGxK.dtype)
-    return jnp.einsum("bghls,bsgk->blghk", weights, v_BxSxGxK).reshape(B, L, H, K)
+    hidden_BxLxS = jnp.where(visible_BxLxS, 0.0, HIDDEN)
+    q_BxGxRLxK = (q_BxLxHxK * K**-0.5).reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
+    k_BxGxSxK, v_BxGxSxK = k_BxSxGxK.swapaxes(1, 2), v_BxSxGxK.swapaxes(1, 2)
+    scores = jnp.matmul(q_BxGxRLxK, k_BxGxSxK.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    scores += jnp.tile(hidden_BxLxS, (1, H // G, 1))[:, None]
+    y = softmax_average(scores, v_BxGxSxK)
+    return y.reshape(B, G, H // G, L, K).transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
 
 
 class Attention(nnx.Module):

@@ -92,6 +92,15 @@ class Mlp(nnx.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
+def softmax_average(scores: Array, v: Array) -> Array:
+    """softmax(scores) @ v with the division done last: scores float32 [..., T, S], v [..., S, V] -> [..., T, V] in v's dtype.
+
+    `jax.nn.softmax` divides the [T, S] weights instead, which on a CPU takes nearly three times as long, gradient included.
+    """
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    return ((weights.astype(v.dtype) @ v) / weights.sum(-1, keepdims=True)).astype(v.dtype)
+
+
 def gelu(x: Array) -> Array:
     """Exact (erf) GELU, as torch.nn.GELU()."""
     return jax.nn.gelu(x, approximate=False)

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.models.grouped_matmul import grouped_matmul
-from medplib_jax.models.layers import Linear, Rngs, dropout, param
+from medplib_jax.models.layers import Linear, Rngs, bind, dropout, logical_axes, param, params_of
+from medplib_jax.sharding import BATCH_AXES, RULES, axis_size, partition_spec
 from medplib_jax.types import Array
 
 # Up to this many tokens every expert runs on every token: reading the weights is then what costs.
@@ -135,33 +137,61 @@ class Experts(nnx.Module):
         self.gate = ExpertLinear(num_experts, D, F, ("embed", "mlp"), lora, lora.rank_of("gate"), rngs)
         self.up = ExpertLinear(num_experts, D, F, ("embed", "mlp"), lora, lora.rank_of("up"), rngs)
         self.down = ExpertLinear(num_experts, F, D, ("mlp", "embed"), lora, lora.rank_of("down"), rngs)
-        self.num_experts = num_experts
 
     def __call__(self, x_SxD: Array, routing: Routing, rng: Array | None) -> Array:
-        """sum_k weight_k * expert_k(x), [S, D]."""
-        if x_SxD.shape[0] <= FEW_TOKENS:
-            return self._few(x_SxD, routing, rng)
-        return self._sorted(x_SxD, routing, rng)
+        """sum_k weight_k * expert_k(x), [S, D]. Arrays that live on a mesh are computed where they are (`_on_mesh`)."""
+        mesh = jax.typeof(x_SxD).sharding.mesh
+        return self._compute(x_SxD, routing, rng) if mesh.size <= 1 else self._on_mesh(mesh, x_SxD, routing, rng)
 
-    def _few(self, x_SxD, routing, rng):
-        gate_rng, up_rng, down_rng = split_rng(rng, 3)
-        x_ExSxD = jnp.broadcast_to(x_SxD, (self.num_experts, *x_SxD.shape))
-        h = jax.nn.silu(self.gate.every_expert(x_ExSxD, gate_rng)) * self.up.every_expert(x_ExSxD, up_rng)
-        weight_SxE = (jax.nn.one_hot(routing.expert, self.num_experts) * routing.weight[:, :, None]).sum(1)
-        return jnp.einsum("esd,se->sd", self.down.every_expert(h, down_rng), weight_SxE.astype(x_SxD.dtype))
+    def _on_mesh(self, mesh, x_SxD, routing, rng):
+        """Every device runs its experts (axis `expert`) and its slice of their width (`tensor`) on its own tokens, then they
+        add up. Sorting stays on the device; weights are gathered over `fsdp` and their gradients scattered back."""
+        params, axes = params_of(self), logical_axes(self)
+        specs = jax.tree.map(lambda array, names: partition_spec("moe/experts", names[-array.ndim :], array.shape, mesh), params, axes)
+        token_spec = PartitionSpec(BATCH_AXES) if x_SxD.shape[0] % axis_size(mesh, BATCH_AXES) == 0 else PartitionSpec()
+        summed = (RULES["expert"], RULES["mlp"])
 
-    def _sorted(self, x_SxD, routing, rng):
-        gate_rng, up_rng, down_rng = split_rng(rng, 3)
-        S, k = routing.expert.shape
-        expert = jnp.where(routing.kept, routing.expert, self.num_experts).reshape(S * k)  # dropped choices go last, to no expert
+        def local(params, x, routing, rng):
+            params = jax.tree.map(_gather_width, params, specs)
+            count = params["gate"]["kernel"].shape[0]
+            expert = routing.expert - count * jax.lax.axis_index(RULES["expert"])
+            here = routing.kept & (expert >= 0) & (expert < count)
+            if rng is not None:
+                rng = jax.random.fold_in(rng, jax.lax.axis_index(mesh.axis_names))
+            y = bind(self, params)._compute(x, Routing(expert, routing.weight, here), rng)
+            return jax.lax.psum(y, summed)
+
+        in_specs = (specs, token_spec, token_spec, PartitionSpec())
+        run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=token_spec, check_vma=False)
+        return run(params, x_SxD, routing, rng)
+
+    def _compute(self, x_SxD, routing, rng):
+        return (self._few if x_SxD.shape[0] <= FEW_TOKENS else self._sorted)(x_SxD, routing, split_rng(rng, 3))
+
+    def _few(self, x_SxD, routing, rngs):
+        num_experts = self.gate.kernel.shape[0]
+        x_ExSxD = jnp.broadcast_to(x_SxD, (num_experts, *x_SxD.shape))
+        h = jax.nn.silu(self.gate.every_expert(x_ExSxD, rngs[0])) * self.up.every_expert(x_ExSxD, rngs[1])
+        weight_SxE = (jax.nn.one_hot(routing.expert, num_experts) * routing.weight[:, :, None]).sum(1)
+        return jnp.einsum("esd,se->sd", self.down.every_expert(h, rngs[2]), weight_SxE.astype(x_SxD.dtype))
+
+    def _sorted(self, x_SxD, routing, rngs):
+        num_experts, (S, k) = self.gate.kernel.shape[0], routing.expert.shape
+        expert = jnp.where(routing.kept, routing.expert, num_experts).reshape(S * k)  # dropped choices go last, to no expert
         order = jnp.argsort(expert, stable=True)
         inverse = jnp.argsort(order)
-        member = expert[order][:, None] == jnp.arange(self.num_experts)
+        member = expert[order][:, None] == jnp.arange(num_experts)
         sizes = member.sum(0, dtype=jnp.int32)
         x = permute_rows(jnp.repeat(x_SxD, k, axis=0), order, inverse)
-        h = jax.nn.silu(self.gate.sorted_rows(x, sizes, member, gate_rng)) * self.up.sorted_rows(x, sizes, member, up_rng)
-        y = permute_rows(self.down.sorted_rows(h, sizes, member, down_rng), inverse, order)
+        h = jax.nn.silu(self.gate.sorted_rows(x, sizes, member, rngs[0])) * self.up.sorted_rows(x, sizes, member, rngs[1])
+        y = permute_rows(self.down.sorted_rows(h, sizes, member, rngs[2]), inverse, order)
         return (y.reshape(S, k, -1) * routing.weight[:, :, None].astype(y.dtype)).sum(1)
+
+
+def _gather_width(array: Array, spec: PartitionSpec) -> Array:
+    """Undoes the sharding of the model width."""
+    fsdp = RULES["embed"]
+    return jax.lax.all_gather(array, fsdp, axis=spec.index(fsdp), tiled=True) if fsdp in spec else array
 
 
 class SwiGlu(nnx.Module):

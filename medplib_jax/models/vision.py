@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from medplib_jax.models.layers import Rngs, param
+from medplib_jax.models.layers import Rngs, param, softmax_average
 from medplib_jax.types import Array
 
 
@@ -84,4 +84,4 @@ def softmax_attention(q: Array, k: Array, v: Array) -> Array:
     The caller scales q. `jax.nn.dot_product_attention` does not take a v narrower than k, nor broadcast leading axes.
     """
     scores = jnp.matmul(q, k.swapaxes(-2, -1), preferred_element_type=jnp.float32)
-    return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
+    return softmax_average(scores, v)

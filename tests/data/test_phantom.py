@@ -139,7 +139,7 @@ def test_grounding_answers_name_what_is_there(made):
         names = visible_names(folder, record)
         for path in re.findall(r"<mask>(.*?)</mask>", answer):
             name = path.removesuffix(".png").split("--")[-1].replace("_", " ")
-            assert name in names and f"the {name} is <SEG>" in answer and name in question
+            assert name in names and f"the {name} <SEG>" in answer and name in question
         if "<SEG>" not in answer:
             absent = re.fullmatch(r"No, the (.*) is not present\.", answer)[1]
             assert absent not in names and absent in question

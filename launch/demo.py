@@ -1,0 +1,254 @@
+"""The whole system on a laptop: data, four training stages, evaluation, report. Run by launch/demo.sh.
+
+Every step leaves its result in the output folder and is skipped when it is there, so a second call resumes. Figures of the run
+stand in metrics.json, everything else in report.html.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import re
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import absl.logging
+import jax
+
+from configs import stage1_align, stage2_vqa, stage3_grounding, stage4_moe
+from medplib_jax import report
+from medplib_jax.data import phantom
+from medplib_jax.data.prompts import TEMPLATES
+from medplib_jax.data.sources import MASK, REGION
+from medplib_jax.data.tokenizer import train_tokenizer
+from medplib_jax.evaluate import evaluate, report_examples, report_router
+from medplib_jax.experiment import ExperimentConfig
+from medplib_jax.logging import read_metrics
+from medplib_jax.train import train
+
+STAGES = {"I align": stage1_align, "II visual-language": stage2_vqa, "III grounding": stage3_grounding, "IV mixture": stage4_moe}
+# Which test files each stage's model answers: what it was trained for, and what the next stage is to improve.
+TESTS = {
+    "I align": ("complex", "region"),
+    "II visual-language": ("complex", "region", "grounding"),
+    "III grounding": ("grounding",),
+    "IV mixture": ("complex", "region", "grounding"),
+}
+CURVES = ("loss", "ce", "dice", "bce", "lr", "grad_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Sizes of the demonstration and the folder it works in."""
+
+    out: Path
+    examples: int
+    test_examples: int
+    seed: int
+
+    @property
+    def data(self) -> Path:
+        return self.out / "phantom"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.out / "tokenizer"
+
+    def workdir(self, stage: str) -> Path:
+        return self.out / f"stage_{stage.split()[0]}"
+
+    def experiment(self, stage: str) -> ExperimentConfig:
+        """The stage's tiny experiment, with its paths in the demo's folder."""
+        config = STAGES[stage].tiny()
+        sources = tuple(str(self.data / "train" / Path(source).name) for source in config.data.sources)
+        init = dataclasses.replace(
+            config.init,
+            base=str(self.workdir("II" if config.init.stage == 4 else "I" * (config.init.stage - 1))) if config.init.base else "",
+            grounding=str(self.workdir("III")) if config.init.grounding else "",
+        )
+        return dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, sources=sources, root=str(self.data), tokenizer=str(self.tokenizer)),
+            init=init,
+            train=dataclasses.replace(config.train, seed=self.seed),
+        )
+
+
+class Stopwatch:
+    """Seconds of the main job and its memory peak, summed over interrupted runs in a file."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._before = json.loads(file.read_text()) if file.exists() else {"seconds": 0.0, "peak_rss_gb": 0.0}
+        self._start = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return {
+            "seconds": self._before["seconds"] + time.perf_counter() - self._start,
+            "peak_rss_gb": max(self._before["peak_rss_gb"], kilobytes / 2**20),
+        }
+
+    def save(self) -> None:
+        self._file.write_text(json.dumps(self.read()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="launch/demo.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--examples", type=int, default=2000, help="training images to generate")
+    parser.add_argument("--test-examples", type=int, default=100, help="held-out images; each has 3 questions, 2 about regions, 3 to ground")
+    parser.add_argument("--seed", type=int, default=0)
+    demo = Demo(**vars(parser.parse_args()))
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    logging.getLogger("medplib_jax").setLevel(logging.INFO)
+    demo.out.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str((demo.out / "compiled").resolve()))
+    watch = Stopwatch(demo.out / "stopwatch.json")
+    try:
+        return run(demo, watch)
+    except KeyboardInterrupt:
+        print("\nInterrupted; run the same command to resume.", file=sys.stderr)
+        return 130
+    finally:
+        watch.save()
+
+
+def run(demo: Demo, watch: Stopwatch) -> int:
+    if (demo.out / "metrics.json").exists():
+        print(f"{demo.out} is finished; remove it to start anew.")
+    else:
+        announce("Phantom dataset")
+        phantom.generate(demo.data, demo.examples, demo.test_examples, demo.seed)
+        make_tokenizer(demo)
+        results = {}
+        for stage in STAGES:
+            announce(f"Stage {stage}")
+            with contextlib.redirect_stdout(sys.stderr):
+                outcome = train(demo.experiment(stage), str(demo.workdir(stage)))
+            if outcome["interrupted"]:
+                return 130 if outcome["interrupted"] == signal.SIGINT else 143
+            files = [demo.data / phantom.FILES["test"][kind] for kind in TESTS[stage]]
+            results[stage] = evaluate(demo.workdir(stage), files, demo.out / "evaluation" / demo.workdir(stage).name)
+        announce("Report")
+        metrics = flat_metrics(results)
+        write(demo, results, metrics, watch)
+    print_summary(json.loads((demo.out / "metrics.json").read_text()), demo.out / "report.html")
+    return 0
+
+
+def announce(title: str) -> None:
+    print(f"\n=== {title}", file=sys.stderr, flush=True)
+
+
+def make_tokenizer(demo: Demo) -> None:
+    """A small LLaMA-style tokenizer of the training text, frame sentences included."""
+    if (demo.tokenizer / "tokenizer.model").exists():
+        return
+    records = [record for name in phantom.FILES["train"].values() for record in json.loads((demo.data / name).read_text())]
+    turns = [re.sub(r"<[^<>]*>", " ", MASK.sub("", REGION.sub("", turn["value"]))).strip() for record in records for turn in record["conversations"]]
+    frame = [f"{sentence} USER: ASSISTANT:" for sentence in TEMPLATES.values()]
+    train_tokenizer(turns + frame * 100, str(demo.tokenizer), stage1_align.tiny().model.llm.vocab_size - 267)
+
+
+def flat_metrics(results: dict[str, dict]) -> dict[str, float]:
+    """The final model's figures by name, and what each stage reached on its way as `stage_<number>.<name>`."""
+    flat = headline(results["IV mixture"])
+    for stage, result in results.items():
+        flat |= {f"stage_{stage.split()[0]}.{name}": value for name, value in headline(result).items()}
+    return flat
+
+
+def headline(result: dict) -> dict[str, float]:
+    """The figures of one model: grounding.mdice, no_target.accuracy, region_vqa.accuracy, closed_vqa.accuracy, open_vqa.accuracy, ..."""
+    tasks = {task["kind"]: task for task in result["tasks"].values()}
+    flat = {}
+    if "grounding" in tasks:
+        found = tasks["grounding"]["metrics"]
+        flat |= {f"grounding.{name.lower()}": found[name] for name in ("mDice", "mIoU", "gIoU", "cIoU")}
+        flat |= {"no_target.accuracy": found["no_target_accuracy"], "no_target.false_mask_rate": found["false_mask_rate"]}
+    if "vqa" in tasks:
+        found = tasks["vqa"]["metrics"]
+        flat |= {"closed_vqa.accuracy": found["closed_accuracy"], "open_vqa.accuracy": found["open_exact_match"]}
+    if "region" in tasks:
+        found = tasks["region"]["metrics"]
+        flat |= {"region_vqa.accuracy": found["accuracy"]}
+    return flat | {f"{kind}.records": task["records"] for kind, task in tasks.items()}
+
+
+def write(demo: Demo, results: dict[str, dict], metrics: dict[str, float], watch: Stopwatch) -> None:
+    """report.html with its pictures, then metrics.json (whose presence says that the demo is finished)."""
+    final = results["IV mixture"]
+    grounding = next(task for task in final["tasks"].values() if task["kind"] == "grounding")
+    curves = {stage: curve(read_metrics(str(demo.workdir(stage)))) for stage in STAGES}
+    report.write_report(
+        report.ReportData(
+            title="MedPLIB on a laptop: four stages on a generated dataset",
+            facts=facts(demo, watch),
+            curves=curves,
+            tables={"Final model, by modality": by_modality(final), "All stages": {stage: headline(result) for stage, result in results.items()}},
+            stages=comparisons(results),
+            router=report_router(grounding),
+            examples=report_examples(demo.out / "evaluation" / demo.workdir("IV mixture").name, per_task=12),
+        ),
+        demo.out,
+    )
+    used = watch.read()
+    metrics |= {"wall_seconds": used["seconds"], "peak_rss_gb": used["peak_rss_gb"]}
+    (demo.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+def curve(rows: list[dict[str, float]]) -> dict[str, list[float]]:
+    names = [name for name in CURVES if any(row.get(name) for row in rows)]
+    return {name: [row[name] for row in rows] for name in ("step", *names)}
+
+
+def by_modality(result: dict) -> dict[str, dict[str, float]]:
+    """{modality: {metric: value}} of the figures that every task reports by modality."""
+    columns = {"mDice": "mDice", "no_target_accuracy": "no target", "closed_accuracy": "closed", "open_exact_match": "open", "accuracy": "region"}
+    table: dict[str, dict[str, float]] = {}
+    for task in result["tasks"].values():
+        for name, value in task["metrics"].items():
+            metric, _, modality = name.partition("/")
+            if modality and metric in columns and (metric == "accuracy" or task["kind"] != "region"):
+                table.setdefault(modality, {})[columns[metric]] = value
+    return table
+
+
+def comparisons(results: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """{metric: {stage: value}} for the bars that show what each stage brought."""
+    bars: dict[str, dict[str, float]] = {}
+    for stage, result in results.items():
+        for name, value in headline(result).items():
+            if name in ("grounding.mdice", "no_target.accuracy", "region_vqa.accuracy", "closed_vqa.accuracy", "open_vqa.accuracy"):
+                bars.setdefault(name, {})[stage] = value
+    return bars
+
+
+def facts(demo: Demo, watch: Stopwatch) -> dict[str, object]:
+    used = watch.read()
+    return {
+        "training images": demo.examples,
+        "held-out images": demo.test_examples,
+        "seed": demo.seed,
+        "minutes": f"{used['seconds'] / 60:.1f}",
+        "memory peak": f"{used['peak_rss_gb']:.1f} GB",
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def print_summary(metrics: dict[str, float], page: Path) -> None:
+    print("\nHeld-out phantom examples, final model:")
+    for name, value in metrics.items():
+        if not name.startswith("stage_"):
+            print(f"  {name:28} {value:10.3f}")
+    print(f"\nReport: {page}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
