@@ -15,7 +15,8 @@ SAM_SIDE = 256
 def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> Batch:
     """The batch that the arrays `input_ids`, `labels`, `attention_mask`, `images_clip`, `images`, masks and regions describe.
 
-    A batch without labels (a prompt) has zero loss weights; one without `images` has black SAM pixels and no mask slots.
+    A batch without labels (a prompt) has zero loss weights; one without `images` has black SAM pixels (and the whole canvas as its box,
+    unless `sam_box` is given).
     """
     ids = z["input_ids"]
     labels = z.get("labels", np.full_like(ids, IGNORED))
@@ -32,7 +33,7 @@ def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> 
     return Batch(
         **text,
         clip_pixels=_to_uint8(z["images_clip"], np.multiply(CLIP_MEAN, 255), np.multiply(CLIP_STD, 255))[:, None],
-        **_sam_pixels(z.get("images"), len(ids)),
+        **_sam_pixels(z, len(ids)),
         **_region_points(regions, len(ids)),
         **_masks(z, text["tokens"], seg_id),
         record=np.arange(len(ids), dtype=np.int32),
@@ -67,11 +68,11 @@ def _to_uint8(images_BxCxHxW: np.ndarray, mean, std) -> np.ndarray:
     return np.rint(values).astype(np.uint8)
 
 
-def _sam_pixels(images, count: int) -> dict[str, np.ndarray]:
-    if images is None:
-        box = np.tile(np.int32([0, 0, SAM_SIDE, SAM_SIDE]), (count, 1))
+def _sam_pixels(z: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    if "images" not in z:
+        box = z.get("sam_box", np.tile(np.int32([0, 0, SAM_SIDE, SAM_SIDE]), (count, 1)))
         return {"sam_pixels": np.zeros((count, SAM_SIDE, SAM_SIDE, 3), np.uint8), "sam_box": box}
-    boxes = []
+    images, boxes = z["images"], []
     for image in images:
         spans = [np.flatnonzero((image != 0).any(axis)) for axis in ((0, 2), (0, 1))]
         boxes.append([spans[0][0], spans[1][0], np.ptp(spans[0]) + 1, np.ptp(spans[1]) + 1])

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import from_torch, mapping
+from convert import from_torch, mapping, to_torch, torch_files
 from medplib_jax import checkpoint
 from medplib_jax.config import ModelConfig
 from medplib_jax.data.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ from medplib_jax.models.unpad import resample_to_canvas
 from medplib_jax.optim import combine, flatten, make_optimizer, make_schedule, partition, unflatten
 from medplib_jax.types import Batch, ModelOutput
 from tests.convert.golden_batch import SAM_SIDE, golden_batch
+from tests.torch_weights import formula_reader
 
 BAR, GRADIENT_BAR = 1e-4, 1e-3
 SEG_LOSS = LossConfig(ce=1.0, dice=0.5, bce=2.0, iou=2.0, focal=2.0)
@@ -55,6 +56,19 @@ def relative(actual, expected) -> float:
     if actual.shape != expected.shape:
         return float("inf")
     return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-12))
+
+
+def at_valid(actual_BxLxD, expected_BxlxD, valid_BxL) -> float:
+    """`relative` over the positions that are not padding; the recorded array may hold every n-th position only."""
+    step = -(-actual_BxLxD.shape[1] // expected_BxlxD.shape[1])
+    chosen = np.asarray(valid_BxL)[:, ::step]
+    return relative(np.asarray(actual_BxLxD)[:, ::step][chosen], expected_BxlxD[chosen])
+
+
+def at_steps(actual_IxJ, expected_ixj) -> float:
+    """`relative` of a picture, of which the recorded one may hold every n-th row and column only."""
+    step = -(-actual_IxJ.shape[0] // expected_ixj.shape[0])
+    return relative(actual_IxJ[::step, ::step], expected_ixj)
 
 
 def differing(actual, expected) -> float:
@@ -110,16 +124,36 @@ def as_torch(tree, places: Mapping[str, mapping.Entry], key: str) -> np.ndarray:
     return place.layout.to_torch(np.asarray(flatten(tree)[place.path])[place.index])
 
 
-def forward(model, batch: Batch, train: bool, noise):
-    """`MedPLIB.__call__` with the router's noise given instead of drawn."""
+def forward(model, batch: Batch, train: bool, noise, embedding=None, seg_row=None):
+    """`MedPLIB.__call__` with the router's noise and SAM's image embedding (which nothing is trained through) given.
+
+    `seg_row` [B, M] is the row that a mask's <SEG> stands in; see `seg_rows`.
+    """
     x, out = model.embed(batch)
     hidden, llm_out = model.llm(x, batch.valid, train=train, router_noise=noise)
     masks = (None, None)
-    seg_hidden = jnp.take_along_axis(hidden, batch.seg_position[:, :, None], axis=1)
-    if batch.seg_position.shape[1]:
-        out["seg_embedding"] = model.seg_mlp(seg_hidden)
-        masks = model.draw(seg_hidden, batch)
+    if embedding is not None:
+        out["seg_embedding"] = model.seg_mlp(hidden[seg_row, batch.seg_position])
+        masks = model.sam.decode(embedding, out["seg_embedding"])
     return ModelOutput(hidden, *masks, aux=llm_out), out | llm_out | {"logits": model.llm.logits(hidden)}
+
+
+def seg_rows(batch: Batch, seg_id: int) -> tuple[Batch, np.ndarray]:
+    """The batch with each mask at the <SEG> that the original gives it, and the row of that <SEG>: the last of the batch, in order.
+
+    It is another row's when a row says <SEG> without having a mask (forward_seg_eval_56), which our data refuses.
+    """
+    slots = np.argwhere(batch.mask_valid)
+    places = np.argwhere(batch.tokens == seg_id)[-len(slots) :]
+    rows, positions = np.zeros_like(batch.seg_position), np.zeros_like(batch.seg_position)
+    rows[tuple(slots.T)], positions[tuple(slots.T)] = places[:, 0], places[:, 1] - 1
+    return batch.replace(seg_position=positions), rows
+
+
+def image_embedding(converted: "Converted", batch: Batch):
+    model = converted.model()
+    encode = jax.jit(lambda params, pixels, box: bind(model, params).sam.encode(normalise_sam(pixels, box)))
+    return encode(converted.params, batch.sam_pixels, batch.sam_box)
 
 
 def router_noise(z: Arrays, kind: str, layers) -> np.ndarray | None:
@@ -138,24 +172,21 @@ def check_forward(converted: Converted, z: Arrays) -> Iterator[Row]:
         output, out = jax.jit(lambda params, batch: forward(bind(model, params), batch, train, noise))(converted.params, batch)
         if not train and "clip_features" in z:
             yield Row("clip features", relative(out["clip_features"], z["clip_features"]))
-            valid = np.asarray(batch.valid)
-            yield Row("merged embeddings", relative(np.asarray(out["embeddings"])[valid], z["inputs_embeds"][valid]))
+            yield Row("merged embeddings", at_valid(out["embeddings"], z["inputs_embeds"], batch.valid))
             for i, row in enumerate(np.flatnonzero(z.get("valid_region", np.zeros(1, bool)))):
                 yield Row("region features", relative(out["regions"][row], z[f"region_feature_{i}"]))
         yield from _language(converted, z, batch, output, out, prefix, "train " if train else "eval ")
 
 
 def _language(converted, z, batch, output, out, prefix, mode) -> Iterator[Row]:
-    valid = np.asarray(batch.valid)
     yield from check_router(converted, z, batch, out, prefix, mode)
     if prefix + "hidden_last" in z:
-        yield Row(mode + "hidden states", relative(np.asarray(output.hidden)[valid], z[prefix + "hidden_last"][valid]))
-    logits = np.asarray(out["logits"])
+        yield Row(mode + "hidden states", at_valid(output.hidden, z[prefix + "hidden_last"], batch.valid))
     if prefix + "logits" in z:
-        yield Row(mode + "logits", relative(logits[valid], z[prefix + "logits"][valid]))
+        yield Row(mode + "logits", at_valid(out["logits"], z[prefix + "logits"], batch.valid))
     elif prefix + "logits_sel" in z:
-        chosen = valid[:, z["logits_pos"]]
-        yield Row(mode + "logits", relative(logits[:, z["logits_pos"]][chosen], z[prefix + "logits_sel"][chosen]))
+        chosen = np.asarray(out["logits"])[:, z["logits_pos"]]
+        yield Row(mode + "logits", at_valid(chosen, z[prefix + "logits_sel"], batch.valid[:, z["logits_pos"]]))
     _, terms = total_loss(output, converted.params["llm"]["head"]["kernel"], batch, LossConfig(), converted.config, divisors(batch))
     yield Row(mode + "loss", relative(terms["loss"], z[prefix + "loss"]))
 
@@ -181,10 +212,13 @@ def check_router(converted, z, batch, out, prefix, mode) -> Iterator[Row]:
 
 def check_segmentation(converted: Converted, z: Arrays, loss: LossConfig, train: bool) -> Iterator[Row]:
     """Masks, every loss term and gradients."""
-    batch = converted.batch(z)
+    batch, rows = seg_rows(converted.batch(z), converted.seg_id)
     kind = "uniform" if converted.config.moe.top_k == 1 else "gumbel"
     noise = router_noise(z, kind, converted.config.moe_layers)
-    (terms, output, out), gradients = jax.jit(loss_and_gradients(converted, loss, train))(converted.params, batch, noise)
+    embedding = image_embedding(converted, batch) if "images" in z else jnp.moveaxis(z["image_embeddings"], 1, -1)
+    if "images" in z and "image_embeddings" in z:
+        yield Row("SAM image embedding", relative(embedding, z["image_embeddings"].transpose(0, 2, 3, 1)))
+    (terms, output, out), gradients = jax.jit(loss_and_gradients(converted, loss, train))(converted.params, batch, noise, embedding, rows)
     yield from check_router(converted, z, batch, out, "", "")
     yield from _check_masks(converted, z, batch, output, out)
     terms["language"] = language_loss(converted, terms)
@@ -205,23 +239,19 @@ def language_loss(converted: Converted, terms):
 def loss_and_gradients(converted: Converted, loss: LossConfig, train: bool) -> Callable:
     model = converted.model()
 
-    def compute(params, batch, noise):
-        output, out = forward(bind(model, params), batch, train, noise)
+    def compute(params, batch, noise, embedding, rows):
+        output, out = forward(bind(model, params), batch, train, noise, embedding, rows)
         total, terms = total_loss(output, params["llm"]["head"]["kernel"], batch, loss, converted.config, divisors(batch))
         return total, (terms, output, out)
 
-    def run(params, batch, noise):
-        (_, rest), gradients = jax.value_and_grad(compute, has_aux=True)(params, batch, noise)
+    def run(params, batch, noise, embedding, rows):
+        (_, rest), gradients = jax.value_and_grad(compute, has_aux=True)(params, batch, noise, embedding, rows)
         return rest, gradients
 
     return run
 
 
 def _check_masks(converted, z, batch, output, out) -> Iterator[Row]:
-    if "image_embeddings" in z:
-        model = converted.model()
-        encode = jax.jit(lambda params, batch: _encode(bind(model, params), batch))
-        yield Row("SAM image embedding", relative(encode(converted.params, batch), z["image_embeddings"].transpose(0, 2, 3, 1)))
     canvas = batch.gt_masks.shape[-2:]
     logits, _ = resample_to_canvas(output.mask_logits, batch.sam_box, batch.mask_size, canvas=canvas, sam_size=SAM_SIDE, mode="reference")
     for i, (row, slot) in enumerate(np.argwhere(batch.mask_valid)):
@@ -229,13 +259,9 @@ def _check_masks(converted, z, batch, output, out) -> Iterator[Row]:
             continue
         rows, columns = batch.mask_size[row]
         yield Row("<SEG> embedding", relative(out["seg_embedding"][row, slot], z[f"seg_embedding_{i}"][0, 0]))
-        yield Row("mask logits", relative(output.mask_logits[row, slot], z[f"low_res_mask_{i}"][0, 0]))
+        yield Row("mask logits", at_steps(output.mask_logits[row, slot], z[f"low_res_mask_{i}"][0, 0]))
         yield Row("predicted IoU", relative(output.predicted_iou[row, slot], z[f"iou_{i}"][0, 0]))
-        yield Row("masks at original size", relative(logits[row, slot, :rows, :columns], z[f"pred_mask_{i}"][0, 0]))
-
-
-def _encode(model, batch):
-    return model.sam.encode(normalise_sam(batch.sam_pixels, batch.sam_box))
+        yield Row("masks at original size", at_steps(logits[row, slot, :rows, :columns], z[f"pred_mask_{i}"][0, 0]))
 
 
 def prompt(z: Arrays, prefix: str, ids: str = "input_ids") -> dict[str, np.ndarray]:
@@ -244,13 +270,8 @@ def prompt(z: Arrays, prefix: str, ids: str = "input_ids") -> dict[str, np.ndarr
     found["attention_mask"] = np.ones_like(found["input_ids"])
     images = z.get(prefix + "images", z.get("images"))
     found |= {} if images is None else {"images": images}
-    if prefix + "region_mask" in z:
-        mask = z[prefix + "region_mask"]
-    elif prefix == "region_":
-        mask = z["region_mask"]
-    else:
-        return found
-    return found | {"region_mask_0": mask, "valid_region": np.ones(1, bool)}
+    mask = z.get("region_mask" if prefix == "region_" else prefix + "region_mask") if prefix else None
+    return found if mask is None else found | {"region_mask_0": mask, "valid_region": np.ones(1, bool)}
 
 
 def check_generation(converted: Converted, z: Arrays) -> Iterator[Row]:
@@ -311,7 +332,7 @@ def check_evaluate(converted: Converted, z: Arrays) -> Iterator[Row]:
         generator = Generator(chosen.config, chosen.params, eos_id=Tokenizer.eos_id, seg_id=chosen.seg_id, max_new_tokens=16, max_masks=1)
         made = generator(batch)
         yield Row("generated ids (share that differs)", _answer_differs(made, z[name + "_output_ids"], item["input_ids"]), 0.0)
-        if name in ("seg", "region"):
+        if name != "history" and converted.seg_id in z[name + "_output_ids"][0, item["input_ids"].shape[1] :]:
             masks, _ = resample_to_canvas(
                 made.mask_logits, batch.sam_box, batch.mask_size, canvas=(int(rows), int(columns)), sam_size=SAM_SIDE, mode="reference"
             )
@@ -338,11 +359,13 @@ def check_sam(converted: Converted, z: Arrays) -> Iterator[Row]:
 
 def check_gradient_norms(converted: Converted, z: Arrays, stats: Mapping[str, list[float]]) -> Iterator[Row]:
     """Length and sum of every trainable tensor's gradient."""
-    batch, noise = converted.batch(z), router_noise(z, "uniform", converted.config.moe_layers)
-    _, gradients = jax.jit(loss_and_gradients(converted, STAGE4_LOSS, True))(converted.params, batch, noise)
+    (batch, rows), noise = seg_rows(converted.batch(z), converted.seg_id), router_noise(z, "uniform", converted.config.moe_layers)
+    run = jax.jit(loss_and_gradients(converted, STAGE4_LOSS, True))
+    _, gradients = run(converted.params, batch, noise, image_embedding(converted, batch), rows)
     places = converted.places()
-    for key, (norm, total) in stats.items():
-        if not ALWAYS_ZERO.search(key):
+    for key, recorded in stats.items():
+        if recorded is not None and not ALWAYS_ZERO.search(key):
+            norm, total = recorded
             gradient = as_torch(gradients, places, key).astype(np.float64)
             yield Row("length and sum of all gradients", abs(np.linalg.norm(gradient) - norm) / norm, GRADIENT_BAR)
             yield Row("length and sum of all gradients", abs(gradient.sum() - total) / (norm * gradient.size**0.5), GRADIENT_BAR)
@@ -356,21 +379,21 @@ def check_optimizer(converted: Converted, z: Arrays, case: Mapping, final: Array
     trainable, frozen = partition(jax.tree.map(jnp.asarray, converted.params), (pattern,))
     optim = OptimConfig(lr=case["lr"], warmup=0.25, schedule="reference")
     tx = make_optimizer(optim, make_schedule(optim, total_steps=12, epoch_steps=12), trainable)
-    batch, state = converted.batch(z), tx.init(trainable)
-    run = loss_and_gradients(converted, STAGE4_LOSS, True)
+    (batch, rows), state = seg_rows(converted.batch(z), converted.seg_id), tx.init(trainable)
+    run, embedding = loss_and_gradients(converted, STAGE4_LOSS, True), image_embedding(converted, batch)
 
     @jax.jit
     def step(trainable, state, noise):
-        (terms, _, _), gradients = run(combine(trainable, frozen), batch, noise)
+        (terms, _, _), gradients = run(combine(trainable, frozen), batch, noise, embedding, rows)
         gradients, _ = partition(gradients, (pattern,))
         norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)))
         updates, state = tx.update(gradients, state, trainable)
         return jax.tree.map(jnp.add, trainable, updates), state, terms, norm
 
-    rows = batch.tokens.size
+    tokens = batch.tokens.size
     for i, expected in enumerate(case["trajectory"]):
         layers = converted.config.moe_layers
-        noise = np.stack([np.random.RandomState(1000 * (800 + i) + 7 * layer + 1).random_sample((rows, 2)).astype(np.float32) for layer in layers])
+        noise = np.stack([np.random.RandomState(1000 * (800 + i) + 7 * layer + 1).random_sample((tokens, 2)).astype(np.float32) for layer in layers])
         trainable, state, terms, norm = step(trainable, state, noise)
         yield Row("losses of six steps", relative(terms["loss"], expected["loss"]))
         yield Row("losses of six steps", relative(language_loss(converted, terms), expected["ce_loss"]))
@@ -378,6 +401,32 @@ def check_optimizer(converted: Converted, z: Arrays, case: Mapping, final: Array
     for key in final:
         if not ALWAYS_ZERO.search(key):
             yield Row("parameters after six steps", relative(as_torch(combine(trainable, frozen), places, key), final[key]))
+
+
+def check_icl(sources: tuple[pathlib.Path, ...], extra: pathlib.Path) -> Iterator[Row]:
+    """Modules without a place in the model yet: carried along, and back again unchanged."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = pathlib.Path(folder)
+        from_torch.convert(from_torch.Options((*sources, extra), work / "converted"))
+        to_torch.convert(work / "converted", work / "back")
+        back = torch_files.read_folder(work / "back")
+        for key, tensor in torch_files.read_file(extra).items():
+            yield Row("tensors that come back (share that differs)", differing(back[mapping.canonical(key)].read(), tensor.read()), 0.0)
+
+
+def formula_folder(recipe: Mapping, folder: pathlib.Path) -> pathlib.Path:
+    """The full-size SAM-Med2D, whose weights are a formula of their names."""
+    read = formula_reader(recipe["tag"])
+    shapes = {key: tuple(entry["shape"]) for key, entry in recipe["state_dict"].items()}
+    planned = [torch_files.Planned(key, shape, np.dtype(np.float32), lambda key=key, shape=shape: read(key, shape)) for key, shape in shapes.items()]
+    torch_files.write_shards(folder, planned, "safetensors", 1 << 40)
+    return folder
+
+
+def check_sam_full(golden: pathlib.Path, z: Arrays) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        source = formula_folder(json.loads((golden / "weights_recipe.json").read_text()), pathlib.Path(folder))
+        yield from check_sam(Converted.load(source), z)
 
 
 def fixtures(golden: pathlib.Path) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
@@ -416,6 +465,9 @@ def fixtures(golden: pathlib.Path) -> Iterator[tuple[str, Callable[[], Iterator[
     for name, source in (("evaluate_seg_56", top1_56), ("evaluate_seg", top1)):
         yield name, lambda name=name, source=source: check_evaluate(weights(source), read(name + ".npz"))
     yield "sam_tiny", lambda: check_sam(weights("sam"), read("sam_tiny.npz"))
+    yield "sam_full_vitb", lambda: check_sam_full(golden, read("sam_full_vitb.npz"))
+    for name in ("icl_extra_weights", "icl_mask_encoder"):
+        yield name, lambda name=name: check_icl((golden / top1_56,), golden / f"{name}.safetensors")
     yield "train_lora_56", lambda: check_segmentation(weights("lora"), read("train_lora_56.npz"), STAGE4_LOSS, True)
     notes = json.loads((golden / "README.json").read_text())
     stats = json.loads(notes["train_lora_56.npz"]["note"])["trainable_grad_[l2norm,sum]"]

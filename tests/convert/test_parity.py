@@ -1,0 +1,91 @@
+"""A small selection of `tests.convert.parity`: one converted checkpoint of 16 image tokens against recorded arrays of the original."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from convert import hf_config
+from medplib_jax.config import ClipConfig, LlmConfig, MaskConfig, ModelConfig, MoeConfig
+from medplib_jax.models.layers import params_of
+from medplib_jax.optim import flatten
+from convert import from_torch, mapping
+from tests.convert import parity
+from tests.convert.conftest import write_folder
+from tests.convert.golden_batch import CLIP_MEAN, CLIP_STD
+from tests.torch_weights import formula_reader
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+CONFIG = ModelConfig(
+    clip=ClipConfig(image_size=56, hidden_size=48, num_layers=3, num_heads=4, mlp_dim=192),
+    llm=LlmConfig(vocab_size=667, hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=128),
+    moe=MoeConfig(num_experts=2, aux_loss_weight=0.01),
+    mask=MaskConfig(hidden_size=48, num_layers=4, num_heads=4, global_layers=(1, 3), out_dim=64, decoder_mlp_dim=128, iou_head_dim=64),
+)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDEN / "medplib_56.npz"))
+
+
+@pytest.fixture(scope="module")
+def converted(recorded, tmp_path_factory) -> parity.Converted:
+    """The checkpoint: what is stored, CLIP and SAM's encoder by their formula, and (unused) zeros for the multi-mask tokens' networks."""
+    params = {path: leaf.shape for path, leaf in flatten(params_of(from_torch.model_shapes(CONFIG))).items()}
+    places = mapping.entries(CONFIG, params)
+    stored = {name.removeprefix("weights/"): x for file in (np.load(GOLDEN / "llm_top1.npz"), recorded) for name, x in file.items() if name.startswith("weights/")}
+    embedding = np.zeros((667, 64), np.float32)
+    embedding[recorded["embed_rows"]] = recorded["embed_values"]
+    clip, sam = formula_reader("clip56"), formula_reader("samtiny")
+    tensors = {}
+    for key, place in places.items():
+        shape = place.torch_shape(params[place.path])
+        if key in stored:
+            tensors[key] = stored[key]
+        elif "vision_tower" in key:
+            tensors[key] = clip(key.removeprefix("model.vision_tower.vision_tower."), shape)
+        elif "output_hypernetworks_mlps" in key:
+            tensors[key] = np.zeros(shape, np.float32)
+        elif "visual_model" in key:
+            tensors[key] = sam(key.removeprefix("model.visual_model."), shape)
+        else:
+            tensors[key] = {"model.embed_tokens.weight": embedding}[key]
+    folder = write_folder(tmp_path_factory.mktemp("golden") / "source", CONFIG, tensors)
+    assert json.loads((folder / "config.json").read_text()) == hf_config.model_json(CONFIG, {"mm_vision_tower": "clip"}, np.dtype(np.float32))
+    return parity.Converted.load(folder)
+
+
+def part(recorded, name: str) -> dict[str, np.ndarray]:
+    found = {key.removeprefix(name + "/"): x for key, x in recorded.items() if key.startswith(name + "/")}
+    for key in [key for key in found if key.endswith("clip_uint8")]:
+        pixels = (found.pop(key) / np.float32(255) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+        found[key.replace("clip_uint8", "images_clip")] = pixels.transpose(0, 3, 1, 2)
+    return found
+
+
+def check(rows, kinds: set[str]):
+    rows = parity.summarise(rows)
+    assert {row.what for row in rows} == kinds
+    assert [row for row in rows if not row.error <= row.bar] == []
+
+
+def test_language_and_regions(converted, recorded):
+    z = part(recorded, "region")
+    for mode in ("", "train_"):
+        for i in range(4):
+            z[f"{mode}moe{i}_gate"] = z[f"{mode}moe{i}_kept"]
+    both = {"router logits", "chosen experts (share that differs)", "dropped share (difference)", "hidden states", "logits", "loss"}
+    seen = {"clip features", "merged embeddings", "region features"}
+    check(parity.check_forward(converted, z), seen | {f"{mode} {what}" for mode in ("eval", "train") for what in both})
+
+
+def test_masks_losses_and_gradients(converted, recorded):
+    z = part(recorded, "seg")
+    kinds = {"<SEG> embedding", "mask logits", "predicted IoU", "masks at original size", "loss terms", "gradients"}
+    check(parity.check_segmentation(converted, z, parity.SEG_LOSS, train=True), kinds)
+
+
+def test_generated_answer(converted, recorded):
+    check(parity.check_generation(converted, part(recorded, "generate")), {"generated ids (share that differs)"})
