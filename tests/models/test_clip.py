@@ -1,5 +1,7 @@
 """CLIP's vision tower against transformers and against the original program's features."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from medplib_jax.models.clip import ClipVisionTower, normalise_clip
 from medplib_jax.models.layers import Rngs, abstract_module, bind, params_of
 from tests.torch_weights import CLIP_NAMES, formula_reader, reader, relative_error, torch_params
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CONFIG = ClipConfig(image_size=56, patch_size=14, hidden_size=48, num_layers=3, num_heads=4, mlp_dim=192)
 
 
@@ -21,7 +24,7 @@ def tower(config: ClipConfig, read) -> ClipVisionTower:
 
 
 def test_features_equal_the_original():
-    golden = np.load("tests/golden/region.npz")
+    golden = np.load(GOLDEN / "region.npz")
     features, out = tower(CONFIG, formula_reader("clip56"))(jnp.asarray(golden["images_clip"].transpose(0, 2, 3, 1)))
     assert relative_error(features, golden["clip_features"]) < 1e-5
     assert out["class_token"].shape == (3, 48)

@@ -1,5 +1,7 @@
 """Region tokens against the original program, for both samplers."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from medplib_jax.models.region import RegionEncoder, point_weights
 from medplib_jax.models.region_geometry import GeometrySampler, farthest_points, nearest_points, repeat_points
 from tests.torch_weights import relative_error
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CLIP = ClipConfig(image_size=56, patch_size=14, hidden_size=48, num_layers=3, num_heads=4, mlp_dim=192)
 
 
@@ -22,7 +25,7 @@ def points_of(mask: np.ndarray) -> np.ndarray:
 
 
 def original_encoder() -> tuple[RegionEncoder, dict[str, np.ndarray]]:
-    golden = dict(np.load("tests/golden/region.npz"))
+    golden = dict(np.load(GOLDEN / "region.npz"))
     params = {"adapter": {"kernel": golden["adapter_weight"].T, "bias": golden["adapter_bias"]}}
     return bind(abstract_module(lambda rngs: RegionEncoder(RegionConfig(), CLIP, 64, rngs)), params), golden
 
@@ -51,7 +54,7 @@ def test_point_weights_equal_grid_sample():
 
 
 def test_farthest_and_nearest_points_equal_the_original():
-    golden = np.load("tests/golden/region_geometry.npz")
+    golden = np.load(GOLDEN / "region_geometry.npz")
     points = jnp.asarray(golden["unit_points"])
     farthest = farthest_points(points, 17, jnp.asarray(golden["unit_start"]))
     assert (farthest == golden["unit_fps"]).all()
@@ -78,7 +81,7 @@ def geometry_params(golden) -> dict:
 @pytest.mark.parametrize("pooling", ["max", "mean"])
 def test_geometry_sampler_and_its_gradients_equal_the_original(pooling):
     """The original's choices among equally far points are given, since ties are broken by chance there."""
-    golden = np.load("tests/golden/region_geometry.npz")
+    golden = np.load(GOLDEN / "region_geometry.npz")
     abstract = abstract_module(lambda rngs: GeometrySampler(10, 12, pooling, rngs, centres=(24, 8), neighbours=(12, 6)))
     regions = [(0, golden["mask_0"][0]), (0, golden["mask_0"][1]), (2, golden["mask_2"][0])]
     chosen = []

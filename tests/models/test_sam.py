@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from medplib_jax.models.layers import abstract_module, bind, params_of
 from medplib_jax.models.sam import SamMed2d, normalise_sam
 from tests.torch_weights import HF_SAM_NAMES, SAM_NAMES, formula_reader, reader, relative_error, torch_params
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TINY = MaskConfig(
     hidden_size=48, num_layers=4, num_heads=4, global_layers=(1, 3), out_dim=64, decoder_mlp_dim=128, iou_head_dim=64
 )
@@ -33,7 +35,7 @@ def build(config: MaskConfig, read) -> SamMed2d:
 
 @functools.cache
 def golden() -> dict[str, np.ndarray]:
-    return dict(np.load("tests/golden/sam.npz"))
+    return dict(np.load(GOLDEN / "sam.npz"))
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Masks back at original size: against the original program and against chains of PyTorch's interpolate."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from medplib_jax.models.unpad import resample_to_canvas
 from tests.torch_weights import relative_error
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SAM = 64
 RESAMPLE = jax.jit(resample_to_canvas, static_argnames=("canvas", "sam_size", "mode"))
 
@@ -31,7 +34,7 @@ def run(logits: np.ndarray, box, size, canvas: int, mode: str, sam_size: int) ->
 @pytest.mark.parametrize("case", [0, 1, 3, 4])
 def test_equals_the_original_where_the_grid_is_sams_canvas(case, mode):
     """There the original's cut is right, so both modes give it."""
-    golden = np.load("tests/golden/unpad.npz")
+    golden = np.load(GOLDEN / "unpad.npz")
     low, (height, width), size = (golden[f"post{case}_{name}"] for name in ("low8", "input_size", "original_size"))
     logits = low.reshape(-1, *low.shape[-3:]).repeat(8, 2).repeat(8, 3)
     out, _ = run(logits, ((256 - height) // 2, (256 - width) // 2, height, width), size, 224, mode, 256)
