@@ -9,9 +9,12 @@ import pytest
 from flax import nnx
 
 from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
+from medplib_jax.experiment import MeshConfig
+from medplib_jax.mesh import make_mesh
 from medplib_jax.models import moe as moe_module
-from medplib_jax.models.layers import abstract_module, bind, params_of
+from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
 from medplib_jax.models.moe import MoeMlp, Routing, expert_capacity, route_capacity, route_dropless
+from medplib_jax.sharding import batch_sharding, param_shardings
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 UNIT = np.load(GOLDEN / "moe_unit.npz")
@@ -149,7 +152,7 @@ def test_few_tokens_take_the_same_value(top_k, monkeypatch):
 def with_adapters(params):
     """Adapters' second factors start at zero; give them values."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, a: jax.random.normal(jax.random.key(5), a.shape) if path[-1].key == "lora_b" else a, params
+        lambda path, a: 0.2 * jax.random.normal(jax.random.key(5), a.shape) if path[-1].key == "lora_b" else a, params
     )
 
 
@@ -200,3 +203,24 @@ def test_all_choices_dropped_give_zero():
     x = jnp.ones((40, 16))
     none = Routing(jnp.zeros((40, 1), int), jnp.zeros((40, 1)), jnp.zeros((40, 1), bool))
     assert not np.asarray(experts(x, none, None)).any()
+
+
+@pytest.mark.parametrize("sizes", [{"expert": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "expert": 4}, {"data": 8}])
+def test_every_mesh_gives_the_same_value_and_gradient(sizes):
+    mesh = make_mesh(MeshConfig(**({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | sizes)))
+    moe, lora = MoeConfig(num_experts=4, top_k=2), LoraConfig(rank=2, targets=("gate", "down"))
+    module = make(moe, lora)
+    params = with_adapters(params_of(MoeMlp(llm_config(), moe, lora, nnx.Rngs(0))))
+    x = jax.random.normal(jax.random.key(0), (8, 20, 16))
+
+    @jax.jit
+    def objective(params, x):
+        def loss(params, x):
+            y, out = run(module, params, x)
+            return jnp.sum(jnp.sin(y)) + out["aux_loss"], y
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+    sharded = jax.device_put(params, param_shardings(logical_axes(module), params, mesh)), jax.device_put(x, batch_sharding(mesh))
+    assert "psum" in str(jax.make_jaxpr(objective)(*sharded))
+    jax.tree.map(lambda a, b: close(a, b), objective(*sharded), objective(params, x))
