@@ -71,7 +71,7 @@ class Run:
         self.loader, self.plan, self.skipped = self._read_sources()
         self.total_steps = config.train.steps or math.ceil(config.train.epochs * self.plan.steps_per_epoch)
 
-        self.model = abstract_model(config)
+        self.model = abstract_model(config.model)
         trainable, _ = partition(params_of(self.model), config.optim.trainable)
         self.trainable_share = _count(trainable) / _count(params_of(self.model))
         schedule = make_schedule(config.optim, self.total_steps, self.plan.steps_per_epoch)

@@ -1,5 +1,6 @@
 """The training step: pure functions over plain pytrees, and the only place that takes gradients."""
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from medplib_jax.config import ModelConfig
 from medplib_jax.experiment import ExperimentConfig
 from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import abstract_module, bind, draw_params, logical_axes, params_of
@@ -23,14 +25,15 @@ log = logging.getLogger(__name__)
 Metrics = dict[str, Array]
 
 
-def abstract_model(config: ExperimentConfig) -> MedPLIB:
-    """The model with shapes in place of arrays."""
-    return abstract_module(lambda rngs: MedPLIB(config.model, rngs))
+@functools.lru_cache(maxsize=8)
+def abstract_model(config: ModelConfig) -> MedPLIB:
+    """The model with shapes in place of arrays; read-only, because equal configs share it."""
+    return abstract_module(lambda rngs: MedPLIB(config, rngs))
 
 
 def init_params(config: ExperimentConfig, shardings: Params) -> Params:
     """Random float32 parameters from `train.seed`, placed where they belong."""
-    return jax.device_put(draw_params(abstract_model(config), config.train.seed), shardings)
+    return jax.device_put(draw_params(abstract_model(config.model), config.train.seed), shardings)
 
 
 def model_shardings(model: MedPLIB, mesh: Mesh) -> Params:

@@ -28,7 +28,7 @@ def experiment(name: str, size: str) -> ExperimentConfig:
 def test_stages_follow_each_other_and_their_patterns_match(stage, size):
     config = experiment(STAGES[stage], size)
     assert config.init.stage == stage + 1
-    trainable, frozen = partition(params_of(abstract_model(config)), config.optim.trainable)  # a pattern without a match raises
+    trainable, frozen = partition(params_of(abstract_model(config.model)), config.optim.trainable)  # a pattern without a match raises
     assert trainable and frozen
     assert config.init.base == ("" if (stage, size) == (0, "tiny") else config.init.base) and (stage == 0 or config.init.base)
 
@@ -45,7 +45,7 @@ def test_the_original_hyperparameters():
 
 def test_what_trains_in_stage_4():
     config = experiment("stage4_moe", "7b")
-    trainable, _ = partition(params_of(abstract_model(config)), config.optim.trainable)
+    trainable, _ = partition(params_of(abstract_model(config.model)), config.optim.trainable)
     parts = {re.sub(r"/(kernel|bias|scale|embedding)$", "", path) for path in flatten(trainable) if not path.startswith(("sam/", "region/", "seg_mlp/"))}
     experts = {f"llm/moe/experts/{name}/lora_{ab}" for name in ("gate", "up", "down") for ab in "ab"}
     assert parts == {"llm/embed", "llm/head", "llm/moe/router", *experts, *(f"llm/layers/attn/{n}/lora_{ab}" for n in "qv" for ab in "ab")}

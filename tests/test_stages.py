@@ -28,7 +28,7 @@ def params(config, value: float):
     def leaf(x):
         return (value + np.arange(x.shape[0]).reshape(-1, *[1] * (x.ndim - 1)) * np.ones(x.shape)).astype(np.float32)
 
-    return jax.tree.map(leaf, params_of(abstract_model(config)))
+    return jax.tree.map(leaf, params_of(abstract_model(config.model)))
 
 
 def checkpoint(stage: int, value: float, **settings):

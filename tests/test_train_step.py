@@ -19,7 +19,7 @@ from tests.helpers import random_batch, tiny_experiment
 
 def setup(config, mesh):
     """(compiled step, state at step 0) on a mesh; plain SGD shows the gradients themselves."""
-    model = abstract_model(config)
+    model = abstract_model(config.model)
     tx, schedule = optax.sgd(1.0), lambda step: 1.0
     shardings = state_shardings(model, config, tx, mesh)
     params = init_params(config, model_shardings(model, mesh))
@@ -87,7 +87,7 @@ def test_a_bucket_is_compiled_once(reference):
 def test_frozen_parameters_keep_their_values_and_take_their_dtype():
     config = tiny_experiment(optim=OptimConfig(trainable=("lora_[ab]$",), frozen_dtype="bfloat16", lr=1e-2, warmup=0))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model = abstract_model(config)
+    model = abstract_model(config.model)
     trainable, _ = partition(params_of(model), config.optim.trainable)
     schedule = make_schedule(config.optim, 10, 10)
     tx = make_optimizer(config.optim, schedule, trainable)
