@@ -52,7 +52,9 @@ class Comparison:
         return max(self.logits, self.mask) <= largest and self.kl <= kl and min(self.greedy, self.dice) >= enough
 
 
-def compare(torch_source: Sequence[pathlib.Path], workdir: pathlib.Path, images: Sequence[pathlib.Path], dtype: str, max_new_tokens: int) -> Iterator[Comparison]:
+def compare(
+    torch_source: Sequence[pathlib.Path], workdir: pathlib.Path, images: Sequence[pathlib.Path], dtype: str, max_new_tokens: int
+) -> Iterator[Comparison]:
     """Yields one comparison per picture and question."""
     experiment, params, tokenizer_dir = checkpoint.load_params(str(workdir))
     config = dataclasses.replace(experiment.model, dtype=dtype)
@@ -149,7 +151,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         failed = 0
         for result in compare(arguments.torch, arguments.checkpoint, images, arguments.dtype, arguments.max_new_tokens):
             failed += not result.passes(arguments.dtype)
-            print(f"| {result.name} | {result.logits:.1e} | {result.kl:.1e} | {result.greedy:.2f} | {result.mask:.1e} | {result.dice:.4f} |", flush=True)
+            print(
+                f"| {result.name} | {result.logits:.1e} | {result.kl:.1e} | {result.greedy:.2f} | {result.mask:.1e} | {result.dice:.4f} |",
+                flush=True,
+            )
     print(f"{failed} comparisons differ" if failed else "the same model")
     raise SystemExit(1 if failed else 0)
 

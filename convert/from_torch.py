@@ -156,7 +156,9 @@ def shard_counts(model: MedPLIB, params: dict[str, tuple[int, ...]], mesh: MeshC
     sizes = dataclasses.asdict(mesh)
     abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     axes = flatten(logical_axes(model))
-    specs = {path: partition_spec(path, axes[path], shape, abstract) if path in axes else (None,) * len(shape) for path, shape in params.items()}
+    specs = {
+        path: partition_spec(path, axes[path], shape, abstract) if path in axes else (None,) * len(shape) for path, shape in params.items()
+    }
     return {path: tuple(axis_size(abstract, target) for target in spec) for path, spec in specs.items()}
 
 
@@ -208,7 +210,9 @@ def write_checkpoint(folder: pathlib.Path, config: ModelConfig, leaves, tokenize
     data = DataConfig(tokenizer=str(final) if tokenizer else "")
     experiment = dataclasses.asdict(ExperimentConfig(model=config, data=data, init=InitConfig(stage=options.stage)))
     items = {
-        "state": ocp.args.PyTreeSave({"step": _whole(np.zeros((), np.int32)), "trainable": unflatten(leaves), "frozen": {}, "opt_state": {}}),
+        "state": ocp.args.PyTreeSave(
+            {"step": _whole(np.zeros((), np.int32)), "trainable": unflatten(leaves), "frozen": {}, "opt_state": {}}
+        ),
         "experiment": ocp.args.JsonSave({"experiment": experiment, "total_steps": 0}),
     }
     if tokenizer:
@@ -235,7 +239,7 @@ def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """"fsdp=8,tensor=2" -> MeshConfig; axes not named are 1."""
+    """ "fsdp=8,tensor=2" -> MeshConfig; axes not named are 1."""
     sizes = dict(part.split("=") for part in text.split(",")) if text else {}
     return MeshConfig(**{"data": 1} | {axis: int(size) for axis, size in sizes.items()})
 

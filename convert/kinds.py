@@ -101,7 +101,12 @@ def _clip(shapes: Shapes, vision: Json, language: Json) -> ClipConfig:
         select_layer=language.get("mm_vision_select_layer", language.get("vision_feature_layer", -2)),
         layer_norm_eps=vision.get("layer_norm_eps", 1e-5),
     )
-    found = {"hidden_size": hidden, "num_hidden_layers": config.num_layers, "image_size": config.image_size, "patch_size": config.patch_size}
+    found = {
+        "hidden_size": hidden,
+        "num_hidden_layers": config.num_layers,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+    }
     _agree("CLIP", vision, found)
     return config
 
@@ -117,7 +122,13 @@ def _llm(shapes: Shapes, language: Json) -> LlmConfig:
     heads = language["num_attention_heads"]
     kv_heads = _shape(shapes, "model.layers.0.self_attn.k_proj.weight")[0] * heads // hidden
     layers = _count(shapes, r"model\.layers\.(\d+)\.")
-    found = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": mlp, "num_key_value_heads": kv_heads, "vocab_size": vocab}
+    found = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": mlp,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+    }
     _agree("the language model", language, found)
     if language.get("rope_scaling"):
         raise ValueError(f"config.json: rope_scaling {language['rope_scaling']} is not supported")

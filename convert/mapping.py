@@ -139,7 +139,9 @@ TABLE: tuple[tuple[str, str, Layout], ...] = (
     ),
     *_norm(_TWO_WAY + "norm[1,2,3,4]", "sam/mask_decoder/transformer/layers/{decoder}/norm[1,2,3,4]"),
     *_affine(_TWO_WAY + "mlp.lin[1,2]", "sam/mask_decoder/transformer/layers/{decoder}/mlp/fc[1,2]", LINEAR),
-    *_affine(_DECODER + "transformer.final_attn_token_to_image.[q,k,v,out]_proj", "sam/mask_decoder/transformer/final_attn/[q,k,v,o]", LINEAR),
+    *_affine(
+        _DECODER + "transformer.final_attn_token_to_image.[q,k,v,out]_proj", "sam/mask_decoder/transformer/final_attn/[q,k,v,o]", LINEAR
+    ),
     *_norm(_DECODER + "transformer.norm_final_attn", "sam/mask_decoder/transformer/final_norm"),
     *_affine(_DECODER + "output_upscaling.[0,3]", "sam/mask_decoder/upscale[1,2]", CONV_TRANSPOSE),
     *_norm(_DECODER + "output_upscaling.1", "sam/mask_decoder/upscale_norm"),

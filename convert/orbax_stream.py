@@ -40,7 +40,9 @@ class _StreamHandler(type_handlers.NumpyHandler):
     async def _write(self, values, infos):
         for value, info in zip(values, infos):
             await info.await_path_creation()
-            spec = type_handlers.get_json_tspec_write(info, info.is_ocdbt_checkpoint, value.shape, value.chunk, value.dtype, process_index=0)
+            spec = type_handlers.get_json_tspec_write(
+                info, info.is_ocdbt_checkpoint, value.shape, value.chunk, value.dtype, process_index=0
+            )
             store = await ts.open(spec, create=True, open=True, context=info.ts_context)
             for index, slab in value.slabs():
                 await store[index].write(slab)

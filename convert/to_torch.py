@@ -48,7 +48,9 @@ def open_checkpoint(workdir: pathlib.Path) -> Stored:
     return Stored(experiment.model, flatten(combine(parts["trainable"], parts["frozen"])), folder / "tokenizer")
 
 
-def convert(workdir: pathlib.Path, out: pathlib.Path, file_format: str = "safetensors", layout: str = "merged", shard_bytes: int = SHARD_BYTES) -> None:
+def convert(
+    workdir: pathlib.Path, out: pathlib.Path, file_format: str = "safetensors", layout: str = "merged", shard_bytes: int = SHARD_BYTES
+) -> None:
     """Writes `out`. Raises FileNotFoundError without a checkpoint, ValueError when a parameter has no PyTorch name or is not finite;
     then nothing is left behind."""
     stored = open_checkpoint(workdir)
@@ -96,7 +98,9 @@ def rotary_buffers(stored: Stored, layout: str) -> Iterator[torch_files.Planned]
     values = (1 / np.float32(llm.rope_theta) ** exponent).astype(stored.dtype("llm/embed/embedding"))
     for layer in range(llm.num_layers):
         name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
-        yield torch_files.Planned(mapping.unmerged_name(name, False) if layout == "lora" else name, values.shape, values.dtype, lambda: values)
+        yield torch_files.Planned(
+            mapping.unmerged_name(name, False) if layout == "lora" else name, values.shape, values.dtype, lambda: values
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

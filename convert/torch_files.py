@@ -66,7 +66,9 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         found = sorted(p for p in folder.iterdir() if p.suffix in suffixes and not _NOT_WEIGHTS.match(p.name))
         if found:
             return found
-    raise FileNotFoundError(f"{folder}: expected weights (*.safetensors, *.bin, *.pth or *.pt), found {sorted(p.name for p in folder.iterdir())[:10]}")
+    raise FileNotFoundError(
+        f"{folder}: expected weights (*.safetensors, *.bin, *.pth or *.pt), found {sorted(p.name for p in folder.iterdir())[:10]}"
+    )
 
 
 def _check_shards(folder: pathlib.Path, files: list[pathlib.Path], tensors: dict[str, Tensor]) -> None:
@@ -102,7 +104,9 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
             raise ValueError(f"{file}: tensor {name!r} has type {entry['dtype']}; known are {sorted(_TYPES)}")
         dtype = _TYPES[entry["dtype"]]
         if end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{file}: tensor {name!r} of shape {shape}: expected {math.prod(shape) * dtype.itemsize} bytes, found {end - start}")
+            raise ValueError(
+                f"{file}: tensor {name!r} of shape {shape}: expected {math.prod(shape) * dtype.itemsize} bytes, found {end - start}"
+            )
         if 8 + length + end > size:
             raise ValueError(f"{file}: truncated: tensor {name!r} ends at byte {8 + length + end}, the file at {size}")
         tensors[name] = Tensor(file, shape, dtype, _slice_reader(file, 8 + length + start, shape, dtype))
@@ -119,7 +123,9 @@ def _read_pickle(file: pathlib.Path) -> dict[str, Tensor]:
         # mmap: only the tensors that are read come into memory; the format before PyTorch 1.6 does not have it
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{file}: refused, the pickle holds more than tensors (it could run code when loaded): {str(error)[:200]}") from error
+        raise ValueError(
+            f"{file}: refused, the pickle holds more than tensors (it could run code when loaded): {str(error)[:200]}"
+        ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file}: truncated or damaged: {str(error)[:200]}") from error
     for key in ("model", "module", "state_dict"):

@@ -124,7 +124,9 @@ class TorchReference:
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised pixels [B, 3, I, I] -> embedding [B, C, h, w]."""
         config, name = self.config.mask, _SAM + "image_encoder."
-        x = F.conv2d(pixels, self.weight(name + "patch_embed.proj.weight"), self.weight(name + "patch_embed.proj.bias"), stride=config.patch_size)
+        x = F.conv2d(
+            pixels, self.weight(name + "patch_embed.proj.weight"), self.weight(name + "patch_embed.proj.bias"), stride=config.patch_size
+        )
         x = x.permute(0, 2, 3, 1) + self.weight(name + "pos_embed")
         for i in range(config.num_layers):
             block = f"{name}blocks.{i}."
@@ -175,7 +177,9 @@ class TorchReference:
         queries = tokens
         for i in range(config.decoder_layers):
             queries, keys = self._two_way(f"{name}transformer.layers.{i}.", queries, keys, tokens, position, first=i == 0)
-        final = self.attention(queries + tokens, keys + position, keys, name + "transformer.final_attn_token_to_image.", config.decoder_heads)
+        final = self.attention(
+            queries + tokens, keys + position, keys, name + "transformer.final_attn_token_to_image.", config.decoder_heads
+        )
         queries = self.layer_norm(queries + final, name + "transformer.norm_final_attn")
         x = self._upscale(keys.mT.reshape(1, channels, height, width), name + "output_upscaling.0")
         x = F.gelu(self._upscale(F.gelu(self._norm_2d(x, name + "output_upscaling.1")), name + "output_upscaling.3"))

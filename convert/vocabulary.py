@@ -18,7 +18,9 @@ def find_tokenizer(given: pathlib.Path | None, folders: list[pathlib.Path]) -> p
     beside = [folder for folder in folders if (folder / MODEL_FILE).is_file()]
     if given is None:
         if not beside:
-            raise FileNotFoundError(f"no {MODEL_FILE} beside the weights ({', '.join(map(str, folders))}); give its folder with --tokenizer")
+            raise FileNotFoundError(
+                f"no {MODEL_FILE} beside the weights ({', '.join(map(str, folders))}); give its folder with --tokenizer"
+            )
         return beside[0]
     if not (given / MODEL_FILE).is_file():
         raise FileNotFoundError(f"{given}: expected {MODEL_FILE}")

@@ -21,7 +21,17 @@ TINY = ModelConfig(
     clip=ClipConfig(image_size=28, patch_size=14, hidden_size=8, num_layers=2, num_heads=2, mlp_dim=16),
     llm=LlmConfig(vocab_size=VOCAB, hidden_size=16, num_layers=3, num_heads=2, num_kv_heads=2, mlp_dim=24),
     moe=MoeConfig(num_experts=2, layers="sparse"),
-    mask=MaskConfig(image_size=64, hidden_size=12, num_layers=2, num_heads=2, window_size=2, global_layers=(1,), out_dim=16, decoder_mlp_dim=16, iou_head_dim=16),
+    mask=MaskConfig(
+        image_size=64,
+        hidden_size=12,
+        num_layers=2,
+        num_heads=2,
+        window_size=2,
+        global_layers=(1,),
+        out_dim=16,
+        decoder_mlp_dim=16,
+        iou_head_dim=16,
+    ),
 )
 LORA = LoraConfig(rank=2, alpha=16.0, targets=("down", "gate", "q"))
 
@@ -47,7 +57,9 @@ def write_folder(folder: pathlib.Path, config: ModelConfig, tensors: dict[str, n
     """A source folder: one safetensors file (written by the safetensors package), config.json and tokenizer."""
     folder.mkdir(parents=True)
     save(folder / "model.safetensors", tensors)
-    (folder / "config.json").write_text(json.dumps(hf_config.model_json(config, {"mm_vision_tower": "clip"}, next(iter(tensors.values())).dtype)))
+    (folder / "config.json").write_text(
+        json.dumps(hf_config.model_json(config, {"mm_vision_tower": "clip"}, next(iter(tensors.values())).dtype))
+    )
     vision = {"model_type": "clip_vision_model", "num_attention_heads": config.clip.num_heads}
     (folder / "clip").mkdir()
     (folder / "clip" / "config.json").write_text(json.dumps(vision))
@@ -61,7 +73,9 @@ def save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
     from safetensors.torch import save_file
 
     def as_torch(x):
-        return torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16) if x.dtype == ml_dtypes.bfloat16 else torch.from_numpy(x.copy())
+        return (
+            torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16) if x.dtype == ml_dtypes.bfloat16 else torch.from_numpy(x.copy())
+        )
 
     converted = {name: as_torch(x) for name, x in tensors.items()}
     save_file(converted, path, metadata={"format": "pt"}) if path.suffix == ".safetensors" else torch.save(converted, path)

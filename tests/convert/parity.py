@@ -4,7 +4,6 @@ python -m tests.convert.parity --golden DIR [--only PATTERN]
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import re
@@ -12,413 +11,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from convert import from_torch, mapping, to_torch, torch_files
-from medplib_jax import checkpoint
-from medplib_jax.config import ModelConfig
-from medplib_jax.data.tokenizer import Tokenizer
-from medplib_jax.decode import Generator
-from medplib_jax.experiment import LossConfig, OptimConfig
-from medplib_jax.losses import divisors, total_loss
-from medplib_jax.models.layers import bind
-from medplib_jax.models.llm import init_cache
-from medplib_jax.models.sam import SamMed2d, normalise_sam
-from medplib_jax.models.unpad import resample_to_canvas
-from medplib_jax.optim import combine, flatten, make_optimizer, make_schedule, partition, unflatten
-from medplib_jax.types import Batch, ModelOutput
-from tests.convert.golden_batch import SAM_SIDE, golden_batch
+from convert import torch_files
+from tests.convert import checks
+from tests.convert.checks import Arrays, Converted, Row
 from tests.torch_weights import formula_reader
-
-BAR, GRADIENT_BAR = 1e-4, 1e-3
-SEG_LOSS = LossConfig(ce=1.0, dice=0.5, bce=2.0, iou=2.0, focal=2.0)
-STAGE4_LOSS = LossConfig(ce=1.0, dice=0.5, bce=2.0)
-LOSS_NAMES = {"language": "ce_loss", "bce": "unscale_mask_bce_loss", "dice": "unscale_mask_dice_loss", "focal": "unscale_mask_focal_loss", "iou": "unscale_mask_iou_loss"}
-ALWAYS_ZERO = re.compile(r"mask_decoder\..*k_proj\.bias$")  # softmax does not see a key's bias
-
-Arrays = Mapping[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table: the largest relative error of one kind of array, and what it may be."""
-
-    what: str
-    error: float
-    bar: float = BAR
-
-
-def relative(actual, expected) -> float:
-    """Largest difference over the largest magnitude; infinite when the shapes differ."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    if actual.shape != expected.shape:
-        return float("inf")
-    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-12))
-
-
-def at_valid(actual_BxLxD, expected_BxlxD, valid_BxL) -> float:
-    """`relative` over the positions that are not padding; the recorded array may hold every n-th position only."""
-    step = -(-actual_BxLxD.shape[1] // expected_BxlxD.shape[1])
-    chosen = np.asarray(valid_BxL)[:, ::step]
-    return relative(np.asarray(actual_BxLxD)[:, ::step][chosen], expected_BxlxD[chosen])
-
-
-def at_steps(actual_IxJ, expected_ixj) -> float:
-    """`relative` of a picture, of which the recorded one may hold every n-th row and column only."""
-    step = -(-actual_IxJ.shape[0] // expected_ixj.shape[0])
-    return relative(actual_IxJ[::step, ::step], expected_ixj)
-
-
-def differing(actual, expected) -> float:
-    """Share of entries that are not equal: for ids and choices, which allow none."""
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    return float((actual != expected).mean()) if actual.shape == expected.shape else float("inf")
-
-
-@dataclasses.dataclass(frozen=True)
-class Converted:
-    """A converted checkpoint in memory, and where each PyTorch tensor of it is."""
-
-    config: ModelConfig
-    params: dict
-    seg_id: int
-
-    @classmethod
-    def load(cls, *sources: pathlib.Path, **options) -> "Converted":
-        """Through the command line's function and the project's loader, as a user would."""
-        with tempfile.TemporaryDirectory() as folder:
-            out = pathlib.Path(folder) / "converted"
-            from_torch.convert(from_torch.Options(tuple(sources), out, **options))
-            experiment, params, tokenizer = checkpoint.load_params(str(out))
-            seg_id = Tokenizer.load(tokenizer).seg_id if "llm" in params else -1
-        moe = dataclasses.replace(experiment.model.moe, dispatch="capacity")
-        mask = dataclasses.replace(experiment.model.mask, unpad="reference")
-        return cls(dataclasses.replace(experiment.model, moe=moe, mask=mask), params, seg_id)
-
-    def with_moe(self, **changes) -> "Converted":
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, moe=dataclasses.replace(self.config.moe, **changes)))
-
-    def with_tensors(self, tensors: Arrays) -> "Converted":
-        """With some parameters replaced by (PyTorch-shaped) tensors."""
-        flat = {path: np.array(leaf) for path, leaf in flatten(self.params).items()}
-        places = self.places()
-        for key, value in tensors.items():
-            flat[places[key].path][places[key].index] = places[key].layout.to_jax(value)
-        return dataclasses.replace(self, params=unflatten(flat))
-
-    def places(self) -> dict[str, mapping.Entry]:
-        return mapping.entries(self.config, flatten(self.params))
-
-    def batch(self, z: Arrays) -> Batch:
-        return golden_batch(z, self.seg_id, self.config.clip.num_patches)
-
-    def model(self):
-        return from_torch.model_shapes(self.config)
-
-
-def as_torch(tree, places: Mapping[str, mapping.Entry], key: str) -> np.ndarray:
-    """One PyTorch tensor's part of a parameter-shaped tree."""
-    place = places[mapping.canonical(key)]
-    return place.layout.to_torch(np.asarray(flatten(tree)[place.path])[place.index])
-
-
-def forward(model, batch: Batch, train: bool, noise, embedding=None, seg_row=None):
-    """`MedPLIB.__call__` with the router's noise and SAM's image embedding (which nothing is trained through) given.
-
-    `seg_row` [B, M] is the row that a mask's <SEG> stands in; see `seg_rows`.
-    """
-    x, out = model.embed(batch)
-    hidden, llm_out = model.llm(x, batch.valid, train=train, router_noise=noise)
-    masks = (None, None)
-    if embedding is not None:
-        out["seg_embedding"] = model.seg_mlp(hidden[seg_row, batch.seg_position])
-        masks = model.sam.decode(embedding, out["seg_embedding"])
-    return ModelOutput(hidden, *masks, aux=llm_out), out | llm_out | {"logits": model.llm.logits(hidden)}
-
-
-def seg_rows(batch: Batch, seg_id: int) -> tuple[Batch, np.ndarray]:
-    """The batch with each mask at the <SEG> that the original gives it, and the row of that <SEG>: the last of the batch, in order.
-
-    It is another row's when a row says <SEG> without having a mask (forward_seg_eval_56), which our data refuses.
-    """
-    slots = np.argwhere(batch.mask_valid)
-    places = np.argwhere(batch.tokens == seg_id)[-len(slots) :]
-    rows, positions = np.zeros_like(batch.seg_position), np.zeros_like(batch.seg_position)
-    rows[tuple(slots.T)], positions[tuple(slots.T)] = places[:, 0], places[:, 1] - 1
-    return batch.replace(seg_position=positions), rows
-
-
-def image_embedding(converted: "Converted", batch: Batch):
-    model = converted.model()
-    encode = jax.jit(lambda params, pixels, box: bind(model, params).sam.encode(normalise_sam(pixels, box)))
-    return encode(converted.params, batch.sam_pixels, batch.sam_box)
-
-
-def router_noise(z: Arrays, kind: str, layers) -> np.ndarray | None:
-    names = [f"noise_{kind}{layer}" for layer in layers]
-    return np.stack([z[name] for name in names]) if names[0] in z else None
-
-
-def check_forward(converted: Converted, z: Arrays) -> Iterator[Row]:
-    """Question answering and regions, in eval and in train mode: from CLIP's features to logits and loss."""
-    batch, model = converted.batch(z), converted.model()
-    kind = "uniform" if converted.config.moe.top_k == 1 else "gumbel"
-    for train, prefix in ((False, ""), (True, "train_")):
-        noise = router_noise(z, kind if train else f"eval_{kind}", converted.config.moe_layers)
-        if not train and noise is None and kind == "uniform":
-            noise = router_noise(z, kind, converted.config.moe_layers)
-        output, out = jax.jit(lambda params, batch: forward(bind(model, params), batch, train, noise))(converted.params, batch)
-        if not train and "clip_features" in z:
-            yield Row("clip features", relative(out["clip_features"], z["clip_features"]))
-            yield Row("merged embeddings", at_valid(out["embeddings"], z["inputs_embeds"], batch.valid))
-            for i, row in enumerate(np.flatnonzero(z.get("valid_region", np.zeros(1, bool)))):
-                yield Row("region features", relative(out["regions"][row], z[f"region_feature_{i}"]))
-        yield from _language(converted, z, batch, output, out, prefix, "train " if train else "eval ")
-
-
-def _language(converted, z, batch, output, out, prefix, mode) -> Iterator[Row]:
-    yield from check_router(converted, z, batch, out, prefix, mode)
-    if prefix + "hidden_last" in z:
-        yield Row(mode + "hidden states", at_valid(output.hidden, z[prefix + "hidden_last"], batch.valid))
-    if prefix + "logits" in z:
-        yield Row(mode + "logits", at_valid(out["logits"], z[prefix + "logits"], batch.valid))
-    elif prefix + "logits_sel" in z:
-        chosen = np.asarray(out["logits"])[:, z["logits_pos"]]
-        yield Row(mode + "logits", at_valid(chosen, z[prefix + "logits_sel"], batch.valid[:, z["logits_pos"]]))
-    _, terms = total_loss(output, converted.params["llm"]["head"]["kernel"], batch, LossConfig(), converted.config, divisors(batch))
-    yield Row(mode + "loss", relative(terms["loss"], z[prefix + "loss"]))
-
-
-def check_router(converted, z, batch, out, prefix, mode) -> Iterator[Row]:
-    """Router logits, chosen experts and dropped choices of every layer."""
-    valid = np.asarray(batch.valid).reshape(-1)
-    logits, chosen, drops = [], [], []
-    for i, layer in enumerate(converted.config.moe_layers):
-        name = f"{prefix}moe{layer}_"
-        if name + "router_logits" not in z:
-            continue
-        expected = z[name + "router_logits"][valid]
-        logits.append(relative(np.asarray(out["router_logits"][i]).reshape(len(valid), -1)[valid], expected))
-        chosen.append(differing(np.asarray(out["expert_index"][i])[..., 0].reshape(-1)[valid], expected.argmax(-1)))
-        kept = (z[name + "gate"][valid] > 0).sum() / (valid.sum() * converted.config.moe.top_k)
-        drops.append(abs(float(out["dropped"][i]) - (1 - kept)))
-    if logits:
-        yield Row(mode + "router logits", max(logits))
-        yield Row(mode + "chosen experts (share that differs)", max(chosen), 0.0)
-        yield Row(mode + "dropped share (difference)", max(drops), 1e-6)
-
-
-def check_segmentation(converted: Converted, z: Arrays, loss: LossConfig, train: bool) -> Iterator[Row]:
-    """Masks, every loss term and gradients."""
-    batch, rows = seg_rows(converted.batch(z), converted.seg_id)
-    kind = "uniform" if converted.config.moe.top_k == 1 else "gumbel"
-    noise = router_noise(z, kind, converted.config.moe_layers)
-    embedding = image_embedding(converted, batch) if "images" in z else jnp.moveaxis(z["image_embeddings"], 1, -1)
-    if "images" in z and "image_embeddings" in z:
-        yield Row("SAM image embedding", relative(embedding, z["image_embeddings"].transpose(0, 2, 3, 1)))
-    (terms, output, out), gradients = jax.jit(loss_and_gradients(converted, loss, train))(converted.params, batch, noise, embedding, rows)
-    yield from check_router(converted, z, batch, out, "", "")
-    yield from _check_masks(converted, z, batch, output, out)
-    terms["language"] = language_loss(converted, terms)
-    for name, theirs in LOSS_NAMES.items():
-        yield Row("loss terms", relative(terms[name], z["loss." + theirs]))
-    yield Row("loss terms", relative(terms["loss"], z["loss.loss"]))
-    places = converted.places()
-    for key in z:
-        if key.startswith("grad.") and not ALWAYS_ZERO.search(key):
-            yield Row("gradients", relative(as_torch(gradients, places, key.removeprefix("grad.")), z[key]), GRADIENT_BAR)
-
-
-def language_loss(converted: Converted, terms):
-    """What the original calls ce_loss: with the routers' auxiliary loss."""
-    return terms["ce"] + converted.config.moe.aux_loss_weight * terms["aux"]
-
-
-def loss_and_gradients(converted: Converted, loss: LossConfig, train: bool) -> Callable:
-    model = converted.model()
-
-    def compute(params, batch, noise, embedding, rows):
-        output, out = forward(bind(model, params), batch, train, noise, embedding, rows)
-        total, terms = total_loss(output, params["llm"]["head"]["kernel"], batch, loss, converted.config, divisors(batch))
-        return total, (terms, output, out)
-
-    def run(params, batch, noise, embedding, rows):
-        (_, rest), gradients = jax.value_and_grad(compute, has_aux=True)(params, batch, noise, embedding, rows)
-        return rest, gradients
-
-    return run
-
-
-def _check_masks(converted, z, batch, output, out) -> Iterator[Row]:
-    canvas = batch.gt_masks.shape[-2:]
-    logits, _ = resample_to_canvas(output.mask_logits, batch.sam_box, batch.mask_size, canvas=canvas, sam_size=SAM_SIDE, mode="reference")
-    for i, (row, slot) in enumerate(np.argwhere(batch.mask_valid)):
-        if f"low_res_mask_{i}" not in z:
-            continue
-        rows, columns = batch.mask_size[row]
-        yield Row("<SEG> embedding", relative(out["seg_embedding"][row, slot], z[f"seg_embedding_{i}"][0, 0]))
-        yield Row("mask logits", at_steps(output.mask_logits[row, slot], z[f"low_res_mask_{i}"][0, 0]))
-        yield Row("predicted IoU", relative(output.predicted_iou[row, slot], z[f"iou_{i}"][0, 0]))
-        yield Row("masks at original size", at_steps(logits[row, slot, :rows, :columns], z[f"pred_mask_{i}"][0, 0]))
-
-
-def prompt(z: Arrays, prefix: str, ids: str = "input_ids") -> dict[str, np.ndarray]:
-    """A recorded prompt under a prefix, with the names that `golden_batch` knows."""
-    found = {"input_ids": z[prefix + ids], "images_clip": z.get(prefix + "images_clip", z.get("images_clip"))}
-    found["attention_mask"] = np.ones_like(found["input_ids"])
-    images = z.get(prefix + "images", z.get("images"))
-    found |= {} if images is None else {"images": images}
-    mask = z.get("region_mask" if prefix == "region_" else prefix + "region_mask") if prefix else None
-    return found if mask is None else found | {"region_mask_0": mask, "valid_region": np.ones(1, bool)}
-
-
-def check_generation(converted: Converted, z: Arrays) -> Iterator[Row]:
-    """Greedy answers of 16 tokens."""
-    generator = Generator(converted.config, converted.params, eos_id=Tokenizer.eos_id, seg_id=converted.seg_id, max_new_tokens=16, max_masks=0)
-    for name in sorted(key.removesuffix("_output_ids") for key in z if key.endswith("_output_ids")):
-        item = prompt(z, name.removesuffix("_noregion") + "_")
-        if name.endswith("_noregion"):
-            item.pop("valid_region")
-        made = generator(converted.batch(item))
-        yield Row("generated ids (share that differs)", _answer_differs(made, z[name + "_output_ids"], item["input_ids"]), 0.0)
-
-
-def check_noisy_generation(converted: Converted, z: Arrays) -> Iterator[Row]:
-    """Top-2 routing draws noise in evaluation too, anew at every step; here with the original's draws."""
-    model, layers, experts = converted.model(), converted.config.moe_layers, converted.config.moe.num_experts
-
-    @jax.jit
-    def run(params, x, cache, noise):
-        bound = bind(model, params)
-        hidden, out = bound.llm(x, jnp.ones(x.shape[:2], bool), cache=cache, router_noise=noise)
-        logits = bound.llm.logits(hidden[:, -1])
-        return logits, bound.llm.embed(logits.argmax(-1)[:, None]), out["cache"]
-
-    for name in sorted(key.removesuffix("_output_ids") for key in z if key.endswith("_output_ids")):
-        x, _ = jax.jit(lambda params, batch: bind(model, params).embed(batch))(converted.params, converted.batch(prompt(z, name + "_")))
-        cache, steps = init_cache(converted.config, 1, x.shape[1] + 16, jnp.float32), []
-        for _ in range(16):
-            draws = [np.random.RandomState(1000 * 51 + 7 * layer + 2).gumbel(size=(x.shape[1], experts)) for layer in layers]
-            logits, x, cache = run(converted.params, x, cache, np.float32(draws))
-            steps.append(np.asarray(logits)[0])
-        yield Row("logits of every step", relative(np.stack(steps)[None], z[name + "_step_logits"]))
-        expected = z[name + "_output_ids"][0, z[name + "_input_ids"].shape[1] :]
-        yield Row("generated ids (share that differs)", differing(np.argmax(steps, -1), expected), 0.0)
-
-
-def _answer_differs(made, output_ids, prompt_ids) -> float:
-    expected = output_ids[0, prompt_ids.shape[1] :]
-    ended = np.flatnonzero(expected == Tokenizer.eos_id)
-    expected = expected[: ended[0]] if len(ended) else expected
-    return differing(np.asarray(made.tokens)[0, : int(made.lengths[0])], expected)
-
-
-def check_evaluate(converted: Converted, z: Arrays) -> Iterator[Row]:
-    """Answers with and without `<SEG>`, and the mask of the first one. Recorded with two rows of lm_head exchanged, so that it speaks
-    of `<SEG>` at all. Masks that the original draws without one, or for one in the prompt, are its quirks and are left out."""
-    head = np.array(converted.params["llm"]["head"]["kernel"]).T
-    head[converted.seg_id], head[Tokenizer.eos_id] = z["seg_lm_head_row_seg"], z["seg_lm_head_row_eos"]
-    speaking = converted.with_tensors({"lm_head.weight": head})
-    for name, chosen, ids in (("noseg", converted, "input_ids"), ("seg", speaking, "input_ids"), ("history", speaking, "prompt_ids"), ("region", speaking, "input_ids")):
-        if name + "_output_ids" not in z:
-            continue
-        own = name + "_" if name in ("history", "region") else ""
-        item = prompt(z, own, ids)
-        batch = converted.batch(item)
-        rows, columns = z["region_original_size" if name == "region" else "original_size"]
-        batch = batch.replace(mask_size=np.int32([[rows, columns]]))
-        generator = Generator(chosen.config, chosen.params, eos_id=Tokenizer.eos_id, seg_id=chosen.seg_id, max_new_tokens=16, max_masks=1)
-        made = generator(batch)
-        yield Row("generated ids (share that differs)", _answer_differs(made, z[name + "_output_ids"], item["input_ids"]), 0.0)
-        if name != "history" and converted.seg_id in z[name + "_output_ids"][0, item["input_ids"].shape[1] :]:
-            masks, _ = resample_to_canvas(
-                made.mask_logits, batch.sam_box, batch.mask_size, canvas=(int(rows), int(columns)), sam_size=SAM_SIDE, mode="reference"
-            )
-            yield Row("masks of answers", relative(masks[0], z[name + "_pred_mask"]))
-
-
-def check_sam(converted: Converted, z: Arrays) -> Iterator[Row]:
-    """SAM-Med2D alone: embedding and text-prompted masks."""
-    image = z["image"] if "image" in z else z["image_low8"].repeat(8, 2).repeat(8, 3)
-    model = from_torch.abstract_module(lambda rngs: SamMed2d(converted.config.mask, rngs))
-
-    def run(params, pixels, text):
-        bound = bind(model, params)
-        embedding = bound.encode(pixels)
-        return embedding, bound.decode(embedding, text)
-
-    text = z.get("in_text_embeds", np.zeros((len(image), 1, converted.config.mask.out_dim), np.float32))
-    embedding, (masks, iou) = jax.jit(run)(converted.params["sam"], image.transpose(0, 2, 3, 1), text)
-    yield Row("SAM image embedding", relative(embedding, z["image_embedding"].transpose(0, 2, 3, 1)))
-    if "dec_text_mm0_masks" in z:
-        yield Row("mask logits", relative(masks, z["dec_text_mm0_masks"]))
-        yield Row("predicted IoU", relative(iou, z["dec_text_mm0_iou"]))
-
-
-def check_gradient_norms(converted: Converted, z: Arrays, stats: Mapping[str, list[float]]) -> Iterator[Row]:
-    """Length and sum of every trainable tensor's gradient."""
-    (batch, rows), noise = seg_rows(converted.batch(z), converted.seg_id), router_noise(z, "uniform", converted.config.moe_layers)
-    run = jax.jit(loss_and_gradients(converted, STAGE4_LOSS, True))
-    _, gradients = run(converted.params, batch, noise, image_embedding(converted, batch), rows)
-    places = converted.places()
-    for key, recorded in stats.items():
-        if recorded is not None and not ALWAYS_ZERO.search(key):
-            norm, total = recorded
-            gradient = as_torch(gradients, places, key).astype(np.float64)
-            yield Row("length and sum of all gradients", abs(np.linalg.norm(gradient) - norm) / norm, GRADIENT_BAR)
-            yield Row("length and sum of all gradients", abs(gradient.sum() - total) / (norm * gradient.size**0.5), GRADIENT_BAR)
-
-
-def check_optimizer(converted: Converted, z: Arrays, case: Mapping, final: Arrays) -> Iterator[Row]:
-    """Six steps of AdamW on one batch: losses and gradient norms on the way, parameters at the end."""
-    places = converted.places()
-    trainable_paths = {places[mapping.canonical(key)].path for key in case["trainable"]}
-    pattern = "|".join(f"^{re.escape(path)}$" for path in sorted(trainable_paths))
-    trainable, frozen = partition(jax.tree.map(jnp.asarray, converted.params), (pattern,))
-    optim = OptimConfig(lr=case["lr"], warmup=0.25, schedule="reference")
-    tx = make_optimizer(optim, make_schedule(optim, total_steps=12, epoch_steps=12), trainable)
-    (batch, rows), state = seg_rows(converted.batch(z), converted.seg_id), tx.init(trainable)
-    run, embedding = loss_and_gradients(converted, STAGE4_LOSS, True), image_embedding(converted, batch)
-
-    @jax.jit
-    def step(trainable, state, noise):
-        (terms, _, _), gradients = run(combine(trainable, frozen), batch, noise, embedding, rows)
-        gradients, _ = partition(gradients, (pattern,))
-        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)))
-        updates, state = tx.update(gradients, state, trainable)
-        return jax.tree.map(jnp.add, trainable, updates), state, terms, norm
-
-    tokens = batch.tokens.size
-    for i, expected in enumerate(case["trajectory"]):
-        layers = converted.config.moe_layers
-        noise = np.stack([np.random.RandomState(1000 * (800 + i) + 7 * layer + 1).random_sample((tokens, 2)).astype(np.float32) for layer in layers])
-        trainable, state, terms, norm = step(trainable, state, noise)
-        yield Row("losses of six steps", relative(terms["loss"], expected["loss"]))
-        yield Row("losses of six steps", relative(language_loss(converted, terms), expected["ce_loss"]))
-        yield Row("gradient norms of six steps", relative(norm, expected["grad_norm_before_clip"]), GRADIENT_BAR)
-    for key in final:
-        if not ALWAYS_ZERO.search(key):
-            yield Row("parameters after six steps", relative(as_torch(combine(trainable, frozen), places, key), final[key]))
-
-
-def check_icl(sources: tuple[pathlib.Path, ...], extra: pathlib.Path) -> Iterator[Row]:
-    """Modules without a place in the model yet: carried along, and back again unchanged."""
-    with tempfile.TemporaryDirectory() as folder:
-        work = pathlib.Path(folder)
-        from_torch.convert(from_torch.Options((*sources, extra), work / "converted"))
-        to_torch.convert(work / "converted", work / "back")
-        back = torch_files.read_folder(work / "back")
-        for key, tensor in torch_files.read_file(extra).items():
-            yield Row("tensors that come back (share that differs)", differing(back[mapping.canonical(key)].read(), tensor.read()), 0.0)
 
 
 def formula_folder(recipe: Mapping, folder: pathlib.Path) -> pathlib.Path:
     """The full-size SAM-Med2D, whose weights are a formula of their names."""
     read = formula_reader(recipe["tag"])
     shapes = {key: tuple(entry["shape"]) for key, entry in recipe["state_dict"].items()}
-    planned = [torch_files.Planned(key, shape, np.dtype(np.float32), lambda key=key, shape=shape: read(key, shape)) for key, shape in shapes.items()]
+    planned = [
+        torch_files.Planned(key, shape, np.dtype(np.float32), lambda key=key, shape=shape: read(key, shape))
+        for key, shape in shapes.items()
+    ]
     torch_files.write_shards(folder, planned, "safetensors", 1 << 40)
     return folder
 
@@ -426,7 +34,7 @@ def formula_folder(recipe: Mapping, folder: pathlib.Path) -> pathlib.Path:
 def check_sam_full(golden: pathlib.Path, z: Arrays) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         source = formula_folder(json.loads((golden / "weights_recipe.json").read_text()), pathlib.Path(folder))
-        yield from check_sam(Converted.load(source), z)
+        yield from checks.check_sam(Converted.load(source), z)
 
 
 def fixtures(golden: pathlib.Path) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
@@ -449,43 +57,47 @@ def fixtures(golden: pathlib.Path) -> Iterator[tuple[str, Callable[[], Iterator[
         return dict(np.load(golden / name))
 
     top1, top1_56, top2 = "ckpt_moe_top1", "ckpt_moe_top1_56", "ckpt_moe_top2"
-    drop1, drop2 = {"capacity_factor": 0.7, "eval_capacity_factor": 0.9, "min_capacity": 4}, {"capacity_factor": 0.5, "eval_capacity_factor": 0.6}
+    drop1, drop2 = {"capacity_factor": 0.7, "eval_capacity_factor": 0.9, "min_capacity": 4}, {
+        "capacity_factor": 0.5,
+        "eval_capacity_factor": 0.6,
+    }
     for name, source, moe in (
-        ("forward_vqa_56", top1_56, {}), ("forward_region_56", top1_56, {}), ("forward_vqa_drop_56", top1_56, drop1),
-        ("forward_vqa", top1, {}), ("forward_region", top1, {}), ("forward_vqa_top2", top2, {}), ("forward_vqa_top2_drop", top2, drop2),
+        ("forward_vqa_56", top1_56, {}),
+        ("forward_region_56", top1_56, {}),
+        ("forward_vqa_drop_56", top1_56, drop1),
+        ("forward_vqa", top1, {}),
+        ("forward_region", top1, {}),
+        ("forward_vqa_top2", top2, {}),
+        ("forward_vqa_top2_drop", top2, drop2),
     ):
-        yield name, lambda name=name, source=source, moe=moe: check_forward(weights(source).with_moe(**moe), read(name + ".npz"))
+        yield name, lambda name=name, source=source, moe=moe: checks.check_forward(weights(source).with_moe(**moe), read(name + ".npz"))
     for name, source, train in (
-        ("forward_seg_mixed_56", top1_56, True), ("forward_seg_eval_56", top1_56, False), ("forward_seg", top1, True), ("forward_seg_top2", top2, True),
+        ("forward_seg_mixed_56", top1_56, True),
+        ("forward_seg_eval_56", top1_56, False),
+        ("forward_seg", top1, True),
+        ("forward_seg_top2", top2, True),
     ):
-        yield name, lambda name=name, source=source, train=train: check_segmentation(weights(source), read(name + ".npz"), SEG_LOSS, train)
+        yield name, lambda name=name, source=source, train=train: checks.check_segmentation(
+            weights(source), read(name + ".npz"), checks.SEG_LOSS, train
+        )
     for name, source in (("generate_vqa_56", top1_56), ("generate_vqa", top1)):
-        yield name, lambda name=name, source=source: check_generation(weights(source), read(name + ".npz"))
-    yield "generate_vqa_top2", lambda: check_noisy_generation(weights(top2), read("generate_vqa_top2.npz"))
+        yield name, lambda name=name, source=source: checks.check_generation(weights(source), read(name + ".npz"))
+    yield "generate_vqa_top2", lambda: checks.check_noisy_generation(weights(top2), read("generate_vqa_top2.npz"))
     for name, source in (("evaluate_seg_56", top1_56), ("evaluate_seg", top1)):
-        yield name, lambda name=name, source=source: check_evaluate(weights(source), read(name + ".npz"))
-    yield "sam_tiny", lambda: check_sam(weights("sam"), read("sam_tiny.npz"))
+        yield name, lambda name=name, source=source: checks.check_evaluate(weights(source), read(name + ".npz"))
+    yield "sam_tiny", lambda: checks.check_sam(weights("sam"), read("sam_tiny.npz"))
     yield "sam_full_vitb", lambda: check_sam_full(golden, read("sam_full_vitb.npz"))
     for name in ("icl_extra_weights", "icl_mask_encoder"):
-        yield name, lambda name=name: check_icl((golden / top1_56,), golden / f"{name}.safetensors")
-    yield "train_lora_56", lambda: check_segmentation(weights("lora"), read("train_lora_56.npz"), STAGE4_LOSS, True)
+        yield name, lambda name=name: checks.check_icl((golden / top1_56,), golden / f"{name}.safetensors")
+    yield "train_lora_56", lambda: checks.check_segmentation(weights("lora"), read("train_lora_56.npz"), STAGE4_LOSS, True)
     notes = json.loads((golden / "README.json").read_text())
     stats = json.loads(notes["train_lora_56.npz"]["note"])["trainable_grad_[l2norm,sum]"]
-    yield "train_lora_56, all tensors", lambda: check_gradient_norms(weights("lora"), read("train_lora_56.npz"), stats)
+    yield "train_lora_56, all tensors", lambda: checks.check_gradient_norms(weights("lora"), read("train_lora_56.npz"), stats)
     cases = json.loads((golden / "opt_step.json").read_text())
     for name, source, case in (("opt_step_stage4_lora", "lora", "stage4_lora"), ("opt_step_sft_only", "sft", "sft_only")):
-        yield name, lambda name=name, source=source, case=case: check_optimizer(
+        yield name, lambda name=name, source=source, case=case: checks.check_optimizer(
             weights(source), read("train_lora_56.npz"), cases[case], read(name + ".npz")
         )
-
-
-def summarise(rows: Iterator[Row]) -> list[Row]:
-    """The worst of each kind."""
-    worst: dict[str, Row] = {}
-    for row in rows:
-        if row.what not in worst or not row.error <= worst[row.what].error:
-            worst[row.what] = row
-    return list(worst.values())
 
 
 def main() -> None:
@@ -498,7 +110,7 @@ def main() -> None:
         if not re.search(arguments.only, name):
             continue
         start = time.time()
-        for row in summarise(check()):
+        for row in checks.summarise(check()):
             verdict = "ok" if row.error <= row.bar else "FAILED"
             failed += verdict != "ok"
             print(f"| {name} | {row.what} | {row.error:.1e} | {row.bar:.0e} | {verdict} |", flush=True)

@@ -101,7 +101,9 @@ def test_unmerged_names_come_back():
 @settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_layouts_are_inverse(data):
-    layout = data.draw(st.sampled_from([mapping.SAME, mapping.LINEAR, mapping.CONV, mapping.CONV_TRANSPOSE, mapping.CONV_POINT, mapping.ROW]))
+    layout = data.draw(
+        st.sampled_from([mapping.SAME, mapping.LINEAR, mapping.CONV, mapping.CONV_TRANSPOSE, mapping.CONV_POINT, mapping.ROW])
+    )
     shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=len(layout.order) or 2, max_size=len(layout.order) or 2)))
     for i in range(layout.drop):
         shape = tuple(1 if axis == (layout.order or (0,))[i] else size for axis, size in enumerate(shape))
@@ -114,7 +116,9 @@ def test_layouts_are_inverse(data):
 def test_a_kind_is_known_by_its_names():
     medplib = set(MOE)
     parts = {kind: {key for key in medplib if kinds.part_of(key) in kinds.KINDS[kind]} for kind in kinds.KINDS}
-    assert {kind: kinds.detect_kind(keys) for kind, keys in parts.items() if kind != "lora"} == {kind: kind for kind in parts if kind != "lora"}
+    assert {kind: kinds.detect_kind(keys) for kind, keys in parts.items() if kind != "lora"} == {
+        kind: kind for kind in parts if kind != "lora"
+    }
     assert kinds.detect_kind(medplib | {"model.layers.0.self_attn.q_proj.lora_A.weight"}) == "lora"
     with pytest.raises(ValueError, match="not a checkpoint of a known kind"):
         kinds.detect_kind({"transformer.h.0.attn.c_attn.weight"})

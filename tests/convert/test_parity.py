@@ -1,4 +1,4 @@
-"""A small selection of `tests.convert.parity`: one converted checkpoint of 16 image tokens against recorded arrays of the original."""
+"""A small selection of what `tests.convert.parity` runs: a checkpoint of 16 image tokens against recorded arrays of the original."""
 
 import json
 import pathlib
@@ -6,12 +6,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from convert import hf_config
+from convert import from_torch, hf_config, mapping
 from medplib_jax.config import ClipConfig, LlmConfig, MaskConfig, ModelConfig, MoeConfig
 from medplib_jax.models.layers import params_of
 from medplib_jax.optim import flatten
-from convert import from_torch, mapping
-from tests.convert import parity
+from tests.convert import checks
 from tests.convert.conftest import write_folder
 from tests.convert.golden_batch import CLIP_MEAN, CLIP_STD
 from tests.torch_weights import formula_reader
@@ -31,11 +30,16 @@ def recorded() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def converted(recorded, tmp_path_factory) -> parity.Converted:
+def converted(recorded, tmp_path_factory) -> checks.Converted:
     """The checkpoint: what is stored, CLIP and SAM's encoder by their formula, and (unused) zeros for the multi-mask tokens' networks."""
     params = {path: leaf.shape for path, leaf in flatten(params_of(from_torch.model_shapes(CONFIG))).items()}
     places = mapping.entries(CONFIG, params)
-    stored = {name.removeprefix("weights/"): x for file in (np.load(GOLDEN / "llm_top1.npz"), recorded) for name, x in file.items() if name.startswith("weights/")}
+    stored = {
+        name.removeprefix("weights/"): x
+        for file in (np.load(GOLDEN / "llm_top1.npz"), recorded)
+        for name, x in file.items()
+        if name.startswith("weights/")
+    }
     embedding = np.zeros((667, 64), np.float32)
     embedding[recorded["embed_rows"]] = recorded["embed_values"]
     clip, sam = formula_reader("clip56"), formula_reader("samtiny")
@@ -53,8 +57,10 @@ def converted(recorded, tmp_path_factory) -> parity.Converted:
         else:
             tensors[key] = {"model.embed_tokens.weight": embedding}[key]
     folder = write_folder(tmp_path_factory.mktemp("golden") / "source", CONFIG, tensors)
-    assert json.loads((folder / "config.json").read_text()) == hf_config.model_json(CONFIG, {"mm_vision_tower": "clip"}, np.dtype(np.float32))
-    return parity.Converted.load(folder)
+    assert json.loads((folder / "config.json").read_text()) == hf_config.model_json(
+        CONFIG, {"mm_vision_tower": "clip"}, np.dtype(np.float32)
+    )
+    return checks.Converted.load(folder)
 
 
 def part(recorded, name: str) -> dict[str, np.ndarray]:
@@ -66,7 +72,7 @@ def part(recorded, name: str) -> dict[str, np.ndarray]:
 
 
 def check(rows, kinds: set[str]):
-    rows = parity.summarise(rows)
+    rows = checks.summarise(rows)
     assert {row.what for row in rows} == kinds
     assert [row for row in rows if not row.error <= row.bar] == []
 
@@ -78,14 +84,14 @@ def test_language_and_regions(converted, recorded):
             z[f"{mode}moe{i}_gate"] = z[f"{mode}moe{i}_kept"]
     both = {"router logits", "chosen experts (share that differs)", "dropped share (difference)", "hidden states", "logits", "loss"}
     seen = {"clip features", "merged embeddings", "region features"}
-    check(parity.check_forward(converted, z), seen | {f"{mode} {what}" for mode in ("eval", "train") for what in both})
+    check(checks.check_forward(converted, z), seen | {f"{mode} {what}" for mode in ("eval", "train") for what in both})
 
 
 def test_masks_losses_and_gradients(converted, recorded):
     z = part(recorded, "seg")
     kinds = {"<SEG> embedding", "mask logits", "predicted IoU", "masks at original size", "loss terms", "gradients"}
-    check(parity.check_segmentation(converted, z, parity.SEG_LOSS, train=True), kinds)
+    check(checks.check_segmentation(converted, z, checks.SEG_LOSS, train=True), kinds)
 
 
 def test_generated_answer(converted, recorded):
-    check(parity.check_generation(converted, part(recorded, "generate")), {"generated ids (share that differs)"})
+    check(checks.check_generation(converted, part(recorded, "generate")), {"generated ids (share that differs)"})

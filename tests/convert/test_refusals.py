@@ -57,7 +57,9 @@ def test_missing_shard(source, tensors):
     refused(source, FileNotFoundError, "shard model-00002-of-00002.safetensors is missing")
     (source / "model-00001-of-00002.safetensors").rename(source / "model.safetensors")
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.more.weight": "model-b.safetensors"}}))
-    refused(source, FileNotFoundError, "'model.more.weight' is in no file, and the shard model-b.safetensors that should hold it is missing")
+    refused(
+        source, FileNotFoundError, "'model.more.weight' is in no file, and the shard model-b.safetensors that should hold it is missing"
+    )
 
 
 def test_wrong_shape_missing_and_unknown_tensors(source, tensors):
@@ -97,7 +99,10 @@ def test_pickle_with_code(source, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     (source / "model.safetensors").unlink()
-    for write in (lambda: torch.save({"model": Code()}, source / "pytorch_model.bin"), lambda: (source / "pytorch_model.bin").write_bytes(pickle.dumps(Code()))):
+    for write in (
+        lambda: torch.save({"model": Code()}, source / "pytorch_model.bin"),
+        lambda: (source / "pytorch_model.bin").write_bytes(pickle.dumps(Code())),
+    ):
         write()
         refused(source, ValueError, "pytorch_model.bin: refused, the pickle holds more than tensors")
     assert not (tmp_path / "executed").exists()
@@ -108,7 +113,11 @@ def test_wrong_tokenizer(source, tensors, tmp_path):
     rewrite(source, short)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
-    refused(source, ValueError, "wrong tokenizer: it has 400 pieces and 267 added tokens, so the embedding should have 400 or 667 rows, but the weights have 500")
+    refused(
+        source,
+        ValueError,
+        "wrong tokenizer: it has 400 pieces and 267 added tokens, so the embedding should have 400 or 667 rows, but the weights have 500",
+    )
     (source / "added_tokens.json").write_text(json.dumps({"<SEG>": 401}))
     refused(source, ValueError, "added_tokens.json: token '<SEG>': expected id 400, found 401")
     (source / "tokenizer.model").unlink()
@@ -138,7 +147,9 @@ def test_options_that_do_not_fit(source, tmp_path):
 
 
 def test_mixed_types_need_a_choice(source, tensors):
-    rewrite(source, tensors | {"model.layers.1.self_attn.q_proj.weight": tensors["model.layers.1.self_attn.q_proj.weight"].astype(np.float16)})
+    rewrite(
+        source, tensors | {"model.layers.1.self_attn.q_proj.weight": tensors["model.layers.1.self_attn.q_proj.weight"].astype(np.float16)}
+    )
     refused(source, ValueError, "llm/layers/attn/q/kernel: its tensors are of types .*choose one with --dtype")
 
 

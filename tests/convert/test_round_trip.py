@@ -72,7 +72,11 @@ def test_merging_adds_the_adapters(tmp_path):
     to_torch.convert(tmp_path / "jax", tmp_path / "torch")
     written = without_rotary(load(tmp_path / "torch"))
     assert set(written) == {name for name in tensors if ".lora_" not in name}
-    for name in ("model.layers.1.self_attn.q_proj", "model.layers.2.mlp.deepspeed_moe.experts.deepspeed_experts.1.down_proj", "model.layers.1.mlp.gate_proj"):
+    for name in (
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.2.mlp.deepspeed_moe.experts.deepspeed_experts.1.down_proj",
+        "model.layers.1.mlp.gate_proj",
+    ):
         expected = tensors[name + ".weight"] + LORA.scale * tensors[name + ".lora_B.weight"] @ tensors[name + ".lora_A.weight"]
         np.testing.assert_allclose(written[name + ".weight"], expected, rtol=1e-5, atol=1e-5)
     # the same as the model code's own merge
@@ -80,16 +84,31 @@ def test_merging_adds_the_adapters(tmp_path):
     merged = flatten(merge_lora(params, LORA))
     places = mapping.entries(TINY, merged)
     for name, x in written.items():
-        np.testing.assert_allclose(places[name].layout.to_torch(np.asarray(merged[places[name].path])[places[name].index]), x, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            places[name].layout.to_torch(np.asarray(merged[places[name].path])[places[name].index]), x, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_stage_checkpoint_without_experts_and_with_icl_modules(tmp_path):
     tensors = random_tensors(DENSE)
-    icl = {"model.mm_token_compressor.norm": (16,), "model.mm_token_compressor.proj": (16, 16), "model.mask_encoder.encoder.0": (4, 1, 3, 3), "model.mask_encoder.norm": (16,)}
-    icl |= {"model.mask_encoder.encoder.2": (4, 4, 3, 3), "model.mask_encoder.encoder.4": (4, 4, 3, 3), "model.mask_encoder.encoder.6": (4, 4, 3, 3), "model.mask_encoder.proj": (16, 4)}
+    icl = {
+        "model.mm_token_compressor.norm": (16,),
+        "model.mm_token_compressor.proj": (16, 16),
+        "model.mask_encoder.encoder.0": (4, 1, 3, 3),
+        "model.mask_encoder.norm": (16,),
+    }
+    icl |= {
+        "model.mask_encoder.encoder.2": (4, 4, 3, 3),
+        "model.mask_encoder.encoder.4": (4, 4, 3, 3),
+        "model.mask_encoder.encoder.6": (4, 4, 3, 3),
+        "model.mask_encoder.proj": (16, 4),
+    }
     random = np.random.default_rng(1)
     for name, shape in icl.items():
-        tensors |= {name + ".weight": random.standard_normal(shape, np.float32), name + ".bias": random.standard_normal(shape[:1], np.float32)}
+        tensors |= {
+            name + ".weight": random.standard_normal(shape, np.float32),
+            name + ".bias": random.standard_normal(shape[:1], np.float32),
+        }
     convert(tmp_path / "jax", write_folder(tmp_path / "source", DENSE, tensors), stage=3)
     experiment, params, _ = checkpoint.load_params(str(tmp_path / "jax"))
     assert experiment.init.stage == 3 and experiment.model.moe.num_experts == 0
@@ -102,7 +121,9 @@ def test_stage_checkpoint_without_experts_and_with_icl_modules(tmp_path):
 def test_rotary_buffers_equal_pytorchs():
     import torch
 
-    stored = to_torch.Stored(dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, hidden_size=256)), {"llm/embed/embedding": FakeArray}, TOKENIZER)
+    stored = to_torch.Stored(
+        dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, hidden_size=256)), {"llm/embed/embedding": FakeArray}, TOKENIZER
+    )
     made = next(to_torch.rotary_buffers(stored, "merged")).make()
     expected = 1.0 / (10000.0 ** (torch.arange(0, 128, 2).float() / 128))
     assert bits(made) == bits(expected.numpy())
@@ -117,13 +138,20 @@ def test_parts_from_several_sources_make_one_model(tmp_path):
     """LLaVA, CLIP and SAM-Med2D as they are released: other names, no added tokens, no region adapter and no SEG MLP."""
     tensors = random_tensors(DENSE, ml_dtypes.bfloat16)
     base = VOCAB_WITHOUT_ADDED = Tokenizer.load(str(TOKENIZER)).seg_id
-    llava = {name: x for name, x in tensors.items() if name.startswith(("model.layers.", "model.norm", "model.mm_projector", "model.embed", "lm_head"))}
+    llava = {
+        name: x
+        for name, x in tensors.items()
+        if name.startswith(("model.layers.", "model.norm", "model.mm_projector", "model.embed", "lm_head"))
+    }
     llava |= {name: llava[name][:base] for name in ("model.embed_tokens.weight", "lm_head.weight")}
     source = write_folder(tmp_path / "llava", dataclasses.replace(DENSE, llm=dataclasses.replace(DENSE.llm, vocab_size=base)), llava)
     (source / "added_tokens.json").unlink()
     clip = {name.removeprefix("model.vision_tower.vision_tower."): x for name, x in tensors.items() if "vision_tower" in name}
     (tmp_path / "clip").mkdir()
-    save(tmp_path / "clip" / "pytorch_model.bin", clip | {"text_model.final_layer_norm.weight": np.ones(3, np.float32), "logit_scale": np.ones(1, np.float32)})
+    save(
+        tmp_path / "clip" / "pytorch_model.bin",
+        clip | {"text_model.final_layer_norm.weight": np.ones(3, np.float32), "logit_scale": np.ones(1, np.float32)},
+    )
     shutil.copyfile(source / "clip" / "config.json", tmp_path / "clip" / "config.json")
     sam = {name.removeprefix("model.visual_model."): x for name, x in tensors.items() if "visual_model" in name}
     save(tmp_path / "sam.pth", {})
@@ -143,10 +171,22 @@ def test_parts_from_several_sources_make_one_model(tmp_path):
     assert np.array_equal(params["sam"]["mask_decoder"]["mask_tokens"], sam["mask_decoder.mask_tokens.weight"].astype(np.float32))
 
 
-@pytest.mark.parametrize("kind, prefix, part", [("clip", "model.vision_tower.", "clip"), ("sam_med2d", "model.visual_model.", "sam"), ("llama", "model.layers.", "llm")])
+@pytest.mark.parametrize(
+    "kind, prefix, part",
+    [("clip", "model.vision_tower.", "clip"), ("sam_med2d", "model.visual_model.", "sam"), ("llama", "model.layers.", "llm")],
+)
 def test_one_part_alone(tmp_path, kind, prefix, part):
-    tensors = {name: x for name, x in random_tensors(DENSE).items() if name.startswith((prefix, "model.norm", "model.embed", "lm_head") if part == "llm" else prefix)}
-    convert(tmp_path / "jax", write_folder(tmp_path / "source", DENSE, tensors), kind=kind, config=tmp_path / "source" / "clip" if part == "clip" else None)
+    tensors = {
+        name: x
+        for name, x in random_tensors(DENSE).items()
+        if name.startswith((prefix, "model.norm", "model.embed", "lm_head") if part == "llm" else prefix)
+    }
+    convert(
+        tmp_path / "jax",
+        write_folder(tmp_path / "source", DENSE, tensors),
+        kind=kind,
+        config=tmp_path / "source" / "clip" if part == "clip" else None,
+    )
     _, params, _ = checkpoint.load_params(str(tmp_path / "jax"))
     assert set(params) == {part}
     to_torch.convert(tmp_path / "jax", tmp_path / "torch")

@@ -1,0 +1,97 @@
+"""How long conversion takes and how much memory: a synthetic checkpoint of MedPLIB-7B's width, there and back, beside a plain copy.
+
+python -m convert.benchmark --folder DIR [--layers 4]
+
+Writes bfloat16 tensors of every name and shape of the model with that many decoder layers (32: 23 GB, and three times that on disk at
+most), converts in processes of their own, compares every tensor of the result with the source, and removes everything again.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+
+import ml_dtypes
+import numpy as np
+
+from convert import from_torch, hf_config, mapping, torch_files
+from medplib_jax.config import LlmConfig, ModelConfig, MoeConfig
+from medplib_jax.data.tokenizer import train_tokenizer
+from medplib_jax.models.layers import params_of
+from medplib_jax.optim import flatten
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SHARD_BYTES = 5 << 30
+
+
+def synthetic(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Random finite bits of a seed that is the tensor's name."""
+    random = np.random.Generator(np.random.SFC64(zlib.crc32(key.encode())))
+    return (random.integers(0, 1 << 16, shape, np.uint16) & np.uint16(0xBFFF)).view(BFLOAT16)  # a clear exponent bit: below 2, finite
+
+
+def write_source(folder: pathlib.Path, layers: int) -> int:
+    """A source folder; returns the bytes of its weights."""
+    folder.mkdir(parents=True)
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"], str(folder), 290)
+    config = ModelConfig(llm=LlmConfig(num_layers=layers, vocab_size=tokenizer.vocab_size), moe=MoeConfig(num_experts=2))
+    shapes = {path: leaf.shape for path, leaf in flatten(params_of(from_torch.model_shapes(config))).items()}
+    planned = []
+    for key, place in mapping.entries(config, shapes).items():
+        shape = place.torch_shape(shapes[place.path])
+        planned.append(torch_files.Planned(key, shape, BFLOAT16, lambda key=key, shape=shape: synthetic(key, shape)))
+    torch_files.write_shards(folder, planned, "safetensors", SHARD_BYTES)
+    (folder / "config.json").write_text(json.dumps(hf_config.model_json(config, {}, BFLOAT16)))
+    return sum(tensor.nbytes for tensor in planned)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    seconds: float
+    peak_gb: float
+
+
+def measure(*command: str) -> Measured:
+    """Runs a command to its end, with what it wrote on disk. The peak is the largest of all commands so far."""
+    start = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["sync"], check=True)
+    return Measured(time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6)
+
+
+def count_changed(folder: pathlib.Path) -> int:
+    """How many tensors of `folder` differ from what `write_source` wrote."""
+    tensors = {name: tensor for name, tensor in torch_files.read_folder(folder).items() if not mapping.ignored(name)}
+    return sum(tensor.read().tobytes() != synthetic(name, tensor.shape).tobytes() for name, tensor in tensors.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True, type=pathlib.Path, help="where to work; must not exist")
+    parser.add_argument("--layers", type=int, default=4)
+    arguments = parser.parse_args()
+    work, python = arguments.folder, (sys.executable, "-m")
+    try:
+        gigabytes = write_source(work / "source", arguments.layers) / 1e9
+        copied = measure("cp", "-r", str(work / "source"), str(work / "copy"))
+        shutil.rmtree(work / "copy")
+        there = measure(*python, "convert.from_torch", "--source", str(work / "source"), "--out", str(work / "jax"))
+        shutil.rmtree(work / "source")
+        back = measure(*python, "convert.to_torch", "--checkpoint", str(work / "jax"), "--out", str(work / "torch"))
+        changed = count_changed(work / "torch")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    largest = arguments.layers * 2 * 4096 * 11008 * 2 / 1e9
+    print(f"{arguments.layers} layers, {gigabytes:.1f} GB, largest stacked parameter {largest:.1f} GB; {changed} tensors changed")
+    for name, result in (("copy", copied), ("from_torch", there), ("to_torch", back)):
+        print(f"| {name} | {result.seconds:.0f} s | {gigabytes / result.seconds:.2f} GB/s | peak so far {result.peak_gb:.2f} GB |")
+
+
+if __name__ == "__main__":
+    main()
