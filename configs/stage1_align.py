@@ -36,7 +36,7 @@ def tiny() -> ExperimentConfig:
     return ExperimentConfig(
         model=common.TINY,
         data=dataclasses.replace(common.phantom(common.ALIGN, max_regions=0, max_masks=0), bucket_lengths=(160,)),
-        optim=OptimConfig(lr=2e-3, warmup=0.2, trainable=(common.CLIP, common.PROJECTOR, common.LLM)),
+        optim=common.tiny_optim(1e-3, common.CLIP, common.PROJECTOR, common.LLM),
         init=InitConfig(stage=1),
-        train=TrainConfig(steps=160, checkpoint_every=200),
+        train=TrainConfig(steps=500, checkpoint_every=150),
     )

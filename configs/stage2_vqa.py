@@ -33,9 +33,9 @@ def large() -> ExperimentConfig:
 
 def tiny() -> ExperimentConfig:
     return ExperimentConfig(
-        model=dataclasses.replace(common.TINY, lora=common.lora(16, common.ALL_LINEAR)),
+        model=dataclasses.replace(common.TINY, lora=common.tiny_lora(common.ALL_LINEAR)),
         data=common.phantom(common.COMPLEX, common.REGIONS, max_regions=4, max_masks=0),
-        optim=OptimConfig(lr=2e-3, warmup=0.1, trainable=(*TRAINABLE, common.CLIP)),
+        optim=common.tiny_optim(8e-4, *TRAINABLE, common.CLIP),
         init=InitConfig(stage=2, base="runs/tiny/stage1"),
-        train=TrainConfig(steps=400, checkpoint_every=200),
+        train=TrainConfig(steps=900, checkpoint_every=150),
     )

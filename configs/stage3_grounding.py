@@ -33,10 +33,10 @@ def large() -> ExperimentConfig:
 
 def tiny() -> ExperimentConfig:
     return ExperimentConfig(
-        model=dataclasses.replace(common.TINY, lora=common.lora(16, common.MLP_LINEAR)),
+        model=dataclasses.replace(common.TINY, lora=common.tiny_lora(common.MLP_LINEAR)),
         data=common.phantom(common.GROUNDING, max_regions=0, max_masks=4),
-        optim=OptimConfig(lr=2e-3, warmup=0.2, trainable=(common.LORA, common.SAM, common.SEG_MLP)),
+        optim=common.tiny_optim(1e-3, common.LORA, common.SAM, common.SEG_MLP),
         loss=LOSS,
         init=InitConfig(stage=3, base="runs/tiny/stage2"),
-        train=TrainConfig(steps=400, checkpoint_every=200),
+        train=TrainConfig(steps=450, checkpoint_every=150),
     )

@@ -35,10 +35,10 @@ def large() -> ExperimentConfig:
 
 def tiny() -> ExperimentConfig:
     return ExperimentConfig(
-        model=dataclasses.replace(common.TINY, moe=common.EXPERTS, lora=common.lora(16, TARGETS)),
+        model=dataclasses.replace(common.TINY, moe=common.EXPERTS, lora=common.tiny_lora(TARGETS)),
         data=common.phantom(common.COMPLEX, common.REGIONS, common.GROUNDING, max_regions=4, max_masks=4),
-        optim=OptimConfig(lr=1e-3, warmup=0.05, trainable=TRAINABLE),
+        optim=common.tiny_optim(6e-4, *TRAINABLE),
         loss=LOSS,
         init=InitConfig(stage=4, base="runs/tiny/stage2", grounding="runs/tiny/stage3"),
-        train=TrainConfig(steps=150, checkpoint_every=200),
+        train=TrainConfig(steps=250, checkpoint_every=150),
     )

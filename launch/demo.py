@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import re
 import resource
 import signal
 import sys
@@ -22,9 +21,7 @@ import jax
 from configs import stage1_align, stage2_vqa, stage3_grounding, stage4_moe
 from medplib_jax import report
 from medplib_jax.data import phantom
-from medplib_jax.data.prompts import TEMPLATES
-from medplib_jax.data.sources import MASK, REGION
-from medplib_jax.data.tokenizer import train_tokenizer
+from medplib_jax.data.build_tokenizer import build_tokenizer
 from medplib_jax.evaluate import evaluate, report_examples, report_router
 from medplib_jax.experiment import ExperimentConfig
 from medplib_jax.logging import read_metrics
@@ -146,13 +143,8 @@ def announce(title: str) -> None:
 
 
 def make_tokenizer(demo: Demo) -> None:
-    """A small LLaMA-style tokenizer of the training text, frame sentences included."""
-    if (demo.tokenizer / "tokenizer.model").exists():
-        return
-    records = [record for name in phantom.FILES["train"].values() for record in json.loads((demo.data / name).read_text())]
-    turns = [re.sub(r"<[^<>]*>", " ", MASK.sub("", REGION.sub("", turn["value"]))).strip() for record in records for turn in record["conversations"]]
-    frame = [f"{sentence} USER: ASSISTANT:" for sentence in TEMPLATES.values()]
-    train_tokenizer(turns + frame * 100, str(demo.tokenizer), stage1_align.tiny().model.llm.vocab_size - 267)
+    if not (demo.tokenizer / "tokenizer.model").exists():
+        build_tokenizer([str(demo.data / name) for name in phantom.FILES["train"].values()], str(demo.tokenizer))
 
 
 def flat_metrics(results: dict[str, dict]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 COMMAND
     python -m medplib_jax.evaluate --checkpoint WORKDIR --data data/phantom --out results
 
-Writes `<out>/<task>.jsonl` (a line per record; a killed run goes on where it stopped) and `<out>/metrics.json`.
+Writes `<out>/<task>.jsonl` (a line per record; a killed run goes on where it stopped), `<out>/metrics.json` and `<out>/report.html`.
 """
 
 import argparse
@@ -183,6 +183,30 @@ def _evaluate_file(
     } | split
 
 
+def write_report(result: dict, out_dir: str | os.PathLike, per_task: int) -> Path:
+    """The page of one evaluation: metrics by modality and `per_task` examples of each file. Returns its path."""
+    tables = {name: by_modality(task["metrics"]) for name, task in result["tasks"].items()}
+    routers = [task for task in result["tasks"].values() if "router" in task]
+    settings = {name: value for name, value in result.items() if name != "tasks"}
+    data = report.ReportData(
+        title="Evaluation",
+        facts=settings | {name: f"{task['records']} records, {len(task['skipped'])} skipped" for name, task in result["tasks"].items()},
+        tables=tables,
+        router=report_router(routers[0]) if routers else None,
+        examples=report_examples(out_dir, per_task),
+    )
+    return report.write_report(data, out_dir)
+
+
+def by_modality(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
+    """{"all" or modality: {metric: value}} from the flat names `metric` and `metric/modality`."""
+    table: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        metric, _, modality = name.partition("/")
+        table.setdefault(modality or "all", {})[metric] = value
+    return table
+
+
 def report_router(task: dict) -> report.Router:
     """A task's router split as the report shows it."""
     split = task["router"]
@@ -227,14 +251,16 @@ def main():
     parser.add_argument("--mask-threshold", type=float, help="on the sigmoid; the original evaluates at 0.1")
     parser.add_argument("--limit", type=int, help="records per file")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="exact", help="reference: score and ask as the original program does")
+    parser.add_argument("--gallery", type=int, default=24, help="examples per file in the report")
     arguments = vars(parser.parse_args())
-    checkpoint, sources, out_dir = (arguments.pop(name) for name in ("checkpoint", "data", "out"))
+    checkpoint, sources, out_dir, gallery = (arguments.pop(name) for name in ("checkpoint", "data", "out", "gallery"))
     result = evaluate(checkpoint, sources, out_dir, **arguments)
     for name, task in result["tasks"].items():
         print(f"\n{name}: {task['records']} records, {len(task['skipped'])} skipped")
         for metric, value in task["metrics"].items():
             if "/" not in metric:  # those by modality are in metrics.json
                 print(f"  {metric:26} {value:8.4f}")
+    print(f"\nReport: {write_report(result, out_dir, gallery)}")
 
 
 if __name__ == "__main__":

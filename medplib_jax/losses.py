@@ -24,7 +24,8 @@ def token_cross_entropy(hidden_BxLxD: Array, head_kernel_DxV: Array, targets_BxL
 
     def chunk_sum(hidden_BxcxD, targets_Bxc, weights_Bxc):
         kernel = head_kernel_DxV.astype(hidden_BxcxD.dtype)
-        logits_BxcxV = jnp.einsum("bcd,dv->bcv", hidden_BxcxD, kernel, preferred_element_type=jnp.float32)
+        rows = hidden_BxcxD.reshape(-1, hidden_BxcxD.shape[-1])  # see layers.matmul
+        logits_BxcxV = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32).reshape(*hidden_BxcxD.shape[:2], -1)
         is_target = jnp.arange(logits_BxcxV.shape[-1]) == targets_Bxc[..., None]  # unlike a gather it works on a sharded vocabulary
         target_logit_Bxc = jnp.where(is_target, logits_BxcxV, 0.0).sum(-1)
         return jnp.sum(weights_Bxc * (jax.nn.logsumexp(logits_BxcxV, -1) - target_logit_Bxc))

@@ -19,7 +19,7 @@ from medplib_jax.data.sources import MecovqaSource, Record
 from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.experiment import DataConfig
 
-CACHE_BYTES = 2**28  # decoded and resized pixels kept per process
+CACHE_BYTES = 2**30  # decoded and resized pixels kept per process
 MAX_REPLACEMENTS = 100  # bad records in a row before giving up on a row
 Arrays = dict[str, np.ndarray]
 

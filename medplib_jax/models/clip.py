@@ -1,4 +1,4 @@
-"""CLIP's vision tower: 336 px pixels to patch features (Radford et al. 2021; the original takes hidden_states[-2] without the class token)."""
+"""CLIP's vision tower: pixels to patch features (Radford et al. 2021). The original takes hidden_states[-2] without the class token."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,8 @@ class ClipVisionTower(nnx.Module):
         width, patch = config.hidden_size, config.patch_size
         self.patch_embed = Conv(3, width, patch, stride=patch, bias=False, axes=(None, "vision"), rngs=rngs)
         self.class_embed = param(rngs, (width,), ("vision",), std=width**-0.5)
-        self.position_embed = param(rngs, (1 + config.num_patches, width), (None, "vision"), std=0.02)
+        # As large as the patches' embeddings: pre_norm removes each patch's scale, and with it a small position and the brightness.
+        self.position_embed = param(rngs, (1 + config.num_patches, width), (None, "vision"), std=0.5)
         self.pre_norm = LayerNorm(width, eps=config.layer_norm_eps, rngs=rngs)
         self.post_norm = LayerNorm(width, eps=config.layer_norm_eps, rngs=rngs)
         self.layers = stack_layers(lambda layer_rngs: ClipLayer(config, layer_rngs), config.num_layers, rngs)

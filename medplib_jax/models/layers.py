@@ -37,11 +37,17 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array, *, rng: Array | None = None) -> Array:
         """x [..., in] -> [..., out]. `rng` turns on the adapter's dropout."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = matmul(x, self.kernel[...])
         if self.lora_a is not None:
-            low = dropout(x, self.lora_dropout, rng) @ self.lora_a[...].astype(x.dtype)
-            y = y + self.lora_scale * (low @ self.lora_b[...].astype(x.dtype))
+            low = matmul(dropout(x, self.lora_dropout, rng), self.lora_a[...])
+            y = y + self.lora_scale * matmul(low, self.lora_b[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def matmul(x: Array, kernel: Array) -> Array:
+    """x [..., in] @ kernel [in, out] in x's dtype, as one product of two matrices: with batch axes left apart, the gradient with
+    respect to the kernel takes twice as long on a CPU."""
+    return (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def dropout(x: Array, rate: float, rng: Array | None) -> Array:

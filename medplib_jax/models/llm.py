@@ -19,7 +19,8 @@ class Embedding(nnx.Module):
     """Token embeddings [V, D]."""
 
     def __init__(self, vocab_size: int, dim: int, dtype: str, rngs: Rngs):
-        self.embedding = param(rngs, (vocab_size, dim), ("vocab", "embed"), std=0.02)
+        # Unit size, as what the layers add: a small embedding would drown in the first attention's output and the token be forgotten.
+        self.embedding = param(rngs, (vocab_size, dim), ("vocab", "embed"), std=1.0)
         self.dtype = dtype
 
     def __call__(self, tokens_BxL: Array) -> Array:

@@ -42,7 +42,9 @@ class RegionEncoder(nnx.Module):
         self.geometry = GeometrySampler(clip.hidden_size, llm_dim, config.pooling, rngs) if is_geometric else None
         self.grid, self.max_points = clip.grid, config.max_points
 
-    def __call__(self, clip_features_BxNxPxC: Array, region_points_BxRxSx2: Array, valid_BxRxS: Array, region_image_BxR: Array) -> tuple[Array, dict]:
+    def __call__(
+        self, clip_features_BxNxPxC: Array, region_points_BxRxSx2: Array, valid_BxRxS: Array, region_image_BxR: Array
+    ) -> tuple[Array, dict]:
         """features, (x, y) points in [0, 1) and which of the N images they lie on -> region_BxRxD, 0 for a region without points.
 
         Computed in float32. `out` has 'pooled' [B, R, C], the mean of the raw features (absent with the geometry-aware sampler).

@@ -1,4 +1,4 @@
-"""SAM's mask decoder: prompt tokens and image embedding attend to each other, then every mask token reads out a mask (Kirillov et al. 2023)."""
+"""SAM's mask decoder: prompt tokens and image attend to each other, then mask tokens read out masks (Kirillov et al. 2023)."""
 
 import jax
 import jax.numpy as jnp

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from medplib_jax.config import MaskConfig
-from medplib_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, gelu, param
+from medplib_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, gelu, matmul, param
 from medplib_jax.models.vision import Conv, ConvTranspose, softmax_attention
 from medplib_jax.types import Array
 
@@ -37,8 +37,9 @@ class WindowAttention(nnx.Module):
             strip = []
             for columns, tile_w in _tilings(q.shape[3], self.window):
                 tiles = _tiles(q[:, :, rows, columns], tile_h, tile_w)
-                windows = (_tiles(x[:, :, _whole(rows, self.window), _whole(columns, self.window)], self.window, self.window) for x in (k, v))
-                strip.append(_untile(softmax_attention(tiles, *windows), tile_h, tile_w, q[:, :, rows, columns].shape))
+                whole = _whole(rows, self.window), _whole(columns, self.window)
+                keys, values = (_tiles(x[:, :, *whole], self.window, self.window) for x in (k, v))
+                strip.append(_untile(softmax_attention(tiles, keys, values), tile_h, tile_w, q[:, :, rows, columns].shape))
             strips.append(jnp.concatenate(strip, axis=2))
         return self.proj(jnp.concatenate(strips, axis=1))
 
@@ -47,7 +48,7 @@ class WindowAttention(nnx.Module):
         batch, height, width, _ = x_BxhxwxC.shape
         dtype, window = x_BxhxwxC.dtype, self.window
         beyond = [(0, 0), (0, -height % window), (0, -width % window), (0, 0)]
-        qkv = jnp.pad(x_BxhxwxC @ self.qkv.kernel[...].astype(dtype), beyond) + self.qkv.bias[...].astype(dtype)
+        qkv = jnp.pad(matmul(x_BxhxwxC, self.qkv.kernel[...]), beyond) + self.qkv.bias[...].astype(dtype)
         q, k, v = qkv.reshape(*qkv.shape[:3], 3, self.heads, -1).transpose(3, 0, 4, 1, 2, 5)
         q = q[:, :, :height, :width]
         row_terms = jnp.einsum("bHijk,iak->bHija", q, _relative(self.rel_pos_h[...], height, window).astype(dtype))
@@ -151,7 +152,10 @@ class ImageEncoder(nnx.Module):
         self.neck = Neck(width, config.out_dim, rngs)
 
     def __call__(self, pixels_BxIxIx3: Array) -> tuple[Array, dict]:
-        """Normalised pixels -> embedding_BxhxwxC (h = I / patch) in the pixels' dtype. `out`: 'embedded', and 'blocks', each block's output."""
+        """Normalised pixels -> embedding_BxhxwxC (h = I / patch) in the pixels' dtype.
+
+        `out` has 'embedded' (before the first block) and 'blocks' (each block's output).
+        """
         embedded = self.patch_embed(pixels_BxIxIx3)
         embedded = embedded + self.position_embed[...].astype(embedded.dtype)
         x, blocks = embedded, []

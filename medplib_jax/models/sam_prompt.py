@@ -41,13 +41,19 @@ class PromptEncoder(nnx.Module):
         corners = (boxes_Bx4.reshape(-1, 2, 2) + 0.5) / self.image_size
         return self._position(corners) + self.point_embed[...][BOX_START : BOX_END + 1]
 
-    def sparse(self, *, points: Array | None = None, labels: Array | None = None, boxes: Array | None = None, text: Array | None = None) -> Array:
-        """All prompts that become tokens, in SAM's order [B, Q, C]; points without a box are followed by a 'no point'. `text` is [B, Q', C]."""
+    def sparse(
+        self, *, points: Array | None = None, labels: Array | None = None, boxes: Array | None = None, text: Array | None = None
+    ) -> Array:
+        """All prompts that become tokens, in SAM's order, [B, Q, C]: points [B, Q', 2] with labels [B, Q'], boxes [B, 4], text [B, Q', C].
+
+        Points without a box are followed by a 'no point'. Raises ValueError without any prompt.
+        """
         tokens = []
         if points is not None:
             tokens.append(self.points(points, labels))
             if boxes is None:
-                tokens.append(jnp.broadcast_to(self.not_a_point_embed[...], (points.shape[0], 1, self.not_a_point_embed.shape[0])))
+                nowhere = self.not_a_point_embed[...]
+                tokens.append(jnp.broadcast_to(nowhere, (points.shape[0], 1, len(nowhere))))
         if boxes is not None:
             tokens.append(self.boxes(boxes))
         if text is not None:

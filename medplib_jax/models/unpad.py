@@ -41,7 +41,10 @@ def resample_to_canvas(
 
 
 def _resize_weights(start, length, size, in_dim: int, out_dim: int, xp) -> Array:
-    """W[B, out_dim, in_dim]: bilinear resize (half-pixel centres, edges clamped) of in[start : start + length] to `size`; rows beyond are 0."""
+    """W[B, out_dim, in_dim]: bilinear resize (half-pixel centres, edges clamped) of in[start : start + length] to `size`.
+
+    Rows beyond `size` are 0.
+    """
     start, length, size = (value[:, None].astype(np.float32) for value in (start, length, size))
     target = xp.arange(out_dim, dtype=np.float32)
     source = xp.clip((target + 0.5) * (length / size) - 0.5, 0, length - 1) + start
@@ -50,7 +53,7 @@ def _resize_weights(start, length, size, in_dim: int, out_dim: int, xp) -> Array
 
 
 def _reference_slice(grid: int, length_B: Array) -> tuple[Array, Array]:
-    """(start, length) of `x[pad // 2 : pad // 2 + length]` on `grid` cells with pad = grid - length, a negative start counting from the end."""
+    """(start, length) of `x[pad // 2 : pad // 2 + length]` on `grid` cells, pad = grid - length; a negative start counts from the end."""
     start = (grid - length_B) // 2
     stop = jnp.minimum(start + length_B, grid)
     start = jnp.where(start < 0, jnp.maximum(start + grid, 0), start)

@@ -46,7 +46,8 @@ class ConvTranspose(nnx.Module):
         kernel = jnp.flip(kernel, (0, 2)).transpose(0, 2, 4, 1, 3, 5).reshape(taps, taps, in_dim, -1)
         y = _convolve(x, kernel, 1, taps - 1)
         *lead, rows, columns, _ = y.shape
-        y = y.reshape(*lead, rows, columns, stride, stride, out_dim).swapaxes(-4, -3).reshape(*lead, rows * stride, columns * stride, out_dim)
+        y = y.reshape(*lead, rows, columns, stride, stride, out_dim).swapaxes(-4, -3)
+        y = y.reshape(*lead, rows * stride, columns * stride, out_dim)
         margin = (size - stride) // 2
         y = y[..., margin : rows * stride - margin, margin : columns * stride - margin, :]
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
