@@ -1,0 +1,42 @@
+"""The thin layer over NNX: initial values, stacking, and products that must equal their plain form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medplib_jax.models.layers import (
+    Mlp, Rngs, abstract_module, bind, draw_params, gelu, logical_axes, matmul, params_of, scan_layers, softmax_average, stack_layers,
+)  # fmt: skip
+
+
+def make(rngs):
+    return stack_layers(lambda r: Mlp(4, 8, 4, gelu, rngs=r), 3, rngs)
+
+
+def test_drawn_parameters_have_the_shapes_and_spread_of_the_modules_own():
+    module = abstract_module(make)
+    drawn, own = draw_params(module, 0), params_of(make(Rngs(0)))
+    assert jax.tree.map(np.shape, drawn) == jax.tree.map(jnp.shape, own)
+    np.testing.assert_allclose(drawn["fc1"]["kernel"].std(), 4**-0.5, rtol=0.3)
+    assert not drawn["fc1"]["bias"].any()
+    assert not np.array_equal(drawn["fc1"]["kernel"], draw_params(module, 1)["fc1"]["kernel"])
+    np.testing.assert_array_equal(drawn["fc1"]["kernel"], draw_params(module, 0)["fc1"]["kernel"])
+
+
+def test_stacked_layers_scan_like_a_loop_and_name_their_axes():
+    module = abstract_module(make)
+    params, x = draw_params(module, 0), jnp.ones((2, 4))
+    scanned, _ = scan_layers(bind(module, params), lambda layer, carry, _: (carry + layer(carry), None), x)
+    single = abstract_module(lambda r: Mlp(4, 8, 4, gelu, rngs=r))
+    for i in range(3):
+        x = x + bind(single, jax.tree.map(lambda a: a[i], params))(x)
+    np.testing.assert_allclose(scanned, x, rtol=1e-5)
+    assert logical_axes(module)["fc1"]["kernel"] == ("layers", "embed", "mlp")
+
+
+def test_products_equal_their_plain_form():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, kernel = jax.random.normal(keys[0], (2, 3, 5)), jax.random.normal(keys[1], (5, 7))
+    np.testing.assert_allclose(matmul(x, kernel), x @ kernel, rtol=1e-5, atol=1e-5)
+    scores, v = 50 * jax.random.normal(keys[2], (2, 3, 6)), jax.random.normal(keys[3], (2, 6, 4))
+    np.testing.assert_allclose(softmax_average(scores, v), jax.nn.softmax(scores) @ v, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,118 @@
+"""Decoding against its definition: take the likeliest next token of a full forward pass, again and again."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medplib_jax.config import LoraConfig
+from medplib_jax.decode import Generator, Sampling, draw_token
+from medplib_jax.models.layers import abstract_module, bind, draw_params
+from medplib_jax.models.medplib import MedPLIB
+from tests.helpers import MODEL, random_batch, tiny_experiment
+
+MODEL = dataclasses.replace(MODEL, lora=LoraConfig())
+EOS, SEG, NEW, LENGTH, ROOM = 2, 7, 6, 16, 24
+
+
+@pytest.fixture(scope="module")
+def params():
+    params = draw_params(abstract_module(functools.partial(MedPLIB, MODEL)), 1)
+    kernel = params["llm"]["head"]["kernel"]
+    kernel[:, SEG] *= 2.0  # so that some answers hold <SEG>
+    return params
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return random_batch(tiny_experiment(model=MODEL), LENGTH)
+
+
+@pytest.fixture(scope="module")
+def generation(params, batch):
+    return Generator(MODEL, params, eos_id=EOS, seg_id=SEG, max_new_tokens=NEW, max_masks=2)(batch)
+
+
+@pytest.fixture(scope="module")
+def forward(params):
+    model = abstract_module(functools.partial(MedPLIB, MODEL))
+
+    def run(params, batch):
+        model_ = bind(model, params)
+        output, _ = model_(batch)
+        return model_.llm.logits(output.hidden), output.mask_logits
+
+    return functools.partial(jax.jit(run), params)
+
+
+def widened(batch, room):
+    """The batch with empty positions on the right."""
+    extra = room - batch.tokens.shape[1]
+    pad = functools.partial(np.pad, pad_width=((0, 0), (0, extra)))
+    return batch.replace(
+        tokens=pad(batch.tokens), valid=pad(batch.valid), targets=pad(batch.targets), loss_weights=pad(batch.loss_weights),
+        feature_index=pad(batch.feature_index, constant_values=-1),
+    )  # fmt: skip
+
+
+def naive(batch, forward):
+    """Token by token without a cache: (tokens [B, NEW], lengths, positions that predict <SEG>)."""
+    batch, rows = widened(batch, ROOM), np.arange(len(batch.tokens))
+    tokens, done, segs = np.zeros((len(rows), NEW), np.int32), np.zeros(len(rows), bool), [[] for _ in rows]
+    start = batch.valid.sum(-1)
+    for t in range(NEW):
+        logits, _ = forward(batch)
+        chosen = np.asarray(logits)[rows, batch.valid.sum(-1) - 1].argmax(-1)
+        done |= chosen == EOS
+        for row in np.flatnonzero(~done):
+            if chosen[row] == SEG:
+                segs[row].append(int(batch.valid[row].sum()) - 1)
+            at = batch.valid[row].sum()
+            batch.tokens[row, at], batch.valid[row, at] = chosen[row], True
+            tokens[row, t] = chosen[row]
+    return tokens, batch.valid.sum(-1) - start, segs, batch
+
+
+def test_greedy_answers_and_masks_equal_full_forward_passes(batch, generation, forward):
+    tokens, lengths, segs, grown = naive(batch, forward)
+    np.testing.assert_array_equal(generation.tokens, tokens)
+    np.testing.assert_array_equal(generation.lengths, lengths)
+    assert sum(map(len, segs)) > 0, "no answer holds <SEG>; choose other weights"
+    drawn = [row[:2] for row in segs]
+    np.testing.assert_array_equal(generation.mask_valid.sum(-1), list(map(len, drawn)))
+    positions = np.array([row + [0] * (2 - len(row)) for row in drawn], np.int32)
+    _, expected = forward(grown.replace(seg_position=positions))
+    for row, found in enumerate(drawn):
+        for slot in range(len(found)):
+            np.testing.assert_allclose(generation.mask_logits[row, slot], expected[row, slot], rtol=1e-4, atol=1e-4)
+
+
+def test_an_answer_does_not_depend_on_its_batch_or_its_padding(params, batch, generation):
+    alone = Generator(MODEL, params, eos_id=EOS, seg_id=SEG, max_new_tokens=NEW, max_masks=2)
+    for row in (1, 4):
+        single = alone(widened(jax.tree.map(lambda x: x[row : row + 1], batch), LENGTH + 4))
+        np.testing.assert_array_equal(single.tokens[0], generation.tokens[row])
+        np.testing.assert_allclose(single.mask_logits[0], generation.mask_logits[row], rtol=1e-3, atol=1e-3)
+
+
+def test_filler_rows_are_not_answered(params, batch):
+    empty = batch.replace(record=np.where(np.arange(len(batch.record)) < 6, batch.record, -1).astype(np.int32))
+    generation = Generator(MODEL, params, eos_id=EOS, seg_id=SEG, max_new_tokens=NEW, max_masks=0)(empty)
+    assert (np.asarray(generation.lengths[6:]) == 0).all() and (np.asarray(generation.tokens[6:]) == 0).all()
+    assert generation.mask_logits is None
+
+
+def test_sampling_keeps_to_the_nucleus():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    draws = [int(draw_token(logits, jax.random.key(i), Sampling(temperature=1.0, top_p=0.7))[0]) for i in range(60)]
+    assert set(draws) == {0, 1}
+    assert int(draw_token(logits, jax.random.key(0), Sampling())[0]) == 0
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_impossible_sampling_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)
