@@ -73,10 +73,11 @@ def count_changed(folder: pathlib.Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", required=True, type=pathlib.Path, help="where to work; must not exist")
+    parser.add_argument("--folder", required=True, type=pathlib.Path, help="where to work; it must not exist yet")
     parser.add_argument("--layers", type=int, default=4)
     arguments = parser.parse_args()
     work, python = arguments.folder, (sys.executable, "-m")
+    work.mkdir(parents=True)
     try:
         gigabytes = write_source(work / "source", arguments.layers) / 1e9
         copied = measure("cp", "-r", str(work / "source"), str(work / "copy"))

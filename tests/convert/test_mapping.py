@@ -134,3 +134,10 @@ def test_sizes_that_disagree_are_refused():
     adapters = {"model.layers.0.mlp.gate_proj.lora_A.weight": (4, 16), "model.layers.1.mlp.gate_proj.lora_A.weight": (LORA.rank, 16)}
     with pytest.raises(ValueError, match="adapters of several ranks"):
         kinds.detect_config(stage23() | adapters, LANGUAGE, {}, 16.0)
+
+
+def test_readme_lists_every_row():
+    text = (pathlib.Path(mapping.__file__).parent / "README.md").read_text()
+    rows = [f"| `{torch}` | `{jax}` |" for torch, jax, _ in mapping.TABLE]
+    assert [row for row in rows if text.count(row) != rows.count(row)] == []
+    assert text.count("| `model.") + text.count("| `lm_head") == len(rows)
