@@ -16,8 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from jax.sharding import NamedSharding, PartitionSpec
 
 from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
+from medplib_jax.experiment import MeshConfig
+from medplib_jax.mesh import make_mesh
 from medplib_jax.models.grouped_matmul import TPU_ROW_TILE
 from medplib_jax.models.layers import abstract_module, bind, params_of
 from medplib_jax.models.moe import MoeMlp, SwiGlu
@@ -51,12 +54,8 @@ def _run(closed, *args):
 
 def _run_equation(eqn, inputs):
     name, params = eqn.primitive.name, eqn.params
-    if name == "platform_index":
-        return [len(params["platforms"]) - 1], 0.0  # the default branch comes last
     if name == "cond":
-        index, *operands = inputs
-        branches = [functools.partial(_run, branch) for branch in params["branches"]]
-        return branches[index](*operands) if isinstance(index, int) else jax.lax.switch(index, branches, *operands)
+        return jax.lax.switch(inputs[0], [functools.partial(_run, branch) for branch in params["branches"]], *inputs[1:])
     if name == "while":
         return _run_while(params, inputs)
     if name == "scan":
@@ -157,8 +156,8 @@ def tpu_ratios(topology: str, tokens: int, width: int, mlp: int, num_experts: in
     """FLOPs the TPU compiler counts for the mixture over one MLP's, bfloat16, one chip. Needs no TPU, only libtpu."""
     from jax.experimental import topologies  # libtpu is needed for this table alone
 
-    chip = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(chip)
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    sharding = NamedSharding(make_mesh(MeshConfig(data=1, fsdp=1, expert=1, tensor=1), chips[:1]), PartitionSpec())
     counts = {}
     for name, (function, params) in programs(tokens, width, mlp, num_experts).items():
         x = jax.ShapeDtypeStruct((1, tokens, width), jnp.bfloat16, sharding=sharding)

@@ -1,8 +1,9 @@
 """Products of groups of rows with one matrix per group: what a token costs does not depend on the number of groups.
 
 `grouped_matmul(x, w, sizes)`: the first sizes[0] rows of x times w[0], the next sizes[1] rows times w[1], ...; rows beyond the
-groups give zero. On TPU it is the megablox kernel that ships with JAX, elsewhere loops over blocks of rows whose trip
-counts follow the group sizes.
+groups give zero. For a TPU it is the megablox kernel that ships with JAX, elsewhere loops over blocks of rows whose trip
+counts follow the group sizes. The choice is made when the program is traced: by the mesh that x lives on (so that compiling
+for a TPU works without one), else by the default backend.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 from medplib_jax.types import Array
 
@@ -33,21 +33,21 @@ def _forward(x_SxD, w_ExDxF, sizes_E):
 def _backward(residuals, dy_SxF):
     x_SxD, w_ExDxF, sizes_E = residuals
     dx_SxD = _multiply(dy_SxF, w_ExDxF, sizes_E, transpose=True)
-    dw_ExDxF = jax.lax.platform_dependent(x_SxD, dy_SxF, sizes_E, tpu=_weight_gradient_tpu, default=_weight_gradient_blocks)
-    return dx_SxD, dw_ExDxF.astype(w_ExDxF.dtype), np.zeros(sizes_E.shape, jax.dtypes.float0)
+    weight_gradient = _weight_gradient_tpu if _for_tpu(x_SxD) else _weight_gradient_blocks
+    dw_ExDxF = weight_gradient(x_SxD, dy_SxF, sizes_E).astype(w_ExDxF.dtype)
+    return dx_SxD, dw_ExDxF, np.zeros(sizes_E.shape, jax.dtypes.float0)
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
 def _multiply(x, w, sizes, *, transpose):
-    def tpu(x, w, sizes):
-        return _multiply_tpu(x, w, sizes, transpose)
+    return (_multiply_tpu if _for_tpu(x) else _multiply_blocks)(x, w, sizes, transpose)
 
-    def blocks(x, w, sizes):
-        return _multiply_blocks(x, w, sizes, transpose)
 
-    return jax.lax.platform_dependent(x, w, sizes, tpu=tpu, default=blocks)
+def _for_tpu(x: Array) -> bool:
+    device = jax.typeof(x).sharding.mesh.abstract_device
+    return (device.platform if device else jax.default_backend()) == "tpu"
 
 
 # ---- blocks of rows ----
@@ -109,7 +109,7 @@ def _weight_gradient_blocks(x, dy, sizes):
     return jax.lax.map(group, jnp.arange(sizes.shape[0]))
 
 
-# ---- megablox ----
+# ---- megablox (imported where it is used: a second that other platforms need not spend) ----
 
 
 def _tiling(rows: int, inner: int, outer: int) -> tuple[int, int, int]:
@@ -126,13 +126,15 @@ def _with_rest(sizes: Array, rows: int) -> Array:
 
 
 def _multiply_tpu(x, w, sizes, transpose):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
     rows = _pad_rows(x)
     y = gmm(rows, w.astype(x.dtype), _with_rest(sizes, rows.shape[0]), x.dtype, _tiling, transpose_rhs=transpose)
     return y[: x.shape[0]]
 
 
 def _weight_gradient_tpu(x, dy, sizes):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
     rows, grads = _pad_rows(x), _pad_rows(dy)
-    return tgmm(
-        rows.T, grads, _with_rest(sizes, rows.shape[0]), jnp.float32, _tiling, num_actual_groups=sizes.shape[0]
-    )
+    return tgmm(rows.T, grads, _with_rest(sizes, rows.shape[0]), jnp.float32, _tiling, num_actual_groups=sizes.shape[0])

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
@@ -112,7 +113,7 @@ class ExpertLinear(nnx.Module):
 
     def sorted_rows(self, x_SxD: Array, sizes_E: Array, member_SxE: Array, rng: Array | None) -> Array:
         """Rows sorted by expert, `sizes_E` of each; `member_SxE` says the same row by row. [S, in] -> [S, out]."""
-        y = grouped_matmul(x_SxD, self.kernel[...], sizes_E)
+        y = checkpoint_name(grouped_matmul(x_SxD, self.kernel[...], sizes_E), "grouped_matmul")
         if self.lora_a is None:
             return y
         # All experts' adapters at once: a dense product of width E * r, masked to each row's expert, costs less than sorting.
