@@ -44,9 +44,12 @@ HF_SAM_NAMES = (  # the usual names of SAM's tensors -> those of transformers
     (r"(?<!layer_)norm(\d)", r"layer_norm\1"), (r"norm_final_attn", "layer_norm_final_attn"),
     (r"pe_layer\.positional_encoding_gaussian_matrix", "shared_embedding.positional_embedding"), (r"point_embeddings", "point_embed"),
     (r"mask_downscaling\.0", "mask_embed.conv1"), (r"mask_downscaling\.1", "mask_embed.layer_norm1"),
-    (r"mask_downscaling\.3", "mask_embed.conv2"), (r"mask_downscaling\.4", "mask_embed.layer_norm2"), (r"mask_downscaling\.6", "mask_embed.conv3"),
-    (r"output_upscaling\.0", "upscale_conv1"), (r"output_upscaling\.1", "upscale_layer_norm"), (r"output_upscaling\.3", "upscale_conv2"),
-    (r"((mlps\.\d+|head)\.)layers\.0", r"\1proj_in"), (r"((mlps\.\d+|head)\.)layers\.2", r"\1proj_out"), (r"((mlps\.\d+|head)\.)layers\.1", r"\1layers.0"),
+    (r"mask_downscaling\.3", "mask_embed.conv2"), (r"mask_downscaling\.4", "mask_embed.layer_norm2"),
+    (r"mask_downscaling\.6", "mask_embed.conv3"),
+    (r"output_upscaling\.0", "upscale_conv1"), (r"output_upscaling\.1", "upscale_layer_norm"),
+    (r"output_upscaling\.3", "upscale_conv2"),
+    (r"((mlps\.\d+|head)\.)layers\.0", r"\1proj_in"), (r"((mlps\.\d+|head)\.)layers\.2", r"\1proj_out"),
+    (r"((mlps\.\d+|head)\.)layers\.1", r"\1layers.0"),
 )
 TRANSPOSED = ("spatial2", "upscale1", "upscale2")
 

@@ -35,13 +35,14 @@ def test_every_selected_layer_equals_transformers(select_layer):
     torch.manual_seed(0)
     theirs = CLIPVisionModel(
         CLIPVisionConfig(
-            hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=12, patch_size=4, hidden_act="quick_gelu"
-        )
+            hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=12, patch_size=4,
+            hidden_act="quick_gelu",
+        )  # fmt: skip
     ).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_(0, 0.3)
-    state = {name if name.startswith("vision_model") else f"vision_model.{name}": value.numpy() for name, value in theirs.state_dict().items()}
+    state = {f"vision_model.{name.removeprefix('vision_model.')}": value.numpy() for name, value in theirs.state_dict().items()}
     config = ClipConfig(image_size=12, patch_size=4, hidden_size=24, num_layers=3, num_heads=3, mlp_dim=40, select_layer=select_layer)
     pixels = np.random.default_rng(0).standard_normal((2, 12, 12, 3), np.float32)
     with torch.no_grad():

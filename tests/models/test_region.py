@@ -67,11 +67,14 @@ def geometry_params(golden) -> dict:
     def linear(name: str) -> dict:
         return {"kernel": golden[f"param.{name}.weight"].squeeze().T, "bias": golden[f"param.{name}.bias"]}
 
+    def norm(i: int, name: str) -> np.ndarray:
+        return golden[f"param.agg_projector_list.{i}.norm.{name}"]
+
     stages = {
         str(i): {
             "diff": linear(f"diff_projector_list.{i}"),
             "aggregate": linear(f"agg_projector_list.{i}.net.0"),
-            "norm": {"scale": golden[f"param.agg_projector_list.{i}.norm.weight"], "bias": golden[f"param.agg_projector_list.{i}.norm.bias"]},
+            "norm": {"scale": norm(i, "weight"), "bias": norm(i, "bias")},
         }
         for i in range(2)
     }

@@ -18,14 +18,13 @@ from medplib_jax.models.sam import SamMed2d, normalise_sam
 from tests.torch_weights import HF_SAM_NAMES, SAM_NAMES, formula_reader, reader, relative_error, torch_params
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-TINY = MaskConfig(
-    hidden_size=48, num_layers=4, num_heads=4, global_layers=(1, 3), out_dim=64, decoder_mlp_dim=128, iou_head_dim=64
-)
+TINY = MaskConfig(hidden_size=48, num_layers=4, num_heads=4, global_layers=(1, 3), out_dim=64, decoder_mlp_dim=128, iou_head_dim=64)
 SMALL = MaskConfig(
     image_size=32, patch_size=4, hidden_size=16, num_layers=2, num_heads=2, window_size=3, global_layers=(1,), adapter=False,
     out_dim=16, mask_in_dim=8, decoder_heads=4, decoder_mlp_dim=32, iou_head_dim=16,
 )  # fmt: skip
 PROMPTS = {"points": ("points", "labels"), "boxes": ("boxes",), "points_boxes": ("points", "labels", "boxes"), "text": ("text",)}
+PROMPTS["all"] = (*PROMPTS["points_boxes"], "text")  # and masks
 
 
 def build(config: MaskConfig, read) -> SamMed2d:
@@ -47,12 +46,17 @@ def image() -> np.ndarray:
     return golden()["image_low8"].repeat(8, 2).repeat(8, 3).transpose(0, 2, 3, 1)
 
 
+def run(sam: SamMed2d, method: str, *inputs):
+    """`sam.method(*inputs)` as one compiled program."""
+    return jax.jit(lambda params, *inputs: getattr(bind(sam, params), method)(*inputs))(params_of(sam), *inputs)
+
+
 def channels_last(x: np.ndarray) -> np.ndarray:
     return x.transpose(0, 2, 3, 1)
 
 
 def test_encoder_equals_the_original_block_by_block():
-    embedding, out = jax.jit(lambda params, x: bind(tiny(), params).image_encoder(x))(params_of(tiny()), image())
+    embedding, out = run(tiny(), "image_encoder", image())
     for i, block in enumerate(out["blocks"]):
         assert relative_error(block, golden()[f"block{i}"]) < 1e-5, f"block {i}"
     assert relative_error(embedding, channels_last(golden()["image_embedding"][:1])) < 1e-5
@@ -60,14 +64,14 @@ def test_encoder_equals_the_original_block_by_block():
 
 def test_encoder_without_adapter_equals_the_original():
     plain = build(dataclasses.replace(TINY, adapter=False), formula_reader("samtiny"))
-    embedding = jax.jit(lambda params, x: bind(plain, params).encode(x))(params_of(plain), image())
+    embedding = run(plain, "encode", image())
     assert relative_error(embedding, channels_last(golden()["image_embedding_without_adapter"])) < 1e-5
 
 
-@pytest.mark.parametrize("prompt", [*PROMPTS, "all"])
+@pytest.mark.parametrize("prompt", list(PROMPTS))
 def test_prompts_and_masks_equal_the_original(prompt):
     arrays, sam = golden(), tiny()
-    given = {name: arrays["in_text_embeds" if name == "text" else f"in_{name}"] for name in PROMPTS.get(prompt, ("points", "labels", "boxes", "text"))}
+    given = {name: arrays["in_text_embeds" if name == "text" else f"in_{name}"] for name in PROMPTS[prompt]}
     sparse = sam.prompt_encoder.sparse(**given)
     assert relative_error(sparse, arrays[f"prompt_{prompt}_sparse"]) < 1e-5
     dense = sam.prompt_encoder.dense(arrays["in_masks"][:, 0] if prompt == "all" else None)
@@ -94,10 +98,11 @@ def test_dense_prompt_and_positions_equal_the_original():
 def test_decoding_several_prompts_equals_decoding_each():
     embedding = jnp.asarray(channels_last(golden()["image_embedding"]))
     prompts = jax.random.normal(jax.random.key(0), (2, 3, 64))
-    masks, iou = tiny().decode(embedding, prompts)
+    masks, iou = run(tiny(), "decode", embedding, prompts)
     assert masks.shape == (2, 3, 64, 64) and iou.shape == (2, 3)
+    alone = jax.jit(tiny().decode)
     for m in range(3):
-        alone_masks, alone_iou = tiny().decode(embedding, prompts[:, m : m + 1])
+        alone_masks, alone_iou = alone(embedding, prompts[:, m : m + 1])
         assert relative_error(masks[:, m], alone_masks[:, 0]) < 1e-5
         assert relative_error(iou[:, m], alone_iou[:, 0]) < 1e-5
 
@@ -123,7 +128,7 @@ def test_encoder_with_many_windows_equals_transformers():
     pixels = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
     with torch.no_grad():
         expected = theirs.vision_encoder(torch.from_numpy(pixels.transpose(0, 3, 1, 2))).last_hidden_state.numpy()
-    assert relative_error(ours.encode(jnp.asarray(pixels)), channels_last(expected)) < 1e-4
+    assert relative_error(run(ours, "encode", pixels), channels_last(expected)) < 1e-4
 
 
 def test_decoder_and_its_gradients_equal_transformers():
@@ -138,7 +143,8 @@ def test_decoder_and_its_gradients_equal_transformers():
     rows = columns = (torch.arange(8) + 0.5) / 8
     position = encoder.shared_embedding(torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)).permute(2, 0, 1)[None]
     dense = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(2, -1, 8, 8)
-    expected_masks, expected_iou = theirs.mask_decoder(torch_embedding, position.expand(2, -1, -1, -1), torch_text, dense, multimask_output=False)
+    position = position.expand(2, -1, -1, -1)
+    expected_masks, expected_iou = theirs.mask_decoder(torch_embedding, position, torch_text, dense, multimask_output=False)
     ((expected_masks[:, :, 0] * torch.from_numpy(weights)).sum() + expected_iou.sum()).backward()
 
     def loss(params, embedding, text):
