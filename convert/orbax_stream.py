@@ -4,6 +4,7 @@ With `handler`, a tree's leaves are `Streamed`: Orbax writes its usual files (th
 contents come from here, one slab at a time. `open_arrays` gives TensorStore handles in place of arrays; slicing one reads a part.
 """
 
+import asyncio
 import dataclasses
 import math
 import pathlib
@@ -19,6 +20,7 @@ from medplib_jax.types import Params
 
 Index = tuple[int, ...]
 MAX_CHUNK_BYTES = 1 << 25
+MAX_PENDING_BYTES = 1 << 28  # given to TensorStore and not yet on disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +40,19 @@ class _StreamHandler(type_handlers.NumpyHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(self._write(values, infos), name="streamed_arrays")]
 
     async def _write(self, values, infos):
+        pending, size = [], 0
         for value, info in zip(values, infos):
             await info.await_path_creation()
-            spec = type_handlers.get_json_tspec_write(
-                info, info.is_ocdbt_checkpoint, value.shape, value.chunk, value.dtype, process_index=0
-            )
+            ocdbt = info.is_ocdbt_checkpoint
+            spec = type_handlers.get_json_tspec_write(info, ocdbt, value.shape, value.chunk, value.dtype, process_index=0)
             store = await ts.open(spec, create=True, open=True, context=info.ts_context)
             for index, slab in value.slabs():
-                await store[index].write(slab)
+                pending.append(store[index].write(slab))
+                size += slab.nbytes
+                if size > MAX_PENDING_BYTES:
+                    await asyncio.gather(*pending)
+                    pending, size = [], 0
+        await asyncio.gather(*pending)
 
     async def deserialize(self, infos, args=None):
         specs = [type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint) for info in infos]
