@@ -70,5 +70,5 @@ def phantom(*names: str, **settings) -> DataConfig:
     """The generated dataset of `python -m medplib_jax.data.phantom --out data/phantom`, with the tokenizer trained on it."""
     return DataConfig(
         sources=tuple(f"data/phantom/train/{name}.json" for name in names), root="data/phantom", tokenizer="data/phantom/tokenizer",
-        bucket_lengths=(224,), batch_size=8, mask_canvas=160, workers=0, **settings,
+        batch_size=8, mask_canvas=160, workers=0, **settings,
     )  # fmt: skip

@@ -8,8 +8,6 @@ tiny: nothing is pretrained, so CLIP, projector and language model all train on 
 questions. Minutes on a laptop; the cross-entropy falls from about 7 to below 1.
 """
 
-import dataclasses
-
 from configs import common
 from medplib_jax.experiment import DataConfig, ExperimentConfig, InitConfig, OptimConfig, TrainConfig, to_config_dict
 
@@ -35,8 +33,8 @@ def large() -> ExperimentConfig:
 def tiny() -> ExperimentConfig:
     return ExperimentConfig(
         model=common.TINY,
-        data=dataclasses.replace(common.phantom(common.ALIGN, max_regions=0, max_masks=0), bucket_lengths=(160,)),
+        data=common.phantom(common.ALIGN, bucket_lengths=(136,), max_regions=0, max_masks=0),
         optim=common.tiny_optim(1e-3, common.CLIP, common.PROJECTOR, common.LLM),
         init=InitConfig(stage=1),
-        train=TrainConfig(steps=500, checkpoint_every=150),
+        train=TrainConfig(steps=400, checkpoint_every=150),
     )

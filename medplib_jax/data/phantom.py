@@ -85,12 +85,12 @@ def _write_example(out: Path, seed: int, job: tuple[str, int]) -> dict[str, list
     facts = _save(out, f"{scene.modality.prefix}_00--phantom--{split}_{index:05d}--2d_none", scene)
     if split == "train":
         turns = {
-            "align": text.align_turns(facts, rng), "complex": text.complex_turns(facts, rng, LABELS),
+            "align": text.align_turns(facts, rng), "complex": text.complex_turns(facts, rng, LABELS, more_presence=2),
             "region": text.region_turns(facts, rng), "grounding": text.grounding_turns(facts, rng),
         }  # fmt: skip
         return {kind: [text.conversation(facts, turns)] for kind, turns in turns.items() if turns}
     turns = {
-        "complex": text.sample(rng, text.complex_turns(facts, rng, LABELS), 3),
+        "complex": text.sample(rng, text.complex_turns(facts, rng, LABELS, more_presence=0), 3),
         "region": text.region_turns(facts, rng)[:2], "grounding": text.grounding_turns(facts, rng)[:3],
     }  # fmt: skip
     return {kind: text.single_records(facts, turns) for kind, turns in turns.items()}

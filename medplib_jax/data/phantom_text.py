@@ -84,8 +84,31 @@ def presence_turn(facts, rng, finding):
     absent = [name for name, is_finding in facts.absent if is_finding == finding]
     yes = bool(present) and (not absent or rng.random() < 0.5)
     name = _pick(rng, present if yes else absent)
-    question = f"Is there {article(name)} in this image?" if finding else f"Is the {name} visible in this image?"
-    return name, (question, "Yes" if yes else "No", "closed")
+    return name, _presence(name, finding, yes)
+
+
+def _presence(name, finding, yes):
+    """Question and answer about one name. The answer repeats the name: a model that starts from nothing learns from it to read the question."""
+    if finding:
+        return f"Is there {article(name)} in this image?", f"Yes, there is {article(name)}." if yes else no_answer(name, finding), "closed"
+    return f"Is the {name} visible in this image?", f"Yes, the {name} is visible." if yes else no_answer(name, finding), "closed"
+
+
+def no_answer(name, finding):
+    """What is said of a name that is not in the image, also when its mask was asked for."""
+    return f"No, there is no {name}." if finding else f"No, the {name} is not visible."
+
+
+def more_presence_turns(facts, rng, asked, kinds, count):
+    """Up to `count` of (name, turn) about names not `asked` about yet, yes and no by a fair coin for as long as there are both."""
+    present = sample(rng, [(target.name, target.finding) for target in facts.targets if target.name not in asked and target.finding in kinds])
+    absent = sample(rng, [entry for entry in facts.absent if entry[0] not in asked and entry[1] in kinds])
+    turns = []
+    while len(turns) < count and present and absent:
+        yes = rng.random() < 0.5
+        name, finding = (present if yes else absent).pop()
+        turns.append((name, _presence(name, finding, yes)))
+    return turns
 
 
 def count_turn(target):
@@ -111,8 +134,8 @@ def place_turns(rng, targets):
     return [side_turn(_pick(rng, aside))] if aside else []
 
 
-def complex_turns(facts, rng, labels):
-    """Questions about the whole image, in random order.
+def complex_turns(facts, rng, labels, more_presence):
+    """Questions about the whole image, in random order, with up to `more_presence` beyond the usual two about presence.
 
     Normality (balanced: half of the normal images, a fifth of the others) is never asked beside a finding.
     """
@@ -125,6 +148,9 @@ def complex_turns(facts, rng, labels):
             name, turn = presence_turn(facts, rng, finding)
             named.add(name)
             turns.append(turn)
+    for name, turn in more_presence_turns(facts, rng, named, kinds, more_presence):
+        named.add(name)
+        turns.append(turn)
     turns += place_turns(rng, [target for target in facts.targets if target.name not in named and target.finding in kinds])
     if normality:
         turns.append(normality_turn(facts))
@@ -164,15 +190,15 @@ def double_turn(facts, rng, first, second):
     return _request(rng, facts, first.name, second.name), answer, "open"
 
 
-def absent_turn(facts, rng, name):
-    return _request(rng, facts, name), f"No, the {name} is not present.", "open"
+def absent_turn(facts, rng, name, finding):
+    return _request(rng, facts, name), no_answer(name, finding), "open"
 
 
 def _absent_names(facts, rng, count):
-    """Up to `count` names that are not visible, structures and findings equally often first."""
+    """Up to `count` of (name, is finding) that are not visible, structures and findings equally often first."""
     names = sample(rng, facts.absent)
     half = rng.random() < 0.5
-    return [name for name, _ in sorted(names, key=lambda entry: entry[1] != half)[:count]]
+    return sorted(names, key=lambda entry: entry[1] != half)[:count]
 
 
 def grounding_turns(facts, rng):
@@ -183,7 +209,7 @@ def grounding_turns(facts, rng):
         first, second, *targets = targets
         turns.append(double_turn(facts, rng, first, second))
     turns += [single_turn(facts, rng, target) for target in targets[:2]]
-    turns += [absent_turn(facts, rng, name) for name in _absent_names(facts, rng, 1 + int(rng.random() < 0.5))]
+    turns += [absent_turn(facts, rng, name, finding) for name, finding in _absent_names(facts, rng, 1 + int(rng.random() < 0.5))]
     return sample(rng, turns)
 
 
