@@ -37,6 +37,14 @@ def check_sam_full(golden: pathlib.Path, z: Arrays) -> Iterator[Row]:
         yield from checks.check_sam(Converted.load(source), z)
 
 
+def check_without_adapters(source: pathlib.Path, z: Arrays) -> Iterator[Row]:
+    tensors = {key: tensor for key, tensor in torch_files.read_file(source).items() if ".Adapter." not in key}
+    with tempfile.TemporaryDirectory() as folder:
+        planned = [torch_files.Planned(key, tensor.shape, tensor.dtype, tensor.read) for key, tensor in tensors.items()]
+        torch_files.write_shards(pathlib.Path(folder), planned, "safetensors", 1 << 40)
+        yield from checks.check_sam(Converted.load(pathlib.Path(folder)), z)
+
+
 def fixtures(golden: pathlib.Path) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
     """(name of the fixture, its check) for every recorded one that weights take part in."""
     loaded: dict[str, Converted] = {}
@@ -86,6 +94,8 @@ def fixtures(golden: pathlib.Path) -> Iterator[tuple[str, Callable[[], Iterator[
     for name, source in (("evaluate_seg_56", top1_56), ("evaluate_seg", top1)):
         yield name, lambda name=name, source=source: checks.check_evaluate(weights(source), read(name + ".npz"))
     yield "sam_tiny", lambda: checks.check_sam(weights("sam"), read("sam_tiny.npz"))
+    without = {"image": read("sam_tiny.npz")["image"]} | read("sam_tiny_noadapter.npz")
+    yield "sam_tiny_noadapter", lambda: check_without_adapters(golden / "sam-med2d_tiny.pth", without)
     yield "sam_full_vitb", lambda: check_sam_full(golden, read("sam_full_vitb.npz"))
     for name in ("icl_extra_weights", "icl_mask_encoder"):
         yield name, lambda name=name: checks.check_icl((golden / top1_56,), golden / f"{name}.safetensors")
