@@ -88,15 +88,17 @@ def presence_turn(facts, rng, finding):
 
 
 def _presence(name, finding, yes):
-    """Question and answer about one name. The answer repeats the name: a model that starts from nothing learns from it to read the question."""
-    if finding:
-        return f"Is there {article(name)} in this image?", f"Yes, there is {article(name)}." if yes else no_answer(name, finding), "closed"
-    return f"Is the {name} visible in this image?", f"Yes, the {name} is visible." if yes else no_answer(name, finding), "closed"
+    """Question and answer about one name, in the style of a short report."""
+    question = f"Is there {article(name)} in this image?" if finding else f"Is the {name} visible in this image?"
+    return question, f"{name} present" if yes else absent(name), "closed"
 
 
-def no_answer(name, finding):
-    """What is said of a name that is not in the image, also when its mask was asked for."""
-    return f"No, there is no {name}." if finding else f"No, the {name} is not visible."
+def absent(name):
+    """What is said of a name that is not in the image, also when its mask was asked for.
+
+    Every answer about a name begins with it, so that a model that starts from nothing decides at the name itself what follows.
+    """
+    return f"{name} absent"
 
 
 def more_presence_turns(facts, rng, asked, kinds, count):
@@ -182,23 +184,23 @@ def _request(rng, facts, *names):
 
 
 def single_turn(facts, rng, target):
-    return _request(rng, facts, target.name), f"Here is the {target.name} <SEG>.<mask>{target.merged}</mask>", "open"
+    return _request(rng, facts, target.name), f"{target.name} <SEG><mask>{target.merged}</mask>", "open"
 
 
 def double_turn(facts, rng, first, second):
-    answer = f"Here are the {first.name} <SEG><mask>{first.merged}</mask> and the {second.name} <SEG>.<mask>{second.merged}</mask>"
+    answer = f"{first.name} <SEG><mask>{first.merged}</mask> and {second.name} <SEG><mask>{second.merged}</mask>"
     return _request(rng, facts, first.name, second.name), answer, "open"
 
 
-def absent_turn(facts, rng, name, finding):
-    return _request(rng, facts, name), no_answer(name, finding), "open"
+def absent_turn(facts, rng, name):
+    return _request(rng, facts, name), absent(name), "open"
 
 
 def _absent_names(facts, rng, count):
-    """Up to `count` of (name, is finding) that are not visible, structures and findings equally often first."""
+    """Up to `count` names that are not visible, structures and findings equally often first."""
     names = sample(rng, facts.absent)
     half = rng.random() < 0.5
-    return sorted(names, key=lambda entry: entry[1] != half)[:count]
+    return [name for name, _ in sorted(names, key=lambda entry: entry[1] != half)[:count]]
 
 
 def grounding_turns(facts, rng):
@@ -209,7 +211,7 @@ def grounding_turns(facts, rng):
         first, second, *targets = targets
         turns.append(double_turn(facts, rng, first, second))
     turns += [single_turn(facts, rng, target) for target in targets[:2]]
-    turns += [absent_turn(facts, rng, name, finding) for name, finding in _absent_names(facts, rng, 1 + int(rng.random() < 0.5))]
+    turns += [absent_turn(facts, rng, name) for name in _absent_names(facts, rng, 1 + int(rng.random() < 0.5))]
     return sample(rng, turns)
 
 

@@ -42,7 +42,8 @@ def expert_capacity(num_tokens: int, num_experts: int, factor: float, min_capaci
 
 def route_dropless(probs_SxE: Array, top_k: int) -> Routing:
     """The k likeliest experts, none dropped. k = 1: weight is the probability itself; k > 1: probabilities renormalised over k."""
-    weight, expert = jax.lax.top_k(probs_SxE, top_k)
+    _, expert = jax.lax.top_k(probs_SxE, top_k)
+    weight = _pick(probs_SxE, expert)
     if top_k > 1:
         weight = weight / weight.sum(-1, keepdims=True)
     return Routing(expert, weight, jnp.ones(expert.shape, bool))
@@ -63,8 +64,8 @@ def _route_top1(probs, capacity, noise):
     priority = jnp.where(member, 0.0 if noise is None else noise, -1.0)
     rank = jnp.argsort(jnp.argsort(-priority, axis=0, stable=True), axis=0)
     kept = (member & (rank < capacity)).any(-1)
-    weight = jnp.take_along_axis(probs, expert[:, None], axis=1)
-    return Routing(expert[:, None], weight * kept[:, None], kept[:, None])
+    expert, kept = expert[:, None], kept[:, None]
+    return Routing(expert, _pick(probs, expert) * kept, kept)
 
 
 def _route_top2(probs, logits, capacity, noise):
@@ -77,8 +78,13 @@ def _route_top2(probs, logits, capacity, noise):
     queue_second = ((jnp.cumsum(second_mask, 0) - 1 + first_mask.sum(0)) * second_mask).sum(-1)
     expert = jnp.stack([first, second], -1)
     kept = jnp.stack([queue_first, queue_second], -1) < capacity
-    weight = jnp.take_along_axis(probs, expert, axis=1) * kept
+    weight = _pick(probs, expert) * kept
     return Routing(expert, weight / jnp.maximum(weight.sum(-1, keepdims=True), jnp.finfo(jnp.float32).eps), kept)
+
+
+def _pick(probs_SxE: Array, expert_Sxk: Array) -> Array:
+    """The chosen experts' probabilities [S, k], as a masked sum: its gradient needs no scatter."""
+    return (jax.nn.one_hot(expert_Sxk, probs_SxE.shape[1]) * probs_SxE[:, None, :]).sum(-1)
 
 
 def load_balancing_loss(probs_SxE: Array, first_choice_S: Array, count_S: Array) -> Array:
@@ -87,6 +93,19 @@ def load_balancing_loss(probs_SxE: Array, first_choice_S: Array, count_S: Array)
     share = count_S / jnp.maximum(count_S.sum(), 1)
     chosen = jax.nn.one_hot(first_choice_S, num_experts)
     return num_experts * jnp.sum((share @ probs_SxE) * (share @ chosen))
+
+
+def sort_by_expert(expert_N: Array, num_experts: int) -> tuple[Array, Array, Array]:
+    """A stable counting sort: (order [N], its inverse [N], bool [N, E]: the sorted row belongs to expert e).
+
+    `expert_N` is in [0, E]; E, no expert, comes last.
+    """
+    (N,) = expert_N.shape
+    packed = jnp.sort(expert_N * N + jnp.arange(N))  # one integer to sort instead of a pair
+    place = jax.nn.one_hot(expert_N, num_experts + 1, dtype=jnp.int32)
+    count = place.sum(0)
+    inverse = ((jnp.cumsum(place, 0) - 1 + jnp.cumsum(count) - count) * place).sum(-1)
+    return packed % N, inverse, (packed // N)[:, None] == jnp.arange(num_experts)
 
 
 @jax.custom_vjp
@@ -179,9 +198,7 @@ class Experts(nnx.Module):
     def _sorted(self, x_SxD, routing, rngs):
         num_experts, (S, k) = self.gate.kernel.shape[0], routing.expert.shape
         expert = jnp.where(routing.kept, routing.expert, num_experts).reshape(S * k)  # dropped choices go last, to no expert
-        order = jnp.argsort(expert, stable=True)
-        inverse = jnp.argsort(order)
-        member = expert[order][:, None] == jnp.arange(num_experts)
+        order, inverse, member = sort_by_expert(expert, num_experts)
         sizes = member.sum(0, dtype=jnp.int32)
         x = permute_rows(jnp.repeat(x_SxD, k, axis=0), order, inverse)
         h = jax.nn.silu(self.gate.sorted_rows(x, sizes, member, rngs[0])) * self.up.sorted_rows(x, sizes, member, rngs[1])
