@@ -34,7 +34,7 @@ def large() -> ExperimentConfig:
 def tiny() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.TINY, lora=common.tiny_lora(common.ALL_LINEAR)),
-        data=common.phantom(common.COMPLEX, common.REGIONS, bucket_lengths=(168, 232), max_regions=4, max_masks=0),
+        data=common.phantom(common.COMPLEX, common.REGIONS, bucket_lengths=(168, 208), max_regions=4, max_masks=0),
         optim=common.tiny_optim(8e-4, *TRAINABLE, common.CLIP, common.LLM),
         init=InitConfig(stage=2, base="runs/tiny/stage1"),
         train=TrainConfig(steps=850, checkpoint_every=150),

@@ -34,7 +34,7 @@ def large() -> ExperimentConfig:
 def tiny() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.TINY, lora=common.tiny_lora(common.MLP_LINEAR)),
-        data=common.phantom(common.GROUNDING, bucket_lengths=(208,), max_regions=0, max_masks=4),
+        data=common.phantom(common.GROUNDING, bucket_lengths=(184,), max_regions=0, max_masks=4),
         optim=common.tiny_optim(1e-3, common.LORA, common.SAM, common.SEG_MLP),
         loss=LOSS,
         init=InitConfig(stage=3, base="runs/tiny/stage2"),

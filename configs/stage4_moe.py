@@ -36,7 +36,7 @@ def large() -> ExperimentConfig:
 def tiny() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.TINY, moe=common.EXPERTS, lora=common.tiny_lora(TARGETS)),
-        data=common.phantom(common.COMPLEX, common.REGIONS, common.GROUNDING, bucket_lengths=(232,), max_regions=4, max_masks=4),
+        data=common.phantom(common.COMPLEX, common.REGIONS, common.GROUNDING, bucket_lengths=(208,), max_regions=4, max_masks=4),
         optim=common.tiny_optim(6e-4, *TRAINABLE),
         loss=LOSS,
         init=InitConfig(stage=4, base="runs/tiny/stage2", grounding="runs/tiny/stage3"),
