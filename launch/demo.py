@@ -35,7 +35,7 @@ TESTS = {
     "III grounding": ("grounding",),
     "IV mixture": ("complex", "region", "grounding"),
 }
-CURVES = ("loss", "ce", "dice", "bce", "lr", "grad_norm")
+CURVES = ("loss", "ce", "dice", "bce")
 
 
 @dataclasses.dataclass(frozen=True)
