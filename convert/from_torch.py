@@ -134,8 +134,8 @@ def find_configs(folders: Sequence[pathlib.Path]) -> tuple[kinds.Json, kinds.Jso
 def required_parts(options: Options, shapes: kinds.Shapes) -> set[str]:
     """The parts that must be filled: those of the kind, and every other that a source begins."""
     found = kinds.detect_kind(shapes)
-    if options.kind not in ("auto", found) and not (options.kind == "llava" and found == "medplib" and options.fresh):
-        raise ValueError(f"--kind {options.kind}: the source looks like {found}")
+    if options.kind not in ("auto", found):
+        raise ValueError(f"--kind {options.kind}: what the sources hold together looks like {found}")
     held = {kinds.part_of(key) for key in shapes if not mapping.ignored(key)}
     return (set(kinds.KINDS[found]) | held) - {None, *options.fresh}
 

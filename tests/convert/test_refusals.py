@@ -136,7 +136,7 @@ def test_new_rows_are_all_or_none():
 
 
 def test_options_that_do_not_fit(source, tmp_path):
-    refused(source, ValueError, "--kind clip: the source looks like medplib", kind="clip")
+    refused(source, ValueError, "--kind clip: what the sources hold together looks like medplib", kind="clip")
     refused(source, ValueError, r"--fresh \['head'\]: only", fresh=("head",))
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         from_torch.convert(from_torch.Options((tmp_path / "nowhere",), tmp_path / "jax"))
