@@ -94,8 +94,9 @@ def mfu(flops: float, seconds: float) -> float | None:
 def step_flops(config: ModelConfig, batch_size: int, length: int, images: int, masks: int, trainable_share: float) -> float:
     """Model FLOPs of one training step: what the mathematics needs, without recomputation.
 
-    Per multiply-add 2 forward and 2 for the gradient of the activations; 2 more for the gradient of the trainable share of the
-    decoder's weights. A top-k mixture counts k experts. CLIP and the mask encoder count forward only (they are usually frozen).
+    Per multiply-add 2 forward and 2 for the gradient of the activations (4 in attention, where both factors are activations); 2 more
+    for the gradient of the trainable share of the decoder's weights. A top-k mixture counts k experts. CLIP and the mask encoder count
+    forward only (they are usually frozen).
     """
     llm, clip, mask = config.llm, config.clip, config.mask
     kv = llm.num_kv_heads * llm.head_dim
@@ -103,8 +104,8 @@ def step_flops(config: ModelConfig, batch_size: int, length: int, images: int, m
     mlp = 3 * llm.hidden_size * llm.mlp_dim
     experts = len(config.moe_layers) * (config.moe.top_k - 1) * mlp
     weights = llm.num_layers * (attention + mlp) + experts + llm.hidden_size * llm.vocab_size
-    causal = llm.num_layers * llm.hidden_size * length  # scores and values over half of the positions
-    decoder = batch_size * length * ((4 + 2 * trainable_share) * weights + 4 * causal)
+    causal = llm.num_layers * llm.hidden_size * length  # scores and values are 2 x 2 FLOPs over half of the positions
+    decoder = batch_size * length * ((4 + 2 * trainable_share) * weights + 6 * causal)
     clip_layers = clip.num_layers + 1 + clip.select_layer
     towers = images * vit_flops(clip.hidden_size, clip.mlp_dim, clip_layers, clip.num_patches)
     if masks:

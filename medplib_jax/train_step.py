@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 from medplib_jax.config import ModelConfig
 from medplib_jax.experiment import ExperimentConfig
@@ -128,5 +129,12 @@ class CompiledStep:
             start = time.perf_counter()
             self._compiled[length] = self._jitted.lower(state, batch).compile()
             self.compile_seconds[length] = time.perf_counter() - start
+            wait_for_others(f"compiled_{length}")
             log.info("compiled the step for length %d in %.1f s (%d so far)", length, self.compile_seconds[length], len(self._compiled))
         return self._compiled[length](state, batch)
+
+
+def wait_for_others(name: str) -> None:
+    """A barrier of all processes that needs no device: where they talk through gloo, one that comes 30 s late ends the run."""
+    if jax.process_count() > 1:
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=3_600_000)

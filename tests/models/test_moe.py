@@ -13,7 +13,7 @@ from medplib_jax.experiment import MeshConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models import moe as moe_module
 from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
-from medplib_jax.models.moe import MoeMlp, Routing, expert_capacity, route_capacity, route_dropless
+from medplib_jax.models.moe import MoeMlp, Routing, expert_capacity, route_capacity, route_dropless, sort_by_expert
 from medplib_jax.sharding import batch_sharding, param_shardings
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -224,3 +224,11 @@ def test_every_mesh_gives_the_same_value_and_gradient(sizes):
     sharded = jax.device_put(params, param_shardings(logical_axes(module), params, mesh)), jax.device_put(x, batch_sharding(mesh))
     assert "psum" in str(jax.make_jaxpr(objective)(*sharded))
     jax.tree.map(lambda a, b: close(a, b), objective(*sharded), objective(params, x))
+
+
+def test_sort_by_expert_is_stable():
+    expert = np.random.default_rng(0).integers(0, 4, 57)  # 3: no expert
+    order, inverse, member = sort_by_expert(jnp.asarray(expert), 3)
+    np.testing.assert_array_equal(order, np.argsort(expert, stable=True))
+    np.testing.assert_array_equal(np.asarray(order)[np.asarray(inverse)], np.arange(57))
+    np.testing.assert_array_equal(member, np.sort(expert)[:, None] == np.arange(3))
