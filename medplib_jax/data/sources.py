@@ -31,21 +31,32 @@ class Record:
 
         Some of MeCoVQA's references lack their ".png"; it is tried.
         """
-        if "\0" in reference:
-            raise self.error("not a path", "no zero byte", repr(reference))
-        root = os.path.realpath(self.root)
-        joined = os.path.join(root, reference)
-        path = joined if os.path.isfile(joined) else joined + ".png"
-        real = os.path.realpath(path)
-        if os.path.commonpath([root, real]) != root:
-            raise self.error("path leaves the data folder", f"a file below {root}", reference)
-        if not os.path.isfile(real):
-            raise self.error("file is missing", joined, "no such file")
-        return real
+        try:
+            return find_file(self.root, reference)
+        except DataError as error:
+            raise self.error(error.what, error.expected, error.found) from error
 
     @property
     def modality(self) -> str:
         return modality(self.images[0]) if self.images else ""
+
+
+def find_file(root: str, reference: str) -> str:
+    """The real path of the file that a reference names, looked up below `root`; a missing ".png" is tried.
+
+    DataError when it is missing or lies (through a link, too) outside the root.
+    """
+    if "\0" in reference:
+        raise DataError(root, None, "not a path", "no zero byte", repr(reference))
+    root = os.path.realpath(root)
+    joined = os.path.join(root, reference)
+    path = joined if os.path.isfile(joined) else joined + ".png"
+    real = os.path.realpath(path)
+    if os.path.commonpath([root, real]) != root:
+        raise DataError(root, None, "path leaves the data folder", f"a file below {root}", reference)
+    if not os.path.isfile(real):
+        raise DataError(root, None, "file is missing", joined, "no such file")
+    return real
 
 
 def modality(image: str) -> str:

@@ -1,0 +1,1 @@
+"""Programs that make and check datasets: assemble, audit, write_qa, importers."""
