@@ -41,23 +41,31 @@ class FileName:
 
 
 def parse_image_name(path: str) -> FileName:
-    stem = os.path.splitext(os.path.basename(path))[0]
-    parts = stem.split("--")
-    if len(parts) < 4:
-        return FileName(modality(path), *parts[1:])
-    return FileName(modality(path), parts[1], "--".join(parts[2:-1]), parts[-1])
+    return _parse_stem(stem(path))
 
 
 def parse_mask_name(path: str) -> FileName:
-    image, _, last = os.path.splitext(os.path.basename(path))[0].rpartition("--")
+    image, _, last = stem(path).rpartition("--")
     match = _LAST_PART.fullmatch(last)
-    return dataclasses.replace(parse_image_name(image), label=match["label"] if match else last, instance=(match and match["instance"]) or "")
+    label, instance = (match["label"], match["instance"] or "") if match else ("", "")
+    return dataclasses.replace(_parse_stem(image), label=label, instance=instance)
+
+
+def stem(path: str) -> str:
+    """The file's name without folder and picture suffix; other dots belong to it."""
+    return re.sub(r"\.(png|jpe?g|bmp|tiff?)$", "", os.path.basename(path), flags=re.IGNORECASE)
+
+
+def _parse_stem(name: str) -> FileName:
+    parts = name.split("--")
+    if len(parts) < 4:
+        return FileName(modality(name), *parts[1:])
+    return FileName(modality(name), parts[1], "--".join(parts[2:-1]), parts[-1])
 
 
 def merged_name(mask: str) -> str:
     """Name of the united mask of an instance's class: masks/a--0005_000.png -> masks_merged/a--0005_merged.png."""
-    stem = os.path.splitext(os.path.basename(mask))[0]
-    return f"masks_merged/{re.sub(r'_[0-9]{3}$', '', stem)}_merged.png"
+    return f"masks_merged/{re.sub(r'_([0-9]{3}|merged)$', '', stem(mask))}_merged.png"
 
 
 def unite(masks: Iterable[np.ndarray]) -> np.ndarray:
