@@ -1,0 +1,1 @@
+"""Questions and answers out of a folder of images with named masks."""

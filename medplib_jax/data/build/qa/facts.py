@@ -1,0 +1,83 @@
+"""What masks and metadata prove about an image: which names are there, where, how large, and which lie apart."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from medplib_jax.data.build.mecovqa import unite
+from medplib_jax.data.build.modalities import LABELS
+from medplib_jax.data.build.qa.grid import Box
+
+SIDE_WORDS = frozenset("left right upper lower top bottom middle centre center above below superior inferior".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One visible name."""
+
+    name: str
+    masks: tuple[str, ...]  # references of its instances
+    merged: str  # reference of their union; the instance itself when it is alone
+    box: Box  # of the union, pixels
+    centre: tuple[float, float]  # (x, y) of the union's mean pixel, in [0, 1]
+    area: float  # share of the image
+    spread: float  # longer side of the box, as a share of the image's
+
+    @property
+    def has_side_word(self) -> bool:
+        """Whether the name itself speaks of a place ("left kidney" is the patient's left, not the image's)."""
+        return not SIDE_WORDS.isdisjoint(self.name.lower().replace("-", " ").split())
+
+    @property
+    def place(self) -> str:
+        """The cell of the 3 x 3 parts of the image in which the centre lies."""
+        x, y = (min(2, int(3 * value)) for value in self.centre)
+        return (("upper left", "upper middle", "upper right"), ("middle left", "centre", "middle right"), ("lower left", "lower middle", "lower right"))[y][x]
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether one part of the image can be called its place."""
+        return self.spread <= 0.6
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of one image. `absent`: names that are not in it, where the masks are complete."""
+
+    image: str  # reference
+    size: tuple[int, int]  # (h, w)
+    modality: str  # prefix of the file name
+    targets: tuple[Target, ...]
+    touching: frozenset[frozenset[str]]  # pairs of names whose masks share a pixel
+    absent: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The modality in a sentence; empty when unknown."""
+        return LABELS.get(self.modality, "")
+
+    def apart(self, first: Target, second: Target) -> bool:
+        """Whether no pixel belongs to both."""
+        return frozenset((first.name, second.name)) not in self.touching
+
+    def pairs_apart(self) -> list[tuple[Target, Target]]:
+        return [pair for pair in itertools.combinations(self.targets, 2) if self.apart(*pair)]
+
+
+def measure(named: Mapping[str, Sequence[np.ndarray]], references: Mapping[str, tuple[tuple[str, ...], str]]) -> tuple[tuple[Target, ...], frozenset]:
+    """Targets and touching pairs. named: each name's 0/1 masks uint8 [h, w], none empty; references: (instances, union) of each name."""
+    united = {name: unite(masks).astype(bool) for name, masks in named.items()}
+    targets = tuple(_target(name, mask, *references[name]) for name, mask in united.items())
+    touching = frozenset(frozenset(pair) for pair in itertools.combinations(united, 2) if (united[pair[0]] & united[pair[1]]).any())
+    return targets, touching
+
+
+def _target(name: str, mask: np.ndarray, masks: tuple[str, ...], merged: str) -> Target:
+    rows, columns = np.nonzero(mask)
+    height, width = mask.shape
+    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+    centre = (float((columns.mean() + 0.5) / width), float((rows.mean() + 0.5) / height))
+    spread = max((box[2] - box[0]) / width, (box[3] - box[1]) / height)
+    return Target(name, masks, merged, box, centre, len(rows) / mask.size, spread)
