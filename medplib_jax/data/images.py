@@ -3,7 +3,9 @@
 Resizing is Pillow's bilinear (antialiased) on uint8, as torchvision does it in the original: the arrays equal the original's exactly.
 """
 
+import dataclasses
 import functools
+import io
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,9 +17,21 @@ MAX_PIXELS = 2**27  # a larger picture is refused before it is decoded
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
-def _open(path: str) -> Image.Image:
+@dataclasses.dataclass(frozen=True)
+class Blob:
+    """An encoded picture that lies in a larger file; `name` is for messages and unique among blobs of other content."""
+
+    name: str
+    content: bytes = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _open(file: str | Blob) -> Image.Image:
+    path = str(file)
     try:
-        image = Image.open(path)
+        image = Image.open(io.BytesIO(file.content) if isinstance(file, Blob) else file)
         too_large = image.width * image.height > MAX_PIXELS
         if not too_large:
             image.load()
@@ -28,7 +42,7 @@ def _open(path: str) -> Image.Image:
     return image
 
 
-def load_image(path: str) -> np.ndarray:
+def load_image(path: str | Blob) -> np.ndarray:
     """RGB uint8 [h, w, 3]. DataError when it cannot be read or is too large.
 
     The file's EXIF rotation is applied (as OpenCV does in the original; masks carry none, so a mask made on the unrotated picture is
@@ -38,15 +52,15 @@ def load_image(path: str) -> np.ndarray:
     if image.mode in _SIXTEEN_BIT or image.mode == "I":
         image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
-        raise DataError(path, None, "picture has floating-point pixels", "8 or 16 bits per channel", image.mode)
+        raise DataError(str(path), None, "picture has floating-point pixels", "8 or 16 bits per channel", image.mode)
     return np.asarray(image.convert("RGB"))
 
 
-def load_mask(path: str, size: tuple[int, int]) -> np.ndarray:
+def load_mask(path: str | Blob, size: tuple[int, int]) -> np.ndarray:
     """0/1 uint8 [h, w]: 1 where the grey value is at least 1. DataError when it cannot be read or its size is not (h, w)."""
     image = _open(path)
     if (image.height, image.width) != tuple(size):
-        raise DataError(path, None, "mask and picture differ in size", f"{size[0]} x {size[1]} (h x w)", f"{image.height} x {image.width}")
+        raise DataError(str(path), None, "mask and picture differ in size", f"{size[0]} x {size[1]} (h x w)", f"{image.height} x {image.width}")
     return (np.asarray(image.convert("L")) >= 1).astype(np.uint8)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from medplib_jax.config import ModelConfig
 from medplib_jax.data import images, prompts, regions
 from medplib_jax.data.errors import DataError
-from medplib_jax.data.sources import MecovqaSource, Record
+from medplib_jax.data.sources import Record, open_source
 from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.experiment import DataConfig
 
@@ -111,7 +111,7 @@ def _shares(total: int, weights: Sequence[float]) -> list[int]:
 class Loader:
     """Reads records into rows of a batch. Pixels, masks and region points are kept in a bounded cache.
 
-    sources: sequences of `Record`, such as a `MecovqaSource` or a list of records made on the spot.
+    sources: sequences of `Record`, such as those of `sources.open_source` or a list of records made on the spot.
     A batch is a dict with the names, shapes and types of `medplib_jax.types.Batch`. An empty row has record -1, a single valid position,
     no loss weight and no mask. With several images, masks lie on (and the mask head sees) the last one.
     """
@@ -241,41 +241,41 @@ class Loader:
         record = self.record(index)
         try:
             encoded = self.encode(record, question)
-            pictures = [self._picture(record.path(image)) for image in record.images]
+            pictures = [self._picture(record.find(image)) for image in record.images]
             points = [self._region(record, text, pictures[i][3]) for text, i in zip(encoded.regions, encoded.region_images, strict=True)]
-            masks = [self._mask(record.path(path), pictures[-1][3]) for path in encoded.masks] if pictures else []
+            masks = [self._mask(record.find(path), pictures[-1][3]) for path in encoded.masks] if pictures else []
             if len(masks) != len(encoded.masks):
                 raise record.error("mask without an image", "an image", "none")
         except DataError as error:
             raise error if error.record is not None else error.in_record(record.file, record.index) from error
         return index, encoded, pictures, points, masks
 
-    def _picture(self, path: str):
+    def _picture(self, path: str | images.Blob):
         def make():
             rgb = images.load_image(path)
             sam, box = images.sam_pixels(rgb, self._model.mask.image_size)
             return images.clip_pixels(rgb, self._model.clip.image_size)[0], sam, box, rgb.shape[:2]
 
-        return self._cache.get(("picture", path), make)
+        return self._cache.get(("picture", str(path)), make)
 
-    def _mask(self, path: str, size: tuple[int, int]) -> np.ndarray:
+    def _mask(self, path: str | images.Blob, size: tuple[int, int]) -> np.ndarray:
         def make():
             return (images.mask_on_canvas(images.load_mask(path, size), self._data.mask_canvas),)
 
-        return self._cache.get(("mask", path, size), make)[0]
+        return self._cache.get(("mask", str(path), size), make)[0]
 
     def _region(self, record: Record, reference: str, size: tuple[int, int]) -> np.ndarray:
         shape = regions.is_shape(reference)
-        name = reference if shape else record.path(reference)
+        name = reference if shape else record.find(reference)
 
         def make():
             mask = regions.draw(reference, size) if shape else images.load_mask(name, size)
             try:
                 return (regions.region_points(mask, self._model.region.max_points),)
             except ValueError as error:
-                raise DataError(name, None, "region is empty", "at least one pixel", "none") from error
+                raise DataError(str(name), None, "region is empty", "at least one pixel", "none") from error
 
-        return self._cache.get(("region", name, size), make)[0]
+        return self._cache.get(("region", str(name), size), make)[0]
 
 
 def _write(arrays: Arrays, row: int, index: int, encoded: prompts.Encoded, pictures: list, points: list, masks: list) -> None:
@@ -329,7 +329,7 @@ def _bytes(value: tuple) -> int:
 
 def make_loader(data: DataConfig, model: ModelConfig, root: str | None = None) -> Loader:
     """A loader of the configured sources; `root` is where their paths start, each file's folder by default."""
-    sources = [MecovqaSource(path, root) for path in data.sources]
+    sources = [open_source(name, root) for name in data.sources]
     return Loader(sources, Tokenizer.load(data.tokenizer), data, model)
 
 

@@ -1,11 +1,17 @@
-"""Annotation files in MeCoVQA's form, record by record. A record that cannot be used is a `DataError`, never a silent guess."""
+"""Annotation files in MeCoVQA's form and assembled TFDS datasets, record by record.
+
+A record that cannot be used is a `DataError`, never a silent guess.
+"""
 
 import dataclasses
+import functools
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 
 from medplib_jax.data.errors import DataError
+from medplib_jax.data.images import Blob
 
 MASK = re.compile(r"<mask>(.*?)</mask>")
 REGION = re.compile(r"<region>(.*?)</region>")
@@ -22,6 +28,7 @@ class Record:
     images: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]  # (role, text); roles alternate, the first is human
     answer_type: str = ""  # open, closed or empty
+    contents: Mapping[str, bytes] | None = dataclasses.field(default=None, repr=False)  # of the references, where they are no files
 
     def error(self, what: str, expected: str = "", found: str = "") -> DataError:
         return DataError(self.file, self.index, what, expected, found)
@@ -35,6 +42,14 @@ class Record:
             return find_file(self.root, reference)
         except DataError as error:
             raise self.error(error.what, error.expected, error.found) from error
+
+    def find(self, reference: str) -> str | Blob:
+        """What `images` can open: the reference's file (see `path`) or its content, where the source carries it."""
+        if self.contents is None:
+            return self.path(reference)
+        if reference not in self.contents:
+            raise self.error("file is missing", reference, "not in the dataset")
+        return Blob(f"{self.root}/{reference}", self.contents[reference])
 
     @property
     def modality(self) -> str:
@@ -92,6 +107,61 @@ class MecovqaSource:
         return parse_record(self._records[index], self.file, index, self.root)
 
 
+class TfdsSource:
+    """Records of one split of a dataset made by `data.build.assemble`, with their pictures. `name`: dataset folder # split ("train")."""
+
+    def __init__(self, name: str):
+        self.file = name
+        self.root, _, split = name.partition("#")
+        try:
+            import tensorflow_datasets as tfds  # only who reads such a dataset needs it
+
+            builder = tfds.builder_from_directory(self.root)
+            self._examples = builder.as_data_source(split or "train", decoders={"image": _as_bytes()(), "masks": _as_bytes()()})
+        except Exception as error:  # the library raises errors of many types
+            raise DataError(name, None, "dataset cannot be read", "FOLDER#SPLIT of an assembled dataset", str(error)) from error
+
+    def __reduce__(self):
+        return TfdsSource, (self.file,)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Record:
+        try:
+            example = self._examples[index]
+        except IndexError:
+            raise
+        except Exception as error:
+            raise DataError(self.file, index, "record cannot be read", "an example of the dataset", str(error)) from error
+        turns = example["conversations"]
+        raw = {
+            "image": example["image_name"].decode(),
+            "conversations": [{"from": a.decode(), "value": b.decode()} for a, b in zip(turns["from"], turns["value"], strict=True)],
+            "answer_type": example["answer_type"].decode(),
+        }
+        contents = {name.decode(): mask for name, mask in zip(example["mask_names"], example["masks"], strict=True)}
+        contents[raw["image"]] = example["image"]
+        return dataclasses.replace(parse_record(raw, self.file, index, self.root), contents=contents)
+
+
+@functools.cache
+def _as_bytes() -> type:
+    """A decoder class of TFDS that leaves pictures encoded, in sequences, too."""
+    from tensorflow_datasets import decode
+
+    class AsBytes(decode.SkipDecoding):
+        def decode_batch_example_np(self, examples):
+            return list(examples)
+
+    return AsBytes
+
+
+def open_source(name: str, root: str | None = None) -> Sequence[Record]:
+    """The source of that name in a config: an annotation file, or FOLDER#SPLIT of an assembled dataset. `root`: see `MecovqaSource`."""
+    return TfdsSource(name) if "#" in name or os.path.isdir(name) else MecovqaSource(name, root)
+
+
 def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
     """A checked `Record`, or DataError. Files that it refers to are not opened here."""
 
@@ -105,7 +175,7 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
         fail("record without conversations", "a list of turns", repr(conversations))
     images = raw.get("image") or ()
     images = tuple(images) if isinstance(images, list | tuple) else (images,)
-    if not all(isinstance(image, str) and image for image in images):
+    if not all(isinstance(image, str) and image and _is_unicode(image) for image in images):
         fail("image is not a path", "a path or a list of paths", repr(raw["image"]))
 
     turns = []
@@ -115,6 +185,8 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
             fail("unknown role", " or ".join(ROLES), repr(role))
         if not isinstance(value, str | int | float):
             fail("turn without text", "a string", repr(value))
+        if not _is_unicode(str(value)):
+            fail("text is not Unicode", "no half of a surrogate pair", ascii(value))
         turns.append((role, str(value)))
     if turns[0][0] == "gpt":  # a greeting before the first question, which the original leaves out, too
         turns = turns[1:]
@@ -125,6 +197,11 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
     if not turns:
         fail("record without a question", "a human turn", "none")
     return Record(file, index, root, images, tuple(turns), str(raw.get("answer_type", "")))
+
+
+def _is_unicode(text: str) -> bool:
+    """False for what JSON can write with escapes and UTF-8 cannot: half of a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _check_turn(role: str, text: str, fail) -> None:

@@ -94,5 +94,26 @@ def write_json(path: str, value: Any) -> None:
     """Writes the whole file or none of it."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
+        json.dump(value, file, indent=1)
     os.replace(f"{path}.tmp", path)
+
+
+def read_class_names(root: str) -> dict[tuple[str, int], str]:
+    """(dataset, class id) -> name, from SA-Med2D-20M's SAMed2D_v1_class_mapping_id.json; empty when `root` does not have it."""
+    path = os.path.join(root, "SAMed2D_v1_class_mapping_id.json")
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            mapping = json.load(file)
+        return {(dataset, int(number)): name for dataset, classes in mapping.items() for name, number in classes.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(path, None, "class names cannot be read", "{dataset: {name: id}}", str(error)) from error
+
+
+def class_name(mask: str, names: dict[tuple[str, int], str]) -> str:
+    """What a mask marks, in words: looked up for a class id, else as its file name says; empty when unknown."""
+    name = parse_mask_name(mask)
+    if name.label.isdecimal():
+        return names.get((name.dataset, int(name.label)), "").replace("_", " ")
+    return name.label.replace("_", " ")
