@@ -76,7 +76,7 @@ def find_file(root: str, reference: str) -> str:
 
 def modality(image: str) -> str:
     """Imaging modality from a file name: the text before "_00--", else before the first "_". x and x_ray are both "x_ray"."""
-    name = os.path.basename(image)
+    name = os.path.splitext(os.path.basename(image))[0]
     prefix = name.split("_00--")[0] if "_00--" in name else name.split("_")[0]
     return "x_ray" if prefix == "x" else prefix
 

@@ -1,0 +1,185 @@
+"""What is in a dataset, and what is wrong with it, record by record.
+
+COMMAND
+    python -m medplib_jax.data.build.audit DIR [--json report.json] [--html report.html] [--tokenizer FOLDER] [--workers 16]
+
+DIR is a folder of annotation files in MeCoVQA's form (paths start at DIR) or one that `data.build.assemble` made. Counts records by split,
+modality, task and answer type, measures texts and masks, and names every suspicious record: files missing or unreadable, masks of another
+size, empty, full or tiny, masks elsewhere than the text says, left and right swapped, masks of another class than named, questions asked
+twice, answers that stand in their question, held-out pictures or patients that are in the training data, too. Everything whose split,
+folder or file name does not say test, val or zeroshot counts as training data.
+
+The process ends with 0 whatever is found; --json holds the figures to decide upon. Lengths are in words without --tokenizer (the folder of
+a checkpoint's tokenizer).
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from medplib_jax.data.build.assemble_shards import DATASET, dataset_folder
+from medplib_jax.data.build.audit_facts import Facts, Reader, plain
+from medplib_jax.data.build.audit_findings import Finding, find
+from medplib_jax.data.build.mecovqa import read_class_names, write_json
+from medplib_jax.data.errors import DataError
+from medplib_jax.data.sources import Record, open_source
+from medplib_jax.data.tokenizer import Tokenizer
+
+CHUNK = 200  # records per task of a worker process
+AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the picture
+_HELD_OUT = ("test", "val", "zeroshot")
+
+
+def audit(folder: str, tokenizer: str = "", workers: int = 0) -> tuple[dict[str, Any], list[Facts]]:
+    """The report (see `summarize`) and the facts of every record. DataError when the folder holds no dataset or a file cannot be read."""
+    facts = collect(find_sources(folder), folder, tokenizer, workers)
+    return summarize(facts, find(facts), "tokens" if tokenizer else "words"), facts
+
+
+def find_sources(folder: str) -> list[str]:
+    """Names for `open_source`: splits of an assembled dataset, or annotation files below the folder. DataError when there are none."""
+    assembled = os.path.join(folder, DATASET)
+    if os.path.isdir(assembled):
+        import tensorflow_datasets as tfds
+
+        places = [dataset_folder(folder, config) for config in sorted(os.listdir(assembled))]
+        return [f"{place}#{split}" for place in places for split in tfds.builder_from_directory(place).info.splits]
+    files = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name.endswith(".json")]
+    found = [file for file in files if _is_list(file)]
+    if not found:
+        raise DataError(folder, None, "no dataset", f"annotation files *.json, or {DATASET}/ of an assembled one", "neither")
+    return sorted(found)
+
+
+def _is_list(path: str) -> bool:
+    """Whether a JSON file may hold records; other JSON (class names, manifests) begins with a brace."""
+    with open(path, "rb") as file:
+        return file.read(64).lstrip()[:1] == b"["
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a source, named relative to the dataset's folder, is for evaluation."""
+    split = name.partition("#")[2] or name
+    return any(word in split.lower() for word in _HELD_OUT) or "/zeroshot/" in name
+
+
+def collect(sources: Sequence[str], folder: str, tokenizer: str, workers: int) -> list[Facts]:
+    """Facts of every record of the sources, in order."""
+    chunks = []
+    for source in sources:
+        count = len(open_source(source, folder))
+        chunks += [(source, range(first, min(first + CHUNK, count))) for first in range(0, count, CHUNK)]
+    if not chunks:
+        raise DataError(folder, None, "no records", "at least one", "none")
+    read = functools.partial(_read_chunk, folder, tokenizer)
+    with tqdm(total=sum(len(indices) for _, indices in chunks), desc="audit", unit=" records") as bar:
+        if not workers:
+            return [one for chunk in chunks for one in _counted(read(chunk), bar)]
+        with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            return [one for facts in pool.map(read, chunks) for one in _counted(facts, bar)]
+
+
+def _counted(facts: list[Facts], bar: tqdm) -> list[Facts]:
+    bar.update(len(facts))
+    return facts
+
+
+def _read_chunk(folder: str, tokenizer: str, chunk: tuple[str, Iterable[int]]) -> list[Facts]:
+    source, indices = chunk
+    reader = _reader(folder, tokenizer, source)
+    return [reader.facts(index) for index in indices]
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(folder: str, tokenizer: str, source: str) -> Reader:
+    name = os.path.relpath(source, folder)
+    return Reader(open_source(source, folder), name, is_held_out(name), _measure(tokenizer), read_class_names(folder))
+
+
+def _measure(tokenizer: str):
+    if not tokenizer:
+        return lambda record: len(_words(record))
+    encode = Tokenizer.load(tokenizer).encode
+    return lambda record: sum(len(encode(plain(text))) for _, text in record.turns)
+
+
+def _words(record: Record) -> list[str]:
+    return [word for _, text in record.turns for word in plain(text).split()]
+
+
+def summarize(facts: Sequence[Facts], findings: Sequence[Finding], unit: str) -> dict[str, Any]:
+    """The report: `records`, `usable`, `pictures`, `suspicious` (records with a finding), counts, lengths, areas, and `findings` by name."""
+    usable = [one for one in facts if one.problem is None]
+    areas = [mask.area for one in usable for mask in one.masks]
+    counts, _ = np.histogram(areas, AREA_EDGES)
+    return {
+        "records": len(facts),
+        "usable": len(usable),
+        "pictures": len({one.picture_hash for one in usable} - {""}),
+        "suspicious": len({(finding.source, finding.record) for finding in findings}),
+        "by_source": _count(one.source for one in facts),
+        "by_split": _count("held out" if one.held_out else "training" for one in facts),
+        "by_modality": _count(one.modality or "unknown" for one in usable),
+        "by_task": _count(one.task for one in usable),
+        "by_answer_type": _count(one.answer_type or "not stated" for one in usable),
+        "lengths": {"unit": unit, **_spread([one.length for one in usable])},
+        "mask_areas": {"unit": "share of the picture", **_spread(areas), "edges": AREA_EDGES, "counts": counts.tolist()},
+        "finding_counts": _count(finding.kind for finding in findings),
+        "findings": [finding.as_dict() for finding in findings],
+    }
+
+
+def _count(values: Iterable[str]) -> dict[str, int]:
+    return dict(collections.Counter(values).most_common())
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    names = ("min", "p5", "median", "p95", "max")
+    return dict(zip(names, map(float, np.quantile(values, (0, 0.05, 0.5, 0.95, 1))), strict=True))
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report in a few lines."""
+    lines = [f"{report['records']} records, {report['usable']} usable, {report['pictures']} pictures, {report['suspicious']} suspicious"]
+    for title in ("by_split", "by_modality", "by_task"):
+        lines.append(f"{title.replace('_', ' '):12} " + ", ".join(f"{name} {count}" for name, count in report[title].items()))
+    lines += [f"{count:>8}  {kind}" for kind, count in report["finding_counts"].items()]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("--json", help="file for the whole report")
+    parser.add_argument("--html", help="file for the report as a page with pictures")
+    parser.add_argument("--tokenizer", default="", help="folder of a tokenizer; lengths are then in tokens")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: this one only")
+    arguments = parser.parse_args()
+    try:
+        report, facts = audit(arguments.folder, arguments.tokenizer, arguments.workers)
+        if arguments.json:
+            write_json(arguments.json, report)
+        if arguments.html:
+            from medplib_jax.data.build.audit_page import write_page
+
+            write_page(report, facts, arguments.folder, arguments.html)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(describe(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
