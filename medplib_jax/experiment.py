@@ -10,7 +10,8 @@ from medplib_jax.config import ModelConfig, require, from_dict
 class DataConfig:
     """What is read and how it becomes batches of static shape.
 
-    `sources` are paths of annotation files in MeCoVQA form, `weights` their shares of the mixture (empty: by size).
+    `sources` are annotation files in MeCoVQA's form or datasets assembled from them (FOLDER#SPLIT), `weights` their shares of the
+    mixture (empty: by size).
     """
 
     sources: tuple[str, ...] = ()
@@ -24,6 +25,8 @@ class DataConfig:
     max_regions: int = 1
     max_masks: int = 1  # 0: no mask slots, the mask head is not run
     mask_canvas: int = 1024  # masks longer than this are shrunk to fit
+    cache: str = ""  # folder where resized pictures, masks and regions are kept for later epochs and runs; empty: memory only
+    region_augmentation: str = "none"  # or "exact": a random part of each region in training; "reference": with the original's slip
     on_error: str = "raise"  # or "skip": count and name the record, take another one
     workers: int = 2
 
@@ -33,6 +36,8 @@ class DataConfig:
         require(not self.weights or len(self.weights) == len(self.sources), f"data.weights has {len(self.weights)} entries for {len(self.sources)} data.sources")
         require(self.bucket_lengths == tuple(sorted(set(self.bucket_lengths))) and len(self.bucket_lengths) > 0, f"data.bucket_lengths {self.bucket_lengths} must ascend")
         require(self.on_error in ("raise", "skip"), f"data.on_error {self.on_error!r} is neither 'raise' nor 'skip'")
+        modes = ("none", "exact", "reference")
+        require(self.region_augmentation in modes, f"data.region_augmentation {self.region_augmentation!r} is not one of {modes}")
         require(self.template in ("llava_v1", "v1"), f"data.template {self.template!r} is neither 'llava_v1' nor 'v1'")
 
 

@@ -1,4 +1,4 @@
-"""The one error of the data code: which file, which record, what is wrong, what was expected and what was found."""
+"""The one error of the data code: which file, which record, what is wrong, what was expected and what was found; and its mild form."""
 
 
 class DataError(ValueError):
@@ -15,8 +15,15 @@ class DataError(ValueError):
 
     def in_record(self, file: str, record: int) -> "DataError":
         """The same problem, met while reading a record that refers to this error's file."""
-        return DataError(file, record, f"{self.what} ({self.file})", self.expected, self.found)
+        return type(self)(file, record, f"{self.what} ({self.file})", self.expected, self.found)
 
     def as_dict(self) -> dict:
         """A line for a log of skipped records."""
         return {"file": self.file, "record": self.record, "what": self.what, "expected": self.expected, "found": self.found}
+
+
+class Notice(DataError):
+    """Something unusual about a record that is used all the same, such as a converted picture. It is passed on, never raised."""
+
+    def as_dict(self) -> dict:
+        return {**super().as_dict(), "used": True}

@@ -10,10 +10,12 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
-from medplib_jax.data.errors import DataError
+from medplib_jax.data.errors import DataError, Notice
 
 CLIP_PAD_COLOUR = (122, 116, 104)  # int(255 * CLIP's mean)
 MAX_PIXELS = 2**27  # a larger picture is refused before it is decoded
+MIN_SIDE, MAX_ASPECT = 16, 16  # a picture beyond is unusual, and is noted
+_ORIENTATION = 0x0112  # the EXIF tag
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -42,13 +44,16 @@ def _open(file: str | Blob) -> Image.Image:
     return image
 
 
-def load_image(path: str | Blob) -> np.ndarray:
+def load_image(path: str | Blob, notices: list[Notice] | None = None) -> np.ndarray:
     """RGB uint8 [h, w, 3]. DataError when it cannot be read or is too large.
 
     The file's EXIF rotation is applied (as OpenCV does in the original; masks carry none, so a mask made on the unrotated picture is
-    met by the size check of `load_mask`). Alpha is dropped, 16-bit grey keeps its high byte, palettes and CMYK are converted.
+    met by the size check of `load_mask`). Alpha is dropped, 16-bit grey keeps its high byte, palettes and CMYK are converted: whatever
+    is not plain 8-bit grey or RGB is noted in `notices`.
     """
-    image = ImageOps.exif_transpose(_open(path))
+    stored = _open(path)
+    _note(path, stored, notices)
+    image = ImageOps.exif_transpose(stored)
     if image.mode in _SIXTEEN_BIT or image.mode == "I":
         image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
@@ -56,12 +61,38 @@ def load_image(path: str | Blob) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def load_mask(path: str | Blob, size: tuple[int, int]) -> np.ndarray:
-    """0/1 uint8 [h, w]: 1 where the grey value is at least 1. DataError when it cannot be read or its size is not (h, w)."""
+def load_mask(path: str | Blob, size: tuple[int, int], notices: list[Notice] | None = None) -> np.ndarray:
+    """0/1 uint8 [h, w]: 1 where the grey value is at least 1. DataError when it cannot be read, is rotated, or its size is not (h, w)."""
     image = _open(path)
+    _note(path, image, notices)
     if (image.height, image.width) != tuple(size):
-        raise DataError(str(path), None, "mask and picture differ in size", f"{size[0]} x {size[1]} (h x w)", f"{image.height} x {image.width}")
-    return (np.asarray(image.convert("L")) >= 1).astype(np.uint8)
+        raise DataError(
+            str(path), None, "mask and picture differ in size", f"{size[0]} x {size[1]} (h x w)", f"{image.height} x {image.width}"
+        )
+    if _orientation(image) != 1:
+        raise DataError(str(path), None, "mask is rotated by EXIF", "orientation 1", str(_orientation(image)))
+    if image.mode == "F":
+        raise DataError(str(path), None, "mask has floating-point pixels", "8 or 16 bits", image.mode)
+    grey = np.asarray(image) if image.mode in (*_SIXTEEN_BIT, "I") else np.asarray(image.convert("L"))
+    return (grey >= 1).astype(np.uint8)
+
+
+def _note(path: str | Blob, image: Image.Image, notices: list[Notice] | None) -> None:
+    """Appends a notice of what is unusual about a picture file: its pixels, rotation, frames or shape."""
+    shortest, longest = sorted((image.width, image.height))
+    unusual = [
+        f"mode {image.mode}" if image.mode not in ("1", "L", "RGB") else "",
+        f"EXIF orientation {_orientation(image)}" if _orientation(image) != 1 else "",
+        f"{image.n_frames} frames" if getattr(image, "n_frames", 1) > 1 else "",
+        f"{image.width} x {image.height} pixels" if shortest < MIN_SIDE or longest > MAX_ASPECT * shortest else "",
+    ]
+    if notices is not None and any(unusual):
+        expected = f"8-bit grey or RGB, upright, one frame, sides from {MIN_SIDE} pixels, aspect up to {MAX_ASPECT}"
+        notices.append(Notice(str(path), None, "picture is not plain", expected, ", ".join(filter(None, unusual))))
+
+
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(_ORIENTATION, 1)
 
 
 def fit(size: tuple[int, int], side: int) -> tuple[int, int]:

@@ -4,24 +4,27 @@ The plan is a pure function of the seed, so the position in the data IS the step
 and every process reads its own rows of the same batch, however many processes or worker processes there are.
 """
 
-import collections
+import dataclasses
 import functools
+import itertools
+import logging
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from medplib_jax.config import ModelConfig
 from medplib_jax.data import images, prompts, regions
-from medplib_jax.data.errors import DataError
-from medplib_jax.data.sources import Record, open_source
+from medplib_jax.data.cache import DiskCache, MemoryCache, fingerprint
+from medplib_jax.data.errors import DataError, Notice
+from medplib_jax.data.sources import Record, check_images, open_source
 from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.experiment import DataConfig
 
 CACHE_BYTES = 2**30  # decoded and resized pixels kept per process
 MAX_REPLACEMENTS = 100  # bad records in a row before giving up on a row
 Arrays = dict[str, np.ndarray]
+log = logging.getLogger("medplib_jax.data")
 
 
 class BatchPlan:
@@ -71,6 +74,10 @@ class BatchPlan:
         same = usable[self._bucket_of(usable) == np.searchsorted(self._bucket_lengths, bucket)]
         return np.random.default_rng([self._seed, 2, step, row]).permutation(same)[:MAX_REPLACEMENTS]
 
+    def generator(self, step: int, row: int) -> np.random.Generator:
+        """Random numbers for the augmentation of a row."""
+        return np.random.default_rng([self._seed, 3, step, row])
+
     def _bucket_of(self, records: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._bucket_lengths, self._lengths[records])
 
@@ -119,7 +126,8 @@ class Loader:
     def __init__(self, sources: Sequence[Sequence[Record]], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig):
         self._sources, self._tokenizer, self._data, self._model = sources, tokenizer, data, model
         self._starts = np.cumsum([0, *map(len, sources)])
-        self._cache = _Cache(CACHE_BYTES)
+        self._memory = MemoryCache(CACHE_BYTES)
+        self._disk = DiskCache(data.cache) if data.cache else None
 
     def __reduce__(self):
         return Loader, (self._sources, self._tokenizer, self._data, self._model)
@@ -134,6 +142,7 @@ class Loader:
 
     def encode(self, record: Record, question: bool = False) -> prompts.Encoded:
         """The record's text: the whole conversation, or the question only."""
+        check_images(record)
         encode = prompts.encode_question if question else prompts.encode_conversation
         encoded = encode(
             record,
@@ -163,9 +172,14 @@ class Loader:
         return BatchPlan(per_source, self._data.bucket_lengths, self._data.batch_size, seed, self._data.weights), problems
 
     def load_batch(self, plan: BatchPlan, step: int, rows: Sequence[int]) -> tuple[Arrays, list[DataError]]:
-        """These rows of a step's batch, and the errors of records that were replaced by others (`on_error` skip)."""
+        """These rows of a step's batch, and the errors of records that were replaced by others (`on_error` skip) with notices of odd ones.
+
+        A notice comes when a file is prepared, not again when it comes from a cache.
+        """
         bucket, indices = plan.batch(step)
-        return self._load(indices[list(rows)], bucket, False, lambda i: plan.replacements(step, rows[i]))
+        return self._load(
+            indices[list(rows)], bucket, False, lambda i: plan.replacements(step, rows[i]), lambda i: plan.generator(step, rows[i])
+        )
 
     def load_eval(self, indices: Sequence[int], rows: Sequence[int], question: bool) -> tuple[Arrays, list[DataError]]:
         """These rows of the batch made of these records, at the shortest bucket that fits all. A skipped record leaves its row empty.
@@ -174,7 +188,7 @@ class Loader:
         """
         longest = max((self._length(index, question) for index in indices if index >= 0), default=0)
         bucket = next(length for length in self._data.bucket_lengths if length >= longest)
-        return self._load(np.asarray(indices)[list(rows)], bucket, question, lambda i: ())
+        return self._load(np.asarray(indices)[list(rows)], bucket, question, lambda i: (), lambda i: None)
 
     def _length(self, index: int, question: bool) -> int:
         try:
@@ -185,27 +199,28 @@ class Loader:
             return 0
 
     def _load(
-        self, indices: np.ndarray, length: int, question: bool, others: Callable[[int], Sequence[int]]
-    ) -> tuple[Arrays, list[DataError]]:
+        self, indices: np.ndarray, length: int, question: bool,
+        others: Callable[[int], Sequence[int]], generator: Callable[[int], np.random.Generator | None],
+    ) -> tuple[Arrays, list[DataError]]:  # fmt: skip
         arrays, skipped = self._empty(len(indices), length), []
         for row, index in enumerate(indices):
             if index < 0:
                 continue
             try:
-                example = self._read(int(index), question)
+                example = self._read(int(index), question, generator(row), skipped)
             except DataError as error:
                 if self._data.on_error == "raise":
                     raise
                 skipped.append(error)
-                example = self._first_usable(others(row), question, skipped)
+                example = self._first_usable(others(row), question, generator(row), skipped)
             if example:
-                _write(arrays, row, *example)
+                _write(arrays, row, example)
         return arrays, skipped
 
-    def _first_usable(self, indices: Sequence[int], question: bool, skipped: list[DataError]):
+    def _first_usable(self, indices: Sequence[int], question: bool, rng, skipped: list[DataError]) -> "_Example | None":
         for index in indices:
             try:
-                return self._read(int(index), question)
+                return self._read(int(index), question, rng, skipped)
             except DataError as error:
                 skipped.append(error)
         if len(indices):
@@ -237,94 +252,102 @@ class Loader:
         arrays["tokens"][:, 0], arrays["valid"][:, 0] = self._tokenizer.bos_id, True
         return arrays
 
-    def _read(self, index: int, question: bool):
-        record = self.record(index)
+    def _read(self, index: int, question: bool, rng: np.random.Generator | None, notices: list[Notice]) -> "_Example":
+        record, new = self.record(index), []
         try:
             encoded = self.encode(record, question)
-            pictures = [self._picture(record.find(image)) for image in record.images]
-            points = [self._region(record, text, pictures[i][3]) for text, i in zip(encoded.regions, encoded.region_images, strict=True)]
-            masks = [self._mask(record.find(path), pictures[-1][3]) for path in encoded.masks] if pictures else []
+            pictures = [self._picture(record.find(image), new) for image in record.images]
+            sizes = [tuple(picture["size"].tolist()) for picture in pictures]
+            points = [
+                self._region(record, text, sizes[i], rng, new) for text, i in zip(encoded.regions, encoded.region_images, strict=True)
+            ]
+            masks = [self._mask(record.find(path), sizes[-1], new) for path in encoded.masks] if pictures else []
             if len(masks) != len(encoded.masks):
                 raise record.error("mask without an image", "an image", "none")
         except DataError as error:
             raise error if error.record is not None else error.in_record(record.file, record.index) from error
-        return index, encoded, pictures, points, masks
+        notices += [notice.in_record(record.file, record.index) for notice in new]
+        return _Example(index, encoded, pictures, points, masks)
 
-    def _picture(self, path: str | images.Blob):
-        def make():
-            rgb = images.load_image(path)
-            sam, box = images.sam_pixels(rgb, self._model.mask.image_size)
-            return images.clip_pixels(rgb, self._model.clip.image_size)[0], sam, box, rgb.shape[:2]
+    def _cached(self, key: tuple, file: str | images.Blob, make: Callable[[], Arrays]) -> Arrays:
+        """The value from memory, from disk, or made. What it is made from besides the file stands in the key."""
+        if self._disk is None:
+            return self._memory.get((*key, str(file)), make)
+        return self._memory.get((*key, str(file)), lambda: self._disk.get((*key, fingerprint(file)), make))
 
-        return self._cache.get(("picture", str(path)), make)
-
-    def _mask(self, path: str | images.Blob, size: tuple[int, int]) -> np.ndarray:
-        def make():
-            return (images.mask_on_canvas(images.load_mask(path, size), self._data.mask_canvas),)
-
-        return self._cache.get(("mask", str(path), size), make)[0]
-
-    def _region(self, record: Record, reference: str, size: tuple[int, int]) -> np.ndarray:
-        shape = regions.is_shape(reference)
-        name = reference if shape else record.find(reference)
+    def _picture(self, file: str | images.Blob, notices: list[Notice]) -> Arrays:
+        sides = self._model.clip.image_size, self._model.mask.image_size
 
         def make():
-            mask = regions.draw(reference, size) if shape else images.load_mask(name, size)
-            try:
-                return (regions.region_points(mask, self._model.region.max_points),)
-            except ValueError as error:
-                raise DataError(str(name), None, "region is empty", "at least one pixel", "none") from error
+            rgb = images.load_image(file, notices)
+            sam, box = images.sam_pixels(rgb, sides[1])
+            clip, _ = images.clip_pixels(rgb, sides[0])
+            return {"clip": clip, "sam": sam, "sam_box": np.array(box, np.int32), "size": np.array(rgb.shape[:2], np.int32)}
 
-        return self._cache.get(("region", str(name), size), make)[0]
+        return self._cached(("picture", *sides), file, make)
+
+    def _mask(self, file: str | images.Blob, size: tuple[int, int], notices: list[Notice]) -> np.ndarray:
+        side = self._data.mask_canvas
+
+        def make():
+            mask = images.mask_on_canvas(images.load_mask(file, size, notices), side)
+            return {"bits": np.packbits(mask, axis=1), "width": np.array(mask.shape[1], np.int32)}
+
+        packed = self._cached(("mask", side, size), file, make)
+        return np.unpackbits(packed["bits"], axis=1, count=int(packed["width"]))
+
+    def _region(self, record: Record, reference: str, size: tuple[int, int], rng, notices: list[Notice]) -> np.ndarray:
+        if regions.is_shape(reference):
+            cells = regions.grid_cells(regions.draw(reference, size))
+        else:
+            cells = self._region_cells(record.find(reference), size, notices)
+        if rng is not None and self._data.region_augmentation != "none":
+            cells = regions.sub_component(cells, rng, reference=self._data.region_augmentation == "reference")
+        return regions.cell_points(cells, self._model.region.max_points)
+
+    def _region_cells(self, file: str | images.Blob, size: tuple[int, int], notices: list[Notice]) -> np.ndarray:
+        def make():
+            mask = images.load_mask(file, size, notices)
+            if not mask.any():
+                raise DataError(str(file), None, "region is empty", "at least one pixel", "none")
+            return {"cells": regions.grid_cells(mask)}
+
+        return self._cached(("region", size), file, make)["cells"]
 
 
-def _write(arrays: Arrays, row: int, index: int, encoded: prompts.Encoded, pictures: list, points: list, masks: list) -> None:
-    length = len(encoded)
+@dataclasses.dataclass(frozen=True)
+class _Example:
+    """One record, ready to be written into a row."""
+
+    index: int
+    encoded: prompts.Encoded
+    pictures: list[Arrays]  # clip, sam, sam_box, size
+    points: list[np.ndarray]  # of each region
+    masks: list[np.ndarray]
+
+
+def _write(arrays: Arrays, row: int, example: _Example) -> None:
+    encoded, length = example.encoded, len(example.encoded)
     for name in ("tokens", "targets", "loss_weights", "feature_index"):
         arrays[name][row, :length] = getattr(encoded, name)
     arrays["valid"][row, :length] = True
-    arrays["record"][row] = index
-    for i, (clip, *_) in enumerate(pictures):
-        arrays["clip_pixels"][row, i] = clip
+    arrays["record"][row] = example.index
+    for i, picture in enumerate(example.pictures):
+        arrays["clip_pixels"][row, i] = picture["clip"]
     canvas = arrays["gt_masks"].shape[-1]
-    if pictures:
-        _, arrays["sam_pixels"][row], arrays["sam_box"][row], size = pictures[-1]
+    if example.pictures:
+        last = example.pictures[-1]
+        size = tuple(last["size"].tolist())
+        arrays["sam_pixels"][row], arrays["sam_box"][row] = last["sam"], last["sam_box"]
         arrays["mask_size"][row] = size if max(size) <= canvas else images.fit(size, canvas)
-    for i, one in enumerate(points):
-        arrays["region_points"][row, i, : len(one)] = one
-        arrays["region_point_valid"][row, i, : len(one)] = True
+    for i, points in enumerate(example.points):
+        arrays["region_points"][row, i, : len(points)] = points
+        arrays["region_point_valid"][row, i, : len(points)] = True
         arrays["region_image"][row, i] = encoded.region_images[i]
-    for i, mask in enumerate(masks):
+    for i, mask in enumerate(example.masks):
         arrays["gt_masks"][row, i, : mask.shape[0], : mask.shape[1]] = mask
         arrays["mask_valid"][row, i] = True
     arrays["seg_position"][row, : len(encoded.seg_positions)] = encoded.seg_positions
-
-
-class _Cache:
-    """Least recently used values by key, bounded by the bytes of their arrays. Threads share it."""
-
-    def __init__(self, limit: int):
-        self._limit, self._bytes = limit, 0
-        self._values: collections.OrderedDict = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key, make: Callable[[], tuple]) -> tuple:
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
-        value = make()
-        with self._lock:
-            if key not in self._values:
-                self._values[key] = value
-                self._bytes += _bytes(value)
-            while self._bytes > self._limit:
-                self._bytes -= _bytes(self._values.popitem(last=False)[1])
-        return value
-
-
-def _bytes(value: tuple) -> int:
-    return sum(part.nbytes for part in value if isinstance(part, np.ndarray))
 
 
 def make_loader(data: DataConfig, model: ModelConfig, root: str | None = None) -> Loader:
@@ -345,7 +368,14 @@ def eval_batches(
 ) -> Iterator[tuple[Arrays, list[DataError]]]:
     """This process's rows of the batches that hold these records in order; the last batch is filled up with empty rows."""
     padded = np.pad(np.asarray(indices, np.int64), (0, -len(indices) % batch_size), constant_values=-1).reshape(-1, batch_size)
-    return _read_ahead(functools.partial(_load_eval, loader, padded, tuple(rows), question), range(len(padded)), workers)
+    for arrays, skipped in _read_ahead(functools.partial(_load_eval, loader, padded, tuple(rows), question), range(len(padded)), workers):
+        for notice in filter(_is_notice, skipped):
+            log.warning("%s", notice)
+        yield arrays, list(itertools.filterfalse(_is_notice, skipped))
+
+
+def _is_notice(error: DataError) -> bool:
+    return isinstance(error, Notice)
 
 
 def _load_eval(loader: Loader, batches: np.ndarray, rows: tuple[int, ...], question: bool, step: int):

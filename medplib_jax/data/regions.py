@@ -4,6 +4,7 @@ As in the original (spec sections 3 and 4): mask at image size -> square canvas 
 The grid is that of the original for every model size, because points are relative to the square image.
 """
 
+import math
 import re
 
 import numpy as np
@@ -15,6 +16,7 @@ from medplib_jax.data.images import to_canvas
 
 CANVAS, STRIDE = 336, 14
 GRID = CANVAS // STRIDE
+LEAST_SHARE, LEAST_CELLS = 0.2, 10  # of a region, in its augmentation
 SHAPES = ("point", "box", "polygon", "scribble")
 _MINIMUM_POINTS = {"point": 1, "box": 2, "polygon": 3, "scribble": 1}
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
@@ -87,12 +89,42 @@ def grid_cells(mask: np.ndarray) -> np.ndarray:
     return labels == 1 + np.argmax(np.bincount(labels[labels > 0] - 1, minlength=count))
 
 
+def sub_component(cells: np.ndarray, rng: np.random.Generator, *, reference: bool = False) -> np.ndarray:
+    """bool [GRID, GRID]: a random connected part of a connected region, its area uniform in 20 to 100 %, at least `LEAST_CELLS`.
+
+    The part grows from a random cell to random neighbours (8-connected), so that training sees incomplete and odd-shaped regions
+    (paper: a region stands for what a user marks by hand). A region below `LEAST_CELLS` stays whole. With `reference` the upper bound
+    of the share is the region's area in cells instead of 1, as in the original, where a variable is shadowed: nearly always the whole.
+    """
+    area = int(cells.sum())
+    if area < LEAST_CELLS:
+        return cells
+    share = rng.uniform(LEAST_SHARE, area if reference else 1.0)
+    target = min(area, max(LEAST_CELLS, math.ceil(area * share)))
+    left, part = cells.copy(), np.zeros_like(cells)
+    starts = np.argwhere(cells)
+    border = [tuple(starts[rng.integers(len(starts))])]
+    left[border[0]] = False
+    for _ in range(target):
+        row, column = border.pop(rng.integers(len(border)))
+        part[row, column] = True
+        window = (slice(max(row - 1, 0), row + 2), slice(max(column - 1, 0), column + 2))
+        border += [(window[0].start + r, window[1].start + c) for r, c in np.argwhere(left[window])]
+        left[window] = False
+    return part
+
+
 def region_points(mask: np.ndarray, max_points: int) -> np.ndarray:
+    """`cell_points` of a mask uint8 [h, w]. ValueError when it is empty."""
+    return cell_points(grid_cells(mask), max_points)
+
+
+def cell_points(cells: np.ndarray, max_points: int) -> np.ndarray:
     """float32 [n, 2], n <= max_points: (x, y) in [0, 1) of the region's cells on the padded square picture, without half-cell shift.
 
-    More cells than `max_points` are thinned to a subset that looks random but is always the same one. ValueError when the mask is empty.
+    More cells than `max_points` are thinned to a subset that looks random but is always the same one.
     """
-    rows, columns = np.nonzero(grid_cells(mask))
+    rows, columns = np.nonzero(cells)
     points = np.stack([columns, rows], axis=1).astype(np.float32) / GRID
     if len(points) > max_points:
         chosen = np.random.default_rng(len(points)).choice(len(points), max_points, replace=False)

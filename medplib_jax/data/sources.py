@@ -173,8 +173,8 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
     conversations = raw.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         fail("record without conversations", "a list of turns", repr(conversations))
-    images = raw.get("image") or ()
-    images = tuple(images) if isinstance(images, list | tuple) else (images,)
+    images = raw.get("image")
+    images = () if images is None else tuple(images) if isinstance(images, list | tuple) else (images,)
     if not all(isinstance(image, str) and image and _is_unicode(image) for image in images):
         fail("image is not a path", "a path or a list of paths", repr(raw["image"]))
 
@@ -183,7 +183,7 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
         role, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if role not in ROLES:
             fail("unknown role", " or ".join(ROLES), repr(role))
-        if not isinstance(value, str | int | float):
+        if not isinstance(value, str | int | float) or isinstance(value, bool) or value != value:
             fail("turn without text", "a string", repr(value))
         if not _is_unicode(str(value)):
             fail("text is not Unicode", "no half of a surrogate pair", ascii(value))
@@ -196,7 +196,10 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
         _check_turn(role, text, fail)
     if not turns:
         fail("record without a question", "a human turn", "none")
-    return Record(file, index, root, images, tuple(turns), str(raw.get("answer_type", "")))
+    answer_type = raw.get("answer_type")
+    if not isinstance(answer_type, str | None):
+        fail("unknown answer type", "a string", repr(answer_type))
+    return Record(file, index, root, images, tuple(turns), answer_type or "")
 
 
 def _is_unicode(text: str) -> bool:
@@ -204,7 +207,24 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
+def check_complete(record: Record) -> None:
+    """DataError when the conversation has no answer, or its `<image>` do not pair up with its images."""
+    if record.turns[-1][0] != "gpt":
+        raise record.error("conversation without an answer", "a gpt turn at the end", record.turns[-1][1])
+    check_images(record)
+
+
+def check_images(record: Record) -> None:
+    """DataError when there are not as many `<image>` as images."""
+    named = sum(text.count("<image>") for _, text in record.turns)
+    if named != len(record.images):
+        raise record.error("images and <image> do not pair up", f"{len(record.images)} <image>", str(named))
+
+
 def _check_turn(role: str, text: str, fail) -> None:
+    for pattern, tag in ((MASK, "mask"), (REGION, "region")):
+        if not len(pattern.findall(text)) == text.count(f"<{tag}>") == text.count(f"</{tag}>"):
+            fail(f"<{tag}> is not closed", f"<{tag}>...</{tag}>", text)
     masks, segs = len(MASK.findall(text)), text.count("<SEG>")
     if role == "human" and masks:
         fail("mask in a question", "masks in answers only", text)

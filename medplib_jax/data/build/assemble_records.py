@@ -1,4 +1,7 @@
-"""One published record to a complete example: text repaired, files found, masks of one class united. What cannot be repaired is a DataError."""
+"""One published record to a complete example: text repaired, files found, masks of one class united.
+
+What cannot be repaired is a DataError.
+"""
 
 import dataclasses
 import io
@@ -12,9 +15,9 @@ from PIL import Image
 
 from medplib_jax.data import images
 from medplib_jax.data.build.mecovqa import class_name, merged_name, parse_mask_name, stem, unite
-from medplib_jax.data.errors import DataError
-from medplib_jax.data.regions import is_shape
-from medplib_jax.data.sources import MASK, REGION, Record, find_file, parse_record
+from medplib_jax.data.errors import DataError, Notice
+from medplib_jax.data.regions import draw, is_shape
+from medplib_jax.data.sources import MASK, REGION, Record, check_complete, find_file, parse_record
 
 _FOLDER = re.compile(r"(?:.*/)?((?:images|masks|masks_merged)/[^/]+)$")
 _SUFFIX = re.compile(r"\.(png|jpe?g)$", re.IGNORECASE)
@@ -29,6 +32,7 @@ class Files:
     instances: Mapping[str, tuple[str, ...]]  # merged_name -> names in masks/
     names: Mapping[tuple[str, int], str]  # see read_class_names
     missing: set[str] = dataclasses.field(default_factory=set)  # filled: references without a file
+    notices: list[Notice] = dataclasses.field(default_factory=list)  # filled: odd files that were converted
 
     def find(self, reference: str) -> str:
         """The reference's real path; what is missing is noted. DataError when it is missing or outside the root."""
@@ -42,12 +46,12 @@ class Files:
     def mask(self, reference: str, size: tuple[int, int]) -> bytes:
         """PNG bytes (0 or 255) of a mask of this size, made from its instances when it is one of masks_merged/."""
         if not reference.startswith("masks_merged/") or os.path.isfile(os.path.join(self.root, reference)):
-            return encode_mask(reference, images.load_mask(self.find(reference), size))
+            return encode_mask(reference, images.load_mask(self.find(reference), size, self.notices))
         instances = self.instances.get(reference, ())
         if not instances:
             self.missing.add(reference)
             raise DataError(reference, None, "no instance mask to unite", f"masks/{stem(reference).removesuffix('_merged')}_NNN.png", "none")
-        content = encode_mask(reference, unite(images.load_mask(self.find(f"masks/{name}"), size) for name in instances))
+        content = encode_mask(reference, unite(images.load_mask(self.find(f"masks/{name}"), size, self.notices) for name in instances))
         write_once(os.path.join(self.out, reference), content)
         return content
 
@@ -60,13 +64,14 @@ def prepare(raw: Any, file: str, index: int, files: Files) -> tuple[dict[str, An
     record = parse_record(raw, file, index, files.root)
     if len(record.images) != 1:
         raise record.error("not one image", "1 image", str(len(record.images)))
-    if record.turns[-1][0] != "gpt":
-        raise record.error("conversation without an answer", "a gpt turn at the end", record.turns[-1][1])
+    check_complete(record)
+    files.notices.clear()
     try:
-        picture, size = read_picture(files.find(record.images[0]))
+        picture, size = read_picture(files.find(record.images[0]), files.notices)
         masks = read_masks(record, files, size)
     except DataError as error:
         raise error.in_record(file, index) from error
+    repairs += [f"converted: {notice.found} ({os.path.basename(notice.file)})" for notice in files.notices]
     return {
         "id": f"{file}#{index}",
         "image": picture,
@@ -92,7 +97,7 @@ def repair_text(raw: dict[str, Any], repairs: list[str]) -> dict[str, Any]:
     turns = [repair_turn(turn, repairs) for turn in turns]
     if image and not any("<image>" in turn["value"] for turn in turns if _is_text(turn)):
         first = next((turn for turn in turns if _is_text(turn) and turn.get("from") == "human"), None)
-        if first:
+        if first and first["value"].strip():
             first["value"] = "<image>\n" + first["value"]
             repairs.append("<image> added to the question")
     return {**raw, "image": image, "conversations": turns}
@@ -131,11 +136,11 @@ def repair_reference(reference: str, repairs: list[str]) -> str:
     return path
 
 
-def read_picture(path: str) -> tuple[bytes, tuple[int, int]]:
+def read_picture(path: str, notices: list[Notice]) -> tuple[bytes, tuple[int, int]]:
     """The picture's bytes and size (h, w): the file itself where it is plain 8-bit grey or RGB, else made so."""
-    rgb = images.load_image(path)
+    rgb = images.load_image(path, notices)
     with Image.open(path) as image:
-        plain = image.format in ("PNG", "JPEG") and image.mode in ("L", "RGB") and image.getexif().get(0x0112, 1) == 1
+        plain = image.format in ("PNG", "JPEG") and image.mode in ("L", "RGB") and not notices
     if plain:
         with open(path, "rb") as file:
             return file.read(), rgb.shape[:2]
@@ -143,9 +148,11 @@ def read_picture(path: str) -> tuple[bytes, tuple[int, int]]:
 
 
 def read_masks(record: Record, files: Files, size: tuple[int, int]) -> dict[str, bytes]:
-    """Every mask and region that the text refers to by a file, by name. DataError for an empty one."""
-    references = [name for _, text in record.turns for pattern in (REGION, MASK) for name in pattern.findall(text)]
-    return {name: files.mask(name, size) for name in dict.fromkeys(references) if not is_shape(name)}
+    """Every mask and region that the text refers to by a file, by name. DataError for an empty one, or a drawn region that is none."""
+    references = dict.fromkeys(name for _, text in record.turns for pattern in (REGION, MASK) for name in pattern.findall(text))
+    for shape in filter(is_shape, references):
+        draw(shape, size)
+    return {name: files.mask(name, size) for name in references if not is_shape(name)}
 
 
 def encode_mask(name: str, mask: np.ndarray) -> bytes:

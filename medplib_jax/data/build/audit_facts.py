@@ -2,15 +2,16 @@
 
 import dataclasses
 import hashlib
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from medplib_jax.data import images, regions
 from medplib_jax.data.build.mecovqa import class_name, parse_image_name
-from medplib_jax.data.errors import DataError
-from medplib_jax.data.sources import MASK, REGION, Record
+from medplib_jax.data.errors import DataError, Notice
+from medplib_jax.data.sources import MASK, REGION, Record, check_complete
 
 _TAG = re.compile(r"<mask>.*?</mask>|<[^<>]{1,12}>")
 
@@ -47,10 +48,18 @@ class Facts:
     length: int = 0
     picture_hash: str = ""
     masks: tuple[MaskFacts, ...] = ()
+    notices: tuple[str, ...] = ()  # what is odd about its files
 
     @property
     def text(self) -> str:
         return " ".join(self.questions + self.answers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    size: tuple[int, int]
+    hash: str
+    notices: tuple[Notice, ...]
 
 
 class Reader:
@@ -59,11 +68,12 @@ class Reader:
     def __init__(self, source: Sequence[Record], name: str, held_out: bool, measure: Callable[[Record], int], class_names: dict):
         self._source, self._name, self._held_out = source, name, held_out
         self._measure, self._class_names = measure, class_names
-        self._pictures: dict[str, tuple[tuple[int, int], str]] = {}
+        self._pictures: dict[str, _Picture] = {}
 
     def facts(self, index: int) -> Facts:
         try:
             record = self._source[index]
+            check_complete(record)
         except DataError as error:
             return Facts(self._name, index, self._held_out, error)
         known = Facts(
@@ -72,20 +82,26 @@ class Reader:
             tuple(plain(text) for role, text in record.turns if role == "human"),
             tuple(plain(text) for role, text in record.turns if role == "gpt"), self._measure(record),
         )  # fmt: skip
+        notices: list[Notice] = []
         try:
-            sizes, hashes = zip(*(self._picture(record, name) for name in record.images), strict=True) if record.images else ((), ())
-            masks = tuple(self._masks(record, sizes))
+            pictures = [self._picture(record, name) for name in record.images]
+            masks = tuple(self._masks(record, [picture.size for picture in pictures], notices))
         except DataError as error:
             return dataclasses.replace(known, problem=error)
-        return dataclasses.replace(known, picture_hash="".join(hashes), masks=masks)
+        odd = [*(notice for picture in pictures for notice in picture.notices), *notices]
+        return dataclasses.replace(
+            known, picture_hash="".join(picture.hash for picture in pictures), masks=masks,
+            notices=tuple(f"{os.path.basename(one.file)}: {one.found}" for one in odd),
+        )  # fmt: skip
 
-    def _picture(self, record: Record, name: str) -> tuple[tuple[int, int], str]:
+    def _picture(self, record: Record, name: str) -> "_Picture":
         if name not in self._pictures:
-            rgb = images.load_image(record.find(name))
-            self._pictures[name] = rgb.shape[:2], hashlib.blake2b(rgb.tobytes(), digest_size=12).hexdigest()
+            notices: list[Notice] = []
+            rgb = images.load_image(record.find(name), notices)
+            self._pictures[name] = _Picture(rgb.shape[:2], hashlib.blake2b(rgb.tobytes(), digest_size=12).hexdigest(), tuple(notices))
         return self._pictures[name]
 
-    def _masks(self, record: Record, sizes: Sequence[tuple[int, int]]):
+    def _masks(self, record: Record, sizes: Sequence[tuple[int, int]], notices: list[Notice]) -> Iterator[MaskFacts]:
         for turn, (role, text) in enumerate(record.turns):
             for name in (REGION if role == "human" else MASK).findall(text):
                 if not sizes:
@@ -93,7 +109,7 @@ class Reader:
                 if regions.is_shape(name):
                     mask, label = regions.draw(name, sizes[-1]), ""
                 else:
-                    mask, label = images.load_mask(record.find(name), sizes[-1]), class_name(name, self._class_names)
+                    mask, label = images.load_mask(record.find(name), sizes[-1], notices), class_name(name, self._class_names)
                 if not mask.any():
                     raise record.error("mask is empty", "at least one pixel", name)
                 yield measure_mask(mask, name, label, role == "human", turn)

@@ -60,6 +60,12 @@ def describe(problem: DataError) -> str:
 Found = Iterator[tuple[Facts, str, str]]
 
 
+def odd_files(facts: Sequence[Facts]) -> Found:
+    for one in facts:
+        if one.notices:
+            yield one, ", ".join(one.notices), ""
+
+
 def full_masks(facts: Sequence[Facts]) -> Found:
     for one, mask in _masks(facts):
         if mask.area >= FULL:
@@ -180,6 +186,7 @@ CHECKS: dict[str, Callable[[Sequence[Facts]], Found]] = {
     "left and right swapped": wrong_side,
     "left and right at one place": same_place,
     "mask of another class than the text names": other_class,
+    "picture is not plain and was converted": odd_files,
     "mask covers the whole picture": full_masks,
     "mask is tiny": tiny_masks,
     "question asked twice": duplicates,
