@@ -124,13 +124,13 @@ class Loader:
     """
 
     def __init__(self, sources: Sequence[Sequence[Record]], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig):
-        self._sources, self._tokenizer, self._data, self._model = sources, tokenizer, data, model
+        self._sources, self.tokenizer, self._data, self._model = sources, tokenizer, data, model
         self._starts = np.cumsum([0, *map(len, sources)])
         self._memory = MemoryCache(CACHE_BYTES)
         self._disk = DiskCache(data.cache) if data.cache else None
 
     def __reduce__(self):
-        return Loader, (self._sources, self._tokenizer, self._data, self._model)
+        return Loader, (self._sources, self.tokenizer, self._data, self._model)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -146,7 +146,7 @@ class Loader:
         encode = prompts.encode_question if question else prompts.encode_conversation
         encoded = encode(
             record,
-            self._tokenizer,
+            self.tokenizer,
             template=self._data.template,
             image_tokens=self._model.clip.num_patches,
             max_images=self._data.max_images,
@@ -249,7 +249,7 @@ class Loader:
             "record": np.full(batch, -1, np.int32),
         }
         # one valid token, so that no row attends to nothing
-        arrays["tokens"][:, 0], arrays["valid"][:, 0] = self._tokenizer.bos_id, True
+        arrays["tokens"][:, 0], arrays["valid"][:, 0] = self.tokenizer.bos_id, True
         return arrays
 
     def _read(self, index: int, question: bool, rng: np.random.Generator | None, notices: list[Notice]) -> "_Example":
