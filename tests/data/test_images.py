@@ -82,6 +82,29 @@ def test_a_mask_of_another_size_is_refused(tmp_path):
         images.load_mask(path, (6, 4))
 
 
+def test_masks_of_odd_modes(tmp_path):
+    path, notices = str(tmp_path / "m.png"), []
+    Image.fromarray(np.array([[0, 1, 256, 65535]], np.uint16)).save(path)
+    assert images.load_mask(path, (1, 4), notices).tolist() == [[0, 1, 1, 1]]
+    assert [notice.found for notice in notices] == ["mode I;16, 4 x 1 pixels"]
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.new("L", (6, 4), 255).save(path, exif=exif)
+    with pytest.raises(DataError, match="mask is rotated by EXIF"):
+        images.load_mask(path, (4, 6))
+    Image.new("F", (6, 4), 0.5).save(tmp_path / "m.tiff")
+    with pytest.raises(DataError, match="mask has floating-point pixels"):
+        images.load_mask(str(tmp_path / "m.tiff"), (4, 6))
+
+
+def test_plain_pictures_give_no_notice(tmp_path):
+    path, notices = str(tmp_path / "a.png"), []
+    for mode in ("1", "L", "RGB"):
+        Image.new(mode, (20, 30)).save(path)
+        images.load_image(path, notices)
+    assert notices == []
+
+
 def test_an_unreadable_picture_is_refused(tmp_path):
     broken = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(broken)

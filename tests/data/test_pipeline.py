@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medplib_jax.config import ClipConfig, MaskConfig, ModelConfig, RegionConfig
-from medplib_jax.data.errors import DataError
+from medplib_jax.data import images
+from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import BatchPlan, eval_batches, make_loader, train_batches
 from medplib_jax.experiment import DataConfig
 from medplib_jax.types import Batch
@@ -294,6 +295,58 @@ def test_a_bucket_without_a_good_record_gives_up(bad_files):
         epoch(bad_files, on_error="skip")
 
 
+def test_odd_files_are_noted_once_and_used(folder):
+    Image.fromarray(np.full((20, 30), 700, np.uint16)).save(folder / "wide.png")
+    batches, _ = epoch(folder)
+    (notice,) = [error for _, errors in batches for error in errors]
+    assert isinstance(notice, Notice) and notice.found == "mode I;16" and notice.record in (0, 1, 6)
+    assert notice.as_dict()["used"] and "wide.png" in str(notice)
+    assert sorted(np.concatenate([arrays["record"] for arrays, _ in batches])) == [-1, *range(7)]
+
+
+def test_evaluation_logs_notices_and_counts_errors_only(folder, caplog):
+    Image.new("RGBA", (30, 20), (9, 9, 9, 9)).save(folder / "wide.png")
+    assert not any(errors for _, errors in evaluate(folder, question=True))
+    assert "mode RGBA" in caplog.text
+
+
+def test_the_disk_cache_changes_nothing_but_the_time(folder, tmp_path_factory, monkeypatch):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    plain, _ = epoch(folder)
+    for run in range(2):
+        if run:
+            monkeypatch.setattr(images, "load_image", None)  # everything is there
+            monkeypatch.setattr(images, "load_mask", None)
+        for (expected, _), (found, _) in zip(plain, epoch(folder, cache=cache)[0], strict=True):
+            for name, array in expected.items():
+                np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_a_changed_picture_is_prepared_anew(folder, tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    before = row_of(folder, 0, cache=cache)["clip_pixels"]
+    Image.new("RGB", (30, 20), (7, 7, 7)).save(folder / "wide.png")
+    after = row_of(folder, 0, cache=cache)["clip_pixels"]
+    assert (after[0, 14, 14] == 7).all() and not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("mode", ["exact", "reference"])
+def test_augmented_regions_are_parts_and_come_back_on_resuming(folder, mode):
+    Image.fromarray(np.full((40, 16), 255, np.uint8)).save(folder / "tall_mask.png")
+    model = dataclasses.replace(MODEL, region=RegionConfig(max_points=512))
+    loader = make_loader(config(folder, region_augmentation=mode), model)
+    plan, _ = loader.plan(seed=0)
+    whole = [arrays for arrays, _ in train_batches(loader, plan, range(4), 0, 40, workers=0)]
+    (resumed, _), *_ = train_batches(loader, plan, range(4), 39, 40, workers=0)
+    np.testing.assert_array_equal(resumed["region_points"], whole[-1]["region_points"])
+    counts = [int(arrays["region_point_valid"][row, 0].sum()) for arrays in whole for row in np.flatnonzero(arrays["record"] == 3)]
+    evaluated, _ = loader.load_eval([3], [0], True)
+    cells = evaluated["region_point_valid"][0, 0].sum()  # evaluation sees the whole region
+    assert cells == 24 * 9  # the picture is 16 of 40 wide
+    assert all(0.2 * cells <= count <= cells for count in counts)
+    assert len(set(counts)) > 10 if mode == "exact" else np.mean(np.array(counts) == cells) > 0.8
+
+
 def evaluate(folder, question, rows=range(3), **changes):
     loader = make_loader(config(folder, **changes), MODEL)
     return list(eval_batches(loader, range(len(loader)), 3, rows, question, workers=0))
@@ -347,7 +400,8 @@ def test_worker_processes_give_the_same_batches_and_errors(bad_files):
 WORKER_SCRIPT = """
 import numpy as np
 from medplib_jax.config import *
-from medplib_jax.data.errors import DataError
+from medplib_jax.data import images
+from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import make_loader, train_batches
 from medplib_jax.experiment import DataConfig
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from medplib_jax.data import regions
 from medplib_jax.data.errors import DataError
@@ -109,6 +110,38 @@ UNREADABLE = (
 def test_unreadable_coordinates_are_refused(reference):
     with pytest.raises(DataError, match="region cannot be read"):
         regions.draw(reference, (60, 80))
+
+
+@st.composite
+def components(draw):
+    """A connected region on the grid, grown at random."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    cells = np.zeros((regions.GRID, regions.GRID), bool)
+    cells[tuple(rng.integers(regions.GRID, size=2))] = True
+    for _ in range(draw(st.integers(0, 300))):
+        around = ndimage.binary_dilation(cells, np.ones((3, 3))) & ~cells
+        places = np.argwhere(around)
+        cells[tuple(places[rng.integers(len(places))])] = True
+    return cells
+
+
+@some
+@given(components(), st.integers(0, 2**32), st.booleans())
+def test_a_part_is_connected_inside_its_region_and_of_the_asked_area(cells, seed, reference):
+    part = regions.sub_component(cells, np.random.default_rng(seed), reference=reference)
+    assert part.any() and not (part & ~cells).any()
+    assert ndimage.label(part, np.ones((3, 3)))[1] == 1
+    area = cells.sum()
+    assert max(0.2 * area, min(area, 10)) <= part.sum() <= area
+    np.testing.assert_array_equal(part, regions.sub_component(cells, np.random.default_rng(seed), reference=reference))
+
+
+def test_parts_have_every_share_and_the_originals_slip_keeps_the_whole():
+    cells = np.ones((regions.GRID, regions.GRID), bool)
+    shares = [regions.sub_component(cells, np.random.default_rng(seed)).mean() for seed in range(40)]
+    assert min(shares) < 0.35 and max(shares) > 0.85 and 0.45 < np.mean(shares) < 0.75  # uniform in 0.2 to 1
+    slipped = [regions.sub_component(cells, np.random.default_rng(seed), reference=True).all() for seed in range(40)]
+    assert np.mean(slipped) > 0.9
 
 
 def test_an_empty_region_is_refused():

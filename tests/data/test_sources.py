@@ -54,6 +54,14 @@ def test_a_greeting_is_left_out_and_numbers_become_text():
         ({"conversations": conversation(answer="<image>")}, "image in an answer"),
         ({"image": 3, "conversations": conversation()}, "image is not a path; expected a path or a list of paths, found 3"),
         ({"image": ["a.png", ""], "conversations": conversation()}, "image is not a path"),
+        ({"image": {}, "conversations": conversation()}, "image is not a path"),
+        ({"image": "a\ud800.png", "conversations": conversation()}, "image is not a path"),
+        ({"conversations": conversation(answer=True)}, "turn without text"),
+        ({"conversations": conversation(answer=float("nan"))}, "turn without text"),
+        ({"conversations": conversation(answer="\udc00")}, "text is not Unicode"),
+        ({"conversations": conversation(answer="<SEG><mask>m.png")}, "<mask> is not closed"),
+        ({"conversations": conversation(question="<region>m.png?")}, "<region> is not closed"),
+        ({"conversations": conversation(), "answer_type": 3}, "unknown answer type; expected a string, found 3"),
     ],
 )
 def test_a_bad_record_is_named(raw, message):
