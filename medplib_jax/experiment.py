@@ -21,6 +21,7 @@ class DataConfig:
     template: str = "llava_v1"  # training template of the original; evaluation uses "v1"
     bucket_lengths: tuple[int, ...] = (1024,)  # final lengths, image tokens included
     batch_size: int = 128  # global
+    pack: bool = False  # several conversations in a row, as far as they have no masks and fit the longest bucket and the slots below
     max_images: int = 1
     max_regions: int = 1
     max_masks: int = 1  # 0: no mask slots, the mask head is not run

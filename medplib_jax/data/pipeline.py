@@ -7,9 +7,10 @@ and every process reads its own rows of the same batch, however many processes o
 import dataclasses
 import functools
 import itertools
+import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from medplib_jax.config import ModelConfig
 from medplib_jax.data import images, prompts, regions
 from medplib_jax.data.cache import DiskCache, MemoryCache, fingerprint
 from medplib_jax.data.errors import DataError, Notice
+from medplib_jax.data.packing import pack
 from medplib_jax.data.sources import Record, check_images, open_source
 from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.experiment import DataConfig
@@ -34,11 +36,19 @@ class BatchPlan:
     Every epoch is shuffled anew. Batches hold records of one bucket; what does not fill a batch joins the next longer bucket, and what
     is left in the end makes one batch that is filled up with -1. So, without weights, an epoch has each record exactly once.
     With `weights`, an epoch has the same number of rows, shared among the sources by weight; a source starts over when it is used up.
+    With `groups`, a row holds several records: what is said of records above goes for groups, and groups[i] are the records of group i.
     """
 
     def __init__(
-        self, lengths: Sequence[np.ndarray], bucket_lengths: Sequence[int], batch_size: int, seed: int, weights: Sequence[float] = ()
+        self,
+        lengths: Sequence[np.ndarray],
+        bucket_lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        weights: Sequence[float] = (),
+        groups: Sequence[np.ndarray] = (),
     ):
+        self._groups = groups
         self._lengths = np.concatenate([np.asarray(one, np.int64) for one in lengths])
         starts = np.cumsum([0, *map(len, lengths)])
         self._sources = [start + np.flatnonzero(np.asarray(one)) for start, one in zip(starts, lengths, strict=False)]
@@ -63,9 +73,15 @@ class BatchPlan:
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled_epoch)
 
     def batch(self, step: int) -> tuple[int, np.ndarray]:
-        """Length of the bucket and the record numbers int64 [batch_size] of a step; -1 where a row is left empty."""
+        """Length of the bucket and the record (or group) numbers int64 [batch_size] of a step; -1 where a row is left empty."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[position]
+
+    def records(self, number: int) -> tuple[int, ...]:
+        """The records of a row with this number in its `batch`; none for -1."""
+        if number < 0:
+            return ()
+        return tuple(self._groups[number].tolist()) if len(self._groups) else (int(number),)
 
     def replacements(self, step: int, row: int) -> np.ndarray:
         """Records of the batch's bucket to try, in this order, in place of the one in this row."""
@@ -160,25 +176,58 @@ class Loader:
 
     def plan(self, seed: int) -> tuple[BatchPlan, list[DataError]]:
         """The plan of all sources, and the records left out of it because their text cannot be used (`on_error` skip; else raises)."""
-        lengths, problems = np.zeros(len(self), np.int64), []
-        for index in range(len(self)):
-            try:
-                lengths[index] = len(self.encode(self.record(index)))
-            except DataError as error:
-                if self._data.on_error == "raise":
-                    raise
-                problems.append(error)
-        per_source = np.split(lengths, self._starts[1:-1])
-        return BatchPlan(per_source, self._data.bucket_lengths, self._data.batch_size, seed, self._data.weights), problems
+        data, problems, lengths, groups = self._data, [], [], []
+        for number, start in enumerate(self._starts[:-1]):
+            costs, found = self._survey(number)
+            problems += found
+            if data.pack:
+                own = pack(costs[:, :3], (data.bucket_lengths[-1], data.max_images, data.max_regions), costs[:, 3] > 0, seed)
+                lengths.append(np.array([costs[group, 0].sum() for group in own], np.int64))
+                groups += [start + group for group in own]
+            else:
+                lengths.append(costs[:, 0])
+        if problems and data.on_error == "raise":
+            raise problems[0]
+        return BatchPlan(lengths, data.bucket_lengths, data.batch_size, seed, data.weights, groups), problems
+
+    def _survey(self, number: int) -> tuple[np.ndarray, list[DataError]]:
+        """Positions, images, regions and masks of each record of a source, int64 [n, 4], zeros where its text cannot be used; and why not.
+
+        Kept on disk for sources that are files, because it takes tokenizing everything.
+        """
+        source, data = self._sources[number], self._data
+
+        def make():
+            costs, problems = np.zeros((len(source), 4), np.int64), []
+            for index in range(len(source)):
+                try:
+                    record = source[index]
+                    encoded = self.encode(record)
+                    costs[index] = len(encoded), len(record.images), len(encoded.regions), len(encoded.masks)
+                except DataError as error:
+                    problems.append(error.args)
+            return {"costs": costs, "problems": np.frombuffer(json.dumps(problems).encode(), np.uint8)}
+
+        if self._disk is None or not hasattr(source, "fingerprint"):
+            found = make()
+        else:
+            settings = (data.template, data.bucket_lengths[-1], data.max_images, data.max_regions, data.max_masks)
+            key = ("survey", source.fingerprint, self.tokenizer.fingerprint, self._model.clip.num_patches, *settings)
+            found = self._disk.get(key, make)
+        return found["costs"], [DataError(*arguments) for arguments in json.loads(found["problems"].tobytes())]
 
     def load_batch(self, plan: BatchPlan, step: int, rows: Sequence[int]) -> tuple[Arrays, list[DataError]]:
         """These rows of a step's batch, and the errors of records that were replaced by others (`on_error` skip) with notices of odd ones.
 
         A notice comes when a file is prepared, not again when it comes from a cache.
         """
-        bucket, indices = plan.batch(step)
+        bucket, numbers = plan.batch(step)
         return self._load(
-            indices[list(rows)], bucket, False, lambda i: plan.replacements(step, rows[i]), lambda i: plan.generator(step, rows[i])
+            [plan.records(numbers[row]) for row in rows],
+            bucket,
+            False,
+            lambda i: map(plan.records, plan.replacements(step, rows[i])),
+            lambda i: plan.generator(step, rows[i]),
         )
 
     def load_eval(self, indices: Sequence[int], rows: Sequence[int], question: bool) -> tuple[Arrays, list[DataError]]:
@@ -188,7 +237,8 @@ class Loader:
         """
         longest = max((self._length(index, question) for index in indices if index >= 0), default=0)
         bucket = next(length for length in self._data.bucket_lengths if length >= longest)
-        return self._load(np.asarray(indices)[list(rows)], bucket, question, lambda i: (), lambda i: None)
+        chosen = [(int(indices[row]),) if indices[row] >= 0 else () for row in rows]
+        return self._load(chosen, bucket, question, lambda i: (), lambda i: None)
 
     def _length(self, index: int, question: bool) -> int:
         try:
@@ -199,33 +249,37 @@ class Loader:
             return 0
 
     def _load(
-        self, indices: np.ndarray, length: int, question: bool,
-        others: Callable[[int], Sequence[int]], generator: Callable[[int], np.random.Generator | None],
-    ) -> tuple[Arrays, list[DataError]]:  # fmt: skip
-        arrays, skipped = self._empty(len(indices), length), []
-        for row, index in enumerate(indices):
-            if index < 0:
+        self,
+        rows: Sequence[tuple[int, ...]],
+        length: int,
+        question: bool,
+        others: Callable[[int], Iterable[tuple[int, ...]]],
+        generator: Callable[[int], np.random.Generator | None],
+    ) -> tuple[Arrays, list[DataError]]:
+        arrays, skipped = self._empty(len(rows), length), []
+        for row, records in enumerate(rows):
+            if not records:
                 continue
+            examples, tried = [], itertools.chain([records], others(row))
+            while not examples and (records := next(tried, None)):
+                examples = self._read_all(records, question, generator(row), skipped)
+            if examples:
+                _write(arrays, row, examples, self._model.clip.num_patches)
+            elif not question and any(True for _ in others(row)):
+                raise skipped[-1]
+        return arrays, skipped
+
+    def _read_all(self, records: tuple[int, ...], question: bool, rng, skipped: list[DataError]) -> list["_Example"]:
+        """Those of the records that can be used."""
+        examples = []
+        for index in records:
             try:
-                example = self._read(int(index), question, generator(row), skipped)
+                examples.append(self._read(index, question, rng, skipped))
             except DataError as error:
                 if self._data.on_error == "raise":
                     raise
                 skipped.append(error)
-                example = self._first_usable(others(row), question, generator(row), skipped)
-            if example:
-                _write(arrays, row, example)
-        return arrays, skipped
-
-    def _first_usable(self, indices: Sequence[int], question: bool, rng, skipped: list[DataError]) -> "_Example | None":
-        for index in indices:
-            try:
-                return self._read(int(index), question, rng, skipped)
-            except DataError as error:
-                skipped.append(error)
-        if len(indices):
-            raise skipped[-1]
-        return None
+        return examples
 
     def _empty(self, batch: int, length: int) -> Arrays:
         data, clip, sam = self._data, self._model.clip.image_size, self._model.mask.image_size
@@ -247,7 +301,7 @@ class Loader:
             "gt_masks": np.zeros((batch, data.max_masks, canvas, canvas), np.uint8),
             "mask_size": np.full((batch, 2), canvas, np.int32),
             "record": np.full(batch, -1, np.int32),
-        }
+        } | ({"segment": np.zeros((batch, length), np.int32)} if data.pack else {})
         # one valid token, so that no row attends to nothing
         arrays["tokens"][:, 0], arrays["valid"][:, 0] = self.tokenizer.bos_id, True
         return arrays
@@ -326,28 +380,43 @@ class _Example:
     masks: list[np.ndarray]
 
 
-def _write(arrays: Arrays, row: int, example: _Example) -> None:
-    encoded, length = example.encoded, len(example.encoded)
-    for name in ("tokens", "targets", "loss_weights", "feature_index"):
-        arrays[name][row, :length] = getattr(encoded, name)
-    arrays["valid"][row, :length] = True
-    arrays["record"][row] = example.index
-    for i, picture in enumerate(example.pictures):
-        arrays["clip_pixels"][row, i] = picture["clip"]
-    canvas = arrays["gt_masks"].shape[-1]
-    if example.pictures:
-        last = example.pictures[-1]
-        size = tuple(last["size"].tolist())
-        arrays["sam_pixels"][row], arrays["sam_box"][row] = last["sam"], last["sam_box"]
-        arrays["mask_size"][row] = size if max(size) <= canvas else images.fit(size, canvas)
-    for i, points in enumerate(example.points):
-        arrays["region_points"][row, i, : len(points)] = points
-        arrays["region_point_valid"][row, i, : len(points)] = True
-        arrays["region_image"][row, i] = encoded.region_images[i]
+def _write(arrays: Arrays, row: int, examples: Sequence[_Example], patches: int) -> None:
+    """Writes the examples one after another into a row; what belongs to a mask is there for the first one only (others have none)."""
+    first = examples[0]
+    position = picture_slot = region_slot = 0
+    image_features = arrays["clip_pixels"].shape[1] * patches
+    for number, example in enumerate(examples, 1):
+        encoded, place = example.encoded, slice(position, position + len(example.encoded))
+        for name in ("tokens", "targets", "loss_weights"):
+            arrays[name][row, place] = getattr(encoded, name)
+        arrays["valid"][row, place] = True
+        feature = encoded.feature_index
+        shift = np.where(feature >= image_features, region_slot, picture_slot * patches)
+        arrays["feature_index"][row, place] = np.where(feature >= 0, feature + shift, -1)
+        if "segment" in arrays:
+            arrays["segment"][row, place] = number
+        for i, picture in enumerate(example.pictures, picture_slot):
+            arrays["clip_pixels"][row, i] = picture["clip"]
+        for i, points in enumerate(example.points):
+            arrays["region_points"][row, region_slot + i, : len(points)] = points
+            arrays["region_point_valid"][row, region_slot + i, : len(points)] = True
+            arrays["region_image"][row, region_slot + i] = picture_slot + encoded.region_images[i]
+        position, picture_slot, region_slot = place.stop, picture_slot + len(example.pictures), region_slot + len(example.points)
+    arrays["record"][row] = first.index
+    if first.pictures:
+        _write_masks(arrays, row, first)
+
+
+def _write_masks(arrays: Arrays, row: int, example: _Example) -> None:
+    last, canvas = example.pictures[-1], arrays["gt_masks"].shape[-1]
+    size = tuple(last["size"].tolist())
+    arrays["sam_pixels"][row], arrays["sam_box"][row] = last["sam"], last["sam_box"]
+    arrays["mask_size"][row] = size if max(size) <= canvas else images.fit(size, canvas)
     for i, mask in enumerate(example.masks):
         arrays["gt_masks"][row, i, : mask.shape[0], : mask.shape[1]] = mask
         arrays["mask_valid"][row, i] = True
-    arrays["seg_position"][row, : len(encoded.seg_positions)] = encoded.seg_positions
+    positions = example.encoded.seg_positions
+    arrays["seg_position"][row, : len(positions)] = positions
 
 
 def make_loader(data: DataConfig, model: ModelConfig, root: str | None = None) -> Loader:

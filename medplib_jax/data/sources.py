@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
+from medplib_jax.data.cache import fingerprint
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.images import Blob
 
@@ -92,13 +93,18 @@ class MecovqaSource:
         try:
             with open(json_path, encoding="utf-8") as file:
                 self._records = json.load(file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(json_path, None, "annotation file cannot be read", "a JSON list of records", str(error)) from error
         if not isinstance(self._records, list):
             raise DataError(json_path, None, "not a list of records", "a JSON list", type(self._records).__name__)
 
     def __reduce__(self):
         return MecovqaSource, (self.file, self.root)  # worker processes read the file themselves
+
+    @property
+    def fingerprint(self) -> tuple:
+        """Changes with the file."""
+        return fingerprint(self.file)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -123,6 +129,11 @@ class TfdsSource:
 
     def __reduce__(self):
         return TfdsSource, (self.file,)
+
+    @property
+    def fingerprint(self) -> tuple:
+        """Changes with the dataset."""
+        return self.file, *(fingerprint(os.path.join(self.root, name)) for name in sorted(os.listdir(self.root)))
 
     def __len__(self) -> int:
         return len(self._examples)

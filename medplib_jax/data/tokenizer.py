@@ -4,6 +4,7 @@ The `transformers` package no longer has that tokenizer: its LLaMA tokenizer is 
 added tokens nor starts every chunk with a dummy space, so its ids differ. Here the two rules are written out on `sentencepiece`.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -39,6 +40,11 @@ class Tokenizer:
 
     def __reduce__(self):
         return Tokenizer, (self._model,)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the vocabulary."""
+        return hashlib.blake2b(self._model, digest_size=16).hexdigest()
 
     @classmethod
     def load(cls, folder: str) -> "Tokenizer":

@@ -37,8 +37,25 @@ def rotate(x_BxLxHxK: Array, tables: tuple[Array, Array]) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxLxHxK.dtype)
 
 
-def attend(q_BxLxHxK: Array, k_BxSxGxK: Array, v_BxSxGxK: Array, *, query_position_BxL: Array, key_valid_BxS: Array | None = None) -> Array:
+def segment_positions(segment_BxL: Array) -> Array:
+    """Positions that start at 0 with every segment (a run of one number), int32 [B, L]."""
+    index_L = jnp.arange(segment_BxL.shape[1], dtype=jnp.int32)
+    begins_BxL = jnp.pad(segment_BxL[:, 1:] != segment_BxL[:, :-1], ((0, 0), (1, 0)))
+    return index_L - jax.lax.cummax(jnp.where(begins_BxL, index_L, 0), axis=1)
+
+
+def attend(
+    q_BxLxHxK: Array,
+    k_BxSxGxK: Array,
+    v_BxSxGxK: Array,
+    *,
+    query_position_BxL: Array,
+    key_valid_BxS: Array | None = None,
+    segment_BxL: Array | None = None,
+) -> Array:
     """Causal attention: a query sees the keys at index <= its position that are valid. Softmax in float32; G divides H.
+
+    With segments (S = L), it sees those of its own segment only.
 
     A row that may see no key at all gets the mean of all values, never NaN. Returns [B, L, H, K] in q's dtype. The mask is fully
     described by positions and validity, which is also what the blocked TPU kernels (splash attention) take.
@@ -48,6 +65,8 @@ def attend(q_BxLxHxK: Array, k_BxSxGxK: Array, v_BxSxGxK: Array, *, query_positi
     visible_BxLxS = jnp.arange(S) <= query_position_BxL[..., None]
     if key_valid_BxS is not None:
         visible_BxLxS &= key_valid_BxS[:, None, :]
+    if segment_BxL is not None:
+        visible_BxLxS &= segment_BxL[:, :, None] == segment_BxL[:, None, :]
     hidden_BxLxS = jnp.where(visible_BxLxS, 0.0, HIDDEN)
     q_BxGxRLxK = (q_BxLxHxK * K**-0.5).reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
     k_BxGxSxK, v_BxGxSxK = k_BxSxGxK.swapaxes(1, 2), v_BxSxGxK.swapaxes(1, 2)

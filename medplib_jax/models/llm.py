@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from medplib_jax.config import ModelConfig
-from medplib_jax.models.attention import Attention, KVCache, attend, rotary_tables
+from medplib_jax.models.attention import Attention, KVCache, attend, rotary_tables, segment_positions
 from medplib_jax.models.layers import Linear, RmsNorm, Rngs, param, stack_layers
 from medplib_jax.models.moe import MoeMlp, SwiGlu, split_rng
 from medplib_jax.models.remat import remat
@@ -56,21 +56,25 @@ class Llama(nnx.Module):
         *,
         cache: KVCache | None = None,
         positions_BxL: Array | None = None,
+        segment_BxL: Array | None = None,
         train: bool = False,
         rng: Array | None = None,
         router_noise: Array | None = None,
     ) -> tuple[Array, dict[str, Any]]:
         """Embeddings [B, L, D] (padding on the right) to the last hidden state after the final norm, and named intermediates.
 
-        With a cache the L new positions continue each row at its own length. `rng` turns on adapter dropout and random token
+        With a cache the L new positions continue each row at its own length. With `segment_BxL` (and no cache) a row holds several
+        sequences, one segment number each: a position sees its own only, and rotary positions begin anew. `rng` turns on adapter dropout and random token
         priorities; `router_noise` [n_moe, B*L, E] gives the latter explicitly. `out` has, when there are experts: router_logits
         [n_moe, B, L, E], expert_index [n_moe, B, L, k], expert_load [n_moe, E], dropped [n_moe]; always aux_loss (sum over
         layers); and `cache` when one was given.
         """
         start_B = jnp.zeros(x_BxLxD.shape[0], jnp.int32) if cache is None else cache.length_B
         index_BxL = start_B[:, None] + jnp.arange(x_BxLxD.shape[1])
+        if segment_BxL is not None:
+            positions_BxL = segment_positions(segment_BxL)
         tables = rotary_tables(index_BxL if positions_BxL is None else positions_BxL, self.config.llm.head_dim, self.config.llm.rope_theta)
-        step = _LayerStep(self.config, tables, index_BxL, valid_BxL, train)
+        step = _LayerStep(self.config, tables, index_BxL, valid_BxL, segment_BxL, train)
         num_layers, moe_layers = self.config.llm.num_layers, self.config.moe_layers
         inputs = {"layer": jnp.arange(num_layers), "rng": None if rng is None else jax.random.split(rng, num_layers)}
         carry, metrics = (x_BxLxD, None if cache is None else (cache.k, cache.v)), []
@@ -108,8 +112,9 @@ class Llama(nnx.Module):
 class _LayerStep:
     """The body of the scan: one period of decoder layers, with what all layers share."""
 
-    def __init__(self, config, tables, index_BxL, valid_BxL, train):
+    def __init__(self, config, tables, index_BxL, valid_BxL, segment_BxL, train):
         self.config, self.tables, self.index_BxL, self.valid_BxL, self.train = config, tables, index_BxL, valid_BxL, train
+        self.segment_BxL = segment_BxL
 
     def over(self, graphdefs, kinds: Sequence[bool]):
         """A scan body over layers of these kinds (True: experts); params have a leading axis of the period."""
@@ -132,7 +137,7 @@ class _LayerStep:
         project_rng, output_rng, mlp_rng = split_rng(inputs["rng"], 3)
         q, k, v = layer.attn.project(layer.input_norm(x), self.tables, project_rng)
         if buffers is None:
-            y = attend(q, k, v, query_position_BxL=self.index_BxL, key_valid_BxS=self.valid_BxL)
+            y = attend(q, k, v, query_position_BxL=self.index_BxL, key_valid_BxS=self.valid_BxL, segment_BxL=self.segment_BxL)
         else:
             rows = jnp.arange(x.shape[0])[:, None]
             buffers = tuple(

@@ -31,7 +31,7 @@ class MedPLIB(nnx.Module):
     def __call__(self, batch: Batch, *, train: bool = False, rng: Array | None = None) -> tuple[ModelOutput, dict[str, Any]]:
         """A teacher-forced pass. `train` selects the training capacity; `rng` turns on dropout and random token priority."""
         x_BxLxD, out = self.embed(batch)
-        hidden_BxLxD, llm_out = self.llm(x_BxLxD, batch.valid, train=train, rng=rng)
+        hidden_BxLxD, llm_out = self.llm(x_BxLxD, batch.valid, segment_BxL=batch.segment, train=train, rng=rng)
         out |= llm_out
         mask_logits_BxMxhxw = iou_BxM = None
         if batch.seg_position.shape[1]:
