@@ -30,18 +30,40 @@ class Blob:
         return self.name
 
 
-def _open(file: str | Blob) -> Image.Image:
+def _open(file: str | Blob, notices: list[Notice] | None, upright: bool) -> Image.Image:
+    """The decoded picture, turned by its EXIF rotation if asked; what is unusual about the file is appended to `notices`."""
     path = str(file)
     try:
         image = Image.open(io.BytesIO(file.content) if isinstance(file, Blob) else file)
         too_large = image.width * image.height > MAX_PIXELS
         if not too_large:
             image.load()
+            unusual = _unusual(image)
+            image = ImageOps.exif_transpose(image) if upright else image
     except Exception as error:  # decoders raise errors of many types on broken files
         raise DataError(path, None, "picture cannot be read", "an image file", str(error)) from error
     if too_large:
         raise DataError(path, None, "picture is too large", f"at most {MAX_PIXELS} pixels", f"{image.width} x {image.height}")
+    if unusual and notices is not None:
+        expected = f"8-bit grey or RGB, upright, one frame, sides from {MIN_SIDE} pixels, aspect up to {MAX_ASPECT}"
+        notices.append(Notice(path, None, "picture is not plain", expected, unusual))
     return image
+
+
+def _unusual(image: Image.Image) -> str:
+    """What is unusual about a picture file: its pixels, rotation, frames or shape; empty for most."""
+    shortest, longest = sorted((image.width, image.height))
+    found = [
+        f"mode {image.mode}" if image.mode not in ("1", "L", "RGB") else "",
+        f"EXIF orientation {_orientation(image)}" if _orientation(image) != 1 else "",
+        f"{image.n_frames} frames" if getattr(image, "n_frames", 1) > 1 else "",
+        f"{image.width} x {image.height} pixels" if shortest < MIN_SIDE or longest > MAX_ASPECT * shortest else "",
+    ]
+    return ", ".join(filter(None, found))
+
+
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(_ORIENTATION, 1)
 
 
 def load_image(path: str | Blob, notices: list[Notice] | None = None) -> np.ndarray:
@@ -51,9 +73,7 @@ def load_image(path: str | Blob, notices: list[Notice] | None = None) -> np.ndar
     met by the size check of `load_mask`). Alpha is dropped, 16-bit grey keeps its high byte, palettes and CMYK are converted: whatever
     is not plain 8-bit grey or RGB is noted in `notices`.
     """
-    stored = _open(path)
-    _note(path, stored, notices)
-    image = ImageOps.exif_transpose(stored)
+    image = _open(path, notices, upright=True)
     if image.mode in _SIXTEEN_BIT or image.mode == "I":
         image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
@@ -63,36 +83,15 @@ def load_image(path: str | Blob, notices: list[Notice] | None = None) -> np.ndar
 
 def load_mask(path: str | Blob, size: tuple[int, int], notices: list[Notice] | None = None) -> np.ndarray:
     """0/1 uint8 [h, w]: 1 where the grey value is at least 1. DataError when it cannot be read, is rotated, or its size is not (h, w)."""
-    image = _open(path)
-    _note(path, image, notices)
-    if (image.height, image.width) != tuple(size):
-        raise DataError(
-            str(path), None, "mask and picture differ in size", f"{size[0]} x {size[1]} (h x w)", f"{image.height} x {image.width}"
-        )
+    image = _open(path, notices, upright=False)
+    if (found := (image.height, image.width)) != tuple(size):
+        raise DataError(str(path), None, "mask and picture differ in size", "{} x {} (h x w)".format(*size), "{} x {}".format(*found))
     if _orientation(image) != 1:
         raise DataError(str(path), None, "mask is rotated by EXIF", "orientation 1", str(_orientation(image)))
     if image.mode == "F":
         raise DataError(str(path), None, "mask has floating-point pixels", "8 or 16 bits", image.mode)
     grey = np.asarray(image) if image.mode in (*_SIXTEEN_BIT, "I") else np.asarray(image.convert("L"))
     return (grey >= 1).astype(np.uint8)
-
-
-def _note(path: str | Blob, image: Image.Image, notices: list[Notice] | None) -> None:
-    """Appends a notice of what is unusual about a picture file: its pixels, rotation, frames or shape."""
-    shortest, longest = sorted((image.width, image.height))
-    unusual = [
-        f"mode {image.mode}" if image.mode not in ("1", "L", "RGB") else "",
-        f"EXIF orientation {_orientation(image)}" if _orientation(image) != 1 else "",
-        f"{image.n_frames} frames" if getattr(image, "n_frames", 1) > 1 else "",
-        f"{image.width} x {image.height} pixels" if shortest < MIN_SIDE or longest > MAX_ASPECT * shortest else "",
-    ]
-    if notices is not None and any(unusual):
-        expected = f"8-bit grey or RGB, upright, one frame, sides from {MIN_SIDE} pixels, aspect up to {MAX_ASPECT}"
-        notices.append(Notice(str(path), None, "picture is not plain", expected, ", ".join(filter(None, unusual))))
-
-
-def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(_ORIENTATION, 1)
 
 
 def fit(size: tuple[int, int], side: int) -> tuple[int, int]:

@@ -35,7 +35,12 @@ def header(width: int, height: int) -> bytes:
     def chunk(name, body):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 def flipped(rng, content: bytes) -> bytes:
@@ -43,6 +48,14 @@ def flipped(rng, content: bytes) -> bytes:
     place = rng.integers(50, len(broken) - 20)  # within the pixels
     broken[place] ^= 1 << rng.integers(8)
     return bytes(broken)
+
+
+def animation(rng) -> bytes:
+    return saved(Image.fromarray(noise(rng)), "GIF", save_all=True, append_images=[Image.fromarray(noise(rng))])
+
+
+def cut(rng, content: bytes) -> bytes:
+    return content[: int(len(content) * rng.uniform(0.02, 0.95))]
 
 
 def rotated(rng) -> bytes:
@@ -54,6 +67,10 @@ def rotated(rng) -> bytes:
 # files, of the picture or of the mask
 BROKEN_FILES = {
     "truncated": lambda rng: png(noise(rng))[: rng.integers(8, 2000)],
+    "truncated in another format": lambda rng: cut(
+        rng, saved(Image.fromarray(noise(rng)), pick(rng, ("JPEG", "GIF", "TIFF", "BMP", "WEBP")))
+    ),
+    "truncated animation": lambda rng: cut(rng, animation(rng)[:2000]),  # within the first frame
     "bit flipped": lambda rng: flipped(rng, png(noise(rng))),
     "zero bytes": lambda rng: b"",
     "zeros": lambda rng: bytes(int(rng.integers(1, 3000))),
@@ -70,7 +87,7 @@ ODD_PICTURES = {
     "RGBA": lambda rng: png(noise(rng, 4)),
     "grey with alpha": lambda rng: png(noise(rng, 2)),
     "rotated": rotated,
-    "animated": lambda rng: saved(Image.fromarray(noise(rng)), "GIF", save_all=True, append_images=[Image.fromarray(noise(rng))]),
+    "animated": lambda rng: animation(rng),
     "sliver": lambda rng: png(rng.integers(0, 256, (1, int(rng.integers(2, 4000)), 3), np.uint8)),
     "speck": lambda rng: png(rng.integers(0, 256, (3, 2, 3), np.uint8)),
 }
@@ -85,8 +102,9 @@ ODD_MASKS = {
 }
 JUNK = (None, True, 3.5, 7, [], {}, [[]], [None], {"a": 1}, float("nan"), [1, "x"])
 PATHS = (
-    "../../etc/passwd", "/etc/passwd", "images/../../../etc/passwd", "..", ".", "/", "//etc//passwd", "~/secret.png", "images/", "link.png", "folder/secret.png",
-    "file:///etc/passwd", "http://example.org/a.png", "a\0b.png", "x" * 5000, "images/" + "../" * 50 + "etc/passwd", "C:\\secret.png", "half \ud800.png",
+    "../../etc/passwd", "/etc/passwd", "images/../../../etc/passwd", "..", ".", "/", "//etc//passwd", "~/secret.png", "images/", "link.png",
+    "folder/secret.png", "file:///etc/passwd", "http://example.org/a.png", "a\0b.png", "x" * 5000, "images/" + "../" * 50 + "etc/passwd",
+    "C:\\secret.png", "half \ud800.png",
 )  # fmt: skip
 
 

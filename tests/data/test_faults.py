@@ -50,7 +50,10 @@ def check(outcomes, refused, noted, used):
     wrong = [
         fault
         for index, (outcome, fault) in outcomes.items()
-        if not ((outcome == REFUSED and index in refused and index not in used) or (outcome == NOTED and index in noted and index not in refused))
+        if not (
+            (outcome == REFUSED and index in refused and index not in used)
+            or (outcome == NOTED and index in noted and index not in refused)
+        )
     ]
     assert not wrong, collections.Counter(wrong).most_common()
     assert not {index for index in refused | noted if index < GOOD}

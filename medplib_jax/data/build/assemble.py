@@ -12,6 +12,7 @@ masks_merged/ (which SA-Med2D-20M does not have), and leaves out what cannot be 
     OUT/problems.jsonl           every record that was left out or repaired, by name
     OUT/missing.txt              every file that was not there
 
+Every example holds its picture, so the dataset takes the space of as many pictures as there are records.
 Read it with `tfds.data_source("mecovqa/grounding", data_dir=OUT)`, or train on it with data.sources=("OUT/mecovqa/grounding/1.0.0#train",).
 The same command again continues an interrupted run, and takes in images that were missing before. Annotation files with other names are
 sorted by what they hold: answers with masks are grounding, questions with regions are region, others complex.
@@ -33,7 +34,7 @@ from typing import Any
 from tqdm import tqdm
 
 from medplib_jax.data.build import assemble_records, assemble_shards
-from medplib_jax.data.build.mecovqa import merged_name, read_class_names, read_records, write_json
+from medplib_jax.data.build.mecovqa import is_held_out, merged_name, read_class_names, read_records, write_json
 from medplib_jax.data.errors import DataError
 
 PUBLISHED = {
@@ -119,7 +120,7 @@ def guess(file: str, records: list[Any]) -> tuple[str, str]:
     """Config and split of a file with an unknown name."""
     text = json.dumps(records[:1000])
     config = "grounding" if "<mask>" in text else "region" if "<region>" in text else "complex"
-    return config, "test" if "test" in file.lower() else "train"
+    return config, "test" if is_held_out(file) else "train"
 
 
 def find_instances(root: str, files: Iterable[list[Any]]) -> dict[str, tuple[str, ...]]:
@@ -265,7 +266,9 @@ def describe(manifest: dict[str, Any], out: str) -> str:
     for title in ("repaired", "left_out"):
         lines += [f"{title.replace('_', ' '):10} {count:>8}  {what}" for what, count in manifest[title].items()]
     if manifest["missing_files"]:
-        lines.append(f"{manifest['missing_files']} files are missing; they are listed in {os.path.join(out, 'missing.txt')}. By collection:")
+        lines.append(
+            f"{manifest['missing_files']} files are missing; they are listed in {os.path.join(out, 'missing.txt')}. By collection:"
+        )
         lines += [f"  {count:>8}  {place}" for place, count in list(manifest["missing_by_folder"].items())[:20]]
         lines.append("When they are there, the same command takes them in.")
     lines += [f"annotation file absent: {file}" for file in manifest["annotation_files_absent"]]

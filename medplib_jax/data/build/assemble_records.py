@@ -50,7 +50,9 @@ class Files:
         instances = self.instances.get(reference, ())
         if not instances:
             self.missing.add(reference)
-            raise DataError(reference, None, "no instance mask to unite", f"masks/{stem(reference).removesuffix('_merged')}_NNN.png", "none")
+            raise DataError(
+                reference, None, "no instance mask to unite", f"masks/{stem(reference).removesuffix('_merged')}_NNN.png", "none"
+            )
         content = encode_mask(reference, unite(images.load_mask(self.find(f"masks/{name}"), size, self.notices) for name in instances))
         write_once(os.path.join(self.out, reference), content)
         return content
@@ -107,8 +109,8 @@ def repair_turn(turn: Any, repairs: list[str]) -> Any:
     if not _is_text(turn):
         return dict(turn) if isinstance(turn, dict) else turn
     value = turn["value"]
-    for pattern, tag in ((REGION, "region"), (MASK, "mask")):
-        value = pattern.sub(lambda match: f"<{tag}>{repair_reference(match[1], repairs)}</{tag}>", value)
+    for pattern in (REGION, MASK):
+        value = pattern.sub(lambda match: match[0].replace(match[1], repair_reference(match[1], repairs)) if match[1] else match[0], value)
     return {**turn, "value": value}
 
 

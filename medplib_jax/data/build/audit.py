@@ -29,14 +29,13 @@ from tqdm import tqdm
 from medplib_jax.data.build.assemble_shards import DATASET, dataset_folder
 from medplib_jax.data.build.audit_facts import Facts, Reader, plain
 from medplib_jax.data.build.audit_findings import Finding, find
-from medplib_jax.data.build.mecovqa import read_class_names, write_json
+from medplib_jax.data.build.mecovqa import is_held_out, read_class_names, write_json
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.sources import Record, open_source
 from medplib_jax.data.tokenizer import Tokenizer
 
 CHUNK = 200  # records per task of a worker process
 AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the picture
-_HELD_OUT = ("test", "val", "zeroshot")
 
 
 def audit(folder: str, tokenizer: str = "", workers: int = 0) -> tuple[dict[str, Any], list[Facts]]:
@@ -64,12 +63,6 @@ def _is_list(path: str) -> bool:
     """Whether a JSON file may hold records; other JSON (class names, manifests) begins with a brace."""
     with open(path, "rb") as file:
         return file.read(64).lstrip()[:1] == b"["
-
-
-def is_held_out(name: str) -> bool:
-    """Whether a source, named relative to the dataset's folder, is for evaluation."""
-    split = name.partition("#")[2] or name
-    return any(word in split.lower() for word in _HELD_OUT) or "/zeroshot/" in name
 
 
 def collect(sources: Sequence[str], folder: str, tokenizer: str, workers: int) -> list[Facts]:
@@ -101,7 +94,7 @@ def _read_chunk(folder: str, tokenizer: str, chunk: tuple[str, Iterable[int]]) -
 
 @functools.lru_cache(maxsize=1)
 def _reader(folder: str, tokenizer: str, source: str) -> Reader:
-    name = os.path.relpath(source, folder)
+    name = os.path.relpath(source, folder).replace(os.sep, "/")
     return Reader(open_source(source, folder), name, is_held_out(name), _measure(tokenizer), read_class_names(folder))
 
 
@@ -117,7 +110,7 @@ def _words(record: Record) -> list[str]:
 
 
 def summarize(facts: Sequence[Facts], findings: Sequence[Finding], unit: str) -> dict[str, Any]:
-    """The report: `records`, `usable`, `pictures`, `suspicious` (records with a finding), counts, lengths, areas, and `findings` by name."""
+    """The report: `records`, `usable`, `pictures`, `suspicious` (with findings), counts, lengths, areas, and `findings` by name."""
     usable = [one for one in facts if one.problem is None]
     areas = [mask.area for one in usable for mask in one.masks]
     counts, _ = np.histogram(areas, AREA_EDGES)

@@ -15,8 +15,11 @@ TINY = 16 / 512**2  # share of the picture below which a mask is hardly visible 
 MARGIN = 0.02  # tolerance of a position, as share of the picture
 MAJORITY, ENOUGH = 0.8, 5  # a custom of a collection: this share of at least so many cases
 
-_SIDE = re.compile(r"\b(left|right|upper|lower|top|bottom)(?:[ -](left|right))?[ -](?:side|part|half|portion|corner|region|area|quadrant|third)?[ ]?"
-                   r"(?:of|in|on) (?:the|this) (?:\w+ )?(?:image|picture|scan|slice|photo|photograph)\b", re.IGNORECASE)  # fmt: skip
+_SIDE = re.compile(
+    r"\b(left|right|upper|lower|top|bottom)(?:[ -](left|right))?[ -](?:side|part|half|portion|corner|region|area|quadrant|third)?[ ]?"
+    r"(?:of|in|on) (?:the|this) (?:\w+ )?(?:image|picture|scan|slice|photo|photograph)\b",
+    re.IGNORECASE,
+)
 _LATERAL = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _CHOICE = re.compile(r"\bor\b|\b[A-D][).:]", re.IGNORECASE)
 _WORD = re.compile(r"[a-z]+|\d+")

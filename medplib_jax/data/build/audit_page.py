@@ -45,12 +45,16 @@ def write_page(report: dict[str, Any], facts: Sequence[Facts], folder: str, path
     findings = {
         kind: {
             "count": len(found),
-            "cards": [card_of(by_name[one["source"], one["record"]], pictures, one["detail"], one["mask"]) for one in spread(found, PER_FINDING)],
+            "cards": [
+                card_of(by_name[one["source"], one["record"]], pictures, one["detail"], one["mask"]) for one in spread(found, PER_FINDING)
+            ],
             "rows": found[:LISTED],
         }
         for kind, found in ((kind, groups[kind]) for kind in report["finding_counts"])
     }
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
     page = environment.get_template("audit_page.html").render(
         title=Path(folder).resolve().name, report=report, findings=findings, gallery=[card_of(one, pictures) for one in gallery(facts)],
         areas=area_labels(report["mask_areas"]), listed=LISTED,
@@ -79,7 +83,9 @@ def gallery(facts: Sequence[Facts]) -> list[Facts]:
 
 
 def card_of(one: Facts, pictures: "Pictures", detail: str = "", mask: str = "") -> Card:
-    chips = tuple(filter(None, (one.modality, one.task, "held out" if one.held_out else "training", f"{one.length} long" if one.length else "")))
+    chips = tuple(
+        filter(None, (one.modality, one.task, "held out" if one.held_out else "training", f"{one.length} long" if one.length else ""))
+    )
     questions = [("Q", text) for text in one.questions]
     answers = [("A", text) for text in one.answers]
     turns = tuple(turn for pair in zip(questions, answers, strict=False) for turn in pair)

@@ -18,6 +18,8 @@ from medplib_jax.data.sources import modality
 
 _LAST_PART = re.compile(r"(?P<label>.+?)(?:_(?P<instance>\d{3}|merged))?")
 
+_HELD_OUT = re.compile(r"(?<![a-z])(test|val|valid|validation|zeroshot)(?![a-z])")
+
 
 @dataclasses.dataclass(frozen=True)
 class FileName:
@@ -74,6 +76,11 @@ def unite(masks: Iterable[np.ndarray]) -> np.ndarray:
     if len({mask.shape for mask in masks}) != 1:
         raise ValueError(f"expected masks of one size, found {sorted({mask.shape for mask in masks})}")
     return np.maximum.reduce(masks)
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a file or split of this name is for evaluation: test, val or zeroshot stands in it as a word."""
+    return bool(_HELD_OUT.search(name.lower()))
 
 
 def read_records(path: str) -> list[Any]:

@@ -26,7 +26,11 @@ def make_images(root: pathlib.Path, cases=range(4)) -> pathlib.Path:
         name = CT.format(case, case)
         pixels = np.random.default_rng(case).integers(0, 255, SIZE, np.uint8)
         Image.fromarray(pixels).save(root / "images" / f"{name}.png")
-        for part, mask in (("0001_000", rectangle(2, 2, 9, 9)), ("0001_001", rectangle(12, 2, 20, 8)), ("0002_000", rectangle(5, 20, 12, 30))):
+        for part, mask in (
+            ("0001_000", rectangle(2, 2, 9, 9)),
+            ("0001_001", rectangle(12, 2, 20, 8)),
+            ("0002_000", rectangle(5, 20, 12, 30)),
+        ):
             Image.fromarray(mask).save(root / "masks" / f"{name}--{part}.png")
     (root / "SAMed2D_v1_class_mapping_id.json").write_text(json.dumps(CLASS_NAMES))
     return root.parent

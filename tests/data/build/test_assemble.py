@@ -97,7 +97,9 @@ def test_training_reads_the_same_batches_from_both(folders):
         ours = dataclasses.replace(shape, sources=(f"{out}/mecovqa/{config}/1.0.0#train",))
         theirs = dataclasses.replace(shape, sources=(str(annotations / file),))
         for rows in ([0, 1], [1]):
-            found, expected = (make_loader(one, model, str(pictures / "SAMed2Dv1")).load_eval([0, 1], rows, False)[0] for one in (ours, theirs))
+            found, expected = (
+                make_loader(one, model, str(pictures / "SAMed2Dv1")).load_eval([0, 1], rows, False)[0] for one in (ours, theirs)
+            )
             for name, array in expected.items():
                 np.testing.assert_array_equal(found[name], array, err_msg=name)
 
@@ -218,7 +220,10 @@ def test_pictures_that_are_not_plain_are_made_so(folders):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda annotations, pictures, out: (annotations, annotations, out), "not a folder of images; expected images/ or SAMed2Dv1/images/"),
+        (
+            lambda annotations, pictures, out: (annotations, annotations, out),
+            "not a folder of images; expected images/ or SAMed2Dv1/images/",
+        ),
         (lambda annotations, pictures, out: (out, pictures, out), "no annotation file"),
     ],
 )

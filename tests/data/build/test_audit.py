@@ -10,7 +10,8 @@ from PIL import Image
 
 from medplib_jax.data.build import audit as program
 from medplib_jax.data.build.assemble import assemble
-from medplib_jax.data.build.audit import audit, is_held_out
+from medplib_jax.data.build.audit import audit
+from medplib_jax.data.build.mecovqa import is_held_out
 from medplib_jax.data.errors import DataError
 from tests.data.build import collection
 from tests.data.build.collection import CT, SIZE, grounding, record, rectangle, region, vqa, write
@@ -48,7 +49,12 @@ def findings(root, *records, **files):
 
 
 def test_a_clean_dataset_has_no_findings(root):
-    assert findings(root, region(1, "box:1,1,9,9"), record(1, "<image>\nSegment the liver on the left of the image.", f"<SEG><mask>{LIVER}</mask>")) == []
+    assert (
+        findings(
+            root, region(1, "box:1,1,9,9"), record(1, "<image>\nSegment the liver on the left of the image.", f"<SEG><mask>{LIVER}</mask>")
+        )
+        == []
+    )
 
 
 def segment(question, mask, answer="Here: <SEG>."):
@@ -112,6 +118,8 @@ def test_held_out_pictures_and_patients_are_found(root):
     [
         ("train/MeCoVQA-Complex.json", False),
         ("test/a.json", True),
+        ("retrieval_latest.json", False),
+        ("MeCoVQA_Grounding_test.json", True),
         ("zeroshot4grounding/mr.json", True),
         ("mecovqa/region/1.0.0#train", False),
         ("mecovqa/region/1.0.0#test", True),
