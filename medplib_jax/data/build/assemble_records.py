@@ -19,6 +19,7 @@ from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.regions import draw, is_shape
 from medplib_jax.data.sources import MASK, REGION, Record, check_complete, find_file, parse_record
 
+_REFERENCE = re.compile(r"<(region|mask)>(.*?)</\1>")
 _FOLDER = re.compile(r"(?:.*/)?((?:images|masks|masks_merged)/[^/]+)$")
 _SUFFIX = re.compile(r"\.(png|jpe?g)$", re.IGNORECASE)
 
@@ -108,9 +109,7 @@ def repair_text(raw: dict[str, Any], repairs: list[str]) -> dict[str, Any]:
 def repair_turn(turn: Any, repairs: list[str]) -> Any:
     if not _is_text(turn):
         return dict(turn) if isinstance(turn, dict) else turn
-    value = turn["value"]
-    for pattern in (REGION, MASK):
-        value = pattern.sub(lambda match: match[0].replace(match[1], repair_reference(match[1], repairs)) if match[1] else match[0], value)
+    value = _REFERENCE.sub(lambda match: f"<{match[1]}>{repair_reference(match[2], repairs)}</{match[1]}>", turn["value"])
     return {**turn, "value": value}
 
 
