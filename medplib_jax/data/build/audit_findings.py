@@ -133,10 +133,10 @@ def same_place(facts: Sequence[Facts]) -> Found:
 
 
 def other_class(facts: Sequence[Facts]) -> Found:
-    """The mask marks one class and the text names only others that the dataset knows."""
+    """The mask marks one class, and its question and answer name only others that the dataset knows."""
     vocabulary = {frozenset(words) for _, mask in _masks(facts) if (words := _label_words(mask.label))}
     for one, mask in _masks(facts):
-        own, text = _label_words(mask.label), set(_words(one.text))
+        own, text = _label_words(mask.label), set(_words(_round(one, mask)))
         if not own or own & text or _stems(own) & _stems(text):
             continue
         named = sorted(" ".join(sorted(words)) for words in vocabulary if words <= text)
@@ -201,6 +201,12 @@ CHECKS: dict[str, Callable[[Sequence[Facts]], Found]] = {
 
 def _masks(facts: Sequence[Facts]) -> Iterator[tuple[Facts, MaskFacts]]:
     return ((one, mask) for one in facts for mask in one.masks)
+
+
+def _round(one: Facts, mask: MaskFacts) -> str:
+    """The question and answer that the mask belongs to."""
+    number = mask.turn // 2
+    return " ".join(one.questions[number : number + 1] + one.answers[number : number + 1])
 
 
 def _collection(one: Facts) -> str:

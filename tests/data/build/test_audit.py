@@ -81,6 +81,13 @@ def test_every_check_names_the_record(root, raw, kind):
     assert findings(root, raw) == [(kind, "train.json", len(GOOD))]
 
 
+def test_other_rounds_may_name_other_classes(root):
+    more = [{"from": "human", "value": f"Is <region>{LIVER}</region> normal?"}, {"from": "gpt", "value": "Yes."}]
+    several = region(0, KIDNEY)
+    several["conversations"] += more
+    assert findings(root, several) == []
+
+
 def test_an_answer_may_be_one_of_the_choices(root):
     assert findings(root, record(0, "<image>\nIs it a cyst or a stone?", "A cyst", answer_type="open")) == []
 
