@@ -28,6 +28,7 @@ class MaskFacts:
     x: float  # centre of mass
     y: float
     box: tuple[float, float, float, float]  # x0, y0, x1, y1
+    hash: str  # of its pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,8 @@ def measure_mask(mask: np.ndarray, name: str, label: str, in_question: bool, tur
     height, width = mask.shape
     box = (columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height)
     centre = ((columns.mean() + 0.5) / width, (rows.mean() + 0.5) / height)
-    return MaskFacts(name, label, in_question, turn, len(rows) / mask.size, *map(float, centre), tuple(map(float, box)))
+    content = hashlib.blake2b(np.packbits(mask).tobytes(), digest_size=12).hexdigest()
+    return MaskFacts(name, label, in_question, turn, len(rows) / mask.size, *map(float, centre), tuple(map(float, box)), content)
 
 
 def plain(text: str) -> str:

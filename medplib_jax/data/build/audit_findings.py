@@ -132,6 +132,18 @@ def same_place(facts: Sequence[Facts]) -> Found:
                 yield one, f'lies where "{other.label}" lies ({other.name})', mask.name
 
 
+def same_mask(facts: Sequence[Facts]) -> Found:
+    """The same pixels of a picture are called by different names."""
+    names = collections.defaultdict(set)
+    for one, mask in _masks(facts):
+        if mask.label:
+            names[one.images[-1], mask.hash].add(mask.label)
+    for one, mask in _masks(facts):
+        others = sorted(names[one.images[-1], mask.hash] - {mask.label}) if mask.label else []
+        if others:
+            yield one, f'the mask of "{mask.label}" is pixel for pixel that of "{", ".join(others)}"', mask.name
+
+
 def other_class(facts: Sequence[Facts]) -> Found:
     """The mask marks one class, and its question and answer name only others that the dataset knows."""
     vocabulary = {frozenset(words) for _, mask in _masks(facts) if (words := _label_words(mask.label))}
@@ -188,6 +200,7 @@ CHECKS: dict[str, Callable[[Sequence[Facts]], Found]] = {
     "mask and text are at different places": misplaced,
     "left and right swapped": wrong_side,
     "left and right at one place": same_place,
+    "one mask has two names": same_mask,
     "mask of another class than the text names": other_class,
     "picture is not plain and was converted": odd_files,
     "mask covers the whole picture": full_masks,

@@ -38,7 +38,7 @@ class Card:
 def write_page(report: dict[str, Any], facts: Sequence[Facts], folder: str, path: str) -> None:
     """Writes the page of a report and the facts it was made from. What comes from the dataset is escaped; nothing is fetched."""
     by_name = {(one.source, one.record): one for one in facts}
-    pictures = Pictures(folder)
+    pictures, unit = Pictures(folder), report["lengths"]["unit"]
     groups = collections.defaultdict(list)
     for finding in report["findings"]:
         groups[finding["kind"]].append(finding)
@@ -46,7 +46,8 @@ def write_page(report: dict[str, Any], facts: Sequence[Facts], folder: str, path
         kind: {
             "count": len(found),
             "cards": [
-                card_of(by_name[one["source"], one["record"]], pictures, one["detail"], one["mask"]) for one in spread(found, PER_FINDING)
+                card_of(by_name[one["source"], one["record"]], pictures, unit, one["detail"], one["mask"])
+                for one in spread(found, PER_FINDING)
             ],
             "rows": found[:LISTED],
         }
@@ -56,7 +57,7 @@ def write_page(report: dict[str, Any], facts: Sequence[Facts], folder: str, path
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("audit_page.html").render(
-        title=Path(folder).resolve().name, report=report, findings=findings, gallery=[card_of(one, pictures) for one in gallery(facts)],
+        title=Path(folder).resolve().name, report=report, findings=findings, gallery=[card_of(one, pictures, unit) for one in gallery(facts)],
         areas=area_labels(report["mask_areas"]), listed=LISTED,
     )  # fmt: skip
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -82,9 +83,9 @@ def gallery(facts: Sequence[Facts]) -> list[Facts]:
     return chosen[:MOST_GROUPS]
 
 
-def card_of(one: Facts, pictures: "Pictures", detail: str = "", mask: str = "") -> Card:
+def card_of(one: Facts, pictures: "Pictures", unit: str, detail: str = "", mask: str = "") -> Card:
     chips = tuple(
-        filter(None, (one.modality, one.task, "held out" if one.held_out else "training", f"{one.length} long" if one.length else ""))
+        filter(None, (one.modality, one.task, "held out" if one.held_out else "training", f"{one.length} {unit}" if one.length else ""))
     )
     questions = [("Q", text) for text in one.questions]
     answers = [("A", text) for text in one.answers]

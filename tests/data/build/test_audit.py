@@ -102,9 +102,15 @@ def test_a_kidney_on_the_unusual_side_is_found(root):
 
 
 def test_left_and_right_on_each_other_are_found(root):
-    Image.fromarray(rectangle(5, 20, 12, 30)).save(root / "masks" / f"{NAME}--right_kidney.png")
+    Image.fromarray(rectangle(5, 21, 12, 30)).save(root / "masks" / f"{NAME}--right_kidney.png")
     raw = segment("Segment the right kidney.", f"masks/{NAME}--right_kidney.png")
     assert findings(root, raw) == [("left and right at one place", "train.json", len(GOOD))]
+
+
+def test_a_mask_with_two_names_is_found(root):
+    Image.fromarray(rectangle(5, 20, 12, 30)).save(root / "masks" / f"{NAME}--cyst.png")
+    found = findings(root, segment("Segment the cyst.", f"masks/{NAME}--cyst.png"))
+    assert found == [("one mask has two names", "train.json", 2), ("one mask has two names", "train.json", len(GOOD))]
 
 
 def test_held_out_pictures_and_patients_are_found(root):
