@@ -6,8 +6,8 @@ COMMAND
 DIR is a folder of annotation files in MeCoVQA's form (paths start at DIR) or one that `data.build.assemble` made. Counts records by split,
 modality, task and answer type, measures texts and masks, and names every suspicious record: files missing or unreadable, masks of another
 size, empty, full or tiny, masks elsewhere than the text says, left and right swapped, masks with two names or of another class than
-named, questions asked twice, answers that stand in their question, held-out pictures or patients that are in the training data, too. Everything whose split,
-folder or file name does not say test, val or zeroshot counts as training data.
+named, questions asked twice, answers that stand in their question, held-out pictures or patients that are in the training data, too.
+Everything whose split, folder or file name does not say test, val or zeroshot counts as training data.
 
 The process ends with 0 whatever is found; --json holds the figures to decide upon. Lengths are in words without --tokenizer (the folder of
 a checkpoint's tokenizer).
