@@ -34,7 +34,7 @@ from typing import Any
 from tqdm import tqdm
 
 from medplib_jax.data.build import assemble_records, assemble_shards
-from medplib_jax.data.build.mecovqa import is_held_out, merged_name, read_class_names, read_records, write_json
+from medplib_jax.data.build.mecovqa import is_held_out, may_hold_records, merged_name, read_class_names, read_records, write_json
 from medplib_jax.data.errors import DataError
 
 PUBLISHED = {
@@ -104,13 +104,14 @@ def find_collection(images: str) -> str:
 
 
 def find_annotations(folder: str) -> list[str]:
-    """Annotation files below the folder, those of the images' own metadata left out. DataError when there is none."""
+    """Annotation files below the folder; JSON of other kinds is left out. DataError when there is none."""
     found = [
         os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
         for place, folders, names in os.walk(folder)
         for name in names
-        if name.endswith((".json", ".jsonl")) and not name.startswith("SAMed2D")
+        if name.endswith((".json", ".jsonl"))
     ]
+    found = [file for file in found if file in PUBLISHED or may_hold_records(os.path.join(folder, file))]
     if not found:
         raise DataError(folder, None, "no annotation file", "*.json in it or below", "none")
     return sorted(found)

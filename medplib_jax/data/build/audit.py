@@ -29,7 +29,7 @@ from tqdm import tqdm
 from medplib_jax.data.build.assemble_shards import DATASET, dataset_folder
 from medplib_jax.data.build.audit_facts import Facts, Reader, plain
 from medplib_jax.data.build.audit_findings import Finding, find
-from medplib_jax.data.build.mecovqa import is_held_out, read_class_names, write_json
+from medplib_jax.data.build.mecovqa import is_held_out, may_hold_records, read_class_names, write_json
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.sources import Record, open_source
 from medplib_jax.data.tokenizer import Tokenizer
@@ -53,16 +53,10 @@ def find_sources(folder: str) -> list[str]:
         places = [dataset_folder(folder, config) for config in sorted(os.listdir(assembled))]
         return [f"{place}#{split}" for place in places for split in tfds.builder_from_directory(place).info.splits]
     files = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name.endswith(".json")]
-    found = [file for file in files if _is_list(file)]
+    found = [file for file in files if may_hold_records(file)]
     if not found:
         raise DataError(folder, None, "no dataset", f"annotation files *.json, or {DATASET}/ of an assembled one", "neither")
     return sorted(found)
-
-
-def _is_list(path: str) -> bool:
-    """Whether a JSON file may hold records; other JSON (class names, manifests) begins with a brace."""
-    with open(path, "rb") as file:
-        return file.read(64).lstrip()[:1] == b"["
 
 
 def collect(sources: Sequence[str], folder: str, tokenizer: str, workers: int) -> list[Facts]:

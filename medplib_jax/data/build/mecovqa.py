@@ -83,6 +83,12 @@ def is_held_out(name: str) -> bool:
     return bool(_HELD_OUT.search(name.lower()))
 
 
+def may_hold_records(path: str) -> bool:
+    """Whether a file begins like records: a JSON list, or JSON lines with conversations. Class names, manifests and the like do not."""
+    with open(path, "rb") as file:
+        return b'"conversations"' in file.readline() if path.endswith(".jsonl") else file.read(64).lstrip()[:1] == b"["
+
+
 def read_records(path: str) -> list[Any]:
     """The unchecked records of an annotation file (JSON list or JSON lines). DataError when it cannot be read."""
     try:

@@ -193,6 +193,19 @@ def test_an_interrupted_run_continues(folders, monkeypatch):
     assert len(open_source(f"{folders[2]}/mecovqa/grounding/1.0.0#train")) == 3
 
 
+def test_the_output_may_lie_among_the_annotations(folders):
+    inside = (folders[0], folders[1], folders[0] / "assembled")
+    write(folders[0], "train/MeCoVQA-Complex.json", [vqa(0), vqa(9)])
+    assert run(inside) == run(inside)
+    assert run(inside)["records"] == 9
+
+
+def test_a_published_file_that_is_broken_is_named(folders):
+    (folders[0] / "train/MeCoVQA-Complex.json").write_text("<html>")
+    with pytest.raises(DataError, match="MeCoVQA-Complex.json: annotation file cannot be read"):
+        run(folders)
+
+
 def test_a_change_of_the_annotations_is_taken_in(folders):
     run(folders)
     write(folders[0], "train/MeCoVQA-Complex.json", [vqa(2)])
