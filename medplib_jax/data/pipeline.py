@@ -241,7 +241,10 @@ class Loader:
         side = self._data.mask_canvas
 
         def make():
-            mask = images.mask_on_canvas(images.load_mask(file, size, notices), side)
+            mask = images.load_mask(file, size, notices)
+            if not mask.any():
+                notices.append(Notice(str(file), None, "mask is empty", "at least one pixel", "none"))
+            mask = images.mask_on_canvas(mask, side)
             return {"bits": np.packbits(mask, axis=1), "width": np.array(mask.shape[1], np.int32)}
 
         packed = self._cached(("mask", side, size), file, make)

@@ -61,6 +61,22 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(lengths, batch_size, step):
         np.testing.assert_array_equal(fresh.batch(step)[1], other.batch(step)[1])
 
 
+@some
+@given(lengths_of_sources, st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 5)), min_size=1, max_size=8), st.integers(0, 3))
+def test_interruptions_and_other_process_counts_lose_and_repeat_nothing(lengths, legs, seed):
+    """A run in legs, each with its number of processes and steps; every process makes the plan anew and resumes at the step."""
+    step, found, batch_size = 0, [], 4
+    while step < (steps := BatchPlan(lengths, (10, 40, 100), batch_size, seed).steps_per_epoch):
+        processes, count = legs[step % len(legs)]
+        last = min(step + count, steps)
+        for process in range(processes):
+            plan = BatchPlan(lengths, (10, 40, 100), batch_size, seed)
+            found += [plan.batch(now)[1][process::processes] for now in range(step, last)]
+        step = last
+    records = np.concatenate(found)
+    np.testing.assert_array_equal(np.sort(records[records >= 0]), np.arange(sum(map(len, lengths))))
+
+
 def test_epochs_and_seeds_differ():
     first, second = (BatchPlan([np.full(50, 5)], (10,), 50, seed) for seed in (0, 1))
     orders = {tuple(plan.batch(step)[1]) for plan in (first, second) for step in (0, 1)}
@@ -305,6 +321,12 @@ def test_odd_files_are_noted_and_used(folder):
         assert isinstance(notice, Notice) and notice.found == "mode I;16" and notice.record in (0, 1, 6)
         assert notice.as_dict()["used"] and "wide.png" in str(notice)
     assert sorted(np.concatenate([arrays["record"] for arrays, _ in batches])) == [-1, *range(7)]
+
+
+def test_an_empty_mask_is_noted(folder):
+    Image.new("L", (30, 20)).save(folder / "wide_mask.png")
+    notices = [error for _, errors in epoch(folder)[0] for error in errors]
+    assert {(notice.record, notice.what.split(" (")[0], type(notice)) for notice in notices} == {(1, "mask is empty", Notice)}
 
 
 def test_evaluation_logs_notices_and_counts_errors_only(folder, caplog):
