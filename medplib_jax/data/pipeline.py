@@ -123,7 +123,7 @@ class Loader:
             [plan.records(numbers[row]) for row in rows],
             bucket,
             False,
-            lambda i: map(plan.records, plan.replacements(step, rows[i])),
+            lambda i: _replacements(plan, step, rows[i]),
             lambda i: plan.generator(step, rows[i]),
         )
 
@@ -230,10 +230,10 @@ class Loader:
         sides = self._model.clip.image_size, self._model.mask.image_size
 
         def make():
-            rgb = images.load_image(file, notices)
-            sam, box = images.sam_pixels(rgb, sides[1])
-            clip, _ = images.clip_pixels(rgb, sides[0])
-            return {"clip": clip, "sam": sam, "sam_box": np.array(box, np.int32), "size": np.array(rgb.shape[:2], np.int32)}
+            pixels = images.load_pixels(file, notices)
+            sam, box = images.sam_pixels(pixels, sides[1])
+            clip, _ = images.clip_pixels(pixels, sides[0])
+            return {"clip": clip, "sam": sam, "sam_box": np.array(box, np.int32), "size": np.array(pixels.shape[:2], np.int32)}
 
         return self._cached(("picture", *sides), file, make)
 
@@ -267,6 +267,11 @@ class Loader:
             return {"cells": regions.grid_cells(mask)}
 
         return self._cached(("region", size), file, make)["cells"]
+
+
+def _replacements(plan: BatchPlan, step: int, row: int) -> Iterator[tuple[int, ...]]:
+    """The records to try instead of a row's own; found when the first is asked for, because that takes long and is rarely needed."""
+    yield from map(plan.records, plan.replacements(step, row))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,27 @@ def test_sizes_equal_the_originals():
         assert images.fit((height, width), side) == tuple(expected)
 
 
+@pytest.mark.parametrize("size", [(61, 287), (200, 150), (512, 512), (17, 40)])
+def test_grey_in_one_channel_gives_what_three_give(tmp_path, size):
+    grey = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    path = str(tmp_path / "a.png")
+    for stored in (grey, np.repeat(grey[..., None], 3, axis=2)):
+        Image.fromarray(stored).save(path)
+        np.testing.assert_array_equal(images.load_pixels(path), grey)
+        rgb = images.load_image(path)
+        assert rgb.shape == (*size, 3)
+        for canvas in (images.clip_pixels, images.sam_pixels):
+            for side in (336, 256):
+                np.testing.assert_array_equal(canvas(images.load_pixels(path), side)[0], canvas(rgb, side)[0])
+
+
+def test_one_coloured_pixel_is_enough(tmp_path):
+    rgb = np.full((40, 40, 3), 9, np.uint8)
+    rgb[7, 3, 2] = 10
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(images.load_pixels(str(tmp_path / "a.png")), rgb)
+
+
 def test_canvas_is_centred_and_padded_with_its_colour():
     rgb = np.full((10, 7, 3), 200, np.uint8)
     clip, box = images.clip_pixels(rgb, 20)

@@ -306,6 +306,11 @@ def test_bad_files_are_replaced_by_records_of_the_bucket_and_named(bad_files):
     np.testing.assert_array_equal(records, np.concatenate([arrays["record"] for arrays, _ in again]))
 
 
+def test_replacements_are_sought_only_when_needed(folder, monkeypatch):
+    monkeypatch.setattr(BatchPlan, "replacements", None)  # takes as long as the dataset is large
+    assert len(epoch(folder)[0]) == 2
+
+
 def test_a_bucket_without_a_good_record_gives_up(bad_files):
     write(bad_files, [BAD_FILES[0][0]])
     with pytest.raises(DataError, match="file is missing"):

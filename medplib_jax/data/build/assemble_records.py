@@ -138,14 +138,14 @@ def repair_reference(reference: str, repairs: list[str]) -> str:
 
 
 def read_picture(path: str, notices: list[Notice]) -> tuple[bytes, tuple[int, int]]:
-    """The picture's bytes and size (h, w): the file itself where it is plain 8-bit grey or RGB, else made so."""
-    rgb = images.load_image(path, notices)
+    """The picture's bytes and size (h, w): the file itself, or a PNG of the same pixels where the file is odd or grey in three channels."""
+    pixels = images.load_pixels(path, notices)
     with Image.open(path) as image:
-        plain = image.format in ("PNG", "JPEG") and image.mode in ("L", "RGB") and not notices
-    if plain:
+        plain = image.format == "JPEG" or (image.format == "PNG" and image.mode == ("L" if pixels.ndim == 2 else "RGB"))
+    if plain and not notices:
         with open(path, "rb") as file:
-            return file.read(), rgb.shape[:2]
-    return _png(rgb), rgb.shape[:2]
+            return file.read(), pixels.shape[:2]
+    return _png(pixels), pixels.shape[:2]
 
 
 def read_masks(record: Record, files: Files, size: tuple[int, int]) -> dict[str, bytes]:

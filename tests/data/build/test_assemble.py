@@ -221,6 +221,16 @@ def test_files_with_other_names_are_sorted_by_what_they_hold(tmp_path, folders):
     assert manifest["annotation_files_absent"] == []
 
 
+def test_grey_in_three_channels_is_kept_in_one(folders):
+    path = folders[1] / "SAMed2Dv1" / "images" / f"{NAME}.png"
+    rgb = np.repeat(np.asarray(Image.open(path))[..., None], 3, axis=2)
+    Image.fromarray(rgb).save(path)
+    assert run(folders)["repaired"] == {}
+    one = open_source(f"{folders[2]}/mecovqa/complex/1.0.0")[0]
+    np.testing.assert_array_equal(images.load_image(one.find(one.images[0])), rgb)
+    assert images.load_pixels(one.find(one.images[0])).ndim == 2
+
+
 def test_pictures_that_are_not_plain_are_made_so(folders):
     path = folders[1] / "SAMed2Dv1" / "images" / f"{NAME}.png"
     Image.fromarray(np.full(collection.SIZE, 513, np.uint16)).save(path)
