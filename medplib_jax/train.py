@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from medplib_jax import checkpoint
-from medplib_jax.data.errors import DataError
+from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import BatchPlan, Loader, make_loader, train_batches
 from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.experiment import ExperimentConfig, from_config_dict
@@ -120,7 +121,7 @@ class Run:
             if len(self.step.compile_seconds) > compiled:
                 self.clock.lose(self.step.compile_seconds[batch.tokens.shape[1]])
             step += 1
-            late.add(step, metrics, batch.tokens.shape)
+            late.add(step, metrics | self.feeding, batch.tokens.shape)
             for row in late.ready(keep=1):
                 last = self._report(row, writer, bar)
             if step % config.checkpoint_every == 0 or step == self.total_steps:
@@ -137,12 +138,14 @@ class Run:
 
     def _next(self, batches: Iterator, stop: "StopSignal") -> Batch | None:
         """The next batch on the devices; None when Ctrl-C ended the worker processes that would have read it."""
+        began = time.perf_counter()
         try:
             arrays, skipped = next(batches)
         except Exception:
             if stop.signal is None:
                 raise
             return None
+        self.feeding = {"data_wait": time.perf_counter() - began, "padding": 1.0 - float(arrays["valid"].mean())}
         self.skipped.add(skipped)
         return put_batch(Batch(**arrays), self.mesh, self.config.data.batch_size)
 
@@ -180,33 +183,38 @@ class LateMetrics:
 
     def _speed(self, row: dict[str, float], shape: tuple[int, int]) -> dict[str, float]:
         config, seconds = self._run.config, self._run.clock.seconds_per_step()
-        speed = {"seconds_per_step": seconds, "tokens_per_second": row["tokens"] / seconds, "goodput": self._run.clock.goodput()}
+        speed = {
+            "seconds_per_step": seconds,
+            "tokens_per_second": row["tokens"] / seconds,
+            "examples_per_second": shape[0] / seconds,
+            "goodput": self._run.clock.goodput(),
+        }
         flops = step_flops(config.model, *shape, config.data.max_images, config.data.max_masks, self._run.trainable_share)
         used = mfu(flops, seconds)
         return speed if used is None else speed | {"mfu": used}
 
     def _describe(self, step: int, row: dict[str, float]) -> str:
         _, indices = self._run.plan.batch(step - 1)
-        records = [self._run.loader.record(int(index)) for index in indices if index >= 0]
+        records = [self._run.loader.record(index) for number in indices for index in self._run.plan.records(number)]
         names = ", ".join(f"{record.file}[{record.index}]" for record in records)
         terms = ", ".join(f"{name} {row[name]}" for name in ("loss", "ce", "dice", "bce", "focal", "iou", "aux", "grad_norm"))
         return f"step {step}: not finite: {terms}; its batch holds the records {names}"
 
 
 class SkippedRecords:
-    """Names and counts the records that could not be used, in skipped.<process>.jsonl."""
+    """Names the records that could not be used, which are counted, and the odd ones that were, in skipped.<process>.jsonl."""
 
     def __init__(self, workdir: str):
         self._path = epath.Path(workdir) / f"skipped.{jax.process_index()}.jsonl"
         self.count = 0
 
     def add(self, errors: list[DataError]) -> None:
-        self.count += len(errors)
+        self.count += sum(not isinstance(error, Notice) for error in errors)
         if not errors:
             return
         with self._path.open("a") as file:
             for error in errors:
-                log.warning("skipped %s", error)
+                log.warning("%s %s", "used" if isinstance(error, Notice) else "skipped", error)
                 file.write(json.dumps(error.as_dict()) + "\n")
 
 
