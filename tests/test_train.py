@@ -96,7 +96,9 @@ def uninterrupted(config, folder, whole):
 def test_a_run_learns_and_returns_its_last_metrics(uninterrupted):
     sequence = uninterrupted["losses"]
     assert list(sequence) == list(range(1, 9)) and sequence[8][0] < sequence[1][0] - 0.5
-    assert uninterrupted["result"]["step"] == 8 and uninterrupted["result"]["interrupted"] is None
+    result = uninterrupted["result"]
+    assert result["step"] == 8 and result["interrupted"] is None
+    assert 0 < result["padding"] < 1 and result["data_wait"] > 0 and result["examples_per_second"] > 0
 
 
 def test_resuming_after_sigkill_gives_the_same_losses(uninterrupted, config, folder, tmp_path):
