@@ -55,7 +55,7 @@ def tiny_lora(targets: tuple[str, ...]) -> LoraConfig:
 def tiny_optim(lr: float, *trainable: str) -> OptimConfig:
     """Adapters start at zero and learn at twice the rate; a longer memory of squared gradients suits the small batch."""
     adapters = ((LORA, 2.0),) if LORA in trainable else ()
-    return OptimConfig(lr=lr, b2=0.98, warmup=0.2, trainable=trainable, lr_scale=adapters)
+    return OptimConfig(lr=lr, b2=0.98, warmup=0.1, trainable=trainable, lr_scale=adapters)
 
 
 def mecovqa(*names: str, **settings) -> DataConfig:

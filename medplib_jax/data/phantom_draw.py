@@ -81,24 +81,27 @@ def gray(value, texture="plain", rim=None):
     return Look((value,), texture, None if rim is None else (rim,))
 
 
+# Colours of a perfusion map or of Doppler flow over a grey image: much blood, little blood.
+HOT, COLD = Look((0.95, 0.35, 0.1), rim=(0.95, 0.85, 0.2)), Look((0.1, 0.25, 0.85), rim=(0.2, 0.75, 0.85))
+
 MODALITIES = (
     Modality("ct", "CT", (
         Structure("liver", gray(0.66), (0.27, 0.42), (0.155, 0.16), angle=-20, power=2.4),
         Structure("spleen", gray(0.62, "grain"), (0.81, 0.45), (0.095, 0.14), angle=20),
-        Structure("stomach", gray(0.12, rim=0.8), (0.57, 0.31), (0.13, 0.105), angle=15, bend=0.3),
+        Structure("stomach", gray(0.85, "stripes"), (0.57, 0.31), (0.13, 0.105), angle=15, bend=0.3),
         Structure("kidney", gray(0.8, "rings"), (0.26, 0.72), (0.1, 0.115), angle=25, pair=True),
         Structure("spine", gray(1.0), (0.5, 0.75), (0.105, 0.11), power=5),
-    ), (Finding("tumor", gray(0.98, rim=0.05), 0.1), Finding("cyst", gray(0.02), 0.0)), (0.5, 0.52, 0.28, 0.26)),
+    ), (Finding("tumor", HOT, 0.1), Finding("cyst", COLD, 0.0)), (0.5, 0.52, 0.28, 0.26)),
     Modality("mr", "MR", (
         Structure("ventricle", gray(0.04), (0.5, 0.45), (0.1, 0.14), bend=0.5),
         Structure("cerebellum", gray(0.72, "stripes"), (0.5, 0.77), (0.2, 0.11)),
         Structure("eye", gray(0.95, "rings"), (0.3, 0.19), (0.1, 0.1), pair=True),
-    ), (Finding("tumor", gray(1.0, rim=0.05), 0.15), Finding("hemorrhage", gray(0.03, rim=0.95), 0.2)), (0.5, 0.52, 0.26, 0.22)),
+    ), (Finding("tumor", HOT, 0.15), Finding("hemorrhage", COLD, 0.2)), (0.5, 0.52, 0.26, 0.22)),
     Modality("x_ray", "X-ray", (
         Structure("lung", gray(0.1), (0.25, 0.46), (0.135, 0.25), angle=6, power=2.4, pair=True),
         Structure("heart", gray(0.9), (0.55, 0.62), (0.14, 0.13), angle=25),
         Structure("spine", gray(0.75, "stripes"), (0.5, 0.28), (0.075, 0.2), power=5),
-    ), (Finding("nodule", gray(1.0, rim=0.35), 0.0), Finding("infiltrate", gray(0.72, "grain"), 0.3)), (0.5, 0.5, 0.3, 0.3)),
+    ), (Finding("nodule", gray(1.0, rim=0.0), 0.0), Finding("infiltrate", gray(0.26, "grain"), 0.3)), (0.5, 0.5, 0.3, 0.3)),
     Modality("pet", "PET", (
         Structure("brain", gray(0.72, "rings"), (0.5, 0.17), (0.125, 0.115)),
         Structure("heart", gray(0.62, "plain"), (0.6, 0.42), (0.1, 0.1), angle=20),
@@ -109,22 +112,22 @@ MODALITIES = (
         Structure("liver", gray(0.6, "grain"), (0.36, 0.44), (0.15, 0.15), angle=-15),
         Structure("gallbladder", gray(0.0, rim=0.8), (0.64, 0.4), (0.09, 0.145), angle=-20),
         Structure("kidney", gray(0.5, "rings"), (0.56, 0.75), (0.18, 0.11), angle=5, bend=0.25),
-    ), (Finding("stone", gray(1.0), 0.05), Finding("tumor", gray(0.7, "stripes", rim=0.0), 0.1)), (0.5, 0.6, 0.24, 0.22)),
+    ), (Finding("stone", gray(1.0), 0.05), Finding("tumor", HOT, 0.1)), (0.5, 0.6, 0.24, 0.22)),
     Modality("fundus", "fundus", (
         Structure("optic disc", Look((1.0, 0.85, 0.55), rim=(1.0, 0.65, 0.3)), (0.24, 0.48), (0.105, 0.11)),
         Structure("macula", Look((0.42, 0.14, 0.06)), (0.58, 0.5), (0.11, 0.115)),
         Structure("vessel", Look((0.62, 0.03, 0.1)), (0.52, 0.22), (0.27, 0.065), bend=-0.35),
-    ), (Finding("hemorrhage", Look((0.2, 0.0, 0.03)), 0.3), Finding("exudate", Look((1.0, 0.98, 0.3), "grain"), 0.3)), (0.54, 0.56, 0.27, 0.27)),
+    ), (Finding("hemorrhage", Look((0.3, 0.0, 0.32)), 0.3), Finding("exudate", Look((1.0, 0.98, 0.3), "grain"), 0.3)), (0.54, 0.56, 0.27, 0.27)),
     Modality("dermoscopy", "dermoscopy", (
         Structure("nevus", Look((0.5, 0.29, 0.17), "rings"), (0.5, 0.5), (0.14, 0.13), anywhere=True),
         Structure("freckle", Look((0.78, 0.52, 0.3)), (0.5, 0.5), (0.13, 0.12), anywhere=True),
-        Structure("scar", Look((1.0, 0.93, 0.9), "stripes"), (0.5, 0.5), (0.2, 0.075), angle=30, anywhere=True),
+        Structure("scar", Look((1.0, 0.97, 1.0)), (0.5, 0.5), (0.2, 0.075), angle=30, anywhere=True),
     ), (Finding("melanoma", Look((0.1, 0.08, 0.14), "grain"), 0.35), Finding("angioma", Look((0.85, 0.08, 0.12)), 0.05)), (0.5, 0.5, 0.33, 0.33)),
     Modality("endoscopy", "endoscopy", (
         Structure("lumen", Look((0.1, 0.02, 0.03)), (0.5, 0.46), (0.15, 0.15)),
         Structure("fold", Look((1.0, 0.72, 0.62), "stripes"), (0.5, 0.8), (0.25, 0.075), bend=-0.25),
         Structure("vessel", Look((0.38, 0.22, 0.5)), (0.25, 0.36), (0.075, 0.2), angle=20, bend=0.2),
-    ), (Finding("polyp", Look((0.95, 0.25, 0.3), rim=(0.55, 0.08, 0.12)), 0.0), Finding("ulcer", Look((0.95, 0.93, 0.6), rim=(0.75, 0.1, 0.1)), 0.2)), (0.5, 0.5, 0.28, 0.28)),
+    ), (Finding("polyp", Look((0.25, 0.6, 0.5), rim=(0.1, 0.35, 0.3)), 0.0), Finding("ulcer", Look((0.95, 0.93, 0.6), rim=(0.75, 0.1, 0.1)), 0.2)), (0.5, 0.5, 0.28, 0.28)),
 )
 
 
@@ -175,7 +178,7 @@ class Painter:
         """Blend `look` over the canvas where rho < 1; `radius` (pixels) sets the softness of the edge to about one pixel."""
         value = np.asarray(look.colour, np.float32) * (1 + self.texture(look.texture, rho, u, v))[..., None]
         if look.rim is not None:
-            value = np.where((rho > 0.7)[..., None], np.asarray(look.rim, np.float32), value)
+            value = np.where((rho > 0.8)[..., None], np.asarray(look.rim, np.float32), value)
         alpha = np.clip((1 - rho) * radius + 0.5, 0, 1)[..., None]
         self.canvas += alpha * (value - self.canvas)
 
@@ -319,7 +322,7 @@ def _free_point(rng, field, size, taken):
 def _place_finding(painter, finding, field, taken):
     """As `_place_structure`, where it covers least of what is `taken` (float[H, W])."""
     rng = painter.rng
-    radius = painter.long_side * rng.uniform(0.09, 0.12)
+    radius = painter.long_side * rng.uniform(0.1, 0.13)
     size = (radius * rng.uniform(0.95, 1.2) / painter.width, radius / painter.height)
     centre = _free_point(rng, field, size, taken)
     return *painter.level(centre, size, irregular=finding.irregular), radius
@@ -367,7 +370,9 @@ def draw_scene(modality: Modality, rng: np.random.Generator) -> Scene:
     while layout is None:  # a few tries at most: typical places hardly overlap
         layout = _layout(painter, modality, visible)
     placed, instances = layout
-    painter.canvas = _BACKGROUNDS[modality.prefix](painter).astype(np.float32)
+    background = _BACKGROUNDS[modality.prefix](painter).astype(np.float32)
+    channels = max(background.shape[-1], *(len(thing.look.colour) for thing, _ in placed))  # a coloured finding colours a grey image
+    painter.canvas = np.repeat(background, channels // background.shape[-1], axis=-1)
     for thing, (rho, u, v, radius) in placed:
         painter.paint(rho, u, v, radius, thing.look)
     canvas = _FINISHES.get(modality.prefix, lambda painter: painter.canvas)(painter)

@@ -50,22 +50,15 @@ def sample(rng, items, count=None):
     return [items[i] for i in rng.permutation(len(items))[:count]]
 
 
-def _caption_phrase(target):
-    if not target.finding and len(target.masks) == 1:
-        return f"the {target.name}"
-    return article(target.name) if len(target.masks) == 1 else f"two {plural(target.name)}"
-
-
-def caption(facts):
-    """One sentence naming the modality and everything visible, e.g. "A CT image of the liver, the spine and a tumor."."""
-    phrases = [_caption_phrase(target) for target in facts.targets]
-    sentence = f"{article(facts.modality)} image of {', '.join(phrases[:-1])} and {phrases[-1]}."
-    return sentence[0].upper() + sentence[1:]
+def report(facts, rng):
+    """A structured report: the modality and, in random order, each of its names, e.g. "CT: liver present, cyst absent, spine present"."""
+    statements = [present(target.name) for target in facts.targets] + [absent(name) for name, _ in facts.absent]
+    return f"{facts.modality}: {', '.join(sample(rng, statements))}"
 
 
 def align_turns(facts, rng):
-    """The captioning turn of stage I."""
-    return [(_pick(rng, ("Describe this image.", "What does this image show?")), caption(facts), "open")]
+    """The describing turn of stage I."""
+    return [(_pick(rng, ("Describe this image.", "What does this image show?")), report(facts, rng), "open")]
 
 
 def modality_turns(facts, rng, labels):
@@ -90,7 +83,11 @@ def presence_turn(facts, rng, finding):
 def _presence(name, finding, yes):
     """Question and answer about one name, in the style of a short report."""
     question = f"Is there {article(name)} in this image?" if finding else f"Is the {name} visible in this image?"
-    return question, f"{name} present" if yes else absent(name), "closed"
+    return question, present(name) if yes else absent(name), "closed"
+
+
+def present(name):
+    return f"{name} present"
 
 
 def absent(name):

@@ -25,11 +25,15 @@ def param(rngs: Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, s
 class Linear(nnx.Module):
     """x @ kernel (+ bias), with an optional low-rank adapter: + scale * dropout(x) @ lora_a @ lora_b.
 
-    kernel is [in, out]; PyTorch's is [out, in]. `axes` are the kernel's logical axes. The product runs in x's dtype.
+    kernel is [in, out]; PyTorch's is [out, in]. `axes` are the kernel's logical axes, `gain` scales its initial values. The product
+    runs in x's dtype.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, axes: tuple[str | None, str | None], rngs: Rngs, bias: bool = True, lora=None, lora_rank: int = 0):
-        self.kernel = param(rngs, (in_dim, out_dim), axes, std=1 / math.sqrt(in_dim))
+    def __init__(
+        self, in_dim: int, out_dim: int, *, axes: tuple[str | None, str | None], rngs: Rngs, bias: bool = True, gain: float = 1.0,
+        lora=None, lora_rank: int = 0,
+    ):  # fmt: skip
+        self.kernel = param(rngs, (in_dim, out_dim), axes, std=gain / math.sqrt(in_dim))
         self.bias = param(rngs, (out_dim,), (axes[1],)) if bias else None
         self.lora_scale, self.lora_dropout = (lora.scale, lora.dropout) if lora_rank else (0.0, 0.0)
         self.lora_a = param(rngs, (in_dim, lora_rank), (axes[0], "lora_rank"), std=1 / math.sqrt(3 * in_dim)) if lora_rank else None
@@ -87,11 +91,11 @@ class RmsNorm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with an activation between."""
+    """Two linear layers with an activation between; `out_gain` scales the second one's initial values."""
 
-    def __init__(self, in_dim: int, mlp_dim: int, out_dim: int, activation: Callable[[Array], Array], *, rngs: Rngs):
+    def __init__(self, in_dim: int, mlp_dim: int, out_dim: int, activation: Callable[[Array], Array], *, rngs: Rngs, out_gain: float = 1.0):
         self.fc1 = Linear(in_dim, mlp_dim, axes=("embed", "mlp"), rngs=rngs)
-        self.fc2 = Linear(mlp_dim, out_dim, axes=("mlp", "embed"), rngs=rngs)
+        self.fc2 = Linear(mlp_dim, out_dim, axes=("mlp", "embed"), gain=out_gain, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: Array) -> Array:

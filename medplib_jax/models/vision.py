@@ -15,9 +15,9 @@ class Conv(nnx.Module):
 
     def __init__(
         self, in_dim: int, out_dim: int, size: int, *, rngs: Rngs, stride: int = 1, padding: int = 0, bias: bool = True,
-        axes: tuple[str | None, str | None] = (None, None),
+        axes: tuple[str | None, str | None] = (None, None), gain: float = 1.0,
     ):
-        self.kernel = param(rngs, (size, size, in_dim, out_dim), (None, None, *axes), std=1 / math.sqrt(size * size * in_dim))
+        self.kernel = param(rngs, (size, size, in_dim, out_dim), (None, None, *axes), std=gain / math.sqrt(size * size * in_dim))
         self.bias = param(rngs, (out_dim,), (axes[1],)) if bias else None
         self.stride, self.padding = stride, padding
 
