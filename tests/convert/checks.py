@@ -19,7 +19,7 @@ from medplib_jax.experiment import LossConfig, OptimConfig
 from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import bind
 from medplib_jax.models.llm import init_cache
-from medplib_jax.models.sam import SamMed2d, normalise_sam
+from medplib_jax.models.sam import normalise_sam
 from medplib_jax.models.unpad import resample_to_canvas
 from medplib_jax.optim import combine, flatten, make_optimizer, make_schedule, partition, unflatten
 from medplib_jax.types import Batch, ModelOutput
@@ -171,10 +171,17 @@ def check_forward(converted: Converted, z: Arrays) -> Iterator[Row]:
         output, out = jax.jit(lambda params, batch: forward(bind(model, params), batch, train, noise))(converted.params, batch)
         if not train and "clip_features" in z:
             yield Row("clip features", relative(out["clip_features"], z["clip_features"]))
-            yield Row("merged embeddings", at_valid(out["embeddings"], z["inputs_embeds"], batch.valid))
-            for i, row in enumerate(np.flatnonzero(z.get("valid_region", np.zeros(1, bool)))):
-                yield Row("region features", relative(out["regions"][row], z[f"region_feature_{i}"]))
+        if not train:
+            yield from _check_spliced(z, batch, out)
         yield from _language(converted, z, batch, output, out, prefix, "train " if train else "eval ")
+
+
+def _check_spliced(z, batch, out) -> Iterator[Row]:
+    """What takes the place of image and region tokens."""
+    if "inputs_embeds" in z:
+        yield Row("merged embeddings", at_valid(out["embeddings"], z["inputs_embeds"], batch.valid))
+    for i, row in enumerate(np.flatnonzero(z.get("valid_region", np.zeros(1, bool)))):
+        yield Row("region features", relative(out["regions"][row], z[f"region_feature_{i}"]))
 
 
 def _language(converted, z, batch, output, out, prefix, mode) -> Iterator[Row]:
@@ -218,6 +225,7 @@ def check_segmentation(converted: Converted, z: Arrays, loss: LossConfig, train:
     if "images" in z and "image_embeddings" in z:
         yield Row("SAM image embedding", relative(embedding, z["image_embeddings"].transpose(0, 2, 3, 1)))
     (terms, output, out), gradients = jax.jit(loss_and_gradients(converted, loss, train))(converted.params, batch, noise, embedding, rows)
+    yield from _check_spliced(z, batch, out)
     yield from check_router(converted, z, batch, out, "", "")
     yield from _check_masks(converted, z, batch, output, out)
     terms["language"] = language_loss(converted, terms)
@@ -343,24 +351,6 @@ def check_evaluate(converted: Converted, z: Arrays) -> Iterator[Row]:
                 made.mask_logits, batch.sam_box, batch.mask_size, canvas=(int(rows), int(columns)), sam_size=SAM_SIDE, mode="reference"
             )
             yield Row("masks of answers", relative(masks[0], z[name + "_pred_mask"]))
-
-
-def check_sam(converted: Converted, z: Arrays) -> Iterator[Row]:
-    """SAM-Med2D alone: embedding and text-prompted masks."""
-    image = z["image"] if "image" in z else z["image_low8"].repeat(8, 2).repeat(8, 3)
-    model = from_torch.abstract_module(lambda rngs: SamMed2d(converted.config.mask, rngs))
-
-    def run(params, pixels, text):
-        bound = bind(model, params)
-        embedding = bound.encode(pixels)
-        return embedding, bound.decode(embedding, text)
-
-    text = z.get("in_text_embeds", np.zeros((len(image), 1, converted.config.mask.out_dim), np.float32))
-    embedding, (masks, iou) = jax.jit(run)(converted.params["sam"], image.transpose(0, 2, 3, 1), text)
-    yield Row("SAM image embedding", relative(embedding, z["image_embedding"].transpose(0, 2, 3, 1)))
-    if "dec_text_mm0_masks" in z:
-        yield Row("mask logits", relative(masks, z["dec_text_mm0_masks"]))
-        yield Row("predicted IoU", relative(iou, z["dec_text_mm0_iou"]))
 
 
 def check_gradient_norms(converted: Converted, z: Arrays, stats: Mapping[str, list[float]]) -> Iterator[Row]:

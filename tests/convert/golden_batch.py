@@ -13,7 +13,8 @@ SAM_SIDE = 256
 
 
 def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> Batch:
-    """The batch that the arrays `input_ids`, `labels`, `attention_mask`, `images_clip`, `images`, masks and regions describe.
+    """The batch that the arrays `input_ids`, `labels`, `attention_mask`, `images_clip` (or `images_clip_0`, ... for several
+    pictures a row), `images`, masks and regions describe.
 
     A batch without labels (a prompt) has zero loss weights; one without `images` has black SAM pixels (and the whole canvas as its box,
     unless `sam_box` is given).
@@ -23,7 +24,9 @@ def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> 
     has_region = z.get("valid_region", np.zeros(len(ids), bool))
     masks = [z[f"region_mask_{i}"][0] for i in range(int(has_region.sum()))]
     regions = {row: masks[i] for i, row in enumerate(np.flatnonzero(has_region))}
-    rows = [_splice(ids[i], labels[i], z["attention_mask"][i].astype(bool), num_patches, i in regions) for i in range(len(ids))]
+    pictures = _pictures(z, ids)
+    total = pictures.shape[1] * num_patches
+    rows = [_splice(ids[i], labels[i], z["attention_mask"][i].astype(bool), num_patches, total, i in regions) for i in range(len(ids))]
     length = max(len(row["tokens"]) for row in rows)
     text = {name: np.stack([_pad(row[name], length, -1 if name == "feature_index" else 0) for row in rows]) for name in rows[0]}
     merged = text.pop("labels")
@@ -32,7 +35,7 @@ def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> 
     text["targets"], text["loss_weights"] = _pad(targets, length, 0), _pad(counted.astype(np.float32), length, 0)
     return Batch(
         **text,
-        clip_pixels=_to_uint8(z["images_clip"], np.multiply(CLIP_MEAN, 255), np.multiply(CLIP_STD, 255))[:, None],
+        clip_pixels=pictures,
         **_sam_pixels(z, len(ids)),
         **_region_points(regions, len(ids)),
         **_masks(z, text["tokens"], seg_id),
@@ -40,13 +43,26 @@ def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> 
     )
 
 
-def _splice(ids, labels, attended, num_patches, has_region) -> dict[str, np.ndarray]:
-    """One row with its image token opened to `num_patches` positions; without a region its place-holder is left out."""
-    tokens, row_labels, valid, index = [], [], [], []
+def _pictures(z: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
+    """CLIP's pixels [B, N, Ic, Ic, 3]. The original hands the batch's pictures out to the image tokens one after the other."""
+    given = z["images_clip"] if "images_clip" in z else np.concatenate([z[f"images_clip_{i}"] for i in range(len(ids))])
+    pictures = iter(_to_uint8(given, np.multiply(CLIP_MEAN, 255), np.multiply(CLIP_STD, 255)))
+    counts = (ids == IMAGE).sum(1)
+    pixels = np.zeros((len(ids), max(counts), given.shape[2], given.shape[3], 3), np.uint8)
+    for row, count in enumerate(counts):
+        for place in range(count):
+            pixels[row, place] = next(pictures)
+    return pixels
+
+
+def _splice(ids, labels, attended, num_patches, total, has_region) -> dict[str, np.ndarray]:
+    """One row with each image token opened to `num_patches` positions, of `total` features; a region that is not there is left out."""
+    tokens, row_labels, valid, index, seen = [], [], [], [], 0
     for token, label, on in zip(ids, labels, attended):
         if token == REGION and not has_region:
             continue
-        feature = {IMAGE: range(num_patches), REGION: (num_patches,)}.get(int(token), (-1,))
+        feature = {IMAGE: range(seen, seen + num_patches), REGION: (total,)}.get(int(token), (-1,))
+        seen += num_patches * (token == IMAGE)
         tokens += [max(int(token), 0)] * len(feature)
         row_labels += [int(label)] * len(feature)
         valid += [bool(on)] * len(feature)
