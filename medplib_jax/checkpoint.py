@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from medplib_jax.config import from_dict
 from medplib_jax.experiment import ExperimentConfig
@@ -57,20 +58,24 @@ def tokenizer_files(folder: str) -> list[epath.Path]:
     return found
 
 
-def make_manager(workdir: str, keep: int | None = None, read_only: bool = False) -> ocp.CheckpointManager:
-    """The manager of `<workdir>/checkpoints`; without `read_only` it keeps the newest `keep` steps and saves asynchronously."""
+def make_manager(workdir: str, keep: int | None = None, keep_best: int = 0, read_only: bool = False) -> ocp.CheckpointManager:
+    """The manager of `<workdir>/checkpoints`; without `read_only` it saves asynchronously and keeps the newest `keep` steps (None:
+    all) and the `keep_best` of the smallest loss."""
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "experiment": ocp.JsonCheckpointHandler(), "tokenizer": TokenizerHandler()}
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, create=not read_only)
+    best = BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+    kept = AnyPreservationPolicy([LatestN(keep), best])
+    options = ocp.CheckpointManagerOptions(preservation_policy=kept, read_only=read_only, create=not read_only)
     return ocp.CheckpointManager(epath.Path(workdir).absolute() / FOLDER, item_handlers=handlers, options=options)
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, config: ExperimentConfig, total_steps: int) -> None:
-    """Starts saving `state` as step `state.step`; returns once the arrays are copied off the device."""
+def save(manager: ocp.CheckpointManager, state: TrainState, config: ExperimentConfig, total_steps: int, loss: float) -> None:
+    """Starts saving `state` as step `state.step`, with the mean training `loss` since the last one; returns once the arrays are
+    copied off the device."""
     written = {"experiment": dataclasses.asdict(config), "total_steps": total_steps}
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(_as_dict(state)), experiment=ocp.args.JsonSave(written), tokenizer=TokenizerSave(config.data.tokenizer)
     )
-    manager.save(int(state.step), args=items)
+    manager.save(int(state.step), args=items, metrics={"loss": loss})
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -112,7 +112,11 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length of the run and what is written when. `steps` wins over `epochs` when positive."""
+    """Length of the run and what is written when. `steps` wins over `epochs` when positive.
+
+    Checkpoints that stay: the newest `keep`, and the `keep_best` of the smallest mean loss since the checkpoint before. A run
+    in which no step begins for `hang_seconds` (compiling counts) ends, to be started again.
+    """
 
     steps: int = 0
     epochs: float = 1.0
@@ -120,6 +124,13 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2
+    keep_best: int = 0
+    hang_seconds: float = 3600.0
+
+    def __post_init__(self):
+        require(self.keep >= 1, f"train.keep {self.keep} is below 1: a run could not be resumed")
+        require(self.keep_best >= 0, f"train.keep_best {self.keep_best} is negative")
+        require(self.hang_seconds > 0, f"train.hang_seconds {self.hang_seconds} is not positive")
 
 
 @dataclasses.dataclass(frozen=True)

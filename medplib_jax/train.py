@@ -4,7 +4,13 @@ COMMAND
     python -m medplib_jax.train --config=configs/stage3_grounding.py:tiny --workdir=runs/stage3 [--config.optim.lr=1e-4 ...]
 
 The same command again resumes from the last checkpoint with the same losses, bit for bit; a finished workdir returns at once.
-SIGTERM and Ctrl-C save a checkpoint and end the run.
+On several hosts the same command runs on each (launch/README.md), with one workdir that all of them see.
+
+EXIT CODES
+    0    finished
+    75   SIGTERM, SIGUSR1 or a preemption notice: saved; or a step hung, or another process was lost. Start it again (launch/ does).
+    130  Ctrl-C: saved
+    1    an error that would only come again: bad data, a loss that is not finite, a config that does not fit
 """
 
 import collections
@@ -21,9 +27,12 @@ from typing import Any
 
 import absl.logging
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags
 from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -34,11 +43,13 @@ from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.experiment import ExperimentConfig, from_config_dict
 from medplib_jax.logging import Clock, MetricWriter, mfu, read_metrics, step_flops
 from medplib_jax.mesh import initialize_distributed, make_mesh
-from medplib_jax.models.layers import params_of
+from medplib_jax.models.layers import draw_params, params_of
+from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.multihost import RESTART, Agreement, Watchdog, abort_together, wait_for_others
 from medplib_jax.optim import make_optimizer, make_schedule, partition
-from medplib_jax.sharding import process_rows, put_batch
+from medplib_jax.sharding import batch_sharding, process_rows, put_batch
 from medplib_jax.stages import hand_over
-from medplib_jax.train_step import CompiledStep, abstract_model, init_params, make_state, make_train_step, model_shardings, state_shardings
+from medplib_jax.train_step import CompiledStep, abstract_model, make_state, make_train_step, model_shardings, place, state_shardings
 from medplib_jax.types import Batch, Params, TrainState
 
 log = logging.getLogger("medplib_jax.train")  # not __name__: the module is also run by python -m
@@ -48,14 +59,21 @@ def train(config: ExperimentConfig, workdir: str) -> dict[str, Any]:
     """Trains until done, interrupted or a loss is not finite; returns the last metrics, "step" and "interrupted" (a signal or None).
 
     Raises ValueError for a config that does not fit the data, the mesh or the checkpoint in `workdir`, FloatingPointError for
-    a loss that is not finite (naming step and records), DataError for a bad record with data.on_error "raise".
+    a loss that is not finite (naming step and records), DataError for a bad record with data.on_error "raise". With several
+    processes an error in one ends all of them at once.
     """
-    with checkpoint.make_manager(workdir, keep=config.train.keep) as manager, StopSignal() as stop:
+    with (
+        checkpoint.make_manager(workdir, config.train.keep, config.train.keep_best) as manager,
+        StopSignal() as stop,
+        abort_together(),
+        Watchdog(config.train.hang_seconds) as watchdog,
+    ):
+        check_shared(manager)
         last = checkpoint.latest_step(manager)
         if last is not None and finished(manager, last, config):
             log.warning("%s is finished (step %d)", workdir, last)
             return {"interrupted": None, **read_metrics(workdir)[-1]}
-        return Run(config, workdir, manager, last).loop(stop)
+        return Run(config, workdir, manager, last).loop(stop, watchdog)
 
 
 class Run:
@@ -66,10 +84,13 @@ class Run:
         self.clock = Clock()
         self.mesh = make_mesh(config.mesh)
         self.rows = process_rows(self.mesh, config.data.batch_size)
+        self.reads_first = reads_first(self.mesh, config.data.batch_size)
+        self.agree = Agreement(self.mesh)
         if config.data.batch_size % config.optim.accumulate:
             raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of optim.accumulate {config.optim.accumulate}")
         check_tokenizer(config)
         self.loader, self.plan, self.skipped = self._read_sources()
+        wait_for_others("data_planned")
         self.total_steps = config.train.steps or math.ceil(config.train.epochs * self.plan.steps_per_epoch)
 
         self.model = abstract_model(config.model)
@@ -81,19 +102,20 @@ class Run:
         self.step = CompiledStep(make_train_step(self.model, config, self.tx, schedule), self.shardings)
         self.state = self._start() if last is None else self._resume(last)
         self.start = last or 0
+        self.losses: list[float] = []  # since the last checkpoint
         log.info("%.2f of %.2f million parameters train; steps %d to %d", _count(trainable) / 1e6, _count(params_of(self.model)) / 1e6, self.start, self.total_steps)
 
     def _read_sources(self) -> tuple[Loader, BatchPlan, "SkippedRecords"]:
         loader = make_loader(self.config.data, self.config.model, self.config.data.root or None)
         plan, problems = loader.plan(self.config.train.seed)
         skipped = SkippedRecords(self.workdir)
-        skipped.add(problems)
+        if jax.process_index() == 0:  # every process found the same ones
+            skipped.add(problems)
         return loader, plan, skipped
 
     def _start(self) -> TrainState:
         placed = model_shardings(self.model, self.mesh)
-        params = starting_params(self.config, init_params(self.config, placed))
-        params = jax.tree.map(jax.device_put, params, placed)
+        params = place(starting_params(self.config, self.model), placed)
         return jax.jit(lambda p: make_state(p, self.config, self.tx), out_shardings=self.shardings)(params)
 
     def _resume(self, step: int) -> TrainState:
@@ -104,7 +126,7 @@ class Run:
         log.info("resuming %s from step %d", self.workdir, step)
         return checkpoint.restore(self.manager, step, like)
 
-    def loop(self, stop: "StopSignal") -> dict[str, Any]:
+    def loop(self, stop: "StopSignal", watchdog: Watchdog) -> dict[str, Any]:
         config = self.config.train
         batches = train_batches(self.loader, self.plan, self.rows, self.start, self.total_steps, self.config.data.workers)
         writer = MetricWriter(self.workdir, self.start)
@@ -112,7 +134,8 @@ class Run:
         bar = tqdm(total=self.total_steps, initial=self.start, desc="train", disable=jax.process_index() > 0, mininterval=1.0)
         step = self.start
         self.clock.begin_training()
-        while step < self.total_steps and not stop.requested(self.manager, step):
+        while step < self.total_steps and not stop.requested(step - self.start + 1):
+            watchdog.beat()
             batch = self._next(batches, stop)
             if batch is None:
                 break
@@ -121,9 +144,10 @@ class Run:
             if len(self.step.compile_seconds) > compiled:
                 self.clock.lose(self.step.compile_seconds[batch.tokens.shape[1]])
             step += 1
-            late.add(step, metrics | self.feeding, batch.tokens.shape)
+            late.add(step, metrics | self.feeding | self.agree(stop.signal or 0, self.skipped.count), batch.tokens.shape)
             for row in late.ready(keep=1):
                 last = self._report(row, writer, bar)
+                stop.agreed = late.stop
             if step % config.checkpoint_every == 0 or step == self.total_steps:
                 last, saved = self._save(late, writer, bar) or last, step
             bar.update()
@@ -132,9 +156,10 @@ class Run:
         self.manager.wait_until_finished()
         bar.close()
         writer.close()
-        if stop.signal is not None:
-            log.warning("%s: step %d of %d is saved; run the same command to resume", signal.Signals(stop.signal).name, step, self.total_steps)
-        return last | {"interrupted": stop.signal}
+        interrupted = stop.reason()
+        if interrupted:
+            log.warning("%s: step %d of %d is saved; run the same command to resume", signal.Signals(interrupted).name, step, self.total_steps)
+        return last | {"interrupted": interrupted}
 
     def _next(self, batches: Iterator, stop: "StopSignal") -> Batch | None:
         """The next batch on the devices; None when Ctrl-C ended the worker processes that would have read it."""
@@ -142,15 +167,17 @@ class Run:
         try:
             arrays, skipped = next(batches)
         except Exception:
-            if stop.signal is None:
+            if stop.signal is None or jax.process_count() > 1:
                 raise
             return None
         self.feeding = {"data_wait": time.perf_counter() - began, "padding": 1.0 - float(arrays["valid"].mean())}
-        self.skipped.add(skipped)
+        if self.reads_first:
+            self.skipped.add(skipped)
         return put_batch(Batch(**arrays), self.mesh, self.config.data.batch_size)
 
     def _report(self, row: dict[str, float], writer: MetricWriter, bar: tqdm) -> dict[str, float]:
         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        self.losses.append(row["loss"])
         if row["step"] % self.config.train.log_every == 0 or row["step"] == self.total_steps:
             writer.write(row["step"], {name: value for name, value in row.items() if name != "step"})
         return row
@@ -158,7 +185,8 @@ class Run:
     def _save(self, late: "LateMetrics", writer: MetricWriter, bar: tqdm) -> dict[str, float] | None:
         """Saves the state, after every metric up to now was seen to be finite; returns the last of them."""
         rows = [self._report(row, writer, bar) for row in late.ready(keep=0)]
-        checkpoint.save(self.manager, self.state, self.config, self.total_steps)
+        checkpoint.save(self.manager, self.state, self.config, self.total_steps, float(np.mean(self.losses)))
+        self.losses.clear()
         return rows[-1] if rows else None
 
 
@@ -166,6 +194,7 @@ class LateMetrics:
     """Metrics wait on the device until the next step is under way, so that reading them does not stop the device."""
 
     def __init__(self, run: Run):
+        self.stop: int | None = None  # the signal on which some process was to stop, as of the newest row
         self._run = run
         self._waiting: collections.deque = collections.deque()
 
@@ -177,9 +206,10 @@ class LateMetrics:
         while len(self._waiting) > keep:
             step, metrics, shape = self._waiting.popleft()
             row = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self.stop = int(row.pop("stop")) or None
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 raise FloatingPointError(self._describe(step, row))
-            yield {"step": step, **row, **self._speed(row, shape), "skipped": self._run.skipped.count}
+            yield {"step": step, **row, **self._speed(row, shape)}
 
     def _speed(self, row: dict[str, float], shape: tuple[int, int]) -> dict[str, float]:
         config, seconds = self._run.config, self._run.clock.seconds_per_step()
@@ -219,33 +249,53 @@ class SkippedRecords:
 
 
 class StopSignal:
-    """Within the context, the first SIGTERM or SIGINT is only noted in `signal`; a second one acts as usual."""
+    """Within the context, the first SIGTERM, SIGUSR1 (batch systems send it) or SIGINT is only noted in `signal`; a second one acts as usual.
+
+    Several processes stop on what they `agreed` on, so that all stop at the same step whichever of them got the signal.
+    """
 
     def __init__(self):
         self.signal: int | None = None
+        self.agreed: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: jax's own, which Python cannot put back
 
     def _note(self, number: int, _frame) -> None:
         self.signal = number
         self.__exit__()
 
-    def requested(self, manager: ocp.CheckpointManager, step: int) -> bool:
-        """Whether to stop before this step. Several processes agree on it through JAX's preemption service."""
+    def requested(self, call: int) -> bool:
+        """Whether to stop now; `call` counts the calls. Also True at the step that JAX's preemption service set for all processes."""
         if jax.process_count() == 1:
             return self.signal is not None
-        if manager.reached_preemption(step):
-            self.signal = self.signal or signal.SIGTERM
-            return True
-        return False
+        if multihost_utils.reached_preemption_sync_point(call):
+            self.agreed = signal.SIGTERM
+        return self.agreed is not None
+
+    def reason(self) -> int | None:
+        """The signal that ended the run."""
+        return self.signal if jax.process_count() == 1 else self.agreed
+
+
+def check_shared(manager: ocp.CheckpointManager) -> None:
+    """ValueError when this process does not see the folder that process 0 made: several hosts need one workdir."""
+    if not epath.Path(manager.directory).exists():
+        raise ValueError(f"{manager.directory}: process {jax.process_index()} does not see it; several hosts need a workdir that all share")
+
+
+def reads_first(mesh: Mesh, batch_size: int) -> bool:
+    """Whether no process before this one loads the same rows, as tensor and expert peers do."""
+    first_row = {device: index[0].start for device, index in batch_sharding(mesh).devices_indices_map((batch_size,)).items()}
+    mine = {row for device, row in first_row.items() if device.process_index == jax.process_index()}
+    return all(device.process_index >= jax.process_index() for device, row in first_row.items() if row in mine)
 
 
 def finished(manager: ocp.CheckpointManager, last: int, config: ExperimentConfig) -> bool:
@@ -280,8 +330,9 @@ def _differences(saved: dict, config: dict, prefix: str = "") -> Iterator[tuple[
             yield f"{prefix}{key}", old, config[key]
 
 
-def starting_params(config: ExperimentConfig, fresh: Params) -> Params:
-    """`fresh` parameters, or those that the stage takes over from the checkpoints of `init`."""
+def starting_params(config: ExperimentConfig, model: MedPLIB) -> Params:
+    """Random parameters, or those that the stage takes over from the checkpoints of `init`; on the host."""
+    fresh = draw_params(model, config.train.seed)
     if not config.init.base:
         return fresh
     base = checkpoint.load_params(config.init.base)[:2]
@@ -305,7 +356,7 @@ def main() -> None:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/medplib_jax"))
         initialize_distributed()
         result = train(from_config_dict(config.value), workdir.value)
-        return 130 if result["interrupted"] == signal.SIGINT else 0
+        return {None: 0, signal.SIGINT: 130}.get(result["interrupted"], RESTART)
 
     app.run(run)
 

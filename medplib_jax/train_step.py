@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from orbax.checkpoint import multihost
 
 from medplib_jax.config import ModelConfig
 from medplib_jax.experiment import ExperimentConfig
 from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import abstract_module, bind, draw_params, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.multihost import wait_for_others
 from medplib_jax.optim import combine, partition
 from medplib_jax.sharding import optimizer_shardings, param_shardings
 from medplib_jax.types import Array, Batch, Params, TrainState
@@ -34,7 +34,12 @@ def abstract_model(config: ModelConfig) -> MedPLIB:
 
 def init_params(config: ExperimentConfig, shardings: Params) -> Params:
     """Random float32 parameters from `train.seed`, placed where they belong."""
-    return jax.device_put(draw_params(abstract_model(config.model), config.train.seed), shardings)
+    return place(draw_params(abstract_model(config.model), config.train.seed), shardings)
+
+
+def place(params: Params, shardings: Params) -> Params:
+    """Host arrays, the same in every process, to global arrays. (`device_put` would send all of them around to compare them.)"""
+    return jax.tree.map(lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), params, shardings)
 
 
 def model_shardings(model: MedPLIB, mesh: Mesh) -> Params:
@@ -132,9 +137,3 @@ class CompiledStep:
             wait_for_others(f"compiled_{length}")
             log.info("compiled the step for length %d in %.1f s (%d so far)", length, self.compile_seconds[length], len(self._compiled))
         return self._compiled[length](state, batch)
-
-
-def wait_for_others(name: str) -> None:
-    """A barrier of all processes that needs no device: where they talk through gloo, one that comes 30 s late ends the run."""
-    if jax.process_count() > 1:
-        multihost.get_barrier_sync_fn()(key=name, timeout_ms=3_600_000)

@@ -39,11 +39,11 @@ def abstract(state, mesh, spec, dtype=None):
     return jax.tree.map(leaf, state)
 
 
-def write(workdir, experiment, steps, keep=5):
+def write(workdir, experiment, steps, keep=5, keep_best=0, losses=None):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    with checkpoint.make_manager(str(workdir), keep=keep) as manager:
-        for step in steps:
-            checkpoint.save(manager, make_state(step, mesh), experiment, total_steps=9)
+    with checkpoint.make_manager(str(workdir), keep, keep_best) as manager:
+        for step, loss in zip(steps, losses or [1.0] * len(steps), strict=True):
+            checkpoint.save(manager, make_state(step, mesh), experiment, total_steps=9, loss=loss)
 
 
 def test_round_trip_on_another_mesh_and_dtype(tmp_path, experiment):
@@ -89,6 +89,12 @@ def test_only_the_newest_are_kept(tmp_path, experiment):
     with checkpoint.make_manager(str(tmp_path / "run")) as manager:
         assert sorted(manager.all_steps()) == [2, 3]
         assert checkpoint.read_experiment(manager, 3) == (experiment, 9)
+
+
+def test_the_best_are_kept_too(tmp_path, experiment):
+    write(tmp_path / "run", experiment, [1, 2, 3, 4, 5], keep=1, keep_best=2, losses=[5.0, 2.0, 3.0, 4.0, 6.0])
+    with checkpoint.make_manager(str(tmp_path / "run"), read_only=True) as manager:
+        assert sorted(manager.all_steps()) == [2, 3, 5]
 
 
 def test_half_written_steps_do_not_count(tmp_path, experiment, caplog):

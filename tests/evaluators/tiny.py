@@ -74,6 +74,6 @@ def write_checkpoint(workdir):
     params = draw_params(abstract_module(functools.partial(MedPLIB, experiment.model)), 0)
     state = TrainState(step=jnp.asarray(3), trainable=params, frozen={}, opt_state={})
     with checkpoint.make_manager(str(workdir), keep=1) as manager:
-        checkpoint.save(manager, state, experiment, total_steps=3)
+        checkpoint.save(manager, state, experiment, total_steps=3, loss=1.0)
         manager.wait_until_finished()
     return experiment

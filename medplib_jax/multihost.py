@@ -1,0 +1,146 @@
+"""Several processes act as one: they stop at the same step, and when one fails all end, soon and with its reason.
+
+A program that ends with `RESTART` (75, "temporary failure" in sysexits.h) asks for being started again: it was told to stop and has
+saved, it hung, or it lost another process. The launchers do so. Any other failure (1) would only come again.
+"""
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
+
+log = logging.getLogger(__name__)
+
+RESTART = 75
+ABORT_KEY = "medplib_jax/abort"
+LAST_WORDS_SECONDS = 10  # how long the process that failed waits for the others to read why
+
+
+def wait_for_others(name: str) -> None:
+    """A barrier of all processes that needs no device: where they talk through gloo, one that comes 30 s late ends the run."""
+    if jax.process_count() > 1:
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=3_600_000)
+
+
+class Agreement:
+    """(stop, skipped) of this process -> {"stop": the greatest, "skipped": the sum} over all processes, on the device.
+
+    Read late like any metric it costs no waiting, and every process reads the same of the same step.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._shape = (mesh.size, 2)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._reduce = jax.jit(lambda rows: {"stop": rows[:, 0].max(), "skipped": rows[:, 1].sum()}, out_shardings=everywhere)
+
+    def __call__(self, stop: int, skipped: int) -> dict[str, jax.Array]:
+        values = [np.array([[stop, skipped]], np.int32)] + [np.zeros((1, 2), np.int32)] * (len(self._rows.addressable_devices) - 1)
+        devices = sorted(self._rows.addressable_devices, key=lambda device: device.id)
+        parts = [jax.device_put(value, device) for value, device in zip(values, devices, strict=True)]
+        return self._reduce(jax.make_array_from_single_device_arrays(self._shape, self._rows, parts))
+
+
+@contextlib.contextmanager
+def abort_together() -> Iterator[None]:
+    """An error within ends all processes, which would otherwise wait for this one; alone, it is raised as usual."""
+    if jax.process_count() == 1:
+        yield
+        return
+    threading.Thread(target=_watch_for_abort, name="abort", daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        abort(f"{type(error).__name__}: {error}", exit_code(error))
+
+
+def exit_code(error: Exception) -> int:
+    """RESTART for what a lost process or a broken link looks like from here, else 1."""
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"))
+    return RESTART if lost else 1
+
+
+def abort(reason: str, code: int) -> None:
+    """Tells the other processes why, and ends this one without clean-up, which could wait for them forever."""
+    threading.Timer(2 * LAST_WORDS_SECONDS, os._exit, (code,)).start()  # in case that telling them hangs, too
+    if jax.process_count() > 1:
+        words = json.dumps({"process": jax.process_index(), "reason": reason, "code": code})
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was faster, or the coordinator is gone
+            _client().key_value_set(ABORT_KEY, words)
+        _goodbye()
+    _exit(code)
+
+
+def _watch_for_abort() -> None:
+    while True:
+        try:
+            words = json.loads(_client().blocking_key_value_get(ABORT_KEY, 3_600_000))
+            break
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                return  # the run is over, or the coordinator is gone, which ends the process anyhow
+    if words["process"] == jax.process_index():
+        return
+    log.error("process %d ends the run: %s", words["process"], words["reason"])
+    if words["code"] == RESTART:
+        faulthandler.dump_traceback(all_threads=True)
+    _goodbye()
+    _exit(words["code"])
+
+
+def _goodbye() -> None:
+    """Waits until all have read why; process 0 holds the message, so it must not be the first to go."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().wait_at_barrier(ABORT_KEY, LAST_WORDS_SECONDS * 1000)
+
+
+def _client():
+    from jax._src import distributed  # the key-value store of jax.distributed has no public name yet
+
+    return distributed.global_state.client
+
+
+def _exit(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+class Watchdog:
+    """Within the context, more than `seconds` without a `beat` prints what every thread is doing and ends all processes with RESTART."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._beat, self._over = threading.Event(), False
+
+    def __enter__(self) -> "Watchdog":
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over = True
+        self._beat.set()
+
+    def beat(self) -> None:
+        self._beat.set()
+
+    def _watch(self) -> None:
+        while self._beat.wait(self._seconds):
+            if self._over:
+                return
+            self._beat.clear()
+        log.error("no step was finished for %g s; what each thread is doing:", self._seconds)
+        faulthandler.dump_traceback(all_threads=True)
+        abort(f"no step was finished for {self._seconds:g} s", RESTART)
