@@ -4,8 +4,8 @@ COMMAND
     python -m medplib_jax.train --config=configs/stage1_align.py:7b --workdir=runs/7b/stage1
 
 7b: from LLaVA-1.5-7B; only the projector trains, on 500k image descriptions (LLaVA-Med's alignment set). Batch 128, 1 epoch, lr 1e-3.
-tiny: nothing is pretrained, so CLIP, projector, region adapter and language model all train, on reports, which say of every finding of
-the modality whether it is there, and on naming regions: a region's token leads straight to its patches, so CLIP learns to see from it.
+tiny: nothing is pretrained, so CLIP, projector and language model all train, on reports that say of every name of the modality whether it
+is there.
 """
 
 from configs import common
@@ -33,8 +33,8 @@ def large() -> ExperimentConfig:
 def tiny() -> ExperimentConfig:
     return ExperimentConfig(
         model=common.TINY,
-        data=common.phantom(common.ALIGN, common.REGIONS, weights=(0.7, 0.3), bucket_lengths=(136, 160), max_regions=4, max_masks=0),
-        optim=common.tiny_optim(1e-3, common.CLIP, common.PROJECTOR, common.REGION, common.LLM),
+        data=common.phantom(common.ALIGN, bucket_lengths=(136,), max_regions=0, max_masks=0),
+        optim=common.tiny_optim(1e-3, common.CLIP, common.PROJECTOR, common.LLM),
         init=InitConfig(stage=1),
-        train=TrainConfig(steps=1000, checkpoint_every=250),
+        train=TrainConfig(steps=1600, checkpoint_every=400),
     )

@@ -6,7 +6,7 @@ COMMAND
 7b: from stage I; LoRA (rank 16) on every linear layer of the decoder, head, embeddings, both layer norms and projector train on
 MeCoVQA's complex and region questions. Batch 128, 3 epochs, lr 1e-4. The region adapter trains too: the published stage II left
 it random although its data has regions.
-tiny: also the vision tower. Minutes on a laptop.
+tiny: also the rest of the language model, which is as new to questions as to their answers.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ def large() -> ExperimentConfig:
 def tiny() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.TINY, lora=common.tiny_lora(common.ALL_LINEAR)),
-        data=common.phantom(common.COMPLEX, common.REGIONS, bucket_lengths=(168, 208), max_regions=4, max_masks=0),
-        optim=common.tiny_optim(8e-4, *TRAINABLE, common.CLIP, common.LLM),
+        data=common.phantom(common.COMPLEX, common.REGIONS, bucket_lengths=(168, 216), max_regions=4, max_masks=0),
+        optim=common.tiny_optim(1e-3, *TRAINABLE, common.LLM),
         init=InitConfig(stage=2, base="runs/tiny/stage1"),
-        train=TrainConfig(steps=850, checkpoint_every=150),
+        train=TrainConfig(steps=850, checkpoint_every=200),
     )

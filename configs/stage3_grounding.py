@@ -5,7 +5,7 @@ COMMAND
 
 7b: from stage II with its LoRA merged; a new LoRA (rank 8) on the decoder's MLPs, SAM-Med2D's mask decoder and the SEG MLP train on
 MeCoVQA's grounding set. Batch 128, 10 epochs, lr 3e-4. Stage IV takes this stage's MLPs as expert 0.
-tiny: the whole of SAM trains, because nothing is pretrained.
+tiny: the whole of SAM trains, because nothing is pretrained, and embeddings and head, because <SEG> is new to them.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ def tiny() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.TINY, lora=common.tiny_lora(common.MLP_LINEAR)),
         data=common.phantom(common.GROUNDING, bucket_lengths=(184,), max_regions=0, max_masks=4),
-        optim=common.tiny_optim(1e-3, common.LORA, common.SAM, common.SEG_MLP),
+        optim=common.tiny_optim(1e-3, common.LORA, *common.HEAD_AND_EMBEDDINGS, common.SAM, common.SEG_MLP),
         loss=LOSS,
         init=InitConfig(stage=3, base="runs/tiny/stage2"),
-        train=TrainConfig(steps=450, checkpoint_every=150),
+        train=TrainConfig(steps=600, checkpoint_every=200),
     )

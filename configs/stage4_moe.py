@@ -36,9 +36,9 @@ def large() -> ExperimentConfig:
 def tiny() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.TINY, moe=common.EXPERTS, lora=common.tiny_lora(TARGETS)),
-        data=common.phantom(common.COMPLEX, common.REGIONS, common.GROUNDING, bucket_lengths=(208,), max_regions=4, max_masks=4),
-        optim=common.tiny_optim(6e-4, *TRAINABLE),
+        data=common.phantom(common.COMPLEX, common.REGIONS, common.GROUNDING, bucket_lengths=(216,), max_regions=4, max_masks=4),
+        optim=common.tiny_optim(8e-4, *TRAINABLE),
         loss=LOSS,
         init=InitConfig(stage=4, base="runs/tiny/stage2", grounding="runs/tiny/stage3"),
-        train=TrainConfig(steps=250, checkpoint_every=150),
+        train=TrainConfig(steps=320, checkpoint_every=200),
     )

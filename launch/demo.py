@@ -97,7 +97,7 @@ class Stopwatch:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="launch/demo.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--examples", type=int, default=2000, help="training images to generate")
+    parser.add_argument("--examples", type=int, default=3000, help="training images to generate")
     parser.add_argument("--test-examples", type=int, default=100, help="held-out images; each has 3 questions, 2 about regions, 3 to ground")
     parser.add_argument("--seed", type=int, default=0)
     demo = Demo(**vars(parser.parse_args()))

@@ -81,19 +81,19 @@ def gray(value, texture="plain", rim=None):
     return Look((value,), texture, None if rim is None else (rim,))
 
 
-# Colours of a perfusion map or of Doppler flow over a grey image: much blood, little blood.
+# Colours laid over a grey image, as by a perfusion map, Doppler flow or computer-aided detection.
 HOT, COLD = Look((0.95, 0.35, 0.1), rim=(0.95, 0.85, 0.2)), Look((0.1, 0.25, 0.85), rim=(0.2, 0.75, 0.85))
 
 MODALITIES = (
     Modality("ct", "CT", (
         Structure("liver", gray(0.66), (0.27, 0.42), (0.155, 0.16), angle=-20, power=2.4),
-        Structure("spleen", gray(0.62, "grain"), (0.81, 0.45), (0.095, 0.14), angle=20),
+        Structure("spleen", gray(0.05), (0.81, 0.45), (0.095, 0.14), angle=20),
         Structure("stomach", gray(0.85, "stripes"), (0.57, 0.31), (0.13, 0.105), angle=15, bend=0.3),
-        Structure("kidney", gray(0.8, "rings"), (0.26, 0.72), (0.1, 0.115), angle=25, pair=True),
+        Structure("kidney", gray(0.9, "rings"), (0.26, 0.72), (0.1, 0.115), angle=25, pair=True),
         Structure("spine", gray(1.0), (0.5, 0.75), (0.105, 0.11), power=5),
     ), (Finding("tumor", HOT, 0.1), Finding("cyst", COLD, 0.0)), (0.5, 0.52, 0.28, 0.26)),
     Modality("mr", "MR", (
-        Structure("ventricle", gray(0.04), (0.5, 0.45), (0.1, 0.14), bend=0.5),
+        Structure("ventricle", gray(0.0, rim=0.9), (0.5, 0.45), (0.1, 0.14), bend=0.5),
         Structure("cerebellum", gray(0.72, "stripes"), (0.5, 0.77), (0.2, 0.11)),
         Structure("eye", gray(0.95, "rings"), (0.3, 0.19), (0.1, 0.1), pair=True),
     ), (Finding("tumor", HOT, 0.15), Finding("hemorrhage", COLD, 0.2)), (0.5, 0.52, 0.26, 0.22)),
@@ -101,21 +101,21 @@ MODALITIES = (
         Structure("lung", gray(0.1), (0.25, 0.46), (0.135, 0.25), angle=6, power=2.4, pair=True),
         Structure("heart", gray(0.9), (0.55, 0.62), (0.14, 0.13), angle=25),
         Structure("spine", gray(0.75, "stripes"), (0.5, 0.28), (0.075, 0.2), power=5),
-    ), (Finding("nodule", gray(1.0, rim=0.0), 0.0), Finding("infiltrate", gray(0.26, "grain"), 0.3)), (0.5, 0.5, 0.3, 0.3)),
+    ), (Finding("nodule", HOT, 0.0), Finding("infiltrate", COLD, 0.3)), (0.5, 0.5, 0.3, 0.3)),
     Modality("pet", "PET", (
-        Structure("brain", gray(0.72, "rings"), (0.5, 0.17), (0.125, 0.115)),
-        Structure("heart", gray(0.62, "plain"), (0.6, 0.42), (0.1, 0.1), angle=20),
+        Structure("brain", gray(0.72), (0.5, 0.17), (0.125, 0.115)),
+        Structure("heart", gray(0.7, "stripes"), (0.6, 0.42), (0.1, 0.1), angle=20),
         Structure("liver", gray(0.45), (0.36, 0.58), (0.14, 0.105), angle=-10),
         Structure("bladder", gray(0.9), (0.5, 0.85), (0.115, 0.1)),
-    ), (Finding("lesion", gray(1.0), 0.1), Finding("tumor", gray(0.15, rim=1.0), 0.1)), (0.5, 0.56, 0.22, 0.26)),
+    ), (Finding("lesion", gray(1.0), 0.1), Finding("tumor", gray(1.0, "rings"), 0.1)), (0.5, 0.56, 0.22, 0.26)),
     Modality("ultrasound", "ultrasound", (
         Structure("liver", gray(0.6, "grain"), (0.36, 0.44), (0.15, 0.15), angle=-15),
         Structure("gallbladder", gray(0.0, rim=0.8), (0.64, 0.4), (0.09, 0.145), angle=-20),
-        Structure("kidney", gray(0.5, "rings"), (0.56, 0.75), (0.18, 0.11), angle=5, bend=0.25),
+        Structure("kidney", gray(0.8, "rings"), (0.56, 0.75), (0.18, 0.11), angle=5, bend=0.25),
     ), (Finding("stone", gray(1.0), 0.05), Finding("tumor", HOT, 0.1)), (0.5, 0.6, 0.24, 0.22)),
     Modality("fundus", "fundus", (
         Structure("optic disc", Look((1.0, 0.85, 0.55), rim=(1.0, 0.65, 0.3)), (0.24, 0.48), (0.105, 0.11)),
-        Structure("macula", Look((0.42, 0.14, 0.06)), (0.58, 0.5), (0.11, 0.115)),
+        Structure("macula", Look((0.1, 0.25, 0.1)), (0.58, 0.5), (0.11, 0.115)),
         Structure("vessel", Look((0.62, 0.03, 0.1)), (0.52, 0.22), (0.27, 0.065), bend=-0.35),
     ), (Finding("hemorrhage", Look((0.3, 0.0, 0.32)), 0.3), Finding("exudate", Look((1.0, 0.98, 0.3), "grain"), 0.3)), (0.54, 0.56, 0.27, 0.27)),
     Modality("dermoscopy", "dermoscopy", (

@@ -77,12 +77,13 @@ def presence_turn(facts, rng, finding):
     absent = [name for name, is_finding in facts.absent if is_finding == finding]
     yes = bool(present) and (not absent or rng.random() < 0.5)
     name = _pick(rng, present if yes else absent)
-    return name, _presence(name, finding, yes)
+    return name, _presence(rng, name, finding, yes)
 
 
-def _presence(name, finding, yes):
+def _presence(rng, name, finding, yes):
     """Question and answer about one name, in the style of a short report."""
-    question = f"Is there {article(name)} in this image?" if finding else f"Is the {name} visible in this image?"
+    direct = f"Is there {article(name)} in this image?" if finding else f"Is the {name} visible in this image?"
+    question = _pick(rng, (direct, f"Please look for the {name}."))
     return question, present(name) if yes else absent(name), "closed"
 
 
@@ -106,7 +107,7 @@ def more_presence_turns(facts, rng, asked, kinds, count):
     while len(turns) < count and present and absent:
         yes = rng.random() < 0.5
         name, finding = (present if yes else absent).pop()
-        turns.append((name, _presence(name, finding, yes)))
+        turns.append((name, _presence(rng, name, finding, yes)))
     return turns
 
 

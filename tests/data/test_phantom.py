@@ -112,8 +112,8 @@ def test_answers_agree_with_the_masks(made):
     for record, question, answer in turns(read(folder, "train", "complex") + read(folder, "test", "complex")):
         names = visible_names(folder, record)
         label = labels[record["image"].removeprefix("images/").split("_00--")[0]]
-        if match := re.fullmatch(r"Is (?:the|there an?) (.*?) (?:visible )?in this image\?", question):
-            kind, expected = "presence", f"{match[1]} {'present' if match[1] in names else 'absent'}"
+        if match := re.fullmatch(r"Is (?:the|there an?) (.*?) (?:visible )?in this image\?|Please look for the (.*)\.", question):
+            kind, expected = "presence", f"{match[1] or match[2]} {'present' if (match[1] or match[2]) in names else 'absent'}"
         elif match := re.fullmatch(r"Is this an? (.*) image\?", question):
             kind, expected = "modality?", "Yes" if match[1] == label else "No"
         elif question.startswith("What"):
