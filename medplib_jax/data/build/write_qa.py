@@ -2,7 +2,6 @@
 
 COMMAND
     python -m medplib_jax.data.build.write_qa --pairs data/mine --out data/mine_qa --writer template
-    python -m medplib_jax.data.build.write_qa --pairs data/mine --out data/mine_qa --writer llm --endpoint http://localhost:8000/v1 --model NAME
     python -m medplib_jax.train --config=configs/finetune_folder.py:data/mine_qa ...
 
 The folder: images/, masks/<image>/<name>.png, and if you like metadata.json (see `qa.folder`). The result is a dataset in MeCoVQA's form
@@ -135,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", required=True, help="folder with images/ and masks/<image>/<name>.png")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--writer", choices=("template", "llm"), default="template")
+    parser.add_argument("--writer", choices=("template",), default="template")
     parser.add_argument("--seed", type=int, default=Options.seed)
     parser.add_argument("--test-share", type=float, default=Options.test_share, help="share of the images whose questions are kept for testing")
     parser.add_argument("--complete", action="store_true", help="masks are complete: a name of the modality without a mask is not in the image")
