@@ -4,8 +4,8 @@ COMMAND
     python -m medplib_jax.train --config=configs/stage1_align.py:7b --workdir=runs/7b/stage1
 
 7b: from LLaVA-1.5-7B; only the projector trains, on 500k image descriptions (LLaVA-Med's alignment set). Batch 128, 1 epoch, lr 1e-3.
-tiny: nothing is pretrained, so CLIP, projector and language model all train, on reports that say of every name of the modality whether it
-is there.
+tiny: nothing is pretrained, so CLIP, projector and language model all train, on reports that say of every name of the modality
+whether it is there.
 """
 
 from configs import common

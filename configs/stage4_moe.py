@@ -40,5 +40,5 @@ def tiny() -> ExperimentConfig:
         optim=common.tiny_optim(8e-4, *TRAINABLE),
         loss=LOSS,
         init=InitConfig(stage=4, base="runs/tiny/stage2", grounding="runs/tiny/stage3"),
-        train=TrainConfig(steps=320, checkpoint_every=200),
+        train=TrainConfig(steps=450, checkpoint_every=200),
     )
