@@ -149,7 +149,7 @@ def other_class(facts: Sequence[Facts]) -> Found:
     vocabulary = {frozenset(words) for _, mask in _masks(facts) if (words := _label_words(mask.label))}
     for one, mask in _masks(facts):
         own, text = _label_words(mask.label), set(_words(_round(one, mask)))
-        if not own or own & text or _stems(own) & _stems(text):
+        if not own or own & text or _stems(own) & _stems(text) or _is_denied(one, mask):
             continue
         named = sorted(" ".join(sorted(words)) for words in vocabulary if words <= text)
         if named:
@@ -220,6 +220,12 @@ def _round(one: Facts, mask: MaskFacts) -> str:
     """The question and answer that the mask belongs to."""
     number = mask.turn // 2
     return " ".join(one.questions[number : number + 1] + one.answers[number : number + 1])
+
+
+def _is_denied(one: Facts, mask: MaskFacts) -> bool:
+    """The mask's question asks whether it is something else, and the answer is no."""
+    answers = one.answers[mask.turn // 2 :]
+    return mask.in_question and bool(answers) and _normal(answers[0]).split()[:1] == ["no"]
 
 
 def _collection(one: Facts) -> str:

@@ -88,6 +88,12 @@ def test_other_rounds_may_name_other_classes(root):
     assert findings(root, several) == []
 
 
+def test_a_region_may_be_denied_to_be_something_else(root):
+    asked = region(0, LIVER)
+    asked["conversations"] = record(0, f"<image>\nDoes <region>{LIVER}</region> show the kidney?", "No.")["conversations"]
+    assert findings(root, asked) == []
+
+
 def test_an_answer_may_be_one_of_the_choices(root):
     assert findings(root, record(0, "<image>\nIs it a cyst or a stone?", "A cyst", answer_type="open")) == []
 
