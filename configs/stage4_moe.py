@@ -37,8 +37,8 @@ def tiny() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.TINY, moe=common.EXPERTS, lora=common.tiny_lora(TARGETS)),
         data=common.phantom(common.COMPLEX, common.REGIONS, common.GROUNDING, bucket_lengths=(216,), max_regions=4, max_masks=4),
-        optim=common.tiny_optim(8e-4, *TRAINABLE),
+        optim=common.tiny_optim(1.3e-3, *TRAINABLE),
         loss=LOSS,
         init=InitConfig(stage=4, base="runs/tiny/stage2", grounding="runs/tiny/stage3"),
-        train=TrainConfig(steps=450, checkpoint_every=200),
+        train=TrainConfig(steps=400, checkpoint_every=200),
     )
