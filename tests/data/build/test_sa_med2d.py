@@ -1,0 +1,45 @@
+"""SA-Med2D-20M to a folder of images with named masks."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medplib_jax.data.build.qa.folder import scan
+from medplib_jax.data.build.sa_med2d import make_pairs
+from medplib_jax.data.errors import DataError
+
+CT, MR = "ct_00--AbdomenCT1K--Case_1--x_0001", "mr_t1--BraTS--Case_2--z_0002"
+
+
+@pytest.fixture
+def collection(tmp_path):
+    root = tmp_path / "collection"
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    picture = Image.fromarray(np.full((20, 30), 200, np.uint8))
+    for name in (CT, MR):
+        picture.save(root / f"images/{name}.png")
+    for name in (f"{CT}--0003_000", f"{CT}--0003_001", f"{CT}--0009_000", f"{MR}--0001_000", "ct_00--AbdomenCT1K--Case_9--x_0001--0003_000"):
+        picture.save(root / f"masks/{name}.png")
+    (root / "SAMed2D_v1_class_mapping_id.json").write_text(json.dumps({"AbdomenCT1K": {"left_kidney": 3}, "BraTS": {"tumor": 1}}))
+    return root
+
+
+def test_masks_come_under_their_class_names(collection, tmp_path):
+    manifest = make_pairs(str(collection), str(tmp_path / "out"))
+    assert manifest == {"images": 2, "masks": 3, "skipped": 2, "reasons": {"class without a name": 1, "mask without its image": 1}}
+    pairs, problems = scan(str(tmp_path / "out"))
+    assert not problems and {pair.modality: pair.names for pair in pairs} == {"ct": ("left kidney",), "mr": ("tumor",)}
+    assert len(pairs[0].masks) == 2
+    lines = [json.loads(line)["file"].split("--")[-1] for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    assert sorted(lines) == ["0003_000.png", "0009_000.png"]
+
+
+def test_a_part_can_be_chosen(collection, tmp_path):
+    assert make_pairs(str(collection), str(tmp_path / "out"), "mr_*")["images"] == 1
+    with pytest.raises(DataError, match="no masks"):
+        make_pairs(str(collection), str(tmp_path / "none"), "pet_*")
+    with pytest.raises(DataError, match="not SA-Med2D-20M"):
+        make_pairs(str(collection / "images"), str(tmp_path / "none"))
