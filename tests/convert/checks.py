@@ -180,8 +180,9 @@ def _check_spliced(z, batch, out) -> Iterator[Row]:
     """What takes the place of image and region tokens."""
     if "inputs_embeds" in z:
         yield Row("merged embeddings", at_valid(out["embeddings"], z["inputs_embeds"], batch.valid))
-    for i, row in enumerate(np.flatnonzero(z.get("valid_region", np.zeros(1, bool)))):
-        yield Row("region features", relative(out["regions"][row], z[f"region_feature_{i}"]))
+    if "region_feature_0" in z:
+        for i, row in enumerate(np.flatnonzero(z["valid_region"])):
+            yield Row("region features", relative(out["regions"][row], z[f"region_feature_{i}"]))
 
 
 def _language(converted, z, batch, output, out, prefix, mode) -> Iterator[Row]:
