@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
@@ -24,6 +23,7 @@ log = logging.getLogger(__name__)
 
 RESTART = 75
 ABORT_KEY = "medplib_jax/abort"
+POLL_SECONDS = 1.0
 LAST_WORDS_SECONDS = 10  # how long the process that failed waits for the others to read why
 
 
@@ -31,6 +31,15 @@ def wait_for_others(name: str) -> None:
     """A barrier of all processes that needs no device: where they talk through gloo, one that comes 30 s late ends the run."""
     if jax.process_count() > 1:
         multihost.get_barrier_sync_fn()(key=name, timeout_ms=3_600_000)
+
+
+def of_process_0(name: str, value: str) -> str:
+    """What process 0 gave as `value`, once per `name`; needs no device and waits up to an hour."""
+    if jax.process_count() == 1:
+        return value
+    if jax.process_index() == 0:
+        _client().key_value_set(f"medplib_jax/{name}", value)
+    return _client().blocking_key_value_get(f"medplib_jax/{name}", 3_600_000)
 
 
 class Agreement:
@@ -58,16 +67,23 @@ def abort_together() -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    threading.Thread(target=_watch_for_abort, name="abort", daemon=True).start()
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch_for_abort, args=(over,), name="abort", daemon=True)
+    watcher.start()
     try:
         yield
     except Exception as error:
         traceback.print_exc()
         abort(f"{type(error).__name__}: {error}", exit_code(error))
+    finally:
+        over.set()
+        watcher.join()
 
 
 def exit_code(error: Exception) -> int:
     """RESTART for what a lost process or a broken link looks like from here, else 1."""
+    if "Gloo" in str(error):  # JAX raises what its transport between CPUs reports as errors of several types
+        return RESTART
     lost = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"))
     return RESTART if lost else 1
 
@@ -83,14 +99,14 @@ def abort(reason: str, code: int) -> None:
     _exit(code)
 
 
-def _watch_for_abort() -> None:
-    while True:
-        try:
-            words = json.loads(_client().blocking_key_value_get(ABORT_KEY, 3_600_000))
-            break
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                return  # the run is over, or the coordinator is gone, which ends the process anyhow
+def _watch_for_abort(over: threading.Event) -> None:
+    """Asks again and again: a thread that waits inside the client would bring the program down when it ends."""
+    words = None
+    while words is None:
+        if over.wait(POLL_SECONDS):
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has said anything yet
+            words = json.loads(_client().key_value_try_get(ABORT_KEY))
     if words["process"] == jax.process_index():
         return
     log.error("process %d ends the run: %s", words["process"], words["reason"])

@@ -45,7 +45,7 @@ from medplib_jax.logging import Clock, MetricWriter, mfu, read_metrics, step_flo
 from medplib_jax.mesh import initialize_distributed, make_mesh
 from medplib_jax.models.layers import draw_params, params_of
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.multihost import RESTART, Agreement, Watchdog, abort_together, wait_for_others
+from medplib_jax.multihost import RESTART, Agreement, Watchdog, abort_together, of_process_0, wait_for_others
 from medplib_jax.optim import make_optimizer, make_schedule, partition
 from medplib_jax.sharding import batch_sharding, process_rows, put_batch
 from medplib_jax.stages import hand_over
@@ -286,9 +286,13 @@ class StopSignal:
 
 
 def check_shared(manager: ocp.CheckpointManager) -> None:
-    """ValueError when this process does not see the folder that process 0 made: several hosts need one workdir."""
+    """ValueError when this process does not find the checkpoints that process 0 finds: several hosts need one workdir."""
     if not epath.Path(manager.directory).exists():
         raise ValueError(f"{manager.directory}: process {jax.process_index()} does not see it; several hosts need a workdir that all share")
+    mine = str(manager.latest_step())
+    first = of_process_0("newest_step", mine)
+    if mine != first:
+        raise ValueError(f"{manager.directory}: the newest step is {first} for process 0, {mine} for process {jax.process_index()}; several hosts need a workdir that all share")
 
 
 def reads_first(mesh: Mesh, batch_size: int) -> bool:
