@@ -1,7 +1,7 @@
 """Several processes act as one: they stop at the same step, and when one fails all end, soon and with its reason.
 
 A program that ends with `RESTART` (75, "temporary failure" in sysexits.h) asks for being started again: it was told to stop and has
-saved, it hung, or it lost another process. The launchers do so. Any other failure (1) would only come again.
+saved, it hung, or it lost another process. Any other failure (1) would only come again.
 """
 
 import contextlib

@@ -4,11 +4,11 @@ COMMAND
     python -m medplib_jax.train --config=configs/stage3_grounding.py:tiny --workdir=runs/stage3 [--config.optim.lr=1e-4 ...]
 
 The same command again resumes from the last checkpoint with the same losses, bit for bit; a finished workdir returns at once.
-On several hosts the same command runs on each (launch/README.md), with one workdir that all of them see.
+On several hosts the same command runs on each with one workdir that all of them see.
 
 EXIT CODES
     0    finished
-    75   SIGTERM, SIGUSR1 or a preemption notice: saved; or a step hung, or another process was lost. Start it again (launch/ does).
+    75   SIGTERM, SIGUSR1 or a preemption notice: saved; or a step hung, or another process was lost. Start it again.
     130  Ctrl-C: saved
     1    an error that would only come again: bad data, a loss that is not finite, a config that does not fit
 """
