@@ -2,11 +2,15 @@
 
 COMMAND
     python -m medplib_jax.data.build.write_qa --pairs data/mine --out data/mine_qa --writer template
+    python -m medplib_jax.data.build.write_qa --pairs data/mine --out data/mine_qa --writer llm --endpoint http://localhost:8000/v1 --model NAME
     python -m medplib_jax.train --config=configs/finetune_folder.py:data/mine_qa ...
 
 The folder: images/, masks/<image>/<name>.png, and if you like metadata.json (see `qa.folder`). The result is a dataset in MeCoVQA's form
 (images/, masks/, train/, test/) with Med-GRIT's conversations beside it (grit/train, grit/test), manifest.json and skipped.jsonl.
-The same folder and seed give the same files. All images of one patient or volume, where file names tell it, are in one split.
+`template` needs no network; the same folder and seed give the same files. `llm` asks a language model twice for each image: for a description
+of what masks and metadata.json prove, and for questions about that description. It never sends pictures, file names or the key's value
+elsewhere than to the endpoint. Its answers are kept in OUT/answers: the same command again continues an interrupted run and pays for no
+answer twice. What it gets wrong is asked again, then left out by name; the manifest says what was asked and paid. All images of one patient or volume, where file names tell it, are in one split.
 """
 
 import argparse
@@ -17,12 +21,12 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from medplib_jax.data.build.mecovqa import parse_image_name, stem, write_json
@@ -31,9 +35,9 @@ from medplib_jax.data.build.qa.facts import Facts
 from medplib_jax.data.build.qa.folder import Pair, read_facts, scan, vocabulary
 from medplib_jax.data.errors import DataError
 
-VERSION = 1  # raise it when the same arguments give other files
+VERSION = 2  # raise it when the same arguments give other files
 _IN_PROCESS = 64  # fewer images are not worth starting processes for
-Write = Callable[[Sequence[Facts]], Iterator[tuple[Facts, list[records.Turn], list[DataError]]]]
+KEY = "OPENAI_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +53,10 @@ class Options:
             raise ValueError(f"test share: expected a number in [0, 1], found {self.test_share}")
 
 
-def write_qa(pairs: str, out: str, write: Write, options: Options) -> dict[str, Any]:
+def write_qa(pairs: str, out: str, writer: records.Writer, options: Options) -> dict[str, Any]:
     """Makes the dataset `out` of the folder `pairs`; returns its manifest. DataError when the folder has no image.
 
-    write: makes turns from facts, as `template_writer` does. An image or mask that cannot be used is named in skipped.jsonl.
+    An image, mask or question that cannot be used is named in skipped.jsonl.
     """
     found, problems = scan(pairs)
     facts = []
@@ -60,17 +64,19 @@ def write_qa(pairs: str, out: str, write: Write, options: Options) -> dict[str, 
         problems += errors
         facts += [one] if one else []
     by_file, by_task = {}, {}
-    for one, turns, errors in write(facts):
-        problems += errors
+    for written in writer.write(facts):
+        one = written.facts
+        problems += written.problems
         split = "test" if _fraction(one.image) < options.test_share else "train"
-        made = (records.test_records if split == "test" else records.training_records)(one, turns)
+        made = (records.test_records if split == "test" else records.training_records)(one, written.turns)
         for kind, new in made.items():
             by_file.setdefault(f"{split}/{kind}.json", []).extend(new)
-        for task, new in grit.records(one, _generator(options.seed, one, "grit")).items():
-            by_task.setdefault(f"grit/{split}/{task}.json", []).extend(new)
+        for task, turns in written.grit.items():
+            by_task.setdefault(f"grit/{split}/{task}.json", []).extend(grit.record(one, turn) for turn in turns)
     manifest = {
         "version": VERSION, **dataclasses.asdict(options), "images": len(facts), "masks": sum(len(target.masks) for one in facts for target in one.targets),
         "modalities": dict(sorted(Counter(one.modality for one in facts).items())), "skipped": len(problems),
+        "reasons": dict(Counter(problem.what for problem in problems).most_common()), **writer.report(),
         "records": {name: len(made) for name, made in sorted({**by_file, **by_task}.items())},
     }  # fmt: skip
     _save(out, {**by_file, **by_task}, problems, manifest)
@@ -78,9 +84,9 @@ def write_qa(pairs: str, out: str, write: Write, options: Options) -> dict[str, 
 
 
 def _save(out: str, files: dict[str, list], problems: Sequence[DataError], manifest: dict[str, Any]) -> None:
-    for kind in records.KINDS:  # of an earlier run, whose split may have been another one
-        for split in ("train", "test"):
-            Path(out, split, f"{kind}.json").unlink(missing_ok=True)
+    for split in ("train", "test"):  # of an earlier run, whose split may have been another one
+        for name in (*(f"{split}/{kind}.json" for kind in records.KINDS), *(f"grit/{split}/{task}.json" for task in grit.TASKS)):
+            Path(out, name).unlink(missing_ok=True)
     for name, made in files.items():
         if made:
             write_json(os.path.join(out, name), made)
@@ -114,35 +120,59 @@ def _fraction(image: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-def _generator(seed: int, facts: Facts, what: str) -> np.random.Generator:
-    digest = hashlib.sha256(f"{what} {stem(facts.image)}".encode()).digest()
-    return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
+class TemplateWriter:
+    """Turns from `template` and `grit`; an image about which nothing can be asked is named."""
 
+    def __init__(self, seed: int):
+        self._seed = seed
 
-def template_writer(seed: int) -> Write:
-    """Turns from `template`; an image about which nothing can be asked is an error."""
-
-    def write(facts: Sequence[Facts]) -> Iterator[tuple[Facts, list[records.Turn], list[DataError]]]:
+    def write(self, facts: Sequence[Facts]) -> Iterator[records.Written]:
         for one in facts:
-            turns = template.turns(one, _generator(seed, one, "template"))
-            yield one, turns, [] if turns else [DataError(one.image, None, "nothing to ask about", "a mask or a modality", "neither")]
+            turns = template.turns(one, one.generator(self._seed, "template"))
+            problems = [] if turns else [DataError(one.image, None, "nothing to ask about", "a mask or a modality", "neither")]
+            yield records.Written(one, turns, grit.turns(one, one.generator(self._seed, "grit")), problems)
 
-    return write
+    def report(self) -> dict[str, Any]:
+        return {"writer": "template"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _llm_writer(arguments: argparse.Namespace) -> records.Writer:
+    """ValueError when the arguments do not name an endpoint."""
+    from medplib_jax.data.build.qa import chat, llm  # only who asks a model needs them
+
+    endpoint = chat.Endpoint(arguments.endpoint, arguments.model, os.environ.get(KEY, ""), json.loads(arguments.request), arguments.timeout)
+    cache = arguments.cache or os.path.join(arguments.out, "answers")
+    return llm.Writer(chat.Chat(endpoint, cache), arguments.seed, arguments.concurrency, (arguments.price_in, arguments.price_out))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", required=True, help="folder with images/ and masks/<image>/<name>.png")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--writer", choices=("template",), default="template")
+    parser.add_argument("--writer", choices=("template", "llm"), default="template")
     parser.add_argument("--seed", type=int, default=Options.seed)
     parser.add_argument("--test-share", type=float, default=Options.test_share, help="share of the images whose questions are kept for testing")
     parser.add_argument("--complete", action="store_true", help="masks are complete: a name of the modality without a mask is not in the image")
+    llm = parser.add_argument_group("--writer llm", f"an OpenAI-compatible chat API; its key is read from {KEY} in the environment, a local server may need none")
+    llm.add_argument("--endpoint", default="", help="address up to the version, such as http://localhost:8000/v1")
+    llm.add_argument("--model", default="", help="the model's name there")
+    llm.add_argument("--concurrency", type=int, default=8, help="images at a time")
+    llm.add_argument("--timeout", type=float, default=300.0, help="seconds for one answer")
+    llm.add_argument("--request", default="{}", help='further fields of every request, JSON: \'{"temperature": 0.7, "max_tokens": 2000}\'')
+    llm.add_argument("--cache", default="", help="folder of the answers; OUT/answers by default")
+    llm.add_argument("--price-in", type=float, default=0.0, help="of a million tokens of questions, for the cost in the manifest")
+    llm.add_argument("--price-out", type=float, default=0.0, help="of a million tokens of answers")
     arguments = parser.parse_args()
-    options = Options(arguments.seed, arguments.test_share, arguments.complete)
-    manifest = write_qa(arguments.pairs, arguments.out, template_writer(options.seed), options)
+    try:
+        options = Options(arguments.seed, arguments.test_share, arguments.complete)
+        writer = _llm_writer(arguments) if arguments.writer == "llm" else TemplateWriter(options.seed)
+        manifest = write_qa(arguments.pairs, arguments.out, writer, options)
+    except (ValueError, RuntimeError) as error:  # DataError and EndpointError among them
+        print(error, file=sys.stderr)
+        return 1
     print(json.dumps(manifest, indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

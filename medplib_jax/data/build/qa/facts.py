@@ -1,12 +1,13 @@
 """What masks and metadata prove about an image: which names are there, where, how large, and which lie apart."""
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from medplib_jax.data.build.mecovqa import unite
+from medplib_jax.data.build.mecovqa import stem, unite
 from medplib_jax.data.build.modalities import LABELS
 from medplib_jax.data.build.qa.grid import Box
 
@@ -21,6 +22,7 @@ class Target:
     masks: tuple[str, ...]  # references of its instances
     merged: str  # reference of their union; the instance itself when it is alone
     box: Box  # of the union, pixels
+    boxes: tuple[Box, ...]  # of the instances
     centre: tuple[float, float]  # (x, y) of the union's mean pixel, in [0, 1]
     area: float  # share of the image
     spread: float  # longer side of the box, as a share of the image's
@@ -40,6 +42,7 @@ class Target:
     def is_compact(self) -> bool:
         """Whether one part of the image can be called its place."""
         return self.spread <= 0.6
+
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
@@ -65,19 +68,29 @@ class Facts:
     def pairs_apart(self) -> list[tuple[Target, Target]]:
         return [pair for pair in itertools.combinations(self.targets, 2) if self.apart(*pair)]
 
+    def generator(self, seed: int, purpose: str) -> np.random.Generator:
+        """Random numbers for one purpose; they depend on the seed and the image's name alone."""
+        digest = hashlib.sha256(f"{purpose} {stem(self.image)}".encode()).digest()
+        return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
+
 
 def measure(named: Mapping[str, Sequence[np.ndarray]], references: Mapping[str, tuple[tuple[str, ...], str]]) -> tuple[tuple[Target, ...], frozenset]:
     """Targets and touching pairs. named: each name's 0/1 masks uint8 [h, w], none empty; references: (instances, union) of each name."""
     united = {name: unite(masks).astype(bool) for name, masks in named.items()}
-    targets = tuple(_target(name, mask, *references[name]) for name, mask in united.items())
+    targets = tuple(_target(name, mask, tuple(map(_box, named[name])), *references[name]) for name, mask in united.items())
     touching = frozenset(frozenset(pair) for pair in itertools.combinations(united, 2) if (united[pair[0]] & united[pair[1]]).any())
     return targets, touching
 
 
-def _target(name: str, mask: np.ndarray, masks: tuple[str, ...], merged: str) -> Target:
+def _target(name: str, mask: np.ndarray, boxes: tuple[Box, ...], masks: tuple[str, ...], merged: str) -> Target:
     rows, columns = np.nonzero(mask)
     height, width = mask.shape
-    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+    box = _box(mask)
     centre = (float((columns.mean() + 0.5) / width), float((rows.mean() + 0.5) / height))
     spread = max((box[2] - box[0]) / width, (box[3] - box[1]) / height)
-    return Target(name, masks, merged, box, centre, len(rows) / mask.size, spread)
+    return Target(name, masks, merged, box, boxes, centre, len(rows) / mask.size, spread)
+
+
+def _box(mask: np.ndarray) -> Box:
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

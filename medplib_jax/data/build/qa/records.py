@@ -2,10 +2,11 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 from medplib_jax.data.build.qa.facts import Facts
+from medplib_jax.data.errors import DataError
 from medplib_jax.data.sources import MASK, REGION
 
 KINDS = ("vqa", "region", "grounding", "grounding_pairs")  # a file each, so that a file holds questions of one kind
@@ -25,6 +26,24 @@ class Turn:
     @property
     def answer_type(self) -> str:
         return "closed" if self.candidates else "open"
+
+
+class Writer(Protocol):
+    """Makes turns from facts, image by image; what it has to say of the whole run goes into the manifest."""
+
+    def write(self, facts: Sequence[Facts]) -> Iterator["Written"]: ...
+
+    def report(self) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What a writer made of one image. grit: (question, answer) by task of Med-GRIT; problems: what it left out."""
+
+    facts: Facts
+    turns: list[Turn] = dataclasses.field(default_factory=list)
+    grit: dict[str, list[tuple[str, str]]] = dataclasses.field(default_factory=dict)
+    problems: list[DataError] = dataclasses.field(default_factory=list)
 
 
 def leaks(turn: Turn) -> bool:

@@ -108,17 +108,17 @@ def _comparisons(first: Target, second: Target, rng: np.random.Generator) -> lis
     start, made = f"{verb(first.name).capitalize()} the {first.name}", []
     if not (first.has_side_word or second.has_side_word):
         for axis, words in ((0, ("to the left of", "to the right of")), (1, ("above", "below"))):
-            order = _order(first, second, axis)
-            if order is not None:
+            found = order(first, second, axis)
+            if found is not None:
                 asked = int(rng.integers(2))
-                made.append(_yes_no(f"{start} {words[asked]} the {second.name} in this image?", asked == order))
+                made.append(_yes_no(f"{start} {words[asked]} the {second.name} in this image?", asked == found))
     ratio = first.area / second.area
     if not 1 / 1.5 < ratio < 1.5:
         made.append(_yes_no(f"{start} larger than the {second.name} in this image?", ratio > 1))
     return made
 
 
-def _order(first: Target, second: Target, axis: int) -> int | None:
+def order(first: Target, second: Target, axis: int) -> int | None:
     """0 when the first one's box ends before the second one's begins, 1 the other way round, None when they overlap on this axis."""
     if first.box[axis + 2] <= second.box[axis]:
         return 0
@@ -149,9 +149,12 @@ def grounding_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
     for first, second in sample(rng, facts.pairs_apart(), 1):
         answer = " and ".join(f"the {target.name} <SEG><mask>{target.merged}</mask>" for target in (first, second))
         made.append(Turn("grounding_pairs", _request(facts, rng, first.name, second.name), f"{answer[0].upper()}{answer[1:]}."))
-    for name in sample(rng, facts.absent, 1):
-        made.append(Turn("grounding", _request(facts, rng, name), f"The {name} {verb(name)} not visible in this image."))
-    return made
+    return made + absent_turns(facts, rng)
+
+
+def absent_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
+    """A request for a mask of something that is known not to be there; none where nothing is."""
+    return [Turn("grounding", _request(facts, rng, name), f"The {name} {verb(name)} not visible in this image.") for name in sample(rng, facts.absent, 1)]
 
 
 def _the(name: str) -> str:
