@@ -4,7 +4,8 @@ COMMAND
     python -m medplib_jax.data.build.sa_med2d --source SAMed2Dv1 --out data/pairs --match "ct_00--AbdomenCT1K--*"
 
 Reads images/, masks/ (IMAGE--CLASS_INSTANCE.png) and SAMed2D_v1_class_mapping_id.json; writes images/, masks/<image>/<name>_NNN.png
-(hard links where the disk allows), manifest.json, and skipped.jsonl, which names each mask without an image or a class name.
+(hard links where the disk allows), manifest.json, and skipped.jsonl, which names each mask without an image, without a class name, or
+with one that says nothing to a reader: "class3", "left", or "union_...", which unites classes that have masks of their own.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import collections
 import fnmatch
 import json
 import os
+import re
 from typing import Any
 
 from tqdm import tqdm
@@ -19,6 +21,8 @@ from tqdm import tqdm
 from medplib_jax.data.build.mecovqa import class_name, parse_mask_name, read_class_names, stem, write_json
 from medplib_jax.data.build.place import place, safe_name
 from medplib_jax.data.errors import DataError
+
+_NO_NAME = re.compile(r"class ?\d*|left|right|union .*", re.IGNORECASE)
 
 
 def make_pairs(source: str, out: str, match: str = "*") -> dict[str, Any]:
@@ -63,6 +67,8 @@ def _place_mask(source: str, out: str, image: str, mask: str, names: dict[tuple[
     path, name = os.path.join(source, "masks", mask), class_name(mask, names)
     if not name:
         return DataError(path, None, "class without a name", "an entry in SAMed2D_v1_class_mapping_id.json", parse_mask_name(mask).label)
+    if _NO_NAME.fullmatch(name):
+        return DataError(path, None, "class name says nothing", "the name of a structure", name)
     instance = parse_mask_name(mask).instance or "000"
     place(path, out, f"masks/{image}/{safe_name(name)}_{instance}.png")
     return None

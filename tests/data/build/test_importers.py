@@ -14,9 +14,11 @@ from PIL import Image
 from medplib_jax.data.build.audit import audit
 from medplib_jax.data.build.import_dataset import import_dataset
 from medplib_jax.data.build.importers import READERS
+from medplib_jax.data.build.write_qa import Options, TemplateWriter, write_qa
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.plan import BatchPlan
 from medplib_jax.data.sources import MecovqaSource
+from tests.data.build.qa.folders import make_pairs
 
 
 def picture(seed: int) -> bytes:
@@ -52,6 +54,19 @@ def path_vqa(root, image=None):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows + bad), root / "data" / f"{split}-00000-of-00001-ab.parquet")
 
 
+def vqa_rad_hub(root):
+    (root / "data").mkdir(parents=True)
+    rows = [{"image": {"bytes": picture(0), "path": None}, "question": "Is there a mass?", "answer": "no"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / "data/train-00000-of-00001-ab.parquet")
+
+
+def pmc_vqa_2(root, image="PMC1_F1.jpg"):
+    table = io.StringIO()
+    heading = ["index", "Figure_path", "Caption", "Question", "Choice A", "Choice B", "Choice C", "Choice D", "Answer", "split"]
+    csv.writer(table).writerows([heading, ["0", image, "A chest.", "Which organ?", " A:lung ", " B:heart", " C:liver", " D:bone", "B", "train"]])
+    put(root, {"train_2.csv": table.getvalue(), "test_2.csv": table.getvalue(), "figures/PMC1_F1.jpg": picture(0)})
+
+
 def pmc_vqa(root, image="PMC1_F1.jpg"):
     table = io.StringIO()
     heading = ["Figure_path", "Question", "Answer", "Choice A", "Choice B", "Choice C", "Choice D", "Answer_label"]
@@ -64,7 +79,11 @@ def vqa_med(root, image="synpic2"):
     training = f"{image}|what plane is this?|axial\n{image}|is it normal?|yes\n"
     test = "VQAMed2019_Test_Questions_w_Ref_Answers.txt"
     put(root, {"Training/All_QA_Pairs_train.txt": training, "Training/Train_images/synpic2.jpg": picture(0)})
-    put(root, {f"Test/{test}": f"{image}|plane|which plane?|axial#transverse\n", "Test/VQAMed2019_Test_Images/synpic2.jpg": picture(1)})
+    put(root, {f"Test/{test}": f"{image}|plane|which plane?|(slightly) axial#transverse\n", "Test/VQAMed2019_Test_Images/synpic2.jpg": picture(1)})
+    name = "VQAMed2020-Task1-VQAnswering-Test"
+    put(root, {f"2020/{name}-Questions.txt": f"{image}|what is it?\n", f"2020/{name}-ReferenceAnswers.txt": f"{image}|hernia (internal)|a hernia\n"})
+    put(root, {"2020/Task1-2020-VQAnswering-Test-Images/synpic2.jpg": picture(2)})
+    put(root, {"2021/VQA-Med-2021-VQAnswering-Task1-New-ValidationSet.txt": f"{image}|what is it?|cyst\n", "2021/New-Images/synpic2.jpg": picture(3)})
 
 
 def omnimedvqa(root, image="Images/A/1.jpg"):
@@ -88,7 +107,8 @@ def med_grit(root, image="images/ct_00--A--v--x_1.jpg"):
 CASES = {  # (layout, records of each split)
     "vqa_rad": (vqa_rad, {"train": 1, "test": 1}), "slake": (slake, {"train": 2, "validation": 1, "test": 1}),
     "slake_en": (slake, {"train": 1, "validation": 1, "test": 1}), "path_vqa": (path_vqa, {"train": 1, "test": 1}),
-    "pmc_vqa": (pmc_vqa, {"train": 1, "test": 1}), "vqa_med": (vqa_med, {"train": 2, "test": 1}), "omnimedvqa": (omnimedvqa, {"test": 2}),
+    "pmc_vqa": (pmc_vqa, {"train": 1, "test": 1}), "pmc_vqa_2": (pmc_vqa_2, {"train": 1, "test": 1}),
+    "vqa_med": (vqa_med, {"train": 2, "validation": 1, "test": 2}), "omnimedvqa": (omnimedvqa, {"test": 2}),
     "llava_med_alignment": (llava_med, {"train": 1}), "med_grit": (med_grit, {"train": 1, "test": 1}),
 }  # fmt: skip
 
@@ -137,6 +157,39 @@ def test_answers_and_modalities(tmp_path):
     (record,) = json.loads((tmp_path / "out/pmc_vqa_train.json").read_text())
     assert record["conversations"][1]["value"] == "heart, left" and record["candidates"] == ["lung", "heart, left", "liver", "bone"]
     assert record["answer_type"] == "closed"
+
+
+def test_the_answers_of_vqa_med_are_the_first_without_optional_parts(tmp_path):
+    imported(tmp_path, "vqa_med")
+    answers = [record["conversations"][1]["value"] for record in json.loads((tmp_path / "out/vqa_med_test.json").read_text())]
+    assert sorted(answers) == ["axial", "hernia (internal)"]
+
+
+def test_version_2_of_pmc_vqa_has_its_letter_in_another_column(tmp_path):
+    imported(tmp_path, "pmc_vqa_2")
+    (record,) = json.loads((tmp_path / "out/pmc_vqa_2_train.json").read_text())
+    assert record["conversations"][1]["value"] == "heart" and record["candidates"] == ["lung", "heart", "liver", "bone"]
+
+
+def test_vqa_rad_comes_from_the_hub_too(tmp_path):
+    vqa_rad_hub(tmp_path / "source")
+    assert import_dataset("vqa_rad", str(tmp_path / "source"), str(tmp_path / "out"))["records"] == {"train": 1}
+    (record,) = json.loads((tmp_path / "out/vqa_rad_train.json").read_text())
+    assert record["answer_type"] == "closed"
+
+
+@pytest.mark.parametrize("named", ["/home/authors/SAMed2D/ct_00--A--v--x_1.png", "elsewhere.png"])
+def test_pictures_of_med_grit_are_found_by_name_or_id(tmp_path, named):
+    row = {"id": "ct_00--A--v--x_1", "conversations": [[f"Picture 1: <img>{named}</img>\nDescribe it.", "A liver."]]}
+    put(tmp_path / "source", {"train.json": [row], "images/ct_00--A--v--x_1.png": picture(0)})
+    assert import_dataset("med_grit", str(tmp_path / "source"), str(tmp_path / "out"))["skipped"] == 0
+
+
+def test_what_write_qa_writes_can_be_imported(tmp_path):
+    pairs = make_pairs(tmp_path / "pairs", 2)
+    write_qa(pairs, str(tmp_path / "qa"), TemplateWriter(0), Options(test_share=0.0))
+    manifest = import_dataset("med_grit", str(tmp_path / "qa"), str(tmp_path / "out"))
+    assert manifest["skipped"] == 0 and manifest["records"] == {"train": 2 * (3 * 3 + 1)}
 
 
 def test_the_audit_reads_an_imported_dataset(tmp_path):

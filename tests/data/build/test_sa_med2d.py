@@ -21,20 +21,20 @@ def collection(tmp_path):
     picture = Image.fromarray(np.full((20, 30), 200, np.uint8))
     for name in (CT, MR):
         picture.save(root / f"images/{name}.png")
-    for name in (f"{CT}--0003_000", f"{CT}--0003_001", f"{CT}--0009_000", f"{MR}--0001_000", "ct_00--AbdomenCT1K--Case_9--x_0001--0003_000"):
+    for name in (f"{CT}--0004_000", f"{MR}--0002_000", f"{CT}--0003_000", f"{CT}--0003_001", f"{CT}--0009_000", f"{MR}--0001_000", "ct_00--AbdomenCT1K--Case_9--x_0001--0003_000"):
         picture.save(root / f"masks/{name}.png")
-    (root / "SAMed2D_v1_class_mapping_id.json").write_text(json.dumps({"AbdomenCT1K": {"left_kidney": 3}, "BraTS": {"tumor": 1}}))
+    (root / "SAMed2D_v1_class_mapping_id.json").write_text(json.dumps({"AbdomenCT1K": {"left_kidney": 3, "union_kidneys": 4}, "BraTS": {"tumor": 1, "class2": 2}}))
     return root
 
 
 def test_masks_come_under_their_class_names(collection, tmp_path):
     manifest = make_pairs(str(collection), str(tmp_path / "out"))
-    assert manifest == {"images": 2, "masks": 3, "skipped": 2, "reasons": {"class without a name": 1, "mask without its image": 1}}
+    assert manifest == {"images": 2, "masks": 3, "skipped": 4, "reasons": {"class name says nothing": 2, "class without a name": 1, "mask without its image": 1}}
     pairs, problems = scan(str(tmp_path / "out"))
     assert not problems and {pair.modality: pair.names for pair in pairs} == {"ct": ("left kidney",), "mr": ("tumor",)}
     assert len(pairs[0].masks) == 2
     lines = [json.loads(line)["file"].split("--")[-1] for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
-    assert sorted(lines) == ["0003_000.png", "0009_000.png"]
+    assert sorted(lines) == ["0002_000.png", "0003_000.png", "0004_000.png", "0009_000.png"]
 
 
 def test_a_part_can_be_chosen(collection, tmp_path):

@@ -12,6 +12,7 @@ READERS = {
     "slake_en": slake.read_english,
     "path_vqa": path_vqa.read,
     "pmc_vqa": pmc_vqa.read,
+    "pmc_vqa_2": pmc_vqa.read_second,
     "vqa_med": vqa_med.read,
     "omnimedvqa": omnimedvqa.read,
     "llava_med_alignment": llava_med.read,

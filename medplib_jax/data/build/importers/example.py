@@ -2,12 +2,18 @@
 
 import csv
 import dataclasses
+import hashlib
 import os
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
+
 from medplib_jax.data.build.mecovqa import read_records
 from medplib_jax.data.errors import DataError
+from medplib_jax.data.sources import find_file
 
 YES_NO = ("yes", "no")
 
@@ -48,6 +54,31 @@ def json_rows(root: str, name: str) -> Iterator[tuple[tuple[str, int], Any]]:
         yield (path, index), row
 
 
+def parquet_rows(root: str) -> Iterator[tuple[tuple[str, int], str, Any]]:
+    """(place, split, row) of data/{train,validation,test}-*.parquet with image {bytes}, question, answer, the form on the Hugging Face hub."""
+    files = [(split, path) for split in ("train", "validation", "test") for path in sorted(pathlib.Path(root, "data").glob(f"{split}-*.parquet"))]
+    if not files:
+        raise DataError(root, None, "dataset not found", "data/train-*.parquet", "none")
+    for split, path in files:
+        try:
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(64, columns=["image", "question", "answer"])
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for index, row in enumerate(rows):
+                yield (str(path), index), split, row
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(str(path), None, "table cannot be read", "Parquet with image, question, answer", str(error)) from error
+
+
+def parquet_example(place: tuple[str, int], split: str, row: Any, modality: str = "") -> Example:
+    """The example of such a row; its picture is named by its content."""
+    question, answer = text(row, "question", place), text(row, "answer", place)
+    content = (row["image"] or {}).get("bytes")
+    if not content:
+        raise DataError(*place, "no image", "its bytes", repr(row["image"]))
+    name = hashlib.sha256(content).hexdigest()[:16] + (".png" if content[:4] == b"\x89PNG" else ".jpg")
+    return Example(place, name, split, ((question, answer),), modality, answer_type(answer), content=content)
+
+
 def csv_rows(root: str, name: str) -> Iterator[tuple[tuple[str, int], dict[str, str]]]:
     """(place, row) of a CSV file with a heading."""
     path = os.path.join(root, name)
@@ -57,6 +88,17 @@ def csv_rows(root: str, name: str) -> Iterator[tuple[tuple[str, int], dict[str, 
                 yield (path, index), row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(path, None, "table cannot be read", "CSV in UTF-8", str(error)) from error
+
+
+def first_existing(root: str, names: Sequence[str]) -> str:
+    """The first of the names that is a file below the root; the first of all when none is, for the message."""
+    for name in names:
+        try:
+            find_file(root, name)
+            return name
+        except DataError:
+            continue
+    return names[0]
 
 
 def existing(root: str, names: Sequence[str]) -> list[str]:
