@@ -2,8 +2,9 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
+from medplib_jax import mesh as mesh_module
 from medplib_jax.experiment import MeshConfig
-from medplib_jax.mesh import make_mesh, resolve
+from medplib_jax.mesh import initialize_distributed, make_mesh, resolve
 
 
 def test_axes_are_named_and_auto():
@@ -24,3 +25,41 @@ def test_sizes_that_do_not_fit_are_refused():
         resolve(MeshConfig(data=2, fsdp=2), 8)
     with pytest.raises(ValueError, match="at most one -1"):
         MeshConfig(data=-1, fsdp=-1)
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "on_tpu", "expected"),
+    [
+        ({}, False, None),
+        ({"JAX_COORDINATOR_ADDRESS": "host0:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}, False, {"num_processes": 4, "process_id": 2}),
+        (SLURM | {"SLURM_NTASKS": "16"}, False, {}),
+        (SLURM | {"SLURM_NTASKS": "1"}, False, None),  # an interactive shell
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"}, False, None),  # the batch script itself, outside of srun
+        ({}, True, {}),
+        ({"JAX_PLATFORMS": "cpu"}, True, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False, None),  # compiling for TPUs on a laptop
+    ],
+)
+def test_who_joins_other_processes(monkeypatch, variables, on_tpu, expected):
+    calls = []
+    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "TPU_WORKER_HOSTNAMES", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("jax._src.cloud_tpu_init.running_in_cloud_tpu_vm", on_tpu)
+    monkeypatch.setattr(mesh_module.jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    initialize_distributed()
+    assert calls == ([] if expected is None else [expected])
+
+
+def test_jax_finds_the_coordinator_of_a_slurm_step(monkeypatch):
+    """What `jax.distributed.initialize` makes of the variables that srun sets: the names above must stay those that it reads."""
+    from jax._src.clusters import SlurmCluster
+
+    for name, value in (SLURM | {"SLURM_NTASKS": "16"}).items():
+        monkeypatch.setenv(name, value)
+    assert SlurmCluster.is_env_present() and SlurmCluster.get_process_id() == 3 and SlurmCluster.get_process_count() == 16
+    assert SlurmCluster.get_coordinator_address(None, None).startswith("gpu03:")
