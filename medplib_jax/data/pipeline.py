@@ -119,12 +119,13 @@ class Loader:
         A notice comes when a file is prepared, not again when it comes from a cache.
         """
         bucket, numbers = plan.batch(step)
+        augmented = self._data.region_augmentation != "none"
         return self._load(
             [plan.records(numbers[row]) for row in rows],
             bucket,
             False,
             lambda i: _replacements(plan, step, rows[i]),
-            lambda i: plan.generator(step, rows[i]),
+            lambda i: plan.generator(step, rows[i]) if augmented else None,
         )
 
     def load_eval(self, indices: Sequence[int], rows: Sequence[int], question: bool) -> tuple[Arrays, list[DataError]]:
@@ -255,7 +256,7 @@ class Loader:
             cells = regions.grid_cells(regions.draw(reference, size))
         else:
             cells = self._region_cells(record.find(reference), size, notices)
-        if rng is not None and self._data.region_augmentation != "none":
+        if rng is not None:
             cells = regions.sub_component(cells, rng, reference=self._data.region_augmentation == "reference")
         return regions.cell_points(cells, self._model.region.max_points)
 

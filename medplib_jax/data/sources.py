@@ -64,7 +64,7 @@ def find_file(root: str, reference: str) -> str:
     """
     if "\0" in reference:
         raise DataError(root, None, "not a path", "no zero byte", repr(reference))
-    root = os.path.realpath(root)
+    root = _real_root(root)
     joined = os.path.join(root, reference)
     path = joined if os.path.isfile(joined) else joined + ".png"
     real = os.path.realpath(path)
@@ -73,6 +73,11 @@ def find_file(root: str, reference: str) -> str:
     if not os.path.isfile(real):
         raise DataError(root, None, "file is missing", joined, "no such file")
     return real
+
+
+@functools.lru_cache(maxsize=64)
+def _real_root(root: str) -> str:
+    return os.path.realpath(root)
 
 
 def modality(image: str) -> str:
@@ -215,7 +220,7 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
 
 def _is_unicode(text: str) -> bool:
     """False for what JSON can write with escapes and UTF-8 cannot: half of a surrogate pair."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def check_complete(record: Record) -> None:

@@ -4,6 +4,7 @@ The `transformers` package no longer has that tokenizer: its LLaMA tokenizer is 
 added tokens nor starts every chunk with a dummy space, so its ids differ. Here the two rules are written out on `sentencepiece`.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -30,6 +31,8 @@ class Tokenizer:
     def __init__(self, model: bytes):
         self._model = model
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        # the sentences around every question come again and again
+        self._encode_chunk = functools.lru_cache(maxsize=1024)(lambda chunk: tuple(self._pieces.encode(chunk)))
         first = self._pieces.get_piece_size()
         self._added = {token: first + i for i, token in enumerate(ADDED_TOKENS)}
         self._control = {token: i for i, token in enumerate(CONTROL_TOKENS)}
@@ -102,7 +105,7 @@ class Tokenizer:
             if i + 1 < len(chunks) and chunks[i + 1] in self._added:
                 chunk = chunk.rstrip()
             if chunk:
-                ids.extend(self._pieces.encode(chunk))
+                ids.extend(self._encode_chunk(chunk))
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
