@@ -3,9 +3,10 @@
     python -m medplib_jax.benchmarks.data_pipeline --data DIR --tokenizer FOLDER                  # milliseconds of one core per record
     python -m medplib_jax.benchmarks.data_pipeline --data DIR --tokenizer FOLDER --memory 50000   # MB of a worker over that many records
 
-DIR holds annotation files in MeCoVQA's form. All variants read the same records in this process, in turns, and the fastest round counts.
-CPU time, not wall time, so that other work on the machine matters little. Expect at least 3 times the samples per core of PyTorch once the
-cache is warm, and later epochs at least 10 times faster than the first without a cache.
+DIR holds annotation files in MeCoVQA's form and images/. All variants read the same records in this process, in turns, and the fastest round
+counts; "assembled" reads what `data.build.assemble` made of DIR. CPU time, not wall time, so that other work on the machine matters little.
+Expect at least 3 times the samples per core of PyTorch once the cache is warm, and later epochs at least 10 times faster than the first
+without a cache.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from scipy import ndimage
 
 from medplib_jax.config import ModelConfig
 from medplib_jax.data import pipeline
+from medplib_jax.data.build.assemble import assemble
 from medplib_jax.data.prompts import encode_conversation
 from medplib_jax.experiment import DataConfig
 
@@ -133,6 +135,14 @@ def milliseconds(make: Callable[[], Iterator], records: int) -> float:
     return (time.process_time() - began) / records * 1e3
 
 
+def assembled(data: DataConfig, out: str) -> DataConfig:
+    """The same data as `data.build.assemble` writes them. ValueError when it leaves records out, because the comparison would be uneven."""
+    manifest = assemble(data.root, data.root, out, workers=0)
+    if manifest["left_out"]:
+        raise ValueError(f"{data.root}: expected records that can all be assembled, found {manifest['left_out']}")
+    return dataclasses.replace(data, sources=tuple(manifest["sources"]))
+
+
 def compare(data: DataConfig, rounds: int) -> dict[str, float]:
     """Milliseconds of one core per record for each variant, the fastest of the rounds. Nothing is kept in memory from record to record."""
     kept, pipeline.CACHE_BYTES = pipeline.CACHE_BYTES, 0
@@ -141,10 +151,12 @@ def compare(data: DataConfig, rounds: int) -> dict[str, float]:
     try:
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as folder:
-                cached = dataclasses.replace(data, cache=folder)
+                cached = dataclasses.replace(data, cache=os.path.join(folder, "cache"))
+                shards = assembled(data, os.path.join(folder, "assembled"))
                 variants = {
                     "PyTorch DataLoader": lambda: torch_batches(data),
                     "no cache": lambda: our_batches(data),
+                    "assembled, no cache": lambda shards=shards: our_batches(shards),
                     "disk cache, first epoch": lambda cached=cached: our_batches(cached),
                     "disk cache, later epochs": lambda cached=cached: our_batches(cached),
                 }
