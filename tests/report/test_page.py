@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medplib_jax import report
+from medplib_jax.report import pictures, plots
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.sources import parse_record
 
@@ -112,7 +113,7 @@ def test_overlay_colours_the_mask_and_nothing_else():
 
 
 def test_second_mask_has_the_colour_of_its_token():
-    marked = str(report.mark_tokens("the liver is <SEG><mask>masks/a.png</mask> and the tumor is <SEG>."))
+    marked = str(pictures.mark_tokens("the liver is <SEG><mask>masks/a.png</mask> and the tumor is <SEG>."))
     assert re.findall(r"background:(#\w+)", marked) == list(report.PALETTE[:2])
     assert "masks/a.png" not in marked
     one = np.ones((8, 8), bool)
@@ -123,7 +124,7 @@ def test_second_mask_has_the_colour_of_its_token():
 @settings(deadline=None, max_examples=30)
 @given(st.text(alphabet="<>SEG/regionmask&\"' ab\n", max_size=40))
 def test_marked_text_opens_only_our_spans(text):
-    marked = str(report.mark_tokens(text))
+    marked = str(pictures.mark_tokens(text))
     assert set(re.findall(r"</?[^>]*>", marked)) <= {
         '<span class="token region">', "</span>", *(f'<span class="token" style="background:{colour}">' for colour in report.PALETTE)
     }  # fmt: skip
@@ -135,12 +136,12 @@ def test_running_mean_against_a_loop(values):
     values = np.array(values)
     half = max(1, len(values) // 40)
     expected = [values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))]
-    np.testing.assert_allclose(report.running_mean(values), expected, atol=1e-9)
+    np.testing.assert_allclose(plots.running_mean(values), expected, atol=1e-9)
 
 
 def test_running_mean_skips_nan():
-    np.testing.assert_allclose(report.running_mean(np.array([1.0, np.nan, 3.0])), [1, 2, 3])
-    assert np.isnan(report.running_mean(np.array([np.nan, np.nan]))).all()
+    np.testing.assert_allclose(plots.running_mean(np.array([1.0, np.nan, 3.0])), [1, 2, 3])
+    assert np.isnan(plots.running_mean(np.array([np.nan, np.nan]))).all()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from nltk.translate.bleu_score import sentence_bleu
 
 from medplib_jax import metrics
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 PAIRS = json.loads((GOLDEN / "metrics.json").read_text())["pairs"]
 SEG = json.loads((GOLDEN / "metrics.json").read_text())["seg"]
 WORDS = st.lists(st.sampled_from("left right lung mass of in".split()), max_size=12)
@@ -144,7 +144,7 @@ def test_no_target_questions_count_apart():
     assert summary["mIoU"] == 0.5 and summary["mDice"] == pytest.approx(2 / 3)
     assert summary["gIoU"] == pytest.approx((0.5 + 1 + 0 + 1) / 4) and summary["cIoU"] == pytest.approx(10 / 30)
     assert summary["no_target_accuracy"] == pytest.approx(1 / 3) and summary["false_mask_rate"] == pytest.approx(1 / 3)
-    assert set(metrics.summarise_masks([silent])) == {"gIoU", "cIoU", "no_target_accuracy", "false_mask_rate"}
+    assert set(metrics.summarise_masks([silent])) == {"gIoU", "no_target_accuracy", "false_mask_rate"}
 
 
 def test_bad_input_is_named():

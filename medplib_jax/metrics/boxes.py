@@ -1,0 +1,42 @@
+"""Scores of boxes in text and of referring captions (BiRD tests/models/BiRD/eval_{VG,RO,GC,MII}_score_modality.py)."""
+
+import re
+
+import numpy as np
+
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+_BOX = re.compile(rf"\({_NUMBER},{_NUMBER}\),?\s*\({_NUMBER},{_NUMBER}\)")
+_TAGGED = re.compile(r"<box>(.*?)</box>")
+
+
+def parse_boxes(text: str) -> np.ndarray:
+    """float64 [n, 4], x1 y1 x2 y2 in the text's own units, of every `<box>(x1,y1),(x2,y2)</box>`.
+
+    In a text without the tags, as in the original, of every bare `(x1,y1),(x2,y2)`. A tagged box that cannot be read counts as one of zeros,
+    which meets no other.
+    """
+    found = [_BOX.search(inside) for inside in _TAGGED.findall(text)] or list(_BOX.finditer(text))
+    return np.array([[float(number) for number in match.groups()] if match else [0.0] * 4 for match in found]).reshape(-1, 4)
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU [n, m] of boxes [n, 4] and [m, 4] (x1 y1 x2 y2, x1 <= x2); 0 where both are empty."""
+    a, b = np.reshape(a, (-1, 1, 4)).astype(float), np.reshape(b, (1, -1, 4)).astype(float)
+    sides = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None)
+    shared = sides.prod(-1)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def recall_at_iou(predicted: np.ndarray, true: np.ndarray, threshold: float = 0.5) -> dict[str, int]:
+    """How many `boxes` there are in truth and how many of them (`boxes_found`) any predicted box meets at an IoU above `threshold`.
+
+    Boxes [n, 4]. Summed over answers they make Recall@0.5; a surplus box costs nothing, as in the original.
+    """
+    met = (box_iou(predicted, true) > threshold).any(0)
+    return {"boxes_found": int(met.sum()), "boxes": met.size}
+
+
+def roc_hit(answer: str, truth: str) -> float:
+    """Referring object classification: 1 when every word of the truth occurs, as a substring and in lower case, in the answer."""
+    return float(all(word in answer.lower() for word in truth.lower().split(" ")))

@@ -1,0 +1,78 @@
+"""Scores of drawn masks against true ones (MedPLIB model/eval/vqa_infer.py and utils/utils.py; LISA, Lai et al. 2024)."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+SURFACE_TOLERANCE = 0.01  # of the picture's diagonal
+
+
+def binarise(logits: np.ndarray, threshold: float) -> np.ndarray:
+    """True where sigmoid(logits) > threshold, without computing the sigmoid. threshold in (0, 1)."""
+    return logits > math.log(threshold / (1 - threshold))
+
+
+def overlap(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
+    """(intersection, union) in pixels of two boolean masks of one shape. Raises ValueError when the shapes differ."""
+    if prediction.shape != truth.shape:
+        raise ValueError(f"predicted mask has shape {prediction.shape}, the true one {truth.shape}")
+    return int(np.count_nonzero(prediction & truth)), int(np.count_nonzero(prediction | truth))
+
+
+def iou(intersection: float, union: float, protocol: str = "exact") -> float:
+    """Intersection over union; nothing drawn where nothing is to be drawn is 1 (`reference`: 0)."""
+    return intersection / union if union else float(protocol == "exact")
+
+
+def dice(intersection: float, union: float, protocol: str = "exact") -> float:
+    """2 |A and B| / (|A| + |B|) = 2 IoU / (1 + IoU)."""
+    value = iou(intersection, union, protocol)
+    return 2 * value / (1 + value)
+
+
+def surface_dice(prediction: np.ndarray, truth: np.ndarray, protocol: str = "exact") -> float:
+    """Normalised surface Dice (Nikolov et al. 2018): the share of both outlines that lies within a tolerance of the other one.
+
+    Outlines are the masks' pixels with a 4-neighbour outside; the tolerance is SURFACE_TOLERANCE of the picture's diagonal, because pictures
+    of MeCoVQA carry no spacing. Two empty masks agree (`reference`: 0), one empty mask scores 0.
+    """
+    both = prediction | truth
+    if not both.any():
+        return float(protocol == "exact")
+    if not (prediction.any() and truth.any()):
+        return 0.0
+    crop = ndimage.find_objects(both.astype(np.uint8))[0]
+    outlines = [mask & ~ndimage.binary_erosion(mask) for mask in (prediction[crop], truth[crop])]
+    distances = [ndimage.distance_transform_edt(~outline) for outline in outlines]
+    tolerance = SURFACE_TOLERANCE * math.hypot(*truth.shape)
+    near = sum(np.count_nonzero(distances[1 - i][outlines[i]] <= tolerance) for i in range(2))
+    return float(near / (np.count_nonzero(outlines[0]) + np.count_nonzero(outlines[1])))
+
+
+def mask_scores(predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], protocol: str = "exact") -> dict[str, float]:
+    """Scores of one question: its predicted masks against its true ones, matched in order; boolean arrays of one shape.
+
+    A true mask without a prediction is paired with an empty mask, and so is a drawn one without a true mask (`reference`: it is ignored).
+    `iou`, `dice` and `surface_dice` are means over the pairs, `intersection` and `union` sums; `target` is 1 when a true pixel exists, `drawn`
+    when a predicted pixel does, `masks` counts predictions.
+    """
+    pairs = [(predictions[i] if i < len(predictions) else np.zeros_like(true), true) for i, true in enumerate(truths)]
+    if protocol == "exact":
+        pairs += [(drawn, np.zeros_like(drawn)) for drawn in predictions[len(truths) :] if drawn.any()]
+    overlaps = [overlap(*pair) for pair in pairs] or [(0, 0)]
+    return {
+        "iou": _mean([iou(*pair, protocol) for pair in overlaps]),
+        "dice": _mean([dice(*pair, protocol) for pair in overlaps]),
+        "surface_dice": _mean([surface_dice(*pair, protocol) for pair in pairs] or [iou(0, 0, protocol)]),
+        "intersection": sum(pair[0] for pair in overlaps),
+        "union": sum(pair[1] for pair in overlaps),
+        "target": int(any(mask.any() for mask in truths)),
+        "drawn": int(any(mask.any() for mask in predictions)),
+        "masks": len(predictions),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))

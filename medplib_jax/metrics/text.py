@@ -1,0 +1,160 @@
+"""Scores of one answer in words against the expected one (MedPLIB model/eval/cal_metric.py and evaluate_metrics.py)."""
+
+import functools
+import re
+import sys
+import types
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+from nltk.stem.porter import PorterStemmer
+from nltk.translate.bleu_score import sentence_bleu
+from nltk.translate.meteor_score import single_meteor_score
+from rouge_score.rouge_scorer import RougeScorer
+
+# Normalisation of answers: the VQA challenge's rules and word lists (Antol et al. 2015), as in model/eval/glossary.py.
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_ARTICLES = frozenset({"a", "an", "the"})
+_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+_CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll
+    how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've
+    should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
+    something'd've
+    something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+    wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've 'twas 'ow's'at
+""".split()
+# Each contraction is recognised with one of its apostrophes missing.
+_CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _CONTRACTED for i in range(len(word)) if word[i] == "'"}
+_CONTRACTIONS["somebody'd"] = "somebodyd"  # the list's own slip
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case, no punctuation, no articles, digits for number words, apostrophes put back (model/eval/glossary.py normalize_word).
+
+    A punctuation mark becomes a space, or nothing where it stands beside a space or the text holds a number like 3,500.
+    """
+    thousands = re.search(r"\d,\d", text)
+    spaced = text
+    for mark in _PUNCTUATION:
+        spaced = spaced.replace(mark, "" if thousands or f"{mark} " in text or f" {mark}" in text else " ")
+    words = re.sub(r"\.(?!\d)", "", spaced).lower().split()
+    numbered = (_NUMBERS.get(word, word) for word in words)
+    return " ".join(_CONTRACTIONS.get(word, word) for word in numbered if word not in _ARTICLES)
+
+
+def answer_words(text: str, protocol: str = "exact") -> list[str]:
+    """The words that are compared."""
+    words = normalise_answer(text.lower()).split()
+    return words if words or protocol == "reference" else text.lower().split()
+
+
+def closed_hit(prediction: str, truth: str, protocol: str = "exact") -> float:
+    """1 when the answers are equal after normalisation, else 0 (model/eval/cal_metric.py)."""
+    return float(answer_words(prediction, protocol) == answer_words(truth, protocol))
+
+
+def word_precision(prediction: Sequence[str], truth: Sequence[str]) -> float:
+    """Distinct words of the truth that were predicted over the number of predicted words (the original's "exact match"); 0 if none."""
+    return len(set(truth) & set(prediction)) / len(prediction) if prediction else 0.0
+
+
+def token_f1(prediction: Sequence[str], truth: Sequence[str], protocol: str = "exact") -> tuple[float, float, float]:
+    """(F1, precision, recall) over words. `exact`: overlap of multisets, as SQuAD; two empty answers agree. One empty answer scores 0."""
+    predicted, true = Counter(prediction), Counter(truth)
+    if protocol == "exact":
+        if not predicted and not true:
+            return 1.0, 1.0, 1.0
+        shared = (predicted & true).total()
+        misses = true.total() - shared
+    else:
+        shared = sum(count for word, count in predicted.items() if word in true)
+        misses = sum(count for word, count in true.items() if word not in predicted)
+    if not shared:
+        return 0.0, 0.0, 0.0
+    precision, recall = shared / predicted.total(), shared / (shared + misses)
+    return 2 * precision * recall / (precision + recall), precision, recall
+
+
+def bleu(prediction: Sequence[str], truth: Sequence[str], weights: Sequence[float]) -> float:
+    """Sentence BLEU (Papineni et al. 2002) against one reference, weights[n-1] for n-grams, no smoothing.
+
+    nltk's: an order without a match counts as the smallest normal float; no shared word is 0.
+    """
+    return sentence_bleu([truth], prediction, weights, smoothing_function=_unsmoothed)
+
+
+def _unsmoothed(precisions, **_):
+    """nltk's default, which besides warns of every order without a match."""
+    return [precision if precision.numerator else sys.float_info.min for precision in precisions]
+
+
+def rouge_l(prediction: Sequence[str], truth: Sequence[str], beta: float = 1.0) -> float:
+    """ROUGE-L (Lin 2004): F-measure of the longest common subsequence of words (without spaces); recall weighs `beta` times precision.
+
+    Two empty answers agree, one empty answer scores 0.
+    """
+    if not prediction or not truth:
+        return float(not prediction and not truth)
+    precision, recall, _ = _rouge_scorer().score(" ".join(truth), " ".join(prediction))["rougeL"]
+    return (1 + beta**2) * precision * recall / (recall + beta**2 * precision) if precision else 0.0
+
+
+@functools.cache
+def _rouge_scorer() -> RougeScorer:
+    return RougeScorer(["rougeL"], tokenizer=types.SimpleNamespace(tokenize=str.split))
+
+
+def meteor(prediction: Sequence[str], truth: Sequence[str]) -> float:
+    """METEOR (Lavie and Agarwal 2007) of its exact and stem stages; two empty answers agree, one empty answer scores 0.
+
+    The stage of synonyms is left out: it needs WordNet, which does not come with nltk, and a score must not depend on what is installed.
+    """
+    if not prediction or not truth:
+        return float(not prediction and not truth)
+    return single_meteor_score(truth, prediction, stemmer=_stemmer(), wordnet=_NO_SYNONYMS)
+
+
+_NO_SYNONYMS = types.SimpleNamespace(synsets=lambda word: ())
+
+
+@functools.cache
+def _stemmer():
+    stem = functools.lru_cache(100_000)(PorterStemmer().stem)  # slow, and the same words come again
+    return types.SimpleNamespace(stem=stem)
+
+
+def open_scores(prediction: str, truth: str, protocol: str = "exact") -> dict[str, float]:
+    """Every per-answer score of an open question, each in [0, 1] (model/eval/cal_metric.py)."""
+    predicted, true = answer_words(prediction, protocol), answer_words(truth, protocol)
+    f1, precision, recall = token_f1(predicted, true, protocol)
+    exact_match = float(predicted == true) if protocol == "exact" else word_precision(predicted, true)
+    scores = {"exact_match": exact_match, "f1": f1, "precision": precision, "recall": recall}
+    scores |= {"rouge_l": rouge_l(predicted, true), "meteor": meteor(predicted, true)}
+    for n in range(1, 5):
+        alone = protocol == "reference" and n < 4
+        scores[f"bleu_{n}"] = bleu(predicted, true, [0.0] * (n - 1) + [1.0] if alone else [1 / n] * n)
+    return scores
+
+
+def candidate_hits(predictions: Sequence[str], truths: Sequence[str], candidates: Iterable[str], protocol: str = "exact") -> list[float]:
+    """1 for each prediction that IS the truth, or whose nearest candidate is.
+
+    Source: model/eval/evaluate_metrics.py calculate_appearance_with_normalization.
+    Nearest: the largest share of a candidate's distinct words that were predicted; among equals the first in sorted order (the original
+    takes whichever its set yields first). `exact`: a prediction that shares no word with any candidate has no nearest one.
+    """
+    texts = [normalise_answer(candidate) for candidate in sorted(set(candidates))]
+    sizes = [len(set(text.split())) for text in texts]
+    with_word = defaultdict(list)
+    for number, text in enumerate(texts):
+        for word in set(text.split()):
+            with_word[word].append(number)
+    hits = []
+    for prediction, truth in zip(predictions, truths, strict=True):
+        predicted, true = (normalise_answer(text.lower()) for text in (prediction, truth))
+        shared = Counter(number for word in set(predicted.split()) for number in with_word.get(word, ()))
+        nearest = min(shared, key=lambda number: (-shared[number] / sizes[number], number), default=0 if protocol == "reference" else None)
+        hits.append(float(predicted == true or (nearest is not None and texts[nearest] == true)))
+    return hits
