@@ -1,0 +1,68 @@
+"""The models and batches that are measured. Sizes follow the original's own measurements on a CPU, and MedPLIB-7B on an accelerator."""
+
+import dataclasses
+
+import numpy as np
+
+from configs import stage4_moe
+from medplib_jax.config import ClipConfig, LlmConfig, MaskConfig, ModelConfig, RegionConfig
+from medplib_jax.experiment import DataConfig, ExperimentConfig
+from medplib_jax.types import Batch
+
+TEXT = 64  # positions of text; the rest of a row is the picture
+
+SMALL = ModelConfig(
+    clip=ClipConfig(image_size=336, patch_size=14, hidden_size=256, num_layers=6, num_heads=4, mlp_dim=1024),
+    llm=LlmConfig(vocab_size=32267, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=8, mlp_dim=1376),
+    mask=MaskConfig(hidden_size=192, num_layers=6, num_heads=3, global_layers=(2, 5)),
+)
+TINY = ModelConfig(
+    clip=ClipConfig(image_size=56, patch_size=14, hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64),
+    llm=LlmConfig(vocab_size=400, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=96, max_positions=256),
+    mask=MaskConfig(
+        image_size=64, hidden_size=32, num_layers=2, num_heads=2, window_size=3, global_layers=(1,), out_dim=32, decoder_heads=2, decoder_mlp_dim=64,
+        iou_head_dim=32,
+    ),
+    region=RegionConfig(max_points=16),
+)  # fmt: skip
+
+
+def experiment(model: ModelConfig, batch_size: int, **changes) -> ExperimentConfig:
+    """Stage IV of the published recipe (adapters, router, head, embeddings, mask decoder, ... train) with this model's sizes."""
+    config = stage4_moe.large()
+    model = dataclasses.replace(model, moe=config.model.moe, lora=config.model.lora)
+    length = model.clip.num_patches + TEXT
+    data = DataConfig(bucket_lengths=(length,), batch_size=batch_size, max_regions=1, max_masks=1, mask_canvas=model.mask.image_size)
+    optim = dataclasses.replace(config.optim, frozen_dtype=model.dtype)
+    return dataclasses.replace(config, model=model, data=data, optim=optim, init=type(config.init)(), **changes)
+
+
+def example_batch(config: ExperimentConfig, seed: int = 0) -> Batch:
+    """Full rows: 8 positions of prompt, the picture, a question with a region, an answer of 32 tokens with one <SEG>."""
+    rng = np.random.default_rng(seed)
+    model, data = config.model, config.data
+    B, L, patches = data.batch_size, data.bucket_lengths[-1], model.clip.num_patches
+    feature_index = np.full((B, L), -1, np.int32)
+    feature_index[:, 8 : 8 + patches] = np.arange(patches)
+    feature_index[:, 16 + patches] = patches  # the region
+    tokens = rng.integers(3, model.llm.vocab_size, (B, L)).astype(np.int32) * (feature_index < 0)
+    answer = (np.arange(L) >= L - 33) & (np.arange(L) < L - 1)
+    side, canvas = model.mask.image_size, data.mask_canvas
+    return Batch(
+        tokens=tokens,
+        valid=np.ones((B, L), bool),
+        targets=np.roll(tokens, -1, axis=1),
+        loss_weights=np.tile(answer.astype(np.float32), (B, 1)),
+        feature_index=feature_index,
+        clip_pixels=rng.integers(0, 256, (B, 1, model.clip.image_size, model.clip.image_size, 3)).astype(np.uint8),
+        sam_pixels=rng.integers(0, 256, (B, side, side, 3)).astype(np.uint8),
+        sam_box=np.tile(np.array([0, 0, side, side], np.int32), (B, 1)),
+        region_points=rng.random((B, data.max_regions, model.region.max_points, 2)).astype(np.float32),
+        region_point_valid=np.ones((B, data.max_regions, model.region.max_points), bool),
+        region_image=np.zeros((B, data.max_regions), np.int32),
+        seg_position=np.full((B, data.max_masks), L - 4, np.int32),
+        mask_valid=np.ones((B, data.max_masks), bool),
+        gt_masks=(rng.random((B, data.max_masks, canvas, canvas)) < 0.3).astype(np.uint8),
+        mask_size=np.full((B, 2), canvas, np.int32),
+        record=np.arange(B, dtype=np.int32),
+    )
