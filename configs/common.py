@@ -1,10 +1,13 @@
 """What the stages share: model sizes, where data lies, and which parameters a pattern means."""
 
 from medplib_jax.config import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
-from medplib_jax.experiment import DataConfig, OptimConfig
+from medplib_jax.experiment import DataConfig, MeshConfig, OptimConfig
 
-# MedPLIB-7B: the defaults of ModelConfig, in bfloat16, activations recomputed.
-LARGE = ModelConfig(dtype="bfloat16", remat="full")
+# MedPLIB-7B: the defaults of ModelConfig, in bfloat16; activations are recomputed but for those that are cheap to keep.
+LARGE = ModelConfig(dtype="bfloat16", remat="outputs")
+
+# Parameters and rows are spread over all chips: two experts of 7B do not fit one.
+POD = MeshConfig(data=1, fsdp=-1)
 
 # Everything a thousand times smaller; trains on a laptop from nothing. The vocabulary: 800 pieces and 267 added tokens.
 TINY = ModelConfig(

@@ -25,6 +25,7 @@ def large() -> ExperimentConfig:
         model=common.LARGE,
         data=data,
         optim=OptimConfig(lr=1e-3, trainable=(common.PROJECTOR,), frozen_dtype="bfloat16"),
+        mesh=common.POD,
         init=InitConfig(stage=1, base="checkpoints/llava-v1.5-7b"),
         train=TrainConfig(epochs=1),
     )

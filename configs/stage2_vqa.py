@@ -26,6 +26,7 @@ def large() -> ExperimentConfig:
         model=dataclasses.replace(common.LARGE, lora=common.lora(16, common.ALL_LINEAR)),
         data=common.mecovqa(common.COMPLEX, common.REGIONS, bucket_lengths=common.BUCKETS_2048, max_regions=4, max_masks=0),
         optim=OptimConfig(lr=1e-4, trainable=TRAINABLE, frozen_dtype="bfloat16"),
+        mesh=common.POD,
         init=InitConfig(stage=2, base="runs/7b/stage1"),
         train=TrainConfig(epochs=3),
     )

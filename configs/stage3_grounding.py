@@ -26,6 +26,7 @@ def large() -> ExperimentConfig:
         data=common.mecovqa(common.GROUNDING, bucket_lengths=common.BUCKETS_2048, max_regions=0, max_masks=1),
         optim=OptimConfig(lr=3e-4, trainable=(common.LORA, common.MASK_DECODER, common.SEG_MLP), frozen_dtype="bfloat16"),
         loss=LOSS,
+        mesh=common.POD,
         init=InitConfig(stage=3, base="runs/7b/stage2"),
         train=TrainConfig(epochs=10),
     )

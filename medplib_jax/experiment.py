@@ -5,6 +5,8 @@ import re
 
 from medplib_jax.config import ModelConfig, require, from_dict
 
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -85,16 +87,57 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1 (whatever is left)."""
+    """Sizes of the mesh axes inside a slice, one of which may be -1 (whatever is left), and the number of TPU slices.
+
+    Rows of a batch are spread over data, fsdp and expert; parameters as `ShardingConfig` says. The data axis goes on over the slices.
+    """
 
     data: int = -1
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
+    dcn_data: int = 1
 
     def __post_init__(self):
-        sizes = dataclasses.astuple(self)
-        require(all(size == -1 or size >= 1 for size in sizes) and sizes.count(-1) <= 1, f"mesh sizes {sizes} must be positive, at most one -1")
+        require(
+            all(size == -1 or size >= 1 for size in self.sizes) and self.sizes.count(-1) <= 1,
+            f"mesh sizes {self.sizes} of {', '.join(MESH_AXES)} must be positive, at most one -1",
+        )
+        require(self.dcn_data >= 1, f"mesh.dcn_data {self.dcn_data} must be at least 1")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.data, self.fsdp, self.expert, self.tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingConfig:
+    """Over which mesh axis each logical axis of a parameter is spread: a name, several joined by commas, or nothing (kept whole)."""
+
+    embed: str = "fsdp"
+    heads: str = "tensor"
+    kv_heads: str = "tensor"
+    mlp: str = "tensor"
+    expert: str = "expert"
+    vocab: str = ""  # 32,267 = 41 x 787 divides by no mesh; the embedding is spread along its width instead
+    vision: str = ""  # CLIP and SAM: 0.4 B frozen parameters
+    layers: str = ""
+    lora_embed: str = ""  # the model's width in an adapter
+    lora_rank: str = ""
+    norm: str = ""
+
+    def __post_init__(self):
+        for name, axes in self.rules.items():
+            unknown = [axis for axis in axes if axis not in MESH_AXES]
+            require(not unknown, f"sharding.{name} names {', '.join(unknown)}, but the mesh axes are {', '.join(MESH_AXES)}")
+            require(len(set(axes)) == len(axes), f"sharding.{name} {','.join(axes)!r} names a mesh axis twice")
+        require(not self.layers, "sharding.layers must stay empty: a scan over layers needs all of them on every chip")
+
+    @property
+    def rules(self) -> dict[str, tuple[str, ...]]:
+        """{logical axis: mesh axes}."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: tuple(axis.strip() for axis in axes.split(",") if axis.strip()) for name, axes in fields.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +199,7 @@ class ExperimentConfig:
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
+    sharding: ShardingConfig = ShardingConfig()
     init: InitConfig = InitConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

@@ -1,6 +1,5 @@
 """The device mesh: axes data, fsdp, expert, tensor. One device is a mesh too, so that every run takes the same way."""
 
-import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -10,9 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from medplib_jax.experiment import MeshConfig
-
-AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
+from medplib_jax.experiment import MESH_AXES, MeshConfig
 
 
 def initialize_distributed() -> None:
@@ -40,35 +37,34 @@ def in_slurm_step() -> bool:
 
 
 def resolve(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """The sizes of the four axes with -1 filled in. Raises ValueError when their product is not `num_devices`."""
-    sizes = dataclasses.astuple(config)
-    given = math.prod(size for size in sizes if size != -1)
-    described = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
-    if -1 in sizes:
-        if num_devices % given:
-            raise ValueError(f"mesh {described}: {num_devices} devices are not a multiple of {given}")
-        return tuple(num_devices // given if size == -1 else size for size in sizes)
-    if given != num_devices:
-        raise ValueError(f"mesh {described} needs {given} devices, found {num_devices}")
-    return sizes
+    """The sizes of the four axes with -1 filled in, data over all slices. Raises ValueError when their product is not `num_devices`."""
+    given = math.prod(size for size in config.sizes if size != -1) * config.dcn_data
+    described = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, config.sizes))
+    described += f", dcn_data={config.dcn_data}" if config.dcn_data > 1 else ""
+    if num_devices % given:
+        raise ValueError(f"mesh {described}: {num_devices} devices are not a multiple of {given}")
+    if -1 not in config.sizes and given != num_devices:
+        raise ValueError(f"mesh {described} needs {given} devices, found {num_devices}; one size may be -1, for whatever is left")
+    data, *rest = (num_devices // given if size == -1 else size for size in config.sizes)
+    return data * config.dcn_data, *rest
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (default: all of them), axes Auto: the compiler propagates shardings.
 
-    With several TPU slices the data axis spans them (slower network outside, fast links inside), so it must be a
-    multiple of their number. Raises ValueError when the sizes do not fit.
+    With several TPU slices the data axis spans them (slower network outside, fast links inside). Raises ValueError when the
+    sizes do not fit.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = resolve(config, len(devices))
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices > 1:
-        if sizes[0] % num_slices:
-            raise ValueError(f"mesh data={sizes[0]} is not a multiple of the {num_slices} slices")
+        if num_slices != config.dcn_data:
+            raise ValueError(f"mesh.dcn_data is {config.dcn_data}, but the devices form {num_slices} slices")
         inner = (sizes[0] // num_slices, *sizes[1:])
         grid = mesh_utils.create_hybrid_device_mesh(inner, (num_slices, 1, 1, 1), devices, allow_split_physical_axes=True)
     elif devices[0].platform == "tpu":
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
         grid = np.asarray(devices).reshape(sizes)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

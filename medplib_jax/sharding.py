@@ -1,44 +1,53 @@
 """From logical axis names to shardings: one table, and three loud errors (no rule, same mesh axis twice, indivisible)."""
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from medplib_jax.experiment import ShardingConfig
 from medplib_jax.types import Params
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 
-# Logical axis of a parameter -> mesh axis (or axes), None: not sharded.
-RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "expert": "expert",
-    "vocab": None,  # 32,267 = 41 x 787 divides by no mesh; the embedding is sharded along its width instead
-    "vision": None,  # CLIP and SAM: 0.4 B frozen parameters
-    "layers": None,
-    "lora_rank": None,
-    "norm": None,
-}
+Rules = Mapping[str, tuple[str, ...]]  # logical axis of a parameter -> mesh axes
+
+_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=ShardingConfig().rules)
 
 
-def partition_spec(path: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> PartitionSpec:
+@contextlib.contextmanager
+def use_rules(rules: Rules) -> Iterator[None]:
+    """Within the context programs are traced, and shardings made, by these rules instead of the default ones."""
+    token = _rules.set(rules)
+    try:
+        yield
+    finally:
+        _rules.reset(token)
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes of a logical axis."""
+    return _rules.get()[name]
+
+
+def partition_spec(path: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The PartitionSpec of one parameter. Raises ValueError naming `path` on a name without a rule, a mesh axis that two
     dimensions want, or a dimension that its mesh axes do not divide."""
     if len(axes) != len(shape):
         raise ValueError(f"{path}: {len(axes)} logical axes {axes} for shape {shape}")
+    rules = _rules.get()
     used: dict[str, str] = {}
     spec = []
     for name, size in zip(axes, shape):
         if name is not None and name not in rules:
             raise ValueError(f"{path}: no sharding rule for logical axis {name!r}; rules exist for {sorted(rules)}")
-        target = None if name is None else rules[name]
-        for axis in (target,) if isinstance(target, str) else target or ():
+        target = () if name is None else rules[name]
+        for axis in target:
             if axis not in mesh.shape:
                 raise ValueError(f"{path}: rule {name!r} -> {axis!r}, but the mesh has axes {tuple(mesh.shape)}")
             if axis in used:
@@ -46,26 +55,27 @@ def partition_spec(path: str, axes: tuple[str | None, ...], shape: tuple[int, ..
             used[axis] = name
         parts = axis_size(mesh, target)
         if size % parts:
-            raise ValueError(f"{path}: dimension {name!r} of size {size} is not divisible by {parts} (mesh axes {target!r})")
-        spec.append(target)
+            raise ValueError(f"{path}: dimension {name!r} of size {size} is not divisible by {parts} (mesh axes {', '.join(target)})")
+        spec.append(target[0] if len(target) == 1 else target or None)
     return PartitionSpec(*spec)
 
 
 def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Devices along one entry of a PartitionSpec."""
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
-def param_shardings(logical_axes: Params, shapes: Params, mesh: Mesh, rules=RULES) -> Params:
+def param_shardings(logical_axes: Params, shapes: Params, mesh: Mesh) -> Params:
     """A tree of NamedShardings. `logical_axes` has tuples of names, `shapes` anything with `.shape`, in the same nesting."""
-    return _walk((), logical_axes, shapes, mesh, rules)
+    return _walk((), logical_axes, shapes, mesh)
 
 
-def _walk(path, axes, shapes, mesh, rules):
+def _walk(path, axes, shapes, mesh):
     if not isinstance(shapes, dict):
-        return NamedSharding(mesh, partition_spec("/".join(path), axes, shapes.shape, mesh, rules))
+        return NamedSharding(mesh, partition_spec("/".join(path), axes, shapes.shape, mesh))
     if set(axes) != set(shapes):
         raise ValueError(f"{'/'.join(path) or 'parameters'}: logical axes and shapes differ in {sorted(set(axes) ^ set(shapes))}")
-    return {key: _walk((*path, key), axes[key], shapes[key], mesh, rules) for key in shapes}
+    return {key: _walk((*path, key), axes[key], shapes[key], mesh) for key in shapes}
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, shapes: Params, shardings: Params, mesh: Mesh):
@@ -79,19 +89,42 @@ def optimizer_shardings(tx: optax.GradientTransformation, shapes: Params, shardi
     )
 
 
+def shard_rows(x: jax.Array) -> jax.Array:
+    """Tells the compiler that the first axis of `x` lies over data, fsdp and expert and nothing else is sharded, where `x` lives on a mesh.
+
+    Without it a lookup in an embedding that is sharded along its width gives every device all rows of a slice of the width, and
+    the compiler carries that through all layers.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    return x if mesh.size <= 1 else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(row_axes(x.shape[0], mesh))))
+
+
+def shard_param(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A parameter, or one layer of a stack of them, where the rules put it; where it lives on no mesh it stays as it is."""
+    mesh = jax.typeof(array).sharding.mesh
+    if mesh.size <= 1:
+        return array
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, partition_spec("layer", axes[-array.ndim :], array.shape, mesh)))
+
+
+def row_axes(rows: int, mesh) -> tuple[str, ...] | None:
+    """Mesh axes of `rows` rows: data, fsdp and expert, or none when these do not divide them."""
+    return None if rows % axis_size(mesh, BATCH_AXES) else BATCH_AXES
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over data and fsdp; all else is replicated."""
+    """Rows of a batch over data, fsdp and expert; all else is replicated."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of the global batch this process must load. Processes that are tensor or expert peers load the same ones.
+    """Which rows of the global batch this process must load. Processes that are tensor peers load the same ones.
 
     Raises ValueError when the batch does not divide over the mesh.
     """
     parts = axis_size(mesh, BATCH_AXES)
     if batch_size % parts:
-        raise ValueError(f"batch size {batch_size} is not divisible by data x fsdp = {parts}")
+        raise ValueError(f"batch size {batch_size} is not divisible by {' x '.join(BATCH_AXES)} = {parts}")
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices.values()]))
 

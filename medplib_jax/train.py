@@ -114,7 +114,7 @@ class Run:
         return loader, plan, skipped
 
     def _start(self) -> TrainState:
-        placed = model_shardings(self.model, self.mesh)
+        placed = model_shardings(self.model, self.mesh, self.config.sharding)
         params = place(starting_params(self.config, self.model), placed)
         return jax.jit(lambda p: make_state(p, self.config, self.tx), out_shardings=self.shardings)(params)
 

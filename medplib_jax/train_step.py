@@ -12,13 +12,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medplib_jax.config import ModelConfig
-from medplib_jax.experiment import ExperimentConfig
+from medplib_jax.experiment import ExperimentConfig, ShardingConfig
 from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import abstract_module, bind, draw_params, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.multihost import wait_for_others
 from medplib_jax.optim import combine, partition
-from medplib_jax.sharding import optimizer_shardings, param_shardings
+from medplib_jax.sharding import optimizer_shardings, param_shardings, use_rules
 from medplib_jax.types import Array, Batch, Params, TrainState
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,9 @@ def place(params: Params, shardings: Params) -> Params:
     return jax.tree.map(lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), params, shardings)
 
 
-def model_shardings(model: MedPLIB, mesh: Mesh) -> Params:
-    return param_shardings(logical_axes(model), params_of(model), mesh)
+def model_shardings(model: MedPLIB, mesh: Mesh, sharding: ShardingConfig = ShardingConfig()) -> Params:
+    with use_rules(sharding.rules):
+        return param_shardings(logical_axes(model), params_of(model), mesh)
 
 
 def make_state(params: Params, config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
@@ -56,7 +57,7 @@ def make_state(params: Params, config: ExperimentConfig, tx: optax.GradientTrans
 def state_shardings(model: MedPLIB, config: ExperimentConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A TrainState of NamedShardings: moments lie where their parameter lies."""
     shapes, _ = partition(params_of(model), config.optim.trainable)
-    trainable, frozen = partition(model_shardings(model, mesh), config.optim.trainable)
+    trainable, frozen = partition(model_shardings(model, mesh, config.sharding), config.optim.trainable)
     return TrainState(NamedSharding(mesh, PartitionSpec()), trainable, frozen, optimizer_shardings(tx, shapes, trainable, mesh))
 
 
@@ -68,7 +69,8 @@ def make_train_step(
 
     def micro_loss(trainable: Params, frozen: Params, batch: Batch, rng: Array, divide_by):
         params = combine(trainable, frozen)
-        output, _ = bind(model, params)(batch, train=True, rng=rng)
+        with use_rules(config.sharding.rules):
+            output, _ = bind(model, params)(batch, train=True, rng=rng)
         loss, metrics = total_loss(output, params["llm"]["head"]["kernel"], batch, config.loss, config.model, divide_by)
         return loss, metrics | router_metrics(output.aux, config.optim.accumulate)
 

@@ -19,10 +19,15 @@ def test_one_device_is_a_mesh():
 
 def test_sizes_that_do_not_fit_are_refused():
     assert resolve(MeshConfig(data=2, fsdp=-1), 8) == (2, 4, 1, 1)
+    assert resolve(MeshConfig(data=1, fsdp=-1, dcn_data=2), 8) == (2, 4, 1, 1)
     with pytest.raises(ValueError, match="fsdp=3.*8 devices are not a multiple of 3"):
         resolve(MeshConfig(data=-1, fsdp=3), 8)
     with pytest.raises(ValueError, match="needs 4 devices, found 8"):
         resolve(MeshConfig(data=2, fsdp=2), 8)
+    with pytest.raises(ValueError, match="data=1, .*dcn_data=3: 8 devices are not a multiple of 3"):
+        resolve(MeshConfig(data=1, dcn_data=3), 8)
+    with pytest.raises(ValueError, match="mesh.dcn_data 0"):
+        MeshConfig(dcn_data=0)
     with pytest.raises(ValueError, match="at most one -1"):
         MeshConfig(data=-1, fsdp=-1)
 

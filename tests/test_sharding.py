@@ -1,3 +1,6 @@
+import gzip
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,9 +8,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from medplib_jax.experiment import MeshConfig
+from medplib_jax.experiment import MeshConfig, ShardingConfig
 from medplib_jax.mesh import make_mesh
-from medplib_jax.sharding import RULES, batch_sharding, optimizer_shardings, param_shardings, process_rows, put_batch
+from medplib_jax.sharding import batch_sharding, optimizer_shardings, param_shardings, process_rows, put_batch, use_rules
+from tests import sharding_golden
 
 
 @pytest.fixture
@@ -28,20 +32,35 @@ def test_rules_map_names_to_mesh_axes(mesh):
     assert shardings["position"].spec == PartitionSpec(None, None)
 
 
+RULES = ShardingConfig().rules
+
+
 @pytest.mark.parametrize(
     ("axes", "sizes", "rules", "message"),
     [
         (("embed", "mpl"), (4, 4), RULES, "llm/up: no sharding rule for logical axis 'mpl'"),
-        (("embed", "mlp"), (4, 4), {**RULES, "mlp": "fsdp"}, "llm/up: logical axes 'embed' and 'mlp' are both mapped to mesh axis 'fsdp'"),
+        (("embed", "mlp"), (4, 4), {**RULES, "mlp": ("fsdp",)}, "llm/up: logical axes 'embed' and 'mlp' are both mapped to mesh axis 'fsdp'"),
         (("embed", "embed"), (4, 4), RULES, "both mapped to mesh axis 'fsdp'"),
         (("embed", "mlp"), (4, 5), RULES, "llm/up: dimension 'mlp' of size 5 is not divisible by 2"),
         (("embed",), (4, 4), RULES, "llm/up: 1 logical axes"),
-        (("embed", "mlp"), (4, 4), {**RULES, "mlp": "model"}, "llm/up: rule 'mlp' -> 'model', but the mesh has axes"),
+        (("embed", "mlp"), (4, 4), {**RULES, "mlp": ("model",)}, "llm/up: rule 'mlp' -> 'model', but the mesh has axes"),
     ],
 )
 def test_errors_are_loud_and_name_the_parameter(mesh, axes, sizes, rules, message):
-    with pytest.raises(ValueError, match=message):
-        param_shardings({"llm": {"up": axes}}, {"llm": {"up": shape(*sizes)}}, mesh, rules)
+    with use_rules(rules), pytest.raises(ValueError, match=message):
+        param_shardings({"llm": {"up": axes}}, {"llm": {"up": shape(*sizes)}}, mesh)
+
+
+def test_rules_are_a_block_of_the_config(mesh):
+    with use_rules(ShardingConfig(embed="data, fsdp", vocab="tensor").rules):
+        spec = param_shardings({"head": ("embed", "vocab")}, {"head": shape(8, 6)}, mesh)["head"].spec
+    assert spec == PartitionSpec(("data", "fsdp"), "tensor")
+    with pytest.raises(ValueError, match="sharding.mlp names model, but the mesh axes are data, fsdp, expert, tensor"):
+        ShardingConfig(mlp="model")
+    with pytest.raises(ValueError, match="sharding.embed 'fsdp,fsdp' names a mesh axis twice"):
+        ShardingConfig(embed="fsdp,fsdp")
+    with pytest.raises(ValueError, match="sharding.layers must stay empty"):
+        ShardingConfig(layers="fsdp")
 
 
 def test_trees_must_agree(mesh):
@@ -66,5 +85,15 @@ def test_rows_of_a_batch(mesh):
     assert batch["tokens"].sharding == batch_sharding(mesh)
     assert batch["tokens"].addressable_shards[0].data.shape == (2, 2)
     np.testing.assert_array_equal(batch["tokens"], np.arange(16).reshape(8, 2))
-    with pytest.raises(ValueError, match="batch size 6 is not divisible by data x fsdp = 4"):
+    with pytest.raises(ValueError, match="batch size 6 is not divisible by data x fsdp x expert = 4"):
         process_rows(mesh, 6)
+
+
+def test_every_parameter_of_the_7b_model_lies_where_it_did():
+    """A change of rules or logical axes shows here; when it is meant, `python -m tests.sharding_golden` writes the file anew."""
+    golden = json.loads(gzip.decompress(sharding_golden.FILE.read_bytes()))
+    current = json.loads(json.dumps(sharding_golden.specs()))
+    assert current.keys() == golden.keys()
+    for mesh, specs in golden.items():
+        changed = {path: (specs.get(path), current[mesh].get(path)) for path in specs | current[mesh] if specs.get(path) != current[mesh].get(path)}
+        assert not changed, f"{mesh}: {changed}"

@@ -22,7 +22,7 @@ def setup(config, mesh):
     model = abstract_model(config.model)
     tx, schedule = optax.sgd(1.0), lambda step: 1.0
     shardings = state_shardings(model, config, tx, mesh)
-    params = init_params(config, model_shardings(model, mesh))
+    params = init_params(config, model_shardings(model, mesh, config.sharding))
     state = jax.jit(lambda p: make_state(p, config, tx), out_shardings=shardings)(params)
     return CompiledStep(make_train_step(model, config, tx, schedule), shardings), state
 
@@ -92,7 +92,7 @@ def test_frozen_parameters_keep_their_values_and_take_their_dtype():
     schedule = make_schedule(config.optim, 10, 10)
     tx = make_optimizer(config.optim, schedule, trainable)
     shardings = state_shardings(model, config, tx, mesh)
-    state = make_state(init_params(config, model_shardings(model, mesh)), config, tx)
+    state = make_state(init_params(config, model_shardings(model, mesh, config.sharding)), config, tx)
     before = jax.device_get((state.trainable, state.frozen))
     step = CompiledStep(make_train_step(model, config, tx, schedule), shardings)
     for seed in range(3):

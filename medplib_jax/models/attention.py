@@ -4,14 +4,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from medplib_jax.config import LlmConfig, LoraConfig
 from medplib_jax.models.layers import Linear, Rngs, softmax_average
+from medplib_jax.models.grouped_matmul import is_for_tpu
 from medplib_jax.models.moe import split_rng
+from medplib_jax.sharding import mesh_axes, row_axes
 from medplib_jax.types import Array
 
 HIDDEN = -1e30  # added to the score of a key that a query may not see; absorbs any score
+SPLASH_LANES = 128  # head widths and block sides are multiples of a TPU register's lanes
 
 
 @flax.struct.dataclass
@@ -57,8 +61,7 @@ def attend(
 
     With segments (S = L), it sees those of its own segment only.
 
-    A row that may see no key at all gets the mean of all values, never NaN. Returns [B, L, H, K] in q's dtype. The mask is fully
-    described by positions and validity, which is also what the blocked TPU kernels (splash attention) take.
+    A row that may see no key at all gets the mean of all values, never NaN. Returns [B, L, H, K] in q's dtype.
     """
     B, L, H, K = q_BxLxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
@@ -74,6 +77,55 @@ def attend(
     scores += jnp.tile(hidden_BxLxS, (1, H // G, 1))[:, None]
     y = softmax_average(scores, v_BxGxSxK)
     return y.reshape(B, G, H // G, L, K).transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
+
+
+def attend_within(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, valid_BxL: Array, segment_BxL: Array | None = None) -> Array:
+    """Causal attention within rows that are padded on the right, or within the segments of a row (`attend` without a cache).
+
+    For a TPU by the splash attention kernel, which never keeps scores; the same values, except at padding, which then sees
+    other padding instead of the row.
+    """
+    L, K = q_BxLxHxK.shape[1], q_BxLxHxK.shape[3]
+    if is_for_tpu(q_BxLxHxK) and K % SPLASH_LANES == 0:
+        return _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, valid_BxL.astype(jnp.int32) if segment_BxL is None else segment_BxL)
+    return attend(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, query_position_BxL=jnp.arange(L)[None], key_valid_BxS=valid_BxL, segment_BxL=segment_BxL)
+
+
+def splash_block(length: int) -> int:
+    """Side of the kernel's blocks of scores: large enough for the matrix unit, small enough that causal skipping pays."""
+    return 512 if length % 512 == 0 else min(256, length + -length % SPLASH_LANES)
+
+
+def _splash(q, k, v, segment_BxL):
+    """Every device works on its rows and heads: the compiler cannot partition a kernel."""
+    length, heads, mesh = q.shape[1], q.shape[2], jax.typeof(q).sharding.mesh
+    beyond = -length % splash_block(length)
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, beyond), (0, 0))) for x in (q * q.shape[3] ** -0.5, k, v))
+    segment_BxL = jnp.pad(segment_BxL, ((0, 0), (0, beyond)))
+    if mesh.size <= 1:
+        y = _splash_local(q, k, v, segment_BxL)
+    else:
+        rows = row_axes(q.shape[0], mesh)
+        wide, narrow = PartitionSpec(rows, mesh_axes("heads")), PartitionSpec(rows, mesh_axes("kv_heads"))
+        run = jax.shard_map(_splash_local, mesh=mesh, in_specs=(wide, narrow, narrow, PartitionSpec(rows)), out_specs=wide, check_vma=False)
+        y = run(q, k, v, segment_BxL)
+    return y[:, :, :length].swapaxes(1, 2)
+
+
+def _splash_local(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, segment_BxL):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    heads, length = q_BxHxLxK.shape[1:3]
+    block = splash_block(length)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True
+    )
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
+        block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name="attention",
+    )  # fmt: skip
+    return jax.vmap(kernel)(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, splash.SegmentIds(segment_BxL, segment_BxL))
 
 
 class Attention(nnx.Module):

@@ -43,7 +43,7 @@ class ClipLayer(nnx.Module):
         self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
         self.attn = ClipAttention(config, rngs)
         self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
-        self.mlp = Mlp(config.hidden_size, config.mlp_dim, config.hidden_size, quick_gelu, out_gain=RESIDUAL_GAIN, rngs=rngs)
+        self.mlp = Mlp(config.hidden_size, config.mlp_dim, config.hidden_size, quick_gelu, axis="vision", out_gain=RESIDUAL_GAIN, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         x = x + self.attn(self.norm1(x))

@@ -33,7 +33,7 @@ def _forward(x_SxD, w_ExDxF, sizes_E):
 def _backward(residuals, dy_SxF):
     x_SxD, w_ExDxF, sizes_E = residuals
     dx_SxD = _multiply(dy_SxF, w_ExDxF, sizes_E, transpose=True)
-    weight_gradient = _weight_gradient_tpu if _for_tpu(x_SxD) else _weight_gradient_blocks
+    weight_gradient = _weight_gradient_tpu if is_for_tpu(x_SxD) else _weight_gradient_blocks
     dw_ExDxF = weight_gradient(x_SxD, dy_SxF, sizes_E).astype(w_ExDxF.dtype)
     return dx_SxD, dw_ExDxF, np.zeros(sizes_E.shape, jax.dtypes.float0)
 
@@ -42,10 +42,11 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 def _multiply(x, w, sizes, *, transpose):
-    return (_multiply_tpu if _for_tpu(x) else _multiply_blocks)(x, w, sizes, transpose)
+    return (_multiply_tpu if is_for_tpu(x) else _multiply_blocks)(x, w, sizes, transpose)
 
 
-def _for_tpu(x: Array) -> bool:
+def is_for_tpu(x: Array) -> bool:
+    """Whether the program that is being traced will run on a TPU."""
     device = jax.typeof(x).sharding.mesh.abstract_device
     return (device.platform if device else jax.default_backend()) == "tpu"
 
@@ -113,6 +114,12 @@ def _weight_gradient_blocks(x, dy, sizes):
 
 
 def _tiling(rows: int, inner: int, outer: int) -> tuple[int, int, int]:
+    """Few rows to a tile, so that little is computed twice where groups meet; the whole inner width where the chip's memory holds
+    it (16 MB, two tiles of each factor), so that a matrix is read once and not once per tile of rows."""
+    return (TPU_ROW_TILE, inner, min(outer, 512)) if inner <= 4096 else (TPU_ROW_TILE, 512, min(outer, 2048))
+
+
+def _gradient_tiling(rows: int, inner: int, outer: int) -> tuple[int, int, int]:
     return TPU_ROW_TILE, min(inner, 512), min(outer, 512)
 
 
@@ -137,4 +144,4 @@ def _weight_gradient_tpu(x, dy, sizes):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     rows, grads = _pad_rows(x), _pad_rows(dy)
-    return tgmm(rows.T, grads, _with_rest(sizes, rows.shape[0]), jnp.float32, _tiling, num_actual_groups=sizes.shape[0])
+    return tgmm(rows.T, grads, _with_rest(sizes, rows.shape[0]), jnp.float32, _gradient_tiling, num_actual_groups=sizes.shape[0])

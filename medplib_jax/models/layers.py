@@ -36,8 +36,9 @@ class Linear(nnx.Module):
         self.kernel = param(rngs, (in_dim, out_dim), axes, std=gain / math.sqrt(in_dim))
         self.bias = param(rngs, (out_dim,), (axes[1],)) if bias else None
         self.lora_scale, self.lora_dropout = (lora.scale, lora.dropout) if lora_rank else (0.0, 0.0)
-        self.lora_a = param(rngs, (in_dim, lora_rank), (axes[0], "lora_rank"), std=1 / math.sqrt(3 * in_dim)) if lora_rank else None
-        self.lora_b = param(rngs, (lora_rank, out_dim), ("lora_rank", axes[1])) if lora_rank else None
+        axis_a, axis_b = adapter_axes(axes)
+        self.lora_a = param(rngs, (in_dim, lora_rank), (axis_a, "lora_rank"), std=1 / math.sqrt(3 * in_dim)) if lora_rank else None
+        self.lora_b = param(rngs, (lora_rank, out_dim), ("lora_rank", axis_b)) if lora_rank else None
 
     def __call__(self, x: Array, *, rng: Array | None = None) -> Array:
         """x [..., in] -> [..., out]. `rng` turns on the adapter's dropout."""
@@ -46,6 +47,12 @@ class Linear(nnx.Module):
             low = matmul(dropout(x, self.lora_dropout, rng), self.lora_a[...])
             y = y + self.lora_scale * matmul(low, self.lora_b[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def adapter_axes(axes: tuple[str | None, str | None]) -> tuple[str | None, ...]:
+    """Logical axes of an adapter's outer sides. Along the model's width it has a name of its own: so small, it costs less whole on
+    every chip than gathered for every layer."""
+    return tuple("lora_embed" if axis == "embed" else axis for axis in axes)
 
 
 def matmul(x: Array, kernel: Array) -> Array:
@@ -91,11 +98,14 @@ class RmsNorm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with an activation between; `out_gain` scales the second one's initial values."""
+    """Two linear layers with an activation between; `axis` is the logical axis of the outer widths, `out_gain` scales the second one's
+    initial values."""
 
-    def __init__(self, in_dim: int, mlp_dim: int, out_dim: int, activation: Callable[[Array], Array], *, rngs: Rngs, out_gain: float = 1.0):
-        self.fc1 = Linear(in_dim, mlp_dim, axes=("embed", "mlp"), rngs=rngs)
-        self.fc2 = Linear(mlp_dim, out_dim, axes=("mlp", "embed"), gain=out_gain, rngs=rngs)
+    def __init__(
+        self, in_dim: int, mlp_dim: int, out_dim: int, activation: Callable[[Array], Array], *, rngs: Rngs, axis: str = "embed", out_gain: float = 1.0
+    ):
+        self.fc1 = Linear(in_dim, mlp_dim, axes=(axis, "mlp"), rngs=rngs)
+        self.fc2 = Linear(mlp_dim, out_dim, axes=("mlp", axis), gain=out_gain, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: Array) -> Array:

@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from medplib_jax.config import ModelConfig
-from medplib_jax.models.attention import Attention, KVCache, attend, rotary_tables, segment_positions
+from medplib_jax.models.attention import Attention, KVCache, attend, attend_within, rotary_tables, segment_positions
 from medplib_jax.models.layers import Linear, RmsNorm, Rngs, param, stack_layers
 from medplib_jax.models.moe import MoeMlp, SwiGlu, split_rng
 from medplib_jax.models.remat import remat
+from medplib_jax.sharding import shard_param, shard_rows
 from medplib_jax.types import Array
 
 
@@ -123,9 +125,9 @@ class _LayerStep:
             metrics = []
             for j, is_moe in enumerate(kinds):
                 among_kind = sum(kind == is_moe for kind in kinds[:j])
-                layer = nnx.merge(graphdefs["layers"], _index(xs["params"]["layers"], j))
+                layer = nnx.merge(graphdefs["layers"], _placed(_index(xs["params"]["layers"], j)))
                 name = "moe" if is_moe else "mlp"
-                mlp = nnx.merge(graphdefs[name], _index(xs["params"][name], among_kind))
+                mlp = nnx.merge(graphdefs[name], _placed(_index(xs["params"][name], among_kind)))
                 carry, out = self.layer(layer, mlp, carry, _index(xs["inputs"], j), _index(xs["noise"], among_kind) if is_moe else None)
                 metrics += [out] if is_moe else []
             return carry, jax.tree.map(lambda *m: jnp.stack(m), *metrics) if metrics else {}
@@ -137,7 +139,7 @@ class _LayerStep:
         project_rng, output_rng, mlp_rng = split_rng(inputs["rng"], 3)
         q, k, v = layer.attn.project(layer.input_norm(x), self.tables, project_rng)
         if buffers is None:
-            y = attend(q, k, v, query_position_BxL=self.index_BxL, key_valid_BxS=self.valid_BxL, segment_BxL=self.segment_BxL)
+            y = attend_within(q, k, v, self.valid_BxL, self.segment_BxL)
         else:
             rows = jnp.arange(x.shape[0])[:, None]
             buffers = tuple(
@@ -145,12 +147,12 @@ class _LayerStep:
             )
             # Rows hold no gaps: what lies at or before a valid query's position was written and is valid.
             y = attend(q, *(buffer[inputs["layer"]].astype(q.dtype) for buffer in buffers), query_position_BxL=self.index_BxL)
-        x = x + layer.attn.output(y, output_rng)
+        x = checkpoint_name(shard_rows(x + layer.attn.output(y, output_rng)), "attended")
         h = layer.post_norm(x)
         if isinstance(mlp, SwiGlu):
-            return (x + mlp(h, mlp_rng), buffers), {}
+            return (shard_rows(x + mlp(h, mlp_rng)), buffers), {}
         y, out = mlp(h, self.valid_BxL, train=self.train, rng=mlp_rng, noise_SxE=noise_SxE)
-        return (x + y, buffers), out
+        return (shard_rows(x + y), buffers), out
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> KVCache:
@@ -189,6 +191,13 @@ def _rows(stack: nnx.Module | None, start: int, stop: int, repeats: int):
         return None, None
     graphdef, state = nnx.split(stack)
     return graphdef, _take(state, start, stop, repeats)
+
+
+def _placed(state: nnx.State) -> nnx.State:
+    """One layer's parameters, sharded as in their stack. So are their gradients then: left to itself the compiler keeps
+    those of all layers whole on every device."""
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state([(path, variable.replace(shard_param(variable[...], variable.axes))) for path, variable in flat])
 
 
 def _index(tree, i: int):

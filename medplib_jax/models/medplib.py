@@ -12,6 +12,7 @@ from medplib_jax.models.layers import Mlp, Rngs, gelu
 from medplib_jax.models.llm import Llama
 from medplib_jax.models.region import RegionEncoder
 from medplib_jax.models.sam import SamMed2d, normalise_sam
+from medplib_jax.sharding import shard_rows
 from medplib_jax.types import Array, Batch, ModelOutput
 
 
@@ -42,7 +43,7 @@ class MedPLIB(nnx.Module):
     def embed(self, batch: Batch) -> tuple[Array, dict[str, Any]]:
         """Token embeddings with the visual features spliced in, [B, L, D]."""
         features_BxTxD, out = self.visual_features(batch)
-        tokens_BxLxD = self.llm.embed(batch.tokens)
+        tokens_BxLxD = shard_rows(self.llm.embed(batch.tokens))
         spliced_BxLxD = jnp.take_along_axis(features_BxTxD, jnp.maximum(batch.feature_index, 0)[:, :, None], axis=1)
         x_BxLxD = jnp.where((batch.feature_index >= 0)[:, :, None], spliced_BxLxD.astype(tokens_BxLxD.dtype), tokens_BxLxD)
         return x_BxLxD, out | {"embeddings": x_BxLxD}
@@ -52,7 +53,7 @@ class MedPLIB(nnx.Module):
         B, N = batch.clip_pixels.shape[:2]
         pixels = normalise_clip(batch.clip_pixels.reshape(B * N, *batch.clip_pixels.shape[2:])).astype(self.config.dtype)
         clip_BNxPxC, clip_out = self.clip(pixels)
-        image_BxNPxD = self.projector(clip_BNxPxC).reshape(B, -1, self.config.llm.hidden_size)
+        image_BxNPxD = shard_rows(self.projector(clip_BNxPxC).reshape(B, -1, self.config.llm.hidden_size))
         out = {f"clip_{name}": value for name, value in clip_out.items()} | {"clip_features": clip_BNxPxC}
         if batch.region_points.shape[1] == 0:
             return image_BxNPxD, out

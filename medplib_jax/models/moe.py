@@ -2,6 +2,10 @@
 
 A routing rule turns router probabilities into `Routing`: `dropless` keeps every token, `capacity` is DeepSpeed 0.13.1's rule.
 The experts then run on rows sorted by expert, so that a token costs top_k experts' FLOPs whatever the number of experts.
+
+The tokens that compete for an expert's capacity are all those of a (micro-)batch, on whichever devices they lie: no mesh changes which are
+dropped. DeepSpeed lets the tokens of each rank compete among themselves, so its numbers are these where it runs on one rank; on
+more its experts take ceil(factor * tokens / E) of every rank.
 """
 
 import math
@@ -17,9 +21,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
+from medplib_jax.models.expert_exchange import axis_product, permute_rows, sort_by_expert, with_exchange
 from medplib_jax.models.grouped_matmul import grouped_matmul
-from medplib_jax.models.layers import Linear, Rngs, bind, dropout, logical_axes, param, params_of
-from medplib_jax.sharding import BATCH_AXES, RULES, axis_size, partition_spec
+from medplib_jax.models.layers import Linear, Rngs, adapter_axes, bind, dropout, logical_axes, param, params_of
+from medplib_jax.sharding import axis_size, mesh_axes, partition_spec, row_axes
 from medplib_jax.types import Array
 
 # Up to this many tokens every expert runs on every token: reading the weights is then what costs.
@@ -95,31 +100,6 @@ def load_balancing_loss(probs_SxE: Array, first_choice_S: Array, count_S: Array)
     return num_experts * jnp.sum((share @ probs_SxE) * (share @ chosen))
 
 
-def sort_by_expert(expert_N: Array, num_experts: int) -> tuple[Array, Array, Array]:
-    """A stable counting sort: (order [N], its inverse [N], bool [N, E]: the sorted row belongs to expert e).
-
-    `expert_N` is in [0, E]; E, no expert, comes last.
-    """
-    (N,) = expert_N.shape
-    packed = jnp.sort(expert_N * N + jnp.arange(N))  # one integer to sort instead of a pair
-    place = jax.nn.one_hot(expert_N, num_experts + 1, dtype=jnp.int32)
-    count = place.sum(0)
-    inverse = ((jnp.cumsum(place, 0) - 1 + jnp.cumsum(count) - count) * place).sum(-1)
-    return packed % N, inverse, (packed // N)[:, None] == jnp.arange(num_experts)
-
-
-@jax.custom_vjp
-def permute_rows(x: Array, index: Array, inverse: Array) -> Array:
-    """x[index] for a permutation whose inverse is known: the gradient is a gather too, not a scatter."""
-    return x[index]
-
-
-permute_rows.defvjp(
-    lambda x, index, inverse: (x[index], (index, inverse)),
-    lambda saved, dy: (dy[saved[1]], *(np.zeros(a.shape, jax.dtypes.float0) for a in saved)),
-)
-
-
 class ExpertLinear(nnx.Module):
     """One linear layer per expert: kernel [E, in, out], optional low-rank adapters [E, in, r] and [E, r, out]."""
 
@@ -127,8 +107,9 @@ class ExpertLinear(nnx.Module):
         self.kernel = param(rngs, (num_experts, in_dim, out_dim), ("expert", *axes), std=1 / math.sqrt(in_dim))
         self.lora_scale, self.lora_dropout = lora.scale, lora.dropout
         shape_a, shape_b = (num_experts, in_dim, lora_rank), (num_experts, lora_rank, out_dim)
-        self.lora_a = param(rngs, shape_a, ("expert", axes[0], "lora_rank"), std=1 / math.sqrt(3 * in_dim)) if lora_rank else None
-        self.lora_b = param(rngs, shape_b, ("expert", "lora_rank", axes[1])) if lora_rank else None
+        axis_a, axis_b = adapter_axes(axes)
+        self.lora_a = param(rngs, shape_a, ("expert", axis_a, "lora_rank"), std=1 / math.sqrt(3 * in_dim)) if lora_rank else None
+        self.lora_b = param(rngs, shape_b, ("expert", "lora_rank", axis_b)) if lora_rank else None
 
     def sorted_rows(self, x_SxD: Array, sizes_E: Array, member_SxE: Array, rng: Array | None) -> Array:
         """Rows sorted by expert, `sizes_E` of each; `member_SxE` says the same row by row. [S, in] -> [S, out]."""
@@ -161,32 +142,43 @@ class Experts(nnx.Module):
     def __call__(self, x_SxD: Array, routing: Routing, rng: Array | None) -> Array:
         """sum_k weight_k * expert_k(x), [S, D]. Arrays that live on a mesh are computed where they are (`_on_mesh`)."""
         mesh = jax.typeof(x_SxD).sharding.mesh
-        return self._compute(x_SxD, routing, rng) if mesh.size <= 1 else self._on_mesh(mesh, x_SxD, routing, rng)
+        return self._local(x_SxD, routing, rng, ()) if mesh.size <= 1 else self._on_mesh(mesh, x_SxD, routing, rng)
 
     def _on_mesh(self, mesh, x_SxD, routing, rng):
-        """Every device runs its experts (axis `expert`) and its slice of their width (`tensor`) on its own tokens, then they
-        add up. Sorting stays on the device; weights are gathered over `fsdp` and their gradients scattered back."""
+        """Every device routes its own tokens. Those of experts that live elsewhere along the axis `expert` go there and back; each
+        device computes its slice of the experts' width (`tensor`), and these add up. Sorting stays on the device; weights are gathered
+        over `fsdp` and their gradients scattered back."""
         params, axes = params_of(self), logical_axes(self)
-        specs = jax.tree.map(lambda array, names: partition_spec("moe/experts", names[-array.ndim :], array.shape, mesh), params, axes)
-        token_spec = PartitionSpec(BATCH_AXES) if x_SxD.shape[0] % axis_size(mesh, BATCH_AXES) == 0 else PartitionSpec()
-        summed = (RULES["expert"], RULES["mlp"])
+        names = jax.tree.map(lambda array, names: names[-array.ndim :], params, axes)
+        specs = jax.tree.map(lambda array, names: partition_spec("moe/experts", names, array.shape, mesh), params, names)
+        rows = row_axes(x_SxD.shape[0], mesh)
+        exchanged = mesh_axes("expert") if axis_size(mesh, mesh_axes("expert")) > 1 else ()
 
         def local(params, x, routing, rng):
-            params = jax.tree.map(_gather_width, params, specs)
-            count = params["gate"]["kernel"].shape[0]
-            expert = routing.expert - count * jax.lax.axis_index(RULES["expert"])
-            here = routing.kept & (expert >= 0) & (expert < count)
+            params = jax.tree.map(_gather_width, params, names)
             if rng is not None:
                 rng = jax.random.fold_in(rng, jax.lax.axis_index(mesh.axis_names))
-            y = bind(self, params)._compute(x, Routing(expert, routing.weight, here), rng)
-            return jax.lax.psum(y, summed)
+            return jax.lax.psum(bind(self, params)._local(x, routing, rng, exchanged), mesh_axes("mlp"))
 
-        in_specs = (specs, token_spec, token_spec, PartitionSpec())
-        run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=token_spec, check_vma=False)
+        in_specs = (specs, PartitionSpec(rows), PartitionSpec(rows), PartitionSpec())
+        run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(rows), check_vma=False)
         return run(params, x_SxD, routing, rng)
 
-    def _compute(self, x_SxD, routing, rng):
-        return (self._few if x_SxD.shape[0] <= FEW_TOKENS else self._sorted)(x_SxD, routing, split_rng(rng, 3))
+    def _local(self, x_SxD, routing, rng, exchanged):
+        """On one device's tokens. `exchanged`: mesh axes over which the experts are spread, none when all of them are here."""
+        rngs = split_rng(rng, 3)
+        if x_SxD.shape[0] <= FEW_TOKENS and not exchanged:
+            return self._few(x_SxD, routing, rngs)
+        S, k = routing.expert.shape
+        num_experts = self.gate.kernel.shape[0] * axis_product(exchanged)
+        expert_N = jnp.where(routing.kept, routing.expert, num_experts).reshape(S * k)  # dropped choices go last, to no expert
+        x_NxD = jnp.repeat(x_SxD, k, axis=0)
+        if exchanged:
+            y_NxD = with_exchange(lambda x, expert: self._sorted(x, expert, rngs), x_NxD, expert_N, num_experts, exchanged)
+        else:
+            y_NxD = self._sorted(x_NxD, expert_N, rngs)
+        y_NxD = checkpoint_name(y_NxD, "experts")
+        return (y_NxD.reshape(S, k, -1) * routing.weight[:, :, None].astype(y_NxD.dtype)).sum(1)
 
     def _few(self, x_SxD, routing, rngs):
         num_experts = self.gate.kernel.shape[0]
@@ -195,21 +187,21 @@ class Experts(nnx.Module):
         weight_SxE = (jax.nn.one_hot(routing.expert, num_experts) * routing.weight[:, :, None]).sum(1)
         return jnp.einsum("esd,se->sd", self.down.every_expert(h, rngs[2]), weight_SxE.astype(x_SxD.dtype))
 
-    def _sorted(self, x_SxD, routing, rngs):
-        num_experts, (S, k) = self.gate.kernel.shape[0], routing.expert.shape
-        expert = jnp.where(routing.kept, routing.expert, num_experts).reshape(S * k)  # dropped choices go last, to no expert
-        order, inverse, member = sort_by_expert(expert, num_experts)
+    def _sorted(self, x_NxD, expert_N, rngs):
+        """Each row through its expert; expert E is none and gives zero."""
+        order, inverse, member = sort_by_expert(expert_N, self.gate.kernel.shape[0])
         sizes = member.sum(0, dtype=jnp.int32)
-        x = permute_rows(jnp.repeat(x_SxD, k, axis=0), order, inverse)
+        x = permute_rows(x_NxD, order, inverse)
         h = jax.nn.silu(self.gate.sorted_rows(x, sizes, member, rngs[0])) * self.up.sorted_rows(x, sizes, member, rngs[1])
-        y = permute_rows(self.down.sorted_rows(h, sizes, member, rngs[2]), inverse, order)
-        return (y.reshape(S, k, -1) * routing.weight[:, :, None].astype(y.dtype)).sum(1)
+        return permute_rows(self.down.sorted_rows(h, sizes, member, rngs[2]), inverse, order)
 
 
-def _gather_width(array: Array, spec: PartitionSpec) -> Array:
+def _gather_width(array: Array, names: tuple[str, ...]) -> Array:
     """Undoes the sharding of the model width."""
-    fsdp = RULES["embed"]
-    return jax.lax.all_gather(array, fsdp, axis=spec.index(fsdp), tiled=True) if fsdp in spec else array
+    for name in ("embed", "lora_embed"):
+        if name in names and mesh_axes(name):
+            array = jax.lax.all_gather(array, mesh_axes(name), axis=names.index(name), tiled=True)
+    return array
 
 
 class SwiGlu(nnx.Module):

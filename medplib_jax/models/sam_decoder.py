@@ -34,7 +34,7 @@ class TwoWayBlock(nnx.Module):
         self.self_attn = CrossAttention(width, width, heads, rngs)
         self.cross_token_to_image = CrossAttention(width, inner, heads, rngs)
         self.cross_image_to_token = CrossAttention(width, inner, heads, rngs)
-        self.mlp = Mlp(width, config.decoder_mlp_dim, width, jax.nn.relu, rngs=rngs)
+        self.mlp = Mlp(width, config.decoder_mlp_dim, width, jax.nn.relu, axis="vision", rngs=rngs)
         self.norm1, self.norm2, self.norm3, self.norm4 = (LayerNorm(width, eps=EPS, rngs=rngs) for _ in range(4))
 
     def __call__(self, tokens: Array, image: Array, token_position: Array, image_position: Array, *, first: bool) -> tuple[Array, Array]:

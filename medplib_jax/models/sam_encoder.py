@@ -119,7 +119,7 @@ class Block(nnx.Module):
         self.norm1 = LayerNorm(width, eps=EPS, rngs=rngs)
         self.attn = WindowAttention(width, config.num_heads, window, rngs)
         self.norm2 = LayerNorm(width, eps=EPS, rngs=rngs)
-        self.mlp = Mlp(width, 4 * width, width, gelu, rngs=rngs)
+        self.mlp = Mlp(width, 4 * width, width, gelu, axis="vision", rngs=rngs)
         self.adapter = Adapter(width, rngs) if config.adapter else None
 
     def __call__(self, x_BxhxwxC: Array) -> Array:

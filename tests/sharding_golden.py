@@ -1,0 +1,30 @@
+"""The PartitionSpec of every 7B parameter on three meshes. `python -m tests.sharding_golden` writes the file that the test reads."""
+
+import gzip
+import json
+import pathlib
+
+from jax.sharding import AbstractMesh
+
+from configs import stage4_moe
+from medplib_jax.experiment import MESH_AXES, from_config_dict
+from medplib_jax.optim import flatten
+from medplib_jax.train_step import abstract_model, model_shardings
+
+FILE = pathlib.Path(__file__).parent / "golden" / "sharding_7b.json.gz"
+MESHES = {"fsdp": (1, 64, 1, 1), "data x fsdp": (4, 16, 1, 1), "fsdp x expert x tensor": (1, 16, 2, 2)}
+
+
+def specs() -> dict[str, dict[str, list]]:
+    """{mesh: {parameter: one entry per axis: None, a mesh axis or several}}."""
+    config = from_config_dict(stage4_moe.get_config("7b"))
+    model = abstract_model(config.model)
+    meshes = {name: AbstractMesh(sizes, MESH_AXES) for name, sizes in MESHES.items()}
+    return {
+        name: {path: list(sharding.spec) for path, sharding in flatten(model_shardings(model, mesh, config.sharding)).items()}
+        for name, mesh in meshes.items()
+    }
+
+
+if __name__ == "__main__":
+    FILE.write_bytes(gzip.compress(json.dumps(specs(), indent=0).encode(), mtime=0))

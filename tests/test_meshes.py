@@ -1,0 +1,95 @@
+"""One training step on every mesh of eight devices: the losses and gradients of one device, for what each stage trains."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from medplib_jax.experiment import ExperimentConfig, MeshConfig, OptimConfig, from_config_dict
+from medplib_jax.mesh import make_mesh
+from medplib_jax.optim import flatten
+from medplib_jax.sharding import put_batch
+from medplib_jax.train_step import CompiledStep, abstract_model, init_params, make_state, make_train_step, model_shardings, state_shardings
+from tests.helpers import MODEL, random_batch, tiny_experiment
+
+STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe")
+MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 2, 4))  # data x fsdp x expert x tensor
+CASES = [(stage, "dropless") for stage in STAGES] + [("stage4_moe", "capacity")]
+# Every stage, every mesh and both ways to dispatch occur in the default selection.
+SELECTED = {
+    ("stage1_align", "dropless", (8, 1, 1, 1)),
+    ("stage2_vqa", "dropless", (1, 8, 1, 1)),
+    ("stage3_grounding", "dropless", (1, 1, 2, 4)),
+    ("stage4_moe", "dropless", (1, 2, 2, 2)),
+    ("stage4_moe", "capacity", (2, 2, 2, 1)),
+}
+
+
+def small(stage: str, dispatch: str) -> ExperimentConfig:
+    """What a stage of the 7B model adapts, trains and weighs, on a model of a few thousand parameters."""
+    config = from_config_dict(importlib.import_module(f"configs.{stage}").get_config("7b"))
+    model = dataclasses.replace(
+        MODEL,
+        llm=dataclasses.replace(MODEL.llm, num_heads=4, num_kv_heads=4),
+        moe=dataclasses.replace(config.model.moe, dispatch=dispatch, capacity_factor=1.0),  # some tokens are dropped
+        lora=dataclasses.replace(config.model.lora, rank=config.model.lora.rank and 2, dropout=0.0),
+        remat=config.model.remat,
+    )
+    loss = dataclasses.replace(config.loss, iou=0.5 * (config.data.max_masks > 0))
+    data = dataclasses.replace(tiny_experiment().data, max_masks=2 * config.data.max_masks)
+    return tiny_experiment(model=model, loss=loss, data=data, optim=OptimConfig(trainable=config.optim.trainable))
+
+
+def step(config: ExperimentConfig, sizes: tuple[int, ...]):
+    """(metrics, gradients); plain SGD at rate 1 shows the gradients themselves."""
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    model, tx = abstract_model(config.model), optax.sgd(1.0)
+    shardings = state_shardings(model, config, tx, mesh)
+    params = varied(init_params(config, model_shardings(model, mesh, config.sharding)))
+    state = jax.jit(lambda p: make_state(p, config, tx), out_shardings=shardings)(params)
+    before = jax.device_get(state.trainable)
+    run = CompiledStep(make_train_step(model, config, tx, lambda step: 1.0), shardings)
+    state, metrics = run(state, put_batch(random_batch(config), mesh, config.data.batch_size))
+    return jax.device_get(metrics), flatten(jax.tree.map(np.subtract, before, jax.device_get(state.trainable)))
+
+
+def varied(params):
+    """Adapters' second factors start at zero, and hide the first ones' gradients."""
+
+    def value(path, x):
+        return x + 0.1 * np.sin(np.arange(x.size, dtype=np.float32)).reshape(x.shape) if path[-1].key == "lora_b" else x
+
+    return jax.tree_util.tree_map_with_path(value, params)
+
+
+@functools.cache
+def on_one_device(stage: str, dispatch: str):
+    return step(small(stage, dispatch), (1, 1, 1, 1))
+
+
+def _case(stage, dispatch, mesh):
+    name = f"{stage}-{dispatch}-{'x'.join(map(str, mesh))}"
+    return pytest.param(stage, dispatch, mesh, id=name, marks=() if (stage, dispatch, mesh) in SELECTED else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("stage", "dispatch", "mesh"), [_case(*case, mesh) for case in CASES for mesh in MESHES])
+def test_a_mesh_changes_neither_losses_nor_gradients(stage, dispatch, mesh, capfd):
+    expected_metrics, expected = on_one_device(stage, dispatch)
+    metrics, gradients = step(small(stage, dispatch), mesh)
+    assert "nvoluntary full rematerialization" not in capfd.readouterr().err
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert dispatch == "dropless" or 0 < metrics["dropped"] < 1
+    assert gradients.keys() == expected.keys()
+    largest = max(np.abs(gradient).max() for gradient in expected.values())
+    for path, gradient in expected.items():
+        # relative to the largest gradient of the array; arrays without any worth mentioning to the largest of all
+        scale = max(np.abs(gradient).max(), 1e-3 * largest)
+        np.testing.assert_allclose(gradients[path], gradient, rtol=0, atol=1e-5 * scale, err_msg=path)
+        assert gradient.any() or path.startswith("region"), path
+
+
