@@ -1,0 +1,55 @@
+"""Compiles a program for a TPU topology on any machine and prints what it needs.
+
+COMMAND
+    python -m medplib_jax.aot --config=configs/stage4_moe.py:7b --topology=v5e:8x8 [--program=train|eval|decode] [--json=FILE]
+        [--length=1024] [--rows=128] [--sweep] [--config.mesh.fsdp=32 --config.mesh.dcn_data=2 ...]
+
+Memory, FLOPs, collectives, kernels and a roofline of one step; no TPU is needed, only libtpu (the extra `tpu`). A program at
+7B compiles for about a minute. `--sweep` tries batch sizes, remat policies and meshes and lists those that fit, best first.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: a TPU of this machine is not needed
+
+import jax  # noqa: E402
+from absl import app, flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from medplib_jax.aot.programs import PROGRAMS  # noqa: E402
+from medplib_jax.aot.report import Request, as_text, examine  # noqa: E402
+from medplib_jax.aot.sweep import as_table, sweep  # noqa: E402
+from medplib_jax.experiment import from_config_dict  # noqa: E402
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:SIZE")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "KIND:SHAPE, such as v5e:8x8, v5p:4x4x4, v6e:16x16; config.mesh.dcn_data such slices")
+_PROGRAM = flags.DEFINE_enum("program", "train", PROGRAMS, "what to compile")
+_LENGTH = flags.DEFINE_integer("length", None, "positions per row; default: the longest of data.bucket_lengths")
+_ROWS = flags.DEFINE_integer("rows", None, "global batch; default: data.batch_size, for eval and decode eval.batch_size")
+_SWEEP = flags.DEFINE_bool("sweep", False, "try batch sizes, remat policies and meshes")
+_JSON = flags.DEFINE_string("json", None, "file to write the report to")
+
+
+def main(_) -> None:
+    try:
+        report = sweep(_request()) if _SWEEP.value else examine(_request())
+    except (ValueError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(as_table(report) if _SWEEP.value else as_text(report))
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _request() -> Request:
+    config = from_config_dict(_CONFIG.value)
+    rows = config.data.batch_size if _PROGRAM.value == "train" else config.eval.batch_size
+    return Request(config, _TOPOLOGY.value, _PROGRAM.value, _ROWS.value or rows, _LENGTH.value or config.data.bucket_lengths[-1])
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    jax.config.update("jax_enable_compilation_cache", False)  # of a compiler for another platform
+    app.run(main)

@@ -1,0 +1,83 @@
+"""Model FLOPs: the matrix products that the mathematics of a program needs, counted in the program itself.
+
+Counted is the jaxpr on one chip without rematerialisation and after dead code is gone: gradients of frozen weights are not
+there, causal attention counts the half of the scores that it needs, a top-k mixture k experts. Elementwise work is left out.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
+from jax.interpreters import partial_eval as pe
+
+from medplib_jax.aot.hlo import Shape
+from medplib_jax.aot.programs import make_program
+from medplib_jax.experiment import ExperimentConfig, MeshConfig
+from medplib_jax.mesh import make_mesh
+from medplib_jax.models.attention import splash_block
+
+
+def model_flops(kind: str, config: ExperimentConfig, chip: jax.Device, rows: int, length: int) -> float:
+    """FLOPs of one call of the program for the whole batch, whatever the mesh."""
+    model = dataclasses.replace(config.model, remat="none")
+    loss = dataclasses.replace(config.loss, ce_chunk=length)  # chunks recompute their logits
+    config = dataclasses.replace(config, model=model, loss=loss)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, expert=1, tensor=1), [chip])
+    traced = make_program(kind, config, mesh, rows, length).trace()
+    return count_flops(traced.jaxpr.jaxpr, loop_trips=config.eval.max_new_tokens)
+
+
+def count_flops(jaxpr, loop_trips: int = 1) -> float:
+    """FLOPs of the products in a jaxpr; a loop without a known number of trips counts as `loop_trips`."""
+    live, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    return sum(_equation_flops(eqn, loop_trips) for eqn in live.eqns)
+
+
+def _equation_flops(eqn, loop_trips: int) -> float:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contracting, _), _ = params["dimension_numbers"]
+        return 2.0 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracting)
+    if name == "conv_general_dilated":
+        kernel, out_axis = eqn.invars[1].aval, params["dimension_numbers"].rhs_spec[0]
+        return 2.0 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[out_axis]
+    if name == "pallas_call":
+        return _kernel_flops(eqn)
+    if name == "cond":
+        return max(count_flops(branch.jaxpr, loop_trips) for branch in params["branches"])
+    times = {"scan": params.get("length"), "while": loop_trips}.get(name, 1)
+    return times * sum(count_flops(inner, loop_trips) for inner in jaxprs_in_params(params))
+
+
+def _kernel_flops(eqn) -> float:
+    name = eqn.params["name"] or ""
+    if name.startswith("splash"):
+        return splash_flops(name, [v.aval.shape for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)], needed=True)
+    return eqn.params["cost_estimate"].flops
+
+
+def executed_kernel_flops(name: str, operands: Sequence[Shape], attributes: str) -> float:
+    """FLOPs of one kernel call in the TPU's program: attention by its blocks, the others as they state them.
+
+    Raises ValueError for a kernel that states nothing.
+    """
+    if "splash" in name:
+        return splash_flops(name, [shape.dims for shape in operands if shape.dtype in ("bf16", "f32")], needed=False)
+    stated = re.search(r'"flops":"?(\d+)', attributes)
+    if not stated:
+        raise ValueError(f"kernel {name} states no FLOPs")
+    return float(stated.group(1))
+
+
+def splash_flops(name: str, floating_operands: Sequence[tuple[int, ...]], needed: bool) -> float:
+    """Of causal splash attention on q [..., H, L, K] (its first operand): 2 products forward, 4 backward of half the scores are `needed`;
+    executed are all blocks that hold one of them, and backward the scores once more."""
+    q = next(shape for shape in floating_operands if len(shape) >= 3)
+    products = 2 if "fwd" in name else 4 if needed else 5
+    blocks = q[-2] // splash_block(q[-2])
+    share = 0.5 if needed else (blocks + 1) / (2 * blocks)
+    return products * 2.0 * math.prod(q) * q[-2] * share

@@ -1,0 +1,280 @@
+"""Reads what the TPU compiler made of a program: products, collectives, kernels and memory traffic of one chip in one step.
+
+`compiled.cost_analysis()` counts the body of a loop once and kernels not at all, so the optimised HLO text is walked instead: every
+instruction counts as often as the loops around it run.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0, "opaque": 0}
+
+_ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[sufc]\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    dtype: str
+    dims: tuple[int, ...]
+    on_chip: bool  # lies in the chip's vector memory, which costs no HBM traffic
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        digits = re.search(r"\d+", self.dtype)
+        bits = _BITS[self.dtype] if self.dtype in _BITS else int(digits.group())
+        return self.size * bits // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    literal: str  # of a constant
+    attributes: str
+    is_root: bool
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        return tuple(name.strip(" %") for group in _CALLED.findall(self.attributes) for name in group.strip("{}").split(","))
+
+
+Computation = dict[str, Instruction]  # in order
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All executions of one collective instruction. `bytes`: what one chip receives in all of them."""
+
+    kind: str
+    bytes: float
+    count: float
+    group: int
+    source: str
+    in_loop: bool
+    output: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What one chip does in one call of the program. `kernels`: {name: (calls, FLOPs)}."""
+
+    flops: float
+    hbm_bytes: float
+    collectives: tuple[Collective, ...]
+    kernels: dict[str, tuple[float, float]]
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """{name: computation} and the name of the entry."""
+    computations, entry, current = {}, "", None
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            current = computations.setdefault(header.group(2), {})
+            entry = header.group(2) if header.group(1) else entry
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            instruction = _instruction(found.group(2), found.group(3), bool(found.group(1)))
+            current[instruction.name] = instruction
+    if not entry:
+        raise ValueError("no ENTRY computation: this is not the text of an optimised HLO module")
+    return computations, entry
+
+
+def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    opening = rest.index("(", end)
+    closing = _closing(rest, opening)
+    shapes = tuple(Shape(d, tuple(map(int, filter(None, dims.split(",")))), "S(1)" in layout) for d, dims, layout in _ARRAY.findall(rest[:end]))
+    inside = rest[opening + 1 : closing]
+    return Instruction(name, rest[end:opening].strip(), shapes, tuple(re.findall(r"%([\w.\-]+)", inside)), inside, rest[closing + 1 :], is_root)
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match.group() == "(" else -1
+        if depth == 0:
+            return match.start()
+    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
+
+
+def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...], str], float]) -> Usage:
+    """Walks the module. `kernel_flops(instruction name, operand shapes, attributes)` gives a kernel's FLOPs."""
+    computations, entry = parse(text)
+    flops = traffic = 0.0
+    collectives: dict[str, Collective] = {}
+    kernels = collections.defaultdict(lambda: (0.0, 0.0))
+    for name, times, in_loop, fused in _executed(computations, entry):
+        computation = computations[name]
+        for instruction in computation.values():
+            flops += times * _product_flops(instruction, computation)
+            if not fused:
+                traffic += times * _traffic(instruction, computation, computations)
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                found = _collective(kind, instruction, computation, times, in_loop, name)
+                collectives.setdefault(_channel(instruction, name), found)  # an asynchronous one appears in several computations
+            elif "tpu_custom_call" in instruction.attributes:
+                operands = tuple(shape for operand in instruction.operands for shape in computation[operand].shapes)
+                cost = times * kernel_flops(instruction.name, operands, instruction.attributes)
+                flops += cost
+                label = re.sub(r"[.\d]+$", "", instruction.name)
+                kernels[label] = (kernels[label][0] + times, kernels[label][1] + cost)
+    return Usage(flops, traffic, tuple(collectives.values()), dict(kernels))
+
+
+def _executed(computations: dict[str, Computation], entry: str) -> Iterator[tuple[str, float, bool, bool]]:
+    """(computation, how often it runs, inside a loop, inside a fusion) for every place that calls it."""
+    pending = [(entry, 1.0, False, False)]
+    while pending:
+        name, times, in_loop, fused = pending.pop()
+        yield name, times, in_loop, fused
+        for instruction in computations[name].values():
+            if instruction.opcode in ("all-reduce", "reduce", "reduce-window", "sort", "scatter", "select-and-scatter", "map", "reduce-scatter"):
+                continue  # what they call works on single elements
+            is_loop = instruction.opcode == "while"
+            trips = _trips(instruction, computations) if is_loop else 1
+            for called in instruction.called:
+                if called in computations:
+                    pending.append((called, times * trips, in_loop or is_loop, fused or instruction.opcode == "fusion"))
+
+
+def _trips(loop: Instruction, computations: dict[str, Computation]) -> int:
+    """The bound that the loop's counter is compared with: loops count up from 0. One that may end earlier counts as going on to the end."""
+    pending, bounds = [re.search(r"condition=%?([\w.\-]+)", loop.attributes).group(1)], [1]
+    while pending:
+        for instruction in computations[pending.pop()].values():
+            pending += [name for name in instruction.called if name in computations]
+            if instruction.opcode == "constant" and instruction.shapes[0].dtype == "s32" and not instruction.shapes[0].dims:
+                bounds.append(int(instruction.literal))
+    return max(bounds)
+
+
+def _channel(instruction: Instruction, computation: str) -> str:
+    channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+    return channel.group(1) if channel else f"{computation}/{instruction.name}"
+
+
+def _collective(kind: str, instruction: Instruction, computation: Computation, times: float, in_loop: bool, name: str) -> Collective:
+    group = _group_size(instruction.attributes)
+    inputs = sum(shape.bytes for operand in instruction.operands for shape in computation[operand].shapes)
+    if kind == "all-reduce" and "all-reduce-scatter" in name:
+        kind = "reduce-scatter"  # fused with the slice of its result that is kept
+    others = (group - 1) / group if group else 1.0
+    received = {"all-gather": inputs * (group - 1), "all-reduce": 2 * inputs * others, "collective-permute": inputs}.get(kind, inputs * others)
+    source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    largest = max(instruction.shapes, key=lambda shape: shape.bytes)
+    return Collective(kind, times * received, times, group, source.group(1) if source else instruction.name, in_loop, largest)
+
+
+def _group_size(attributes: str) -> int:
+    """Chips per group, from replica_groups={{0,1},..} or [groups,size]<=[..]; 0 when the instruction has none."""
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    if listed:
+        return len(listed.group(1).split(","))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
+    return int(iota.group(2)) if iota else 0
+
+
+# ---- products ----
+
+
+def _product_flops(instruction: Instruction, computation: Computation) -> float:
+    if instruction.opcode == "dot":
+        lhs = computation[instruction.operands[0]].shapes[0].dims
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes).group(1)
+        return 2.0 * instruction.shapes[0].size * math.prod(lhs[int(axis)] for axis in filter(None, contracted.split(",")))
+    if instruction.opcode == "convolution":
+        return _convolution_flops(instruction, computation)
+    return 0.0
+
+
+def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
+    """2 * batch * features in * features out * pairs of an output and a kernel position that meet an input (XLA's HloCostAnalysis).
+
+    The TPU compiler writes every matrix product as a convolution; batch axes become spatial ones with holes.
+    """
+    lhs_dims, rhs_dims = (computation[operand].shapes[0].dims for operand in instruction.operands[:2])
+    out_dims = instruction.shapes[0].dims
+    lhs, rhs, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+    window = _window(instruction.attributes)
+    pairs = 1
+    for axis, label in enumerate(sorted(set(lhs) - set("bf"))):
+        parameters = {name: values[axis] for name, values in window.items()}
+        pairs *= _meeting_pairs(lhs_dims[lhs.index(label)], rhs_dims[rhs.index(label)], out_dims[out.index(label)], parameters)
+    batch_groups = int((re.search(r"batch_group_count=(\d+)", instruction.attributes) or [0, 1])[1])
+    rows = lhs_dims[lhs.index("b")] // batch_groups
+    return 2.0 * rows * rhs_dims[rhs.index("i")] * rhs_dims[rhs.index("o")] * pairs
+
+
+def _window(attributes: str) -> dict[str, list]:
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(field.split("=") for field in found.group(1).split()) if found else {}
+    return {name: values.split("x") for name, values in fields.items()}
+
+
+def _meeting_pairs(inputs: int, kernel: int, outputs: int, window: dict[str, str]) -> int:
+    stride, holes, spread = (int(window.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    pad = int(window.get("pad", "0_0").split("_")[0])
+    position = np.arange(outputs)[:, None] * stride - pad + np.arange(kernel)[None, :] * spread
+    return int(((position >= 0) & (position % holes == 0) & (position // holes < inputs)).sum())
+
+
+# ---- memory traffic ----
+
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "iota", "partition-id")
+
+
+def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
+    """Bytes that an instruction moves between HBM and the chip: operands that it reads and results that it writes."""
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
+        return 0.0
+    operands = [computation[name].shapes for name in instruction.operands]
+    fusion = computations.get(instruction.called[0]) if instruction.opcode == "fusion" and instruction.called else None
+    if fusion:
+        return sum(_fusion_traffic(fusion, operands, instruction.shapes))
+    if instruction.opcode in ("dynamic-slice", "gather", "slice"):
+        return 2.0 * _hbm(instruction.shapes)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2.0 * _hbm(operands[1])
+    return _hbm(instruction.shapes) + sum(map(_hbm, operands))
+
+
+def _hbm(shapes: tuple[Shape, ...]) -> float:
+    return float(sum(shape.bytes for shape in shapes if not shape.on_chip))
+
+
+def _fusion_traffic(fusion: Computation, operands: list[tuple[Shape, ...]], results: tuple[Shape, ...]) -> Iterator[float]:
+    """A parameter that is only sliced costs its slices; a result that updates a slice of a parameter costs the slice."""
+    users = collections.defaultdict(list)
+    for instruction in fusion.values():
+        for operand in instruction.operands:
+            users[operand].append(instruction)
+    parameters = [i for i in fusion.values() if i.opcode == "parameter"]
+    for parameter in parameters:
+        used = users[parameter.name]
+        if used and all(i.opcode in ("dynamic-slice", "dynamic-update-slice") and i.operands[0] == parameter.name for i in used):
+            slices = [i.shapes if i.opcode == "dynamic-slice" else fusion[i.operands[1]].shapes for i in used]
+            yield sum(map(_hbm, slices)) if _hbm(parameter.shapes) else 0.0
+        else:
+            yield _hbm(parameter.shapes)
+    root = next(i for i in fusion.values() if i.is_root)
+    updates = [i for i in fusion.values() if i.opcode == "dynamic-update-slice"]
+    if root.opcode in ("dynamic-update-slice", "bitcast") and updates:
+        return
+    yield _hbm(results)

@@ -1,0 +1,148 @@
+"""Compiles one program for one topology and sums up what came out, as a dict and as a page of text."""
+
+import collections
+import dataclasses
+import logging
+import re
+import time
+from typing import Any
+
+import jax
+
+from medplib_jax.aot.chips import GB, Chip, chip_of, devices_of, full_rematerialisations
+from medplib_jax.aot.flops import executed_kernel_flops, model_flops
+from medplib_jax.aot.hlo import Collective, Usage, read_usage
+from medplib_jax.aot.programs import Program, make_program
+from medplib_jax.experiment import ExperimentConfig
+from medplib_jax.mesh import make_mesh
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to compile: `kind` is one of programs.PROGRAMS, `rows` x `length` its batch."""
+
+    config: ExperimentConfig
+    topology: str
+    kind: str
+    rows: int
+    length: int
+
+
+def examine(request: Request) -> dict[str, Any]:
+    """The report of a request. A program that does not fit is one too: then it says what was missing, as far as the compiler does."""
+    slices = request.config.mesh.dcn_data
+    chip, devices = chip_of(request.topology), devices_of(request.topology, slices)
+    mesh = make_mesh(request.config.mesh, devices)
+    program = make_program(request.kind, request.config, mesh, request.rows, request.length)
+    needed = model_flops(request.kind, request.config, devices[0], request.rows, request.length)
+    said_before, start = len(full_rematerialisations()), time.perf_counter()
+    lowered = program.trace().lower()
+    head = {
+        "program": request.kind,
+        "topology": request.topology if slices == 1 else f"{slices} x {request.topology}",
+        "chips": mesh.size,
+        "mesh": dict(mesh.shape),
+        "rows": request.rows,
+        "length": request.length,
+        "remat": request.config.model.remat,
+        "accumulate": request.config.optim.accumulate,
+        "model_flops": needed,
+        "hbm_gb_per_chip": chip.hbm_bytes / GB,
+    }
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return head | _does_not_fit(str(error), chip)
+    head["compile_seconds"] = time.perf_counter() - start
+    head["full_rematerialisations"] = full_rematerialisations()[said_before:]
+    return head | _memory(compiled, chip) | _work(program, read_usage(compiled.as_text(), executed_kernel_flops), needed, chip, mesh.size)
+
+
+def _does_not_fit(message: str, chip: Chip) -> dict[str, Any]:
+    if "RESOURCE_EXHAUSTED" not in message:
+        raise RuntimeError(message)
+    wanted = re.search(r"\(?([\d.]+)([GM])\)? exceeds|Used ([\d.]+)([GM]) of", message)
+    size, unit = [group for group in wanted.groups() if group] if wanted else (None, None)
+    needs = float(size) * {"G": 2**30, "M": 2**20}[unit] / GB if wanted else None
+    return {"fits": False, "peak_hbm_gb_per_chip": needs, "spare_share": None if needs is None else 1 - needs * GB / chip.hbm_bytes, "message": message}
+
+
+def _memory(compiled, chip: Chip) -> dict[str, Any]:
+    memory = compiled.memory_analysis()
+    peak = memory.peak_memory_in_bytes
+    return {
+        "fits": True,
+        "argument_gb_per_chip": memory.argument_size_in_bytes / GB,
+        "temporary_gb_per_chip": memory.temp_size_in_bytes / GB,
+        "peak_hbm_gb_per_chip": peak / GB,
+        "spare_share": 1 - peak / chip.hbm_bytes,
+    }
+
+
+def _work(program: Program, usage: Usage, needed: float, chip: Chip, chips: int) -> dict[str, Any]:
+    received = sum(collective.bytes for collective in usage.collectives)
+    bounds = {"compute": usage.flops / chip.flops, "hbm": usage.hbm_bytes / chip.hbm_rate, "ici": received / chip.ici_rate}
+    seconds = max(bounds.values())
+    return {
+        "executed_flops": usage.flops * chips,
+        "executed_over_model": usage.flops * chips / needed,
+        "hbm_traffic_gb_per_chip": usage.hbm_bytes / GB,
+        "collectives": _by_kind(usage.collectives),
+        "largest_gather_outside_loops_gb": max((c.output.bytes for c in usage.collectives if c.kind == "all-gather" and not c.in_loop), default=0) / GB,
+        "kernels": {name: {"calls": calls, "flops": flops} for name, (calls, flops) in sorted(usage.kernels.items())},
+        "roofline_seconds": bounds,
+        "bound_by": max(bounds, key=bounds.get),
+        "tokens_per_second_per_chip": program.tokens / seconds / chips,
+        "mfu_at_roofline": needed / seconds / chips / chip.flops,
+    }
+
+
+def _by_kind(collectives: tuple[Collective, ...]) -> dict[str, dict[str, float]]:
+    """{kind: {"count", "gb"}}: executions, and GB that one chip receives in them, per call of the program."""
+    totals = collections.defaultdict(lambda: {"count": 0.0, "gb": 0.0})
+    for collective in collectives:
+        totals[collective.kind]["count"] += collective.count
+        totals[collective.kind]["gb"] += collective.bytes / GB
+    return dict(sorted(totals.items()))
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    lines = [
+        f"{report['program']} on {report['topology']} ({report['chips']} chips: {mesh}), {report['rows']} x {report['length']} positions, remat {report['remat']}"
+        + (f", in {report['accumulate']} parts" if report["accumulate"] > 1 else ""),
+        "",
+        *_memory_lines(report),
+    ]
+    return "\n".join(lines + (_work_lines(report) if report["fits"] else []))
+
+
+def _memory_lines(report: dict[str, Any]) -> list[str]:
+    have, peak = report["hbm_gb_per_chip"], report["peak_hbm_gb_per_chip"]
+    if not report["fits"]:
+        return [f"DOES NOT FIT: needs {'more than' if peak is None else f'{peak:.2f} GB of'} {have:.2f} GB per chip", report["message"].splitlines()[0]]
+    return [
+        f"HBM per chip        {peak:8.2f} GB at peak of {have:.2f}: fits, {have - peak:.2f} GB ({report['spare_share']:.0%}) to spare",
+        f"  arguments         {report['argument_gb_per_chip']:8.2f} GB",
+        f"  temporaries       {report['temporary_gb_per_chip']:8.2f} GB",
+    ]
+
+
+def _work_lines(report: dict[str, Any]) -> list[str]:
+    needed, executed, seconds = report["model_flops"], report["executed_flops"], report["roofline_seconds"]
+    return [
+        f"model FLOPs         {needed:8.3e} per step, all chips",
+        f"executed FLOPs      {executed:8.3e}: {report['executed_over_model']:.3f} times the model's",
+        f"HBM traffic         {report['hbm_traffic_gb_per_chip']:8.1f} GB per chip and step",
+        "collectives         GB received per chip and step (executions)",
+        *(f"  {kind:18}{total['gb']:8.3f} GB ({total['count']:.0f})" for kind, total in report["collectives"].items()),
+        "Pallas kernels      calls per step",
+        *(f"  {name:42}{kernel['calls']:8.0f}" for name, kernel in report["kernels"].items()),
+        "roofline            seconds per step, each with perfect overlap",
+        *(f"  {name:18}{value:8.3f} s" for name, value in seconds.items()),
+        *(f"WARNING: the compiler reshards through every chip: {text}" for text in report["full_rematerialisations"]),
+        f"bound by {report['bound_by']}: {report['tokens_per_second_per_chip']:.0f} tokens/s per chip, {report['mfu_at_roofline']:.0%} MFU at best",
+    ]

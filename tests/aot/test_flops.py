@@ -1,0 +1,46 @@
+"""Model FLOPs against arithmetic."""
+
+import jax
+import jax.numpy as jnp
+
+from medplib_jax.aot.flops import count_flops, splash_flops
+from medplib_jax.models.attention import splash_block
+
+
+def flops(function, *args, **options):
+    return count_flops(jax.make_jaxpr(function)(*args).jaxpr, **options)
+
+
+def test_products_scans_loops_and_branches():
+    x, n = jnp.ones((4, 5)), 2 * 4 * 5 * 4
+
+    def program(x):
+        y, _ = jax.lax.scan(lambda y, _: (y + jax.jit(lambda x: x @ x.T)(x), None), jnp.zeros((4, 4)), length=5)
+        y = jax.lax.while_loop(lambda y: y.sum() < 3, lambda y: y + x @ x.T, y)
+        return jax.lax.cond(y[0, 0] > 2, lambda: y + x @ x.T, lambda: y)
+
+    assert flops(program, x, loop_trips=7) == (5 + 7 + 1) * n
+    assert flops(lambda x, k: jax.lax.conv(x, k, (1, 1), "VALID"), jnp.ones((2, 3, 8, 8)), jnp.ones((5, 3, 3, 3))) == 2 * (2 * 5 * 36) * 27
+
+
+def test_gradients_of_what_is_frozen_do_not_count():
+    x, w = jnp.ones((4, 5)), jnp.ones((5, 6))
+    forward = 2 * 4 * 5 * 6
+
+    def loss(x, w):
+        return jnp.square(x @ w).sum()
+
+    assert flops(jax.grad(loss), x, w) == 2 * forward
+    assert flops(jax.grad(loss, (0, 1)), x, w) == 3 * forward
+    # the compiler does not compute what nobody reads either
+    assert flops(lambda x, w: jax.grad(loss, (0, 1))(x, w)[1], x, w) == 2 * forward
+
+
+def test_attention_counts_half_of_the_scores_and_executes_whole_blocks():
+    q = (3, 2, 1024, 128)
+    all_scores = 2 * 3 * 2 * 1024 * 1024 * 128  # one product
+    assert splash_flops("splash_mha_fwd_segmented_residuals", [q], needed=True) == 2 * all_scores / 2
+    assert splash_flops("splash_mha_dkv_segmented_no_residuals", [q], needed=True) == 4 * all_scores / 2
+    assert splash_block(1024) == 512
+    assert splash_flops("splash_mha_fwd_segmented_residuals", [q], needed=False) == 2 * all_scores * 3 / 4
+    assert splash_flops("splash_mha_dkv_segmented_no_residuals", [q], needed=False) == 5 * all_scores * 3 / 4

@@ -1,0 +1,107 @@
+"""What is read from the text of a compiled program."""
+
+import pytest
+
+from medplib_jax.aot.hlo import read_usage
+
+MODULE = """HloModule jit_f, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%product (p0: bf16[5,64,32], p1: s32[], p2: bf16[16,64]) -> bf16[16,32] {
+  %p0 = bf16[5,64,32]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = s32[]{:T(128)S(6)} parameter(1)
+  %p2 = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} parameter(2)
+  %slice = bf16[1,64,32]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p0, %p1, %p1, %p1), dynamic_slice_sizes={1,64,32}
+  %w = bf16[64,32]{1,0:T(8,128)(2,1)} bitcast(%slice)
+  ROOT %y = bf16[16,32]{1,0:T(8,128)(2,1)} convolution(%p2, %w), dim_labels=bf_io->bf
+}
+
+%condition (state.1: (s32[], bf16[16,64], bf16[5,64,32])) -> pred[] {
+  %state.1 = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[5,64,32]{2,1,0}) parameter(0)
+  %bound = s32[]{:T(128)} constant(5)
+  %i = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+
+%body (state: (s32[], bf16[16,64], bf16[5,64,32])) -> (s32[], bf16[16,64], bf16[5,64,32]) {
+  %state = (s32[]{:T(128)}, bf16[16,64]{1,0:S(1)}, /*index=2*/bf16[5,64,32]{2,1,0}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%state), index=1
+  %ws = bf16[5,64,32]{2,1,0:T(8,128)(2,1)} get-tuple-element(%state), index=2
+  %half = bf16[16,32]{1,0:T(8,128)(2,1)} fusion(%ws, %i.1, %x), kind=kOutput, calls=%product
+  %whole = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} all-gather(%half), channel_id=1, replica_groups=[4,2]<=[8], dimensions={1}, metadata={op_name="jit(f)/while/body/dot_general"}
+  ROOT %next = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[5,64,32]{2,1,0}) tuple(%i.1, %whole, %ws)
+}
+
+ENTRY %main (q: bf16[2,256,128], ws.1: bf16[5,64,32], x.1: bf16[16,64]) -> bf16[16,64] {
+  %q = bf16[2,256,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %ws.1 = bf16[5,64,32]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %x.1 = bf16[16,64]{1,0:T(8,128)(2,1)} parameter(2)
+  %zero = s32[]{:T(128)} constant(0)
+  %start = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[5,64,32]{2,1,0}) tuple(%zero, %x.1, %ws.1)
+  %loop = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[5,64,32]{2,1,0}) while(%start), condition=%condition, body=%body
+  %splash_mha_fwd.3 = bf16[2,256,128]{2,1,0:T(8,128)(2,1)} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"
+  %y.1 = bf16[16,64]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
+  ROOT %reduced = bf16[16,64]{1,0:T(8,128)(2,1)} all-reduce(%y.1), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def usage():
+    return read_usage(MODULE, lambda name, operands, attributes: float(operands[0].size))
+
+
+def test_products_count_as_often_as_their_loop_runs(usage):
+    assert usage.flops == 5 * 2 * 16 * 64 * 32 + 2 * 256 * 128
+    assert usage.kernels == {"splash_mha_fwd": (1.0, 2 * 256 * 128)}
+
+
+def test_collectives_count_what_a_chip_receives(usage):
+    gather, reduce = sorted(usage.collectives, key=lambda c: c.kind)
+    half = 16 * 32 * 2
+    assert (gather.kind, gather.count, gather.group, gather.in_loop, gather.bytes) == ("all-gather", 5, 2, True, 5 * half)
+    assert gather.source == "jit(f)/while/body/dot_general" and gather.output.dims == (16, 64)
+    assert (reduce.kind, reduce.count, reduce.group, reduce.in_loop) == ("all-reduce", 1, 4, False)
+    assert reduce.bytes == 2 * 16 * 64 * 2 * 3 / 4
+
+
+def test_traffic_counts_slices_and_leaves_out_what_stays_on_the_chip(usage):
+    half, slice_, whole = 16 * 32 * 2, 64 * 32 * 2, 16 * 64 * 2
+    scalar = 4  # the slice's index is an operand too
+    loop = 5 * ((slice_ + scalar + half) + half)  # the product; the gather reads its input, its output stays on the chip
+    kernel, reduce = 4 * 2 * 256 * 128 * 2, 2 * whole
+    assert usage.hbm_bytes == loop + kernel + reduce
+
+
+@pytest.mark.parametrize(
+    ("attributes", "lhs", "rhs", "out", "products"),
+    [
+        ("dim_labels=bf_io->bf", (8, 16), (16, 32), (8, 32), 8 * 16 * 32),
+        ("dim_labels=fb_io->bf", (16, 8), (16, 32), (8, 32), 8 * 16 * 32),
+        ("window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f", (2, 8, 8, 4), (3, 3, 4, 5), (2, 8, 8, 5), 2 * 4 * 5 * 22 * 22),
+        # a batched product: the batch is a spatial axis with holes, of which every output position meets one
+        ("window={size=6 stride=5 lhs_dilate=6}, dim_labels=0bf_0io->0bf", (6, 8, 16), (6, 16, 32), (6, 8, 32), 6 * 8 * 16 * 32),
+    ],
+)
+def test_convolutions(attributes, lhs, rhs, out, products):
+    def text(dims):
+        return f"bf16[{','.join(map(str, dims))}]"
+
+    module = f"""ENTRY %main (a: {text(lhs)}, b: {text(rhs)}) -> {text(out)} {{
+  %a = {text(lhs)} parameter(0)
+  %b = {text(rhs)} parameter(1)
+  ROOT %y = {text(out)} convolution(%a, %b), {attributes}
+}}
+"""
+    assert read_usage(module, lambda *_: 0.0).flops == 2 * products
+
+
+def test_what_is_not_hlo_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        read_usage("func.func @main", lambda *_: 0.0)
