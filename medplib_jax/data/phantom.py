@@ -8,10 +8,8 @@ It lets the whole programme (four stages, evaluation, demo) run anywhere without
 """
 
 import argparse
-import concurrent.futures
 import functools
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from medplib_jax.data import phantom_text as text
+from medplib_jax.data.build.processes import make_pool
 from medplib_jax.data.phantom_draw import MODALITIES, Scene, draw_scene
 
 VERSION = 3  # raise it when the same arguments give other files
@@ -73,7 +72,7 @@ def _map(function, jobs, processes):
     if processes == 1 or len(jobs) < _IN_PROCESS:
         yield from map(function, jobs)
         return
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with make_pool(processes) as pool:
         yield from pool.map(function, jobs, chunksize=16)
 
 

@@ -24,8 +24,8 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from medplib_jax.data.build import assemble_records, assemble_shards
 from medplib_jax.data.build.mecovqa import is_held_out, may_hold_records, merged_name, read_class_names, read_records, write_json
+from medplib_jax.data.build.processes import make_pool
 from medplib_jax.data.errors import DataError
 
 PUBLISHED = {
@@ -84,6 +85,8 @@ def assemble(annotations: str, images: str, out: str, workers: int) -> dict[str,
     loaded = {file: read_records(os.path.join(annotations, file)) for file in tqdm(files, desc="annotations", unit=" files")}
     plan = {file: PUBLISHED.get(file) or guess(file, loaded[file]) for file in files}
     instances = find_instances(root, loaded.values())
+    for partial in pathlib.Path(out, ".shards").glob("*.tmp"):  # of a run that was killed
+        partial.unlink()
     tasks = list(make_tasks(plan, loaded, root, os.path.abspath(out), instances, read_class_names(root)))
     notes = run(tasks, workers)
     shards = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -174,7 +177,7 @@ def _build(tasks: list[Task], workers: int) -> Iterator[tuple[int, dict[str, Any
     if not workers:
         yield from enumerate(map(build_shard, tasks))
         return
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with make_pool(workers) as pool:
         futures = {pool.submit(build_shard, task): i for i, task in enumerate(tasks)}
         try:
             for future in concurrent.futures.as_completed(futures):

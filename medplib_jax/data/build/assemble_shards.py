@@ -41,6 +41,18 @@ def features():
     )
 
 
+def serialize(example: dict[str, Any]) -> bytes:
+    """The example as tf.train.Example; the same bytes in every process, which `features().serialize_example` does not promise."""
+    return _serializer().get_tf_example(features().encode_example(example)).SerializeToString(deterministic=True)
+
+
+@functools.cache
+def _serializer():
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    return ExampleSerializer(features().get_serialized_info())
+
+
 class ShardWriter:
     """Writes examples to one file, which is there when all of them are. As a context manager: an exception leaves no file."""
 
@@ -48,11 +60,11 @@ class ShardWriter:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        self._path, self._temporary = path, f"{path}.tmp"
+        self._path, self._temporary = path, f"{path}.{os.getpid()}.tmp"
         self._writer = ArrayRecordWriter(self._temporary, "group_size:1")  # one record a group: random access reads no neighbours
 
     def write(self, example: dict[str, Any]) -> None:
-        self._writer.write(features().serialize_example(features().encode_example(example)))
+        self._writer.write(serialize(example))
 
     def __enter__(self) -> "ShardWriter":
         return self

@@ -15,9 +15,7 @@ a checkpoint's tokenizer).
 
 import argparse
 import collections
-import concurrent.futures
 import functools
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -30,6 +28,7 @@ from medplib_jax.data.build.assemble_shards import DATASET, dataset_folder
 from medplib_jax.data.build.audit_facts import Facts, Reader, plain
 from medplib_jax.data.build.audit_findings import Finding, find
 from medplib_jax.data.build.mecovqa import is_held_out, may_hold_records, read_class_names, write_json
+from medplib_jax.data.build.processes import make_pool
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.sources import Record, open_source
 from medplib_jax.data.tokenizer import Tokenizer
@@ -72,7 +71,7 @@ def collect(sources: Sequence[str], folder: str, tokenizer: str, workers: int) -
     with tqdm(total=sum(len(indices) for _, indices in chunks), desc="audit", unit=" records") as bar:
         if not workers:
             return [one for chunk in chunks for one in _counted(read(chunk), bar)]
-        with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        with make_pool(workers) as pool:
             return [one for facts in pool.map(read, chunks) for one in _counted(facts, bar)]
 
 

@@ -42,7 +42,7 @@ class Facts:
     images: tuple[str, ...] = ()
     modality: str = ""
     patient: str = ""  # patient, scan or video, as far as the file name says
-    task: str = ""  # grounding, region, open, closed or other
+    task: str = ""  # grounding, region, open, closed, or vqa where the type of the answer is not stated
     answer_type: str = ""
     questions: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
@@ -136,4 +136,4 @@ def task_of(record: Record) -> str:
         return "grounding"
     if any(REGION.search(text) for _, text in record.turns):
         return "region"
-    return record.answer_type if record.answer_type in ("open", "closed") else "other"
+    return record.answer_type if record.answer_type in ("open", "closed") else "vqa"

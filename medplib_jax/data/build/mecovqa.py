@@ -106,9 +106,10 @@ def read_records(path: str) -> list[Any]:
 def write_json(path: str, value: Any) -> None:
     """Writes the whole file or none of it."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
-    os.replace(f"{path}.tmp", path)
+    os.replace(temporary, path)
 
 
 def read_class_names(root: str) -> dict[tuple[str, int], str]:

@@ -14,12 +14,10 @@ answer twice. What it gets wrong is asked again, then left out by name; the mani
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
 from collections import Counter
@@ -30,6 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from medplib_jax.data.build.mecovqa import parse_image_name, stem, write_json
+from medplib_jax.data.build.processes import make_pool
 from medplib_jax.data.build.qa import grit, records, template
 from medplib_jax.data.build.qa.facts import Facts
 from medplib_jax.data.build.qa.folder import Pair, read_facts, scan, vocabulary
@@ -103,7 +102,7 @@ def _read_all(pairs: Sequence[Pair], out: str, complete: bool) -> Iterator[tuple
     if len(jobs) < _IN_PROCESS:
         yield from progress(map(read, jobs))
         return
-    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+    with make_pool() as pool:
         yield from progress(pool.map(read, jobs, chunksize=8))
 
 

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -22,7 +24,8 @@ from medplib_jax.experiment import DataConfig
 from tests.data.build import collection
 from tests.data.build.collection import CT, grounding, record, rectangle, region, vqa, write
 
-GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
+ROOT = pathlib.Path(__file__).parents[3]
+GOLDEN = ROOT / "tests/golden"
 
 
 @pytest.fixture
@@ -191,6 +194,32 @@ def test_an_interrupted_run_continues(folders, monkeypatch):
     rest.clear()
     assert run(folders)["written"] == 9 and rest == []
     assert len(open_source(f"{folders[2]}/mecovqa/grounding/1.0.0#train")) == 3
+
+
+def test_a_killed_run_continues_and_leaves_no_process(folders, tmp_path):
+    """SIGKILL in the middle; the same command then gives what an uninterrupted one gives."""
+    script = "import sys; from medplib_jax.data.build import assemble as a; a.RECORDS_PER_SHARD = 1; a.assemble(*sys.argv[1:], workers=1)"
+    write(folders[0], "train/MeCoVQA-Complex.json", [vqa(case % 4) for case in range(60)])
+    process = subprocess.Popen([sys.executable, "-c", script, *map(str, folders)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    watched = psutil.Process(process.pid)
+    while process.poll() is None and len(list((folders[2] / ".shards").glob("*.json"))) < 3:
+        os.sched_yield()
+    workers = watched.children(recursive=True)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+    assert not (folders[2] / "manifest.json").exists() and len(list((folders[2] / ".shards").glob("*.json"))) < 67
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "RECORDS_PER_SHARD", 1)
+        run(folders)
+        run((*folders[:2], tmp_path / "whole"))
+    assert contents(folders[2]) == contents(tmp_path / "whole") and not list(folders[2].rglob("*.tmp"))
+
+
+def contents(out) -> dict:
+    """Everything that a user reads, by name; paths in the manifest are relative."""
+    found = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file() and ".shards" not in path.parts}
+    return found | {"manifest.json": found["manifest.json"].replace(str(out).encode(), b"OUT")}
 
 
 def test_the_output_may_lie_among_the_annotations(folders):
