@@ -13,7 +13,7 @@ from medplib_jax.data.build.mecovqa import class_name, parse_image_name
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.sources import MASK, REGION, Record, check_complete
 
-_TAG = re.compile(r"<mask>.*?</mask>|<[^<>]{1,12}>")
+_TAG = re.compile(r"<[^<>]{1,12}>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def measure_mask(mask: np.ndarray, name: str, label: str, in_question: bool, tur
 
 def plain(text: str) -> str:
     """The words of a turn without references and special tokens; ▢ stands for a region, ◼ for a mask."""
-    return " ".join(_TAG.sub(" ", REGION.sub("▢", text).replace("<SEG>", "◼")).split())
+    return " ".join(_TAG.sub(" ", MASK.sub("", REGION.sub("▢", text)).replace("<SEG>", "◼")).split())
 
 
 def task_of(record: Record) -> str:
