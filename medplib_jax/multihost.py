@@ -42,6 +42,15 @@ def of_process_0(name: str, value: str) -> str:
     return _client().blocking_key_value_get(f"medplib_jax/{name}", 3_600_000)
 
 
+def of_every_process(name: str, value: str) -> list[str]:
+    """What each process gave as `value`, by process, once per `name`; needs no device and waits up to an hour."""
+    if jax.process_count() == 1:
+        return [value]
+    _client().key_value_set(f"medplib_jax/{name}/{jax.process_index()}", json.dumps(value))
+    keys = [f"medplib_jax/{name}/{process}" for process in range(jax.process_count())]
+    return [json.loads(_client().blocking_key_value_get(key, 3_600_000)) for key in keys]
+
+
 class Agreement:
     """(stop, skipped) of this process -> {"stop": the greatest, "skipped": the sum} over all processes, on the device.
 

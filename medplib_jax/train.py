@@ -45,7 +45,7 @@ from medplib_jax.logging import Clock, MetricWriter, mfu, read_metrics, step_flo
 from medplib_jax.mesh import initialize_distributed, make_mesh
 from medplib_jax.models.layers import draw_params, params_of
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.multihost import RESTART, Agreement, Watchdog, abort_together, of_process_0, wait_for_others
+from medplib_jax.multihost import RESTART, Agreement, Watchdog, abort_together, exit_code, of_process_0, wait_for_others
 from medplib_jax.optim import make_optimizer, make_schedule, partition
 from medplib_jax.sharding import batch_sharding, process_rows, put_batch
 from medplib_jax.stages import hand_over
@@ -100,8 +100,7 @@ class Run:
         self.tx = make_optimizer(config.optim, schedule, trainable)
         self.shardings = state_shardings(self.model, config, self.tx, self.mesh)
         self.step = CompiledStep(make_train_step(self.model, config, self.tx, schedule), self.shardings)
-        self.state = self._start() if last is None else self._resume(last)
-        self.start = last or 0
+        self.start, self.state = (0, self._start()) if last is None else self._resume(last)
         self.losses: list[float] = []  # since the last checkpoint
         log.info("%.2f of %.2f million parameters train; steps %d to %d", _count(trainable) / 1e6, _count(params_of(self.model)) / 1e6, self.start, self.total_steps)
 
@@ -118,13 +117,15 @@ class Run:
         params = place(starting_params(self.config, self.model), placed)
         return jax.jit(lambda p: make_state(p, self.config, self.tx), out_shardings=self.shardings)(params)
 
-    def _resume(self, step: int) -> TrainState:
-        saved, _ = checkpoint.read_experiment(self.manager, step)
+    def _resume(self, last: int) -> tuple[int, TrainState]:
+        """(step, state) of the newest checkpoint, `last` unless that is damaged."""
+        saved, _ = checkpoint.read_experiment(self.manager, last)
         check_resumable(saved, self.config)
         shapes = jax.eval_shape(lambda p: make_state(p, self.config, self.tx), params_of(self.model))
         like = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, self.shardings)
+        step, state = checkpoint.restore_newest(self.manager, like)
         log.info("resuming %s from step %d", self.workdir, step)
-        return checkpoint.restore(self.manager, step, like)
+        return step, state
 
     def loop(self, stop: "StopSignal", watchdog: Watchdog) -> dict[str, Any]:
         config = self.config.train
@@ -149,11 +150,12 @@ class Run:
                 last = self._report(row, writer, bar)
                 stop.agreed = late.stop
             if step % config.checkpoint_every == 0 or step == self.total_steps:
-                last, saved = self._save(late, writer, bar) or last, step
+                last, saved = self._save(late, writer, bar, saved) or last, step
             bar.update()
         if saved < step:
-            last = self._save(late, writer, bar) or last
-        self.manager.wait_until_finished()
+            last, saved = self._save(late, writer, bar, saved) or last, step
+        if saved > self.start:
+            checkpoint.log_saved(self.manager, saved)
         bar.close()
         writer.close()
         interrupted = stop.reason()
@@ -182,9 +184,11 @@ class Run:
             writer.write(row["step"], {name: value for name, value in row.items() if name != "step"})
         return row
 
-    def _save(self, late: "LateMetrics", writer: MetricWriter, bar: tqdm) -> dict[str, float] | None:
-        """Saves the state, after every metric up to now was seen to be finite; returns the last of them."""
+    def _save(self, late: "LateMetrics", writer: MetricWriter, bar: tqdm, saved: int) -> dict[str, float] | None:
+        """Saves the state, after every metric up to now was seen to be finite; returns the last of them. Step `saved` was saved before."""
         rows = [self._report(row, writer, bar) for row in late.ready(keep=0)]
+        if saved > self.start:
+            checkpoint.log_saved(self.manager, saved)
         checkpoint.save(self.manager, self.state, self.config, self.total_steps, float(np.mean(self.losses)))
         self.losses.clear()
         return rows[-1] if rows else None
@@ -358,7 +362,11 @@ def main() -> None:
         logging.getLogger("medplib_jax").setLevel(logging.INFO)
         if jax.config.jax_compilation_cache_dir is None:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/medplib_jax"))
-        initialize_distributed()
+        try:
+            initialize_distributed()
+        except jax.errors.JaxRuntimeError as error:  # the others do not come, or one of them is still the last attempt's
+            log.error("joining the other processes failed: %s", error)
+            return exit_code(error)
         result = train(from_config_dict(config.value), workdir.value)
         return {None: 0, signal.SIGINT: 130}.get(result["interrupted"], RESTART)
 

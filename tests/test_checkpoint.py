@@ -97,6 +97,88 @@ def test_the_best_are_kept_too(tmp_path, experiment):
         assert sorted(manager.all_steps()) == [2, 3, 5]
 
 
+def test_the_best_are_still_known_when_the_run_starts_again(tmp_path, experiment):
+    write(tmp_path / "run", experiment, [1, 2, 3], keep=1, keep_best=1, losses=[1.0, 3.0, 4.0])
+    write(tmp_path / "run", experiment, [4, 5], keep=1, keep_best=1, losses=[2.0, 5.0])
+    with checkpoint.make_manager(str(tmp_path / "run"), read_only=True) as manager:
+        assert sorted(manager.all_steps()) == [1, 5]
+
+
+def test_bit_sums_are_the_same_on_every_mesh_and_tell_every_bit(tmp_path):
+    trees = [make_state(3, make_mesh(mesh)).trainable for mesh in (MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=2, tensor=4))]
+    (name, value), *_ = checkpoint.bit_sums(trees[0]).items()
+    assert name == "blocks/0/kernel float32" and checkpoint.bit_sums(trees[1]) == {name: value}
+    host = jax.device_get(trees[0])
+    assert checkpoint.bit_sums(host) == {name: value}
+    host["blocks"]["0"]["kernel"] = np.nextafter(host["blocks"]["0"]["kernel"], np.float32(np.inf))
+    assert checkpoint.bit_sums(host) != {name: value}
+    assert checkpoint.bit_sums({"a": np.full(3, 1.0, jnp.bfloat16)}) == {"a bfloat16": 3 * 0x3F80}
+
+
+def biggest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(folder):
+    file = biggest_file(folder)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(folder):
+    file = biggest_file(folder)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def swap_with_another_step(folder):
+    """Readable throughout, but not what was saved as this step."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parents[1] / "1" / "state", folder)
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "a bit flipped": flip_a_bit,
+    "another step's": swap_with_another_step,
+    "a file missing": lambda folder: biggest_file(folder).unlink(),
+    "the index missing": lambda folder: (folder / "manifest.ocdbt").unlink(),
+    "state missing": shutil.rmtree,
+    "experiment unreadable": lambda folder: (folder.parent / "experiment" / "metadata").write_text('{"experiment": {'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_step_is_named_and_the_one_before_is_taken(tmp_path, experiment, caplog, damage):
+    write(tmp_path / "run", experiment, [1, 2, 3])
+    damage(tmp_path / "run/checkpoints/3/state")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    with checkpoint.make_manager(str(tmp_path / "run")) as manager:
+        step, state = checkpoint.restore_newest(manager, abstract(make_state(0, mesh), mesh, PartitionSpec("fsdp")))
+    assert step == 2 and state.trainable["blocks"]["0"]["kernel"][0, 0] == 2
+    assert "checkpoints/3" in caplog.text
+    write(tmp_path / "run", experiment, [3])  # the number is free again
+    with checkpoint.make_manager(str(tmp_path / "run"), read_only=True) as manager:
+        assert checkpoint.restore(manager, 3, abstract(make_state(0, mesh), mesh, PartitionSpec())).step == 3
+
+
+def test_no_run_starts_anew_over_damaged_steps(tmp_path, experiment):
+    write(tmp_path / "run", experiment, [1])
+    truncate(tmp_path / "run/checkpoints/1/state")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    with checkpoint.make_manager(str(tmp_path / "run")) as manager:
+        with pytest.raises(ValueError, match="no step can be restored"):
+            checkpoint.restore_newest(manager, abstract(make_state(0, mesh), mesh, PartitionSpec("fsdp")))
+    assert (tmp_path / "run/checkpoints/1").exists() and not (tmp_path / "run/damaged").exists()
+
+
+def test_parameters_that_are_not_what_was_saved_are_refused(tmp_path, experiment):
+    write(tmp_path / "run", experiment, [1, 3])
+    swap_with_another_step(tmp_path / "run/checkpoints/3/state")
+    with pytest.raises(ValueError, match="1 arrays are not what was saved, first trainable/blocks/0/kernel"):
+        checkpoint.load_params(str(tmp_path / "run"))
+
+
 def test_half_written_steps_do_not_count(tmp_path, experiment, caplog):
     write(tmp_path / "run", experiment, [1, 2, 3])
     folder = tmp_path / "run" / "checkpoints"
