@@ -2,7 +2,7 @@
 
 COMMAND
     python -m launch.jobset --name medplib --topology v5e:8x8 --image IMAGE --bucket BUCKET -- \
-        python -m medplib_jax.train --config=configs/stage4_moe.py:7b --workdir=/mnt/bucket/runs/stage4 --config.mesh.fsdp=-1 \
+        python -m medplib_jax.train --config=configs/stage4_moe.py:7b --workdir=runs/7b/stage4 --config.mesh.fsdp=64 \
         | kubectl apply -f -
 """
 

@@ -2,7 +2,7 @@
 # A run on Cloud TPU VMs by a queued resource, from the request to the last checkpoint.
 #
 #   bash launch/queued_resource.sh train --name medplib --type v5litepod-64 --zone us-west4-a --bucket gs://BUCKET [--spot] -- \
-#       python -m medplib_jax.train --config=configs/stage4_moe.py:7b --workdir=/mnt/bucket/runs/stage4 --config.mesh.fsdp=-1
+#       python -m medplib_jax.train --config=configs/stage4_moe.py:7b --workdir=runs/7b/stage4 --config.mesh.fsdp=64
 #
 # ACTION: create (ask for it), wait (until it is there), setup (this repository, its .venv and the bucket on every worker), run (the
 # command, once), delete, or train (all of these; starts the command again when it ends with 75, and makes the resource anew when it was

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes a Cloud TPU VM ready: .venv with the TPU requirements, and a bucket mounted at /mnt/bucket. Run on every worker, from the
-# repository's root, by queued_resource.sh setup. Does again only what is missing.
+# Makes a Cloud TPU VM ready: .venv with the TPU requirements, and a bucket mounted at /mnt/bucket whose folders runs, data and checkpoints
+# appear in the repository's root, where the configs look for them. Run on every worker by queued_resource.sh setup; does again only
+# what is missing.
 #
 #   bash launch/setup_worker.sh [gs://BUCKET]
 set -euo pipefail
@@ -29,4 +30,8 @@ if [ -n "$bucket" ] && ! mountpoint -q /mnt/bucket; then
   sudo chown "$(id -u):$(id -g)" /mnt/bucket
   # other hosts must see what one wrote at once: no kept listings; folders exist without a marker object
   gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --rename-dir-limit=200000 "$bucket" /mnt/bucket
+  for folder in runs data checkpoints; do
+    mkdir -p "/mnt/bucket/$folder"
+    ln -sfnT "/mnt/bucket/$folder" "$folder"
+  done
 fi

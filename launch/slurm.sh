@@ -2,7 +2,7 @@
 # A run on a GPU cluster with SLURM: one task for each GPU. Submit it from the repository's root, with the cluster's own options:
 #
 #   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --time=24:00:00 launch/slurm.sh \
-#       python -m medplib_jax.train --config=configs/stage4_moe.py:7b --workdir=/shared/runs/stage4 --config.mesh.fsdp=-1
+#       python -m medplib_jax.train --config=configs/stage4_moe.py:7b --workdir=/shared/runs/7b/stage4 --config.mesh.fsdp=16
 #
 # With --dry-run before the command it prints what each node would run. SLURM sends SIGTERM two minutes before the time is up or when
 # another job takes the nodes: the run saves and exits with 75, and is put into the queue again.

@@ -2,7 +2,7 @@
 # A run on a GKE cluster that xpk made (`xpk cluster create`; `xpk storage attach` mounts the bucket).
 #
 #   bash launch/xpk.sh --name medplib --cluster CLUSTER --type v5litepod-64 --image IMAGE [--slices N] [--zone Z] [--project P] \
-#       [--max-restarts 100] [--dry-run] -- python -m medplib_jax.train --config=configs/stage4_moe.py:7b --workdir=/mnt/bucket/runs/stage4
+#       [--max-restarts 100] [--dry-run] -- python -m medplib_jax.train --config=configs/stage4_moe.py:7b --workdir=runs/7b/stage4
 #
 # xpk starts all pods again when one exits with 75 or is killed; it writes the JobSet itself, and its own dry run shows that.
 set -euo pipefail
