@@ -40,7 +40,9 @@ METRICS = {
     "rouge_l": Metric("ROUGE-L", "mean ROUGE-L with recall weighing 1.2 times precision"),
     "spice": Metric("SPICE", "mean SPICE"),
 }  # fmt: skip
+# Which stand for a task, the first that it has; and which are shown by modality.
 MAIN = ("mDice", "recall_at_0.5", "roc_accuracy", "mBMR", "spice", "accuracy", "no_target_accuracy")
+BY_MODALITY = (*MAIN, "mIoU", "surface_dice", "false_mask_rate", "closed_accuracy", "open_f1")
 
 
 def describe(name: str) -> Metric:

@@ -40,14 +40,27 @@ def open_thumbnail(path: str | Path) -> np.ndarray:
 def overlay(picture: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[str], opacity: float = 0.4) -> np.ndarray:
     """`picture` uint8 [H, W, 3] under translucent masks with solid outlines; masks bool [h, w] are stretched to it (nearest)."""
     shown = picture.astype(np.float32)
-    height, width = picture.shape[:2]
     for number, mask in enumerate(masks):
         colour = rgb(colours[number % len(colours)])
-        rows, columns = np.arange(height) * mask.shape[0] // height, np.arange(width) * mask.shape[1] // width
-        inside = np.asarray(mask, bool)[rows[:, None], columns]
+        inside = _stretched(mask, picture.shape[:2])
         shown[inside] += opacity * (colour - shown[inside])
         shown[inside & ~_eroded(inside)] = colour
     return np.round(shown).astype(np.uint8)
+
+
+def outline(picture: np.ndarray, masks: Sequence[np.ndarray], colour: str = "#ffffff") -> np.ndarray:
+    """`picture` with a thin line around each mask, as `overlay` stretches them."""
+    shown = picture.copy()
+    for mask in masks:
+        inside = _stretched(mask, picture.shape[:2])
+        shown[inside & ~_eroded(inside, steps=1)] = rgb(colour)
+    return shown
+
+
+def _stretched(mask, size):
+    """The mask at the picture's size (h, w), by nearest neighbours."""
+    rows, columns = (np.arange(to) * have // to for to, have in zip(size, mask.shape, strict=True))
+    return np.asarray(mask, bool)[rows[:, None], columns]
 
 
 def _eroded(mask, steps=2):

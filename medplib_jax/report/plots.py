@@ -1,12 +1,38 @@
-"""The figures of the pages, by matplotlib."""
+"""The figures of the pages, by matplotlib, and how they become part of a page."""
 
 import dataclasses
+import io
+import re
 from collections.abc import Mapping, Sequence
 
+import markupsafe
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from medplib_jax.report.pictures import PALETTE, readable
+
+
+_INK = "#010203"  # stands for the page's text colour
+
+_STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "medplib_jax", "text.parse_math": False, "font.family": "sans-serif",
+    "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+}  # fmt: skip
+
+
+def style():
+    """A context in which figures are drawn (and saved) in the page's colour of text; names are shown as they are, without TeX."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def as_svg(figure: Figure) -> markupsafe.Markup:
+    """The figure, drawn under `style`, as an element of the page that follows the reader's light or dark colours."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    return markupsafe.Markup(re.sub(r' id="[a-z.]+[0-9]*_[0-9]+"', "", text))  # ids of parts, which repeat from figure to figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,3 +126,52 @@ def _tidy(axis):
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.2)
     axis.tick_params(labelsize=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A metric over training steps with its interval; `dashed` tells a second protocol from the first."""
+
+    label: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    colour: int
+    dashed: bool = False
+
+
+def draw_steps(lines: Sequence[Line], ylabel: str) -> Figure:
+    """One line per training run, its interval as a band. Values are fractions, shown in percent."""
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for line in lines:
+        colour = PALETTE[line.colour % len(PALETTE)]
+        percent = {name: 100 * np.array(getattr(line, name), float) for name in ("values", "low", "high")}
+        axis.fill_between(line.steps, percent["low"], percent["high"], color=colour, alpha=0.07 if line.dashed else 0.15, linewidth=0)
+        axis.plot(line.steps, percent["values"], color=colour, marker="o", markersize=4, linewidth=1.8, label=line.label, linestyle="--" if line.dashed else "-")
+    axis.set(xlabel="training step", ylabel=f"{ylabel} (%)")
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=len(lines) if len(lines) < 5 else 3)
+    _tidy(axis)
+    return figure
+
+
+def draw_router_map(layers: Sequence[int], columns: Sequence[tuple[str, str]], share: np.ndarray, expert: str) -> Figure:
+    """Share of tokens [layers, columns] that one expert receives; a column is (kind of token, modality), kinds stand together."""
+    figure = Figure(figsize=(0.24 * len(columns) + 1.8, 0.17 * len(layers) + 1.9), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(share, cmap="RdBu_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axis.set_xticks(range(len(columns)), [modality for _, modality in columns], rotation=90, fontsize=7)
+    axis.set_yticks(range(0, len(layers), max(1, len(layers) // 16)), layers[:: max(1, len(layers) // 16)], fontsize=7)
+    axis.set_ylabel("layer", fontsize=8)
+    kinds = [kind for kind, _ in columns]
+    for kind in dict.fromkeys(kinds):
+        first, count = kinds.index(kind), kinds.count(kind)
+        axis.text(first + (count - 1) / 2, -0.8, kind, ha="center", va="bottom", fontsize=8)
+        if first:
+            axis.axvline(first - 0.5, color=_INK, linewidth=1)
+    axis.tick_params(length=2)
+    bar = figure.colorbar(image, ax=axis, ticks=[0, 0.5, 1], fraction=0.05, pad=0.01, aspect=12)
+    bar.ax.set_yticklabels(["0", "50 %", "100 %"], fontsize=7)
+    bar.set_label(f"share of {expert}", fontsize=8)
+    return figure

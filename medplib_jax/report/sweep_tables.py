@@ -1,0 +1,150 @@
+"""The tables of a sweep as the page and the Markdown show them: rows are checkpoints, columns tasks, metrics or modalities."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from medplib_jax.metrics.catalogue import BY_MODALITY, describe, in_order
+from medplib_jax.report.comparisons import ALL, MEAN, Figure
+from medplib_jax.report.published import Published, published
+from medplib_jax.report.sweep_load import Sweep, Task
+
+MODALITY_TITLES = {ALL: "all records", MEAN: "mean over modalities"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """`scope` is "all" or "modality_mean" in the overview, where one of the two is shown, else empty."""
+
+    title: str
+    metric: str
+    protocol: str
+    scope: str = ""
+    task: str = ""
+    explained: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One cell: percents as text. `mark` is "up", "down" or "" for a significant difference to the baseline, `best` the column's best."""
+
+    sort: float
+    value: str
+    interval: str = ""
+    delta: str = ""
+    mark: str = ""
+    best: bool = False
+    hint: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """`entries` are the columns' cells, None where nothing was measured. `note` stands under the name."""
+
+    name: str
+    note: str
+    entries: tuple[Entry | None, ...]
+    run: str = ""
+    baseline: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """`elsewhere` are rows of figures measured by others."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    elsewhere: tuple[Row, ...] = ()
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def entry(figure: Figure, best: bool) -> Entry:
+    lower_is_better = describe(figure.metric).better == "lower"
+    interval = "" if figure.low is None else f"{percent(figure.low)}–{percent(figure.high)}"
+    delta, mark = "", ""
+    hint = [f"{figure.records:,} {'modalities' if figure.modality == MEAN else 'records'}"]
+    if figure.delta is not None:
+        delta = f"{100 * figure.delta:+.1f}" + ("*" if figure.significant else "")
+        if figure.significant:
+            mark = "up" if (figure.delta > 0) != lower_is_better else "down"
+        hint.append(f"{100 * figure.delta:+.2f} to {figure.baseline} on {figure.paired:,} common records")
+        if figure.delta_low is not None:
+            hint.append(f"95 % interval of the difference {100 * figure.delta_low:+.2f} to {100 * figure.delta_high:+.2f}")
+        if figure.p is not None:
+            hint.append(f"p {figure.p:.4f}, q {figure.q:.4f}")
+    return Entry(figure.value, percent(figure.value), interval, delta, mark, best, "; ".join(hint))
+
+
+class Tables:
+    """Builds the tables of one sweep from its figures."""
+
+    def __init__(self, sweep: Sweep, figures: Sequence[Figure]):
+        self.sweep = sweep
+        self.figures = {(figure.checkpoint, figure.task, figure.protocol, figure.metric, figure.modality): figure for figure in figures}
+        self.main = {(figure.task, figure.protocol): figure.metric for figure in figures if figure.main}
+        self._best: dict[tuple, float] = {}
+        for (_, *column), figure in self.figures.items():
+            better = min if describe(figure.metric).better == "lower" else max
+            self._best[tuple(column)] = better(figure.value, self._best.get(tuple(column), figure.value))
+
+    def overview(self) -> Table:
+        """Checkpoints x tasks, each task by its main metric."""
+        columns, keys = [], []
+        for task, protocol, _ in self.sweep.columns:
+            metric = self.main[task.name, protocol]
+            for scope in (ALL, MEAN):
+                columns.append(Column(task.name, describe(metric).label, protocol, scope, task.name, describe(metric).meaning))
+                keys.append((task.name, protocol, metric, scope))
+        return Table("Overview", tuple(columns), self._rows(keys))
+
+    def metrics(self, task: Task) -> Table:
+        """Checkpoints x every metric of one task, over all records."""
+        keys = [(task.name, protocol, metric, ALL) for metric in self._metrics(task) for protocol in self._protocols(task, metric)]
+        columns = [Column(describe(metric).label, "", protocol, explained=describe(metric).meaning) for _, protocol, metric, _ in keys]
+        return Table("All metrics, all records", tuple(columns), self._rows(keys))
+
+    def modalities(self, task: Task) -> list[Table]:
+        """Checkpoints x modalities, one table for each of the metrics that are worth it, the main one first."""
+        names = [metric for metric in self._metrics(task) if metric in BY_MODALITY]
+        names.sort(key=lambda metric: metric not in self.main.values() or all(self.main.get((task.name, p)) != metric for p in self.sweep.protocols))
+        return [self._by_modality(task, metric) for metric in names]
+
+    def _by_modality(self, task: Task, metric: str) -> Table:
+        seen = {key[4] for key in self.figures if key[1] == task.name and key[3] == metric}
+        modalities = [ALL, MEAN, *sorted(seen - {ALL, MEAN})]
+        keys = [(task.name, protocol, metric, modality) for modality in modalities for protocol in self._protocols(task, metric)]
+        columns = [Column(MODALITY_TITLES.get(modality, modality), "", protocol) for _, protocol, _, modality in keys]
+        others = [self._elsewhere(figure, task, keys) for figure in published() if figure.metric == metric and figure.belongs_to(task)]
+        return Table(describe(metric).label, tuple(columns), self._rows(keys), tuple(others))
+
+    def _elsewhere(self, figure: Published, task: Task, keys) -> Row:
+        """Others' figures stand under the reference protocol; under exact where only that was run."""
+        protocol = "reference" if any(key[1] == "reference" for key in keys) else "exact"
+        entries = []
+        for _, column_protocol, _, modality in keys:
+            value = figure.values.get(modality) if column_protocol == protocol else None
+            entries.append(None if value is None else Entry(value, percent(value)))
+        note = "; ".join(filter(None, [f"{figure.cite}; {figure.how}", figure.caveat(task)]))
+        return Row(figure.label, note, tuple(entries))
+
+    def _rows(self, keys: Iterable[tuple[str, str, str, str]]) -> tuple[Row, ...]:
+        keys = list(keys)
+        rows = []
+        for checkpoint in self.sweep.checkpoints:
+            figures = [self.figures.get((checkpoint.name, *key)) for key in keys]
+            if not any(figures):
+                continue
+            entries = tuple(figure and entry(figure, figure.value == self._best[key]) for figure, key in zip(figures, keys, strict=True))
+            steps = "" if checkpoint.step is None else f"step {checkpoint.step:,}"
+            note = ", ".join(filter(None, [steps, checkpoint.kind if checkpoint.kind != "jax" else ""]))
+            rows.append(Row(checkpoint.name, note, entries, checkpoint.run, checkpoint.name == self.sweep.baseline))
+        return tuple(rows)
+
+    def _metrics(self, task: Task) -> list[str]:
+        return in_order({key[3] for key in self.figures if key[1] == task.name})
+
+    def _protocols(self, task: Task, metric: str) -> list[str]:
+        return [protocol for protocol in self.sweep.protocols if any(key[1:] == (task.name, protocol, metric, ALL) for key in self.figures)]
