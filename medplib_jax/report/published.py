@@ -17,6 +17,7 @@ class Published:
     label: str
     cite: str
     how: str
+    group: str
     task: str
     metric: str
     kind: str
@@ -44,7 +45,7 @@ def published() -> tuple[Published, ...]:
         source, task = raw["sources"][entry["source"]], raw["tasks"][entry["task"]]
         values = {modality: value / 100 for modality, value in entry["values"].items()}
         found.append(
-            Published(source["label"], source["cite"], source["how"], task["label"], task["metric"], task["kind"],
+            Published(source["label"], source["cite"], source["how"], raw["groups"][task["kind"]], task["label"], task["metric"], task["kind"],
                       re.compile(task["name"]), values, task.get("records"))
         )  # fmt: skip
     return tuple(found)

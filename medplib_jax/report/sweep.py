@@ -25,7 +25,7 @@ from medplib_jax.report.published import published
 from medplib_jax.report.sweep_gallery import make_galleries
 from medplib_jax.report.sweep_load import Sweep, load_sweep
 from medplib_jax.report.sweep_markdown import to_markdown
-from medplib_jax.report.sweep_tables import Tables
+from medplib_jax.report.sweep_tables import NEAREST, Tables
 
 MAX_SKIPPED = 500  # shown in the page; report.json has all
 
@@ -48,7 +48,8 @@ def write_sweep_report(workdir: str | Path) -> Path:
             statements={protocol: settings([cell for cell in sweep.cells if cell.protocol == protocol]) for protocol in sweep.protocols},
             summaries=SUMMARY,
             differences=DIFFERENCES,
-            published=published(),
+            beside=tables.beside_published(),
+            nearest=NEAREST if NEAREST in sweep.protocols else "exact",
             routers=_routers(sweep),
             skipped=_skipped(sweep),
             max_skipped=MAX_SKIPPED,

@@ -8,6 +8,7 @@ from medplib_jax.report.comparisons import ALL, MEAN, Figure
 from medplib_jax.report.published import Published, published
 from medplib_jax.report.sweep_load import Sweep, Task
 
+NEAREST = "reference"  # the protocol under which figures of others stand
 MODALITY_TITLES = {ALL: "all records", MEAN: "mean over modalities"}
 
 
@@ -57,8 +58,8 @@ class Table:
     elsewhere: tuple[Row, ...] = ()
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f}"
 
 
 def entry(figure: Figure, best: bool) -> Entry:
@@ -120,13 +121,37 @@ class Tables:
         others = [self._elsewhere(figure, task, keys) for figure in published() if figure.metric == metric and figure.belongs_to(task)]
         return Table(describe(metric).label, tuple(columns), self._rows(keys), tuple(others))
 
+    def beside_published(self) -> list[Table]:
+        """One table per kind of task: the published figures, and over them those of this sweep's tasks of the same name."""
+        return [self._beside([figure for figure in published() if figure.kind == kind]) for kind in dict.fromkeys(figure.kind for figure in published())]
+
+    def _beside(self, figures: Sequence[Published]) -> Table:
+        places = list(dict.fromkeys((figure.task, modality) for figure in figures for modality in figure.values))
+        columns = [Column(task, MODALITY_TITLES.get(modality, modality), "") for task, modality in places]
+        keys = []
+        for task, modality in places:
+            metric, ours = next((figure.metric, self._namesake(figure)) for figure in figures if figure.task == task)
+            keys.append((ours.name if ours else "", NEAREST if NEAREST in self.sweep.protocols else self.sweep.protocols[0], metric, modality))
+        sources: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+        for figure in figures:
+            values = sources.setdefault((figure.label, f"{figure.cite}; {figure.how}"), {})
+            values |= {(figure.task, modality): value for modality, value in figure.values.items()}
+        elsewhere = [
+            Row(label, note, tuple(Entry(values[place], percent(values[place], 2)) if place in values else None for place in places))
+            for (label, note), values in sources.items()
+        ]
+        return Table(figures[0].group, tuple(columns), self._rows(keys) if self.sweep.protocols else (), tuple(elsewhere))
+
+    def _namesake(self, figure: Published) -> Task | None:
+        return next((task for task in self.sweep.tasks if figure.belongs_to(task)), None)
+
     def _elsewhere(self, figure: Published, task: Task, keys) -> Row:
         """Others' figures stand under the reference protocol; under exact where only that was run."""
-        protocol = "reference" if any(key[1] == "reference" for key in keys) else "exact"
+        protocol = NEAREST if any(key[1] == NEAREST for key in keys) else "exact"
         entries = []
         for _, column_protocol, _, modality in keys:
             value = figure.values.get(modality) if column_protocol == protocol else None
-            entries.append(None if value is None else Entry(value, percent(value)))
+            entries.append(None if value is None else Entry(value, percent(value, 2)))
         note = "; ".join(filter(None, [f"{figure.cite}; {figure.how}", figure.caveat(task)]))
         return Row(figure.label, note, tuple(entries))
 

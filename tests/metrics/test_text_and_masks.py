@@ -48,6 +48,21 @@ def test_candidate_hits_equal_golden(golden):
     assert hits == [pair["appearance_with_normalization"] for pair in PAIRS]
 
 
+TEXT = st.lists(st.sampled_from("a left right lung mass".split()), max_size=3).map(" ".join)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4), st.lists(TEXT, min_size=1, max_size=4), st.sampled_from(metrics.PROTOCOLS))
+def test_candidate_hits_equal_the_definition(pairs, others, protocol):
+    predictions, truths = zip(*pairs, strict=True)
+    candidates = [metrics.normalise_answer(text) for text in sorted({*truths, *others})]
+    for hit, prediction, truth in zip(metrics.candidate_hits(predictions, truths, [*truths, *others], protocol), predictions, truths, strict=True):
+        found = set(metrics.normalise_answer(prediction).split())
+        shares = [len(found & set(text.split())) / max(len(set(text.split())), 1) for text in candidates]
+        nearest = candidates[int(np.argmax(shares))] if max(shares) > 0 or protocol == "reference" else None
+        assert hit == (metrics.normalise_answer(truth) in (nearest, metrics.normalise_answer(prediction)))
+
+
 def test_gibberish_is_near_to_no_candidate():
     gibberish = ["qqq"], ["ct"], ["ct", "mr"]
     assert metrics.candidate_hits(*gibberish) == [0] and metrics.candidate_hits(*gibberish, "reference") == [1]
@@ -145,6 +160,65 @@ def test_no_target_questions_count_apart():
     assert summary["gIoU"] == pytest.approx((0.5 + 1 + 0 + 1) / 4) and summary["cIoU"] == pytest.approx(10 / 30)
     assert summary["no_target_accuracy"] == pytest.approx(1 / 3) and summary["false_mask_rate"] == pytest.approx(1 / 3)
     assert set(metrics.summarise_masks([silent])) == {"gIoU", "no_target_accuracy", "false_mask_rate"}
+
+
+def test_hits_and_false_masks():
+    half_right = metrics.mask_scores([HALF], [FULL])  # IoU 0.5, which does not exceed 0.5
+    scores = [metrics.mask_scores([FULL], [FULL]), half_right, metrics.mask_scores([], [HALF]), metrics.mask_scores([HALF], [])]
+    summary = metrics.summarise_masks(scores)
+    assert summary["hit_rate"] == pytest.approx(2 / 3) and summary["precision_at_0.5"] == pytest.approx(1 / 3) and summary["false_mask_rate"] == 1
+
+
+def brute_surface_dice(a, b):
+    """Nikolov et al. 2018 by comparing every pair of outline pixels."""
+    padded = [np.pad(mask, 1) for mask in (a, b)]
+    inner = [p[1:-1, 1:-1] & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:] for p in padded]
+    points = [np.argwhere(mask & ~inside) for mask, inside in zip((a, b), inner, strict=True)]
+    distances = np.linalg.norm(points[0][:, None] - points[1][None], axis=-1)
+    tolerance = metrics.SURFACE_TOLERANCE * np.hypot(*a.shape)
+    near = (distances.min(1) <= tolerance).sum() + (distances.min(0) <= tolerance).sum()
+    return near / (len(points[0]) + len(points[1]))
+
+
+@pytest.mark.parametrize("shift", range(0, 12, 3))
+def test_surface_dice_equals_the_definition(shift):
+    y, x = np.mgrid[:120, :160]
+    truth = (y - 60) ** 2 + (x - 100) ** 2 < 45**2  # reaches neither side
+    drawn = ((y - 60 - shift) ** 2 + (x - 104) ** 2 < 60**2) & ~((y > 70) & (x > 110))  # is cut off by the right side
+    assert metrics.surface_dice(drawn, truth) == pytest.approx(brute_surface_dice(drawn, truth))
+
+
+def test_surface_dice_at_the_edges():
+    assert metrics.surface_dice(HALF, HALF) == 1 and metrics.surface_dice(HALF, EMPTY) == 0 and metrics.surface_dice(EMPTY, EMPTY) == 1
+    scores = [metrics.mask_scores([HALF], [HALF]), metrics.mask_scores([], [HALF]), metrics.mask_scores([HALF], [])]
+    assert metrics.summarise_masks(scores)["surface_dice"] == 0.5  # questions without a target stay out
+
+
+def answer_row(answer, expected, modality):
+    closed = expected in ("yes", "no")
+    scores = {"closed_accuracy": metrics.closed_hit(answer, expected)} if closed else {f"open_{k}": v for k, v in metrics.open_scores(answer, expected).items()}
+    return {"answer": answer, "expected": expected, "modality": modality, "scores": scores}
+
+
+def test_metrics_of_answers_split_by_modality():
+    rows = [answer_row("yes", "yes", "ct"), answer_row("no", "yes", "ct"), answer_row("lung", "lung", "mr"), answer_row("left lung", "left liver", "mr")]
+    found = metrics.by_modality(metrics.statistics(rows), [row["modality"] for row in rows])
+    assert (found["accuracy"], found["accuracy/ct"], found["accuracy/mr"], found["accuracy/modality_mean"]) == (0.5, 0.5, 0.5, 0.5)
+    assert found["closed_accuracy"] == 0.5 and "closed_accuracy/mr" not in found and found["closed_accuracy/modality_mean"] == 0.5
+    assert found["open_f1"] == pytest.approx((1 + 0.5) / 2) and "open_f1/ct" not in found
+    assert found["open_candidate_accuracy/mr"] == 0.5  # "left lung" is nearest to "lung", an expected answer of the file
+    assert metrics.by_modality(metrics.statistics([rows[0] | {"modality": ""}]), [""]).keys() >= {"accuracy/none"}
+
+
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
+def test_a_part_of_the_records_has_the_metrics_of_its_own_rows(protocol):
+    rng = np.random.default_rng(0)
+    draw = lambda: [rng.random((6, 6)) < 0.4] * int(rng.integers(0, 2))  # noqa: E731
+    rows = [{"scores": metrics.mask_scores(draw(), draw(), protocol)} for _ in range(30)]
+    chosen = rng.random(30) < 0.5
+    whole = metrics.statistics(rows, protocol)
+    part = metrics.statistics([row for row, keep in zip(rows, chosen, strict=True) if keep], protocol)
+    assert metrics.values({name: statistic[chosen] for name, statistic in whole.items()}) == pytest.approx(metrics.values(part))
 
 
 def test_bad_input_is_named():
