@@ -82,7 +82,7 @@ class LossConfig:
     bce: float = 0.0
     focal: float = 0.0
     iou: float = 0.0
-    ce_chunk: int = 1024  # positions per chunk of the cross-entropy, so that [B, L, V] never exists in float32
+    ce_chunk: int = 64  # positions of each row whose logits exist at a time, so that [B, L, V] never does
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,8 @@
 Formulas: MedPLIB model/MedPLIB.py (`sigmoid_ce_loss`, `dice_loss`, `FocalLoss`, `MaskIoULoss`, `model_forward`).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -17,33 +19,61 @@ MASK_TERMS = ("dice", "bce", "focal", "iou")
 
 
 def token_cross_entropy(hidden_BxLxD: Array, head_kernel_DxV: Array, targets_BxL: Array, weights_BxL: Array, chunk: int) -> Pair:
-    """Sum of weighted next-token cross-entropies and sum of weights, float32.
+    """Sum of weighted next-token cross-entropies and sum of weights, float32. Weights are data: they get no gradient.
 
-    Logits exist for `chunk` positions of each row at a time, in the forward and in the backward pass.
+    Only positions with a weight meet the head: of a row that is mostly picture, few do. Logits exist for `chunk` such positions of each
+    row at a time, and once: the gradients are computed along with the value.
     """
+    weights_BxL = jnp.asarray(weights_BxL, jnp.float32)
+    arrays = (*map(jnp.asarray, (hidden_BxLxD, head_kernel_DxV, targets_BxL)), weights_BxL)
+    return _cross_entropy(*arrays, min(chunk, weights_BxL.shape[1])), weights_BxL.sum()
 
-    def chunk_sum(hidden_BxcxD, targets_Bxc, weights_Bxc):
-        kernel = head_kernel_DxV.astype(hidden_BxcxD.dtype)
-        rows = hidden_BxcxD.reshape(-1, hidden_BxcxD.shape[-1])  # see layers.matmul
-        logits_BxcxV = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32).reshape(*hidden_BxcxD.shape[:2], -1)
-        is_target = jnp.arange(logits_BxcxV.shape[-1]) == targets_Bxc[..., None]  # unlike a gather it works on a sharded vocabulary
-        target_logit_Bxc = jnp.where(is_target, logits_BxcxV, 0.0).sum(-1)
-        return jnp.sum(weights_Bxc * (jax.nn.logsumexp(logits_BxcxV, -1) - target_logit_Bxc))
 
-    B, L = targets_BxL.shape
-    weights_BxL = weights_BxL.astype(jnp.float32)
-    weight = weights_BxL.sum()
-    if L <= chunk:
-        return chunk_sum(hidden_BxLxD, targets_BxL, weights_BxL), weight
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(hidden, kernel, targets, weights, chunk):
+    return _cross_entropy_and_gradients(hidden, kernel, targets, weights, chunk, False, False)[0]
 
-    def split(x_BxL):  # [B, L, ...] -> [chunks, B, chunk, ...]
-        padded = jnp.pad(x_BxL, [(0, 0), (0, -L % chunk)] + [(0, 0)] * (x_BxL.ndim - 2))
-        return jnp.moveaxis(padded.reshape(B, -1, chunk, *x_BxL.shape[2:]), 1, 0)
 
-    def step(total, inputs):
-        return total + jax.checkpoint(chunk_sum)(*inputs), None
+def _cross_entropy_forward(hidden, kernel, targets, weights, chunk):
+    values = (hidden.value, kernel.value, targets.value, weights.value)
+    return _cross_entropy_and_gradients(*values, chunk, hidden.perturbed, kernel.perturbed)
 
-    return jax.lax.scan(step, jnp.zeros(()), tuple(map(split, (hidden_BxLxD, targets_BxL, weights_BxL))))[0], weight
+
+def _cross_entropy_backward(chunk, gradients, d_sum):
+    return *(None if gradient is None else (d_sum * gradient).astype(gradient.dtype) for gradient in gradients), None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
+
+
+def _cross_entropy_and_gradients(hidden_BxLxD, kernel_DxV, targets_BxL, weights_BxL, chunk, of_hidden, of_kernel):
+    """The sum, and its gradients with respect to hidden states and kernel (None where not wanted)."""
+    B, L, D = hidden_BxLxD.shape
+    order_BxL = jnp.argsort(weights_BxL == 0, axis=1, stable=True)  # positions that count come first
+    order_BxL = jnp.pad(order_BxL, ((0, 0), (0, -L % chunk)), constant_values=L)  # L: nowhere
+    trips = -(-jnp.max((weights_BxL != 0).sum(1)) // chunk)
+    kernel = kernel_DxV.astype(hidden_BxLxD.dtype)
+
+    def step(i, state):
+        total, d_hidden, d_kernel = state
+        place = jnp.arange(B)[:, None], jax.lax.dynamic_slice_in_dim(order_BxL, i * chunk, chunk, axis=1)
+        rows_SxD = hidden_BxLxD.at[place].get(mode="fill", fill_value=0).reshape(-1, D)  # one product of two matrices, see layers.matmul
+        targets_S, weights_S = (x.at[place].get(mode="fill", fill_value=0).reshape(-1) for x in (targets_BxL, weights_BxL))
+        logits_SxV = jnp.matmul(rows_SxD, kernel, preferred_element_type=jnp.float32)
+        is_target = jnp.arange(logits_SxV.shape[-1]) == targets_S[:, None]  # unlike a gather it works on a sharded vocabulary
+        normaliser_S = jax.nn.logsumexp(logits_SxV, -1)
+        total += jnp.sum(weights_S * (normaliser_S - jnp.where(is_target, logits_SxV, 0.0).sum(-1)))
+        d_logits = (weights_S[:, None] * (jnp.exp(logits_SxV - normaliser_S[:, None]) - is_target)).astype(rows_SxD.dtype)
+        if of_hidden:
+            d_hidden = d_hidden.at[place].set((d_logits @ kernel.T).reshape(B, chunk, D), mode="drop", unique_indices=True)
+        if of_kernel:
+            d_kernel += jnp.matmul(rows_SxD.T, d_logits, preferred_element_type=jnp.float32)
+        return total, d_hidden, d_kernel
+
+    d_hidden = jnp.zeros_like(hidden_BxLxD) if of_hidden else None
+    d_kernel = jnp.zeros(kernel.shape, jnp.float32) if of_kernel else None
+    total, d_hidden, d_kernel = jax.lax.fori_loop(0, trips, step, (jnp.zeros(()), d_hidden, d_kernel))
+    return total, (d_hidden, d_kernel if d_kernel is None else d_kernel.astype(kernel_DxV.dtype))
 
 
 def mask_losses(logits_BxMxIxJ: Array, gt_BxMxIxJ: Array, canvas_mask_BxIxJ: Array, predicted_iou_BxM: Array) -> dict[str, Array]:
