@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from medplib_jax.config import ModelConfig
 from medplib_jax.models.layers import abstract_module, bind
-from medplib_jax.models.llm import init_cache
+from medplib_jax.models.llm import init_cache, unstack
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.types import Array, Batch, Params
 
@@ -59,8 +59,8 @@ class Generator:
     """
 
     def __init__(self, config: ModelConfig, params: Params, *, eos_id: int, seg_id: int, max_new_tokens: int, max_masks: int, sampling: Sampling = Sampling()):
-        self.params = params
-        model = abstract_module(functools.partial(MedPLIB, config))
+        self.params = jax.jit(unstack)(params)
+        model = abstract_module(functools.partial(MedPLIB, config, stacked=False))
         self._generate = jax.jit(
             lambda params, batch, key: generate(
                 bind(model, params), batch, key, eos_id=eos_id, seg_id=seg_id, max_new_tokens=max_new_tokens, max_masks=max_masks, sampling=sampling

@@ -20,10 +20,11 @@ SPLASH_LANES = 128  # head widths and block sides are multiples of a TPU registe
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys (rotated) and values of every layer. Row b holds `length_B[b]` positions; what lies beyond is overwritten later."""
+    """Keys (rotated) and values, one array per layer, as the products with queries and weights read them: no copy is transposed per token.
+    Row b holds `length_B[b]` positions; what lies beyond is overwritten later."""
 
-    k: Float[Array, "n B S G K"]
-    v: Float[Array, "n B S G K"]
+    k: tuple[Float[Array, "B G K S"], ...]
+    v: tuple[Float[Array, "B G S K"], ...]
     length_B: Int[Array, "B"]
 
 
@@ -63,17 +64,34 @@ def attend(
 
     A row that may see no key at all gets the mean of all values, never NaN. Returns [B, L, H, K] in q's dtype.
     """
-    B, L, H, K = q_BxLxHxK.shape
-    S, G = k_BxSxGxK.shape[1:3]
-    visible_BxLxS = jnp.arange(S) <= query_position_BxL[..., None]
+    visible_BxLxS = jnp.arange(k_BxSxGxK.shape[1]) <= query_position_BxL[..., None]
     if key_valid_BxS is not None:
         visible_BxLxS &= key_valid_BxS[:, None, :]
     if segment_BxL is not None:
         visible_BxLxS &= segment_BxL[:, :, None] == segment_BxL[:, None, :]
+    return _attend_visible(q_BxLxHxK, k_BxSxGxK.transpose(0, 2, 3, 1), v_BxSxGxK.swapaxes(1, 2), visible_BxLxS)
+
+
+def extend_cache(k_BxGxKxS: Array, v_BxGxSxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, index_BxL: Array) -> tuple[Array, Array]:
+    """One layer's cache with the keys and values of L new positions written at `index_BxL`."""
+    B, L, G, K = k_BxLxGxK.shape
+    row, head = jnp.arange(B)[:, None, None], jnp.arange(G)[:, None]
+    v_BxGxSxK = v_BxGxSxK.at[row, head, index_BxL[:, None]].set(v_BxLxGxK.swapaxes(1, 2).astype(v_BxGxSxK.dtype))
+    place = row[..., None], head[..., None], jnp.arange(K)[:, None], index_BxL[:, None, None]
+    return k_BxGxKxS.at[place].set(k_BxLxGxK.transpose(0, 2, 3, 1).astype(k_BxGxKxS.dtype)), v_BxGxSxK
+
+
+def attend_cached(q_BxLxHxK: Array, k_BxGxKxS: Array, v_BxGxSxK: Array, query_position_BxL: Array) -> Array:
+    """`attend` to a cache, whose rows hold no gaps: what lies at or before a query's position is valid."""
+    return _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, jnp.arange(k_BxGxKxS.shape[3]) <= query_position_BxL[..., None])
+
+
+def _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, visible_BxLxS):
+    B, L, H, K = q_BxLxHxK.shape
+    G = k_BxGxKxS.shape[1]
     hidden_BxLxS = jnp.where(visible_BxLxS, 0.0, HIDDEN)
     q_BxGxRLxK = (q_BxLxHxK * K**-0.5).reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
-    k_BxGxSxK, v_BxGxSxK = k_BxSxGxK.swapaxes(1, 2), v_BxSxGxK.swapaxes(1, 2)
-    scores = jnp.matmul(q_BxGxRLxK, k_BxGxSxK.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    scores = jnp.matmul(q_BxGxRLxK, k_BxGxKxS, preferred_element_type=jnp.float32)
     scores += jnp.tile(hidden_BxLxS, (1, H // G, 1))[:, None]
     y = softmax_average(scores, v_BxGxSxK)
     return y.reshape(B, G, H // G, L, K).transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)

@@ -141,6 +141,11 @@ def stack_layers(make: Callable[[Rngs], nnx.Module], count: int, rngs: Rngs) -> 
     return nnx.merge(graphdef, state)
 
 
+def list_layers(make: Callable[[Rngs], nnx.Module], count: int, rngs: Rngs) -> nnx.List:
+    """`count` modules with parameters of their own."""
+    return nnx.List([make(rngs) for _ in range(count)])
+
+
 def scan_layers(layers: nnx.Module, body: Callable, carry, xs=None, *, unroll: int = 1, wrap: Callable = lambda step: step):
     """`lax.scan` over stacked layers: body(layer, carry, x) -> (carry, y). `wrap` may be a `jax.checkpoint` policy."""
     graphdef, state = nnx.split(layers)

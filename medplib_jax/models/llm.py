@@ -1,4 +1,4 @@
-"""LLaMA decoder whose MLPs may be mixtures of experts, as scans over stacked layers."""
+"""LLaMA decoder whose MLPs may be mixtures of experts: scans over stacked layers, and for decoding one layer after the other."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from medplib_jax.config import ModelConfig
-from medplib_jax.models.attention import Attention, KVCache, attend, attend_within, rotary_tables, segment_positions
-from medplib_jax.models.layers import Linear, RmsNorm, Rngs, param, stack_layers
+from medplib_jax.models.attention import Attention, KVCache, attend_cached, attend_within, extend_cache, rotary_tables, segment_positions
+from medplib_jax.models.layers import Linear, RmsNorm, Rngs, list_layers, param, stack_layers
 from medplib_jax.models.moe import MoeMlp, SwiGlu, split_rng
 from medplib_jax.models.remat import remat
 from medplib_jax.sharding import shard_param, shard_rows
-from medplib_jax.types import Array
+from medplib_jax.types import Array, Params
 
 
 class Embedding(nnx.Module):
@@ -39,15 +39,20 @@ class DecoderLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """LLaMA (Touvron et al. 2023) with MedPLIB's mixture of experts in the layers `config.moe_layers`."""
+    """LLaMA (Touvron et al. 2023) with MedPLIB's mixture of experts in the layers `config.moe_layers`.
 
-    def __init__(self, config: ModelConfig, rngs: Rngs):
+    `stacked=False`: each layer has parameters of its own (see `unstack`), which is what decoding wants. A loop over stacked layers
+    inside the loop over tokens would copy all weights for every token.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: Rngs, stacked: bool = True):
         llm, num_layers, num_moe = config.llm, config.llm.num_layers, len(config.moe_layers)
         self.config = config
         self.embed = Embedding(llm.vocab_size, llm.hidden_size, config.dtype, rngs)
-        self.layers = stack_layers(lambda r: DecoderLayer(config, r), num_layers, rngs)
-        self.mlp = stack_layers(lambda r: SwiGlu(llm, config.lora, r), num_layers - num_moe, rngs) if num_moe < num_layers else None
-        self.moe = stack_layers(lambda r: MoeMlp(llm, config.moe, config.lora, r), num_moe, rngs) if num_moe else None
+        several = stack_layers if stacked else list_layers
+        self.layers = several(lambda r: DecoderLayer(config, r), num_layers, rngs)
+        self.mlp = several(lambda r: SwiGlu(llm, config.lora, r), num_layers - num_moe, rngs) if num_moe < num_layers else None
+        self.moe = several(lambda r: MoeMlp(llm, config.moe, config.lora, r, stacked), num_moe, rngs) if num_moe else None
         self.final_norm = RmsNorm(llm.hidden_size, eps=llm.rms_norm_eps, rngs=rngs)
         self.head = Linear(llm.hidden_size, llm.vocab_size, axes=("embed", "vocab"), bias=False, rngs=rngs)
 
@@ -77,9 +82,16 @@ class Llama(nnx.Module):
             positions_BxL = segment_positions(segment_BxL)
         tables = rotary_tables(index_BxL if positions_BxL is None else positions_BxL, self.config.llm.head_dim, self.config.llm.rope_theta)
         step = _LayerStep(self.config, tables, index_BxL, valid_BxL, segment_BxL, train)
-        num_layers, moe_layers = self.config.llm.num_layers, self.config.moe_layers
-        inputs = {"layer": jnp.arange(num_layers), "rng": None if rng is None else jax.random.split(rng, num_layers)}
-        carry, metrics = (x_BxLxD, None if cache is None else (cache.k, cache.v)), []
+        inputs = {"rng": None if rng is None else jax.random.split(rng, self.config.llm.num_layers)}
+        if cache is None and not isinstance(self.layers, nnx.List):
+            x_BxLxD, out = self._scan(step, x_BxLxD, inputs, router_noise)
+        else:
+            x_BxLxD, out = self._one_by_one(step, x_BxLxD, inputs, router_noise, cache)
+        out["aux_loss"] = out["aux_loss"].sum() if self.config.moe_layers else jnp.zeros(())
+        return self.final_norm(x_BxLxD), out
+
+    def _scan(self, step: "_LayerStep", x_BxLxD: Array, inputs, router_noise: Array | None) -> tuple[Array, dict[str, Any]]:
+        num_layers, moe_layers, metrics = self.config.llm.num_layers, self.config.moe_layers, []
         for start, period, repeats in scan_plan([i in moe_layers for i in range(num_layers)]):
             stop = start + period * repeats
             kinds = [i in moe_layers for i in range(start, stop)]
@@ -97,14 +109,26 @@ class Llama(nnx.Module):
             }
             graphdefs = {name: graphdef for name, (graphdef, _) in stacks.items()}
             body = step.over(graphdefs, kinds[:period])
-            carry, ys = jax.lax.scan(remat(self.config.remat)(body), carry, xs, unroll=min(repeats, self.config.scan_unroll))
+            x_BxLxD, ys = jax.lax.scan(remat(self.config.remat)(body), x_BxLxD, xs, unroll=min(repeats, self.config.scan_unroll))
             metrics.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
-        x_BxLxD, buffers = carry
-        out = jax.tree.map(lambda *parts: jnp.concatenate(parts), *[m for m in metrics if m]) if moe_layers else {}
-        out["aux_loss"] = out["aux_loss"].sum() if moe_layers else jnp.zeros(())
+        return x_BxLxD, jax.tree.map(lambda *parts: jnp.concatenate(parts), *[m for m in metrics if m]) if moe_layers else {}
+
+    def _one_by_one(self, step: "_LayerStep", x_BxLxD: Array, inputs, router_noise: Array | None, cache: KVCache | None):
+        keys, values, metrics, counts = [], [], [], {"moe": 0, "mlp": 0}
+        for i in range(self.config.llm.num_layers):
+            kind = "moe" if i in self.config.moe_layers else "mlp"
+            mlp, noise_SxE = _layer(getattr(self, kind), counts[kind]), _index(router_noise, counts[kind]) if kind == "moe" else None
+            buffers = None if cache is None else (cache.k[i], cache.v[i])
+            x_BxLxD, out, buffers = step.layer(_layer(self.layers, i), mlp, x_BxLxD, _index(inputs, i), noise_SxE, buffers)
+            counts[kind] += 1
+            metrics += [out] if kind == "moe" else []
+            if cache is not None:
+                keys.append(buffers[0])
+                values.append(buffers[1])
+        out = jax.tree.map(lambda *m: jnp.stack(m), *metrics) if metrics else {}
         if cache is not None:
-            out["cache"] = KVCache(*buffers, cache.length_B + valid_BxL.sum(-1, dtype=jnp.int32))
-        return self.final_norm(x_BxLxD), out
+            out["cache"] = KVCache(tuple(keys), tuple(values), cache.length_B + step.valid_BxL.sum(-1, dtype=jnp.int32))
+        return x_BxLxD, out
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> float32 [..., V]."""
@@ -121,44 +145,56 @@ class _LayerStep:
     def over(self, graphdefs, kinds: Sequence[bool]):
         """A scan body over layers of these kinds (True: experts); params have a leading axis of the period."""
 
-        def body(carry, xs):
+        def body(x, xs):
             metrics = []
             for j, is_moe in enumerate(kinds):
                 among_kind = sum(kind == is_moe for kind in kinds[:j])
                 layer = nnx.merge(graphdefs["layers"], _placed(_index(xs["params"]["layers"], j)))
                 name = "moe" if is_moe else "mlp"
                 mlp = nnx.merge(graphdefs[name], _placed(_index(xs["params"][name], among_kind)))
-                carry, out = self.layer(layer, mlp, carry, _index(xs["inputs"], j), _index(xs["noise"], among_kind) if is_moe else None)
+                x, out, _ = self.layer(layer, mlp, x, _index(xs["inputs"], j), _index(xs["noise"], among_kind) if is_moe else None)
                 metrics += [out] if is_moe else []
-            return carry, jax.tree.map(lambda *m: jnp.stack(m), *metrics) if metrics else {}
+            return x, jax.tree.map(lambda *m: jnp.stack(m), *metrics) if metrics else {}
 
         return body
 
-    def layer(self, layer: DecoderLayer, mlp: SwiGlu | MoeMlp, carry, inputs, noise_SxE):
-        x, buffers = carry
+    def layer(self, layer: DecoderLayer, mlp: SwiGlu | MoeMlp, x, inputs, noise_SxE, buffers=None):
+        """One decoder layer: x, the metrics of its experts, and its part of the cache with the new positions."""
         project_rng, output_rng, mlp_rng = split_rng(inputs["rng"], 3)
         q, k, v = layer.attn.project(layer.input_norm(x), self.tables, project_rng)
         if buffers is None:
             y = attend_within(q, k, v, self.valid_BxL, self.segment_BxL)
         else:
-            rows = jnp.arange(x.shape[0])[:, None]
-            buffers = tuple(
-                buffer.at[inputs["layer"], rows, self.index_BxL].set(new.astype(buffer.dtype)) for buffer, new in zip(buffers, (k, v))
-            )
-            # Rows hold no gaps: what lies at or before a valid query's position was written and is valid.
-            y = attend(q, *(buffer[inputs["layer"]].astype(q.dtype) for buffer in buffers), query_position_BxL=self.index_BxL)
+            buffers = extend_cache(*buffers, k, v, self.index_BxL)
+            y = attend_cached(q, *(buffer.astype(q.dtype) for buffer in buffers), self.index_BxL)
         x = checkpoint_name(shard_rows(x + layer.attn.output(y, output_rng)), "attended")
         h = layer.post_norm(x)
         if isinstance(mlp, SwiGlu):
-            return (shard_rows(x + mlp(h, mlp_rng)), buffers), {}
+            return shard_rows(x + mlp(h, mlp_rng)), {}, buffers
         y, out = mlp(h, self.valid_BxL, train=self.train, rng=mlp_rng, noise_SxE=noise_SxE)
-        return (shard_rows(x + y), buffers), out
+        return shard_rows(x + y), out, buffers
+
+
+def unstack(params: Params) -> Params:
+    """The whole model's parameters with the decoder's layers and their experts apart, for a model of `stacked=False`."""
+    llm = params["llm"]
+    apart = {name: _each(llm[name]) for name in ("layers", "mlp", "moe") if name in llm}
+    for layer in apart.get("moe", {}).values():
+        layer["experts"] = {"each": _each(layer["experts"])}
+    return params | {"llm": llm | apart}
+
+
+def _each(stack: Params) -> Params:
+    """{"0": first row of every leaf, "1": ...}"""
+    return {str(i): jax.tree.map(lambda a, i=i: a[i], stack) for i in range(len(jax.tree.leaves(stack)[0]))}
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> KVCache:
     """An empty cache for `length` positions per row."""
-    shape = (config.llm.num_layers, batch, length, config.llm.num_kv_heads, config.llm.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+    heads, width = config.llm.num_kv_heads, config.llm.head_dim
+    shapes = (batch, heads, width, length), (batch, heads, length, width)
+    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.llm.num_layers)) for shape in shapes)
+    return KVCache(keys, values, jnp.zeros(batch, jnp.int32))
 
 
 def scan_plan(kinds: Sequence[bool]) -> list[tuple[int, int, int]]:
@@ -198,6 +234,14 @@ def _placed(state: nnx.State) -> nnx.State:
     those of all layers whole on every device."""
     flat = nnx.to_flat_state(state)
     return nnx.from_flat_state([(path, variable.replace(shard_param(variable[...], variable.axes))) for path, variable in flat])
+
+
+def _layer(layers: nnx.Module, i: int) -> nnx.Module:
+    """Layer i of a list or of a stack."""
+    if isinstance(layers, nnx.List):
+        return layers[i]
+    graphdef, state = nnx.split(layers)
+    return nnx.merge(graphdef, _index(state, i))
 
 
 def _index(tree, i: int):

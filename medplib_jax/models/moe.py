@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.models.expert_exchange import axis_product, permute_rows, sort_by_expert, with_exchange
 from medplib_jax.models.grouped_matmul import grouped_matmul
-from medplib_jax.models.layers import Linear, Rngs, adapter_axes, bind, dropout, logical_axes, param, params_of
+from medplib_jax.models.layers import Linear, Rngs, abstract_module, adapter_axes, bind, dropout, logical_axes, param, params_of
 from medplib_jax.sharding import axis_size, mesh_axes, partition_spec, row_axes
 from medplib_jax.types import Array
 
@@ -222,13 +222,33 @@ class SwiGlu(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x, rng=gate_rng)) * self.up(x, rng=up_rng), rng=down_rng)
 
 
+class ExpertsApart(nnx.Module):
+    """Experts with arrays of their own, for decoding: a product with one of several stacked matrices copies it first."""
+
+    def __init__(self, num_experts: int, llm: LlmConfig, lora: LoraConfig, rngs: Rngs):
+        self.each = nnx.List([SwiGlu(llm, lora, rngs) for _ in range(num_experts)])
+        self.sizes = num_experts, llm, lora
+
+    def __call__(self, x_SxD: Array, routing: Routing, rng: Array | None) -> Array:
+        """As `Experts`. One token reads its own experts' weights only; many tokens are sorted, in stacked weights."""
+        if x_SxD.shape[0] == 1:
+            weight_k = routing.weight[0].astype(x_SxD.dtype)
+            run = [lambda x, mlp=mlp: mlp(x, rng) for mlp in self.each]
+            return sum(weight_k[i] * jax.lax.switch(routing.expert[0, i], run, x_SxD) for i in range(len(weight_k)))
+        if x_SxD.shape[0] <= FEW_TOKENS:
+            weight_SxE = (jax.nn.one_hot(routing.expert, len(self.each)) * routing.weight[:, :, None]).sum(1).astype(x_SxD.dtype)
+            return sum(weight_SxE[:, e, None] * mlp(x_SxD, rng) for e, mlp in enumerate(self.each))
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(params_of(mlp) for mlp in self.each))
+        return bind(abstract_module(lambda rngs: Experts(*self.sizes, rngs)), stacked)(x_SxD, routing, rng)
+
+
 class MoeMlp(nnx.Module):
     """The MLP of a decoder layer as a mixture of experts (paper section 3.3; DeepSpeed `moe.layer.MoE`)."""
 
-    def __init__(self, llm: LlmConfig, moe: MoeConfig, lora: LoraConfig, rngs: Rngs):
+    def __init__(self, llm: LlmConfig, moe: MoeConfig, lora: LoraConfig, rngs: Rngs, stacked: bool = True):
         self.moe = moe
         self.router = Linear(llm.hidden_size, moe.num_experts, axes=("embed", None), bias=False, rngs=rngs)
-        self.experts = Experts(moe.num_experts, llm, lora, rngs)
+        self.experts = (Experts if stacked else ExpertsApart)(moe.num_experts, llm, lora, rngs)
         self.residual = SwiGlu(llm, lora, rngs) if moe.residual else None
         self.coefficient = Linear(llm.hidden_size, 2, axes=("embed", None), rngs=rngs) if moe.residual else None
 
