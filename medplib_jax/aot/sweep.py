@@ -14,7 +14,7 @@ from medplib_jax.experiment import MeshConfig
 
 log = logging.getLogger(__name__)
 
-POLICIES = ("outputs", "full", "dots_no_batch")
+POLICIES = ("projections", "outputs", "full")
 
 
 def sweep(request: Request) -> list[dict[str, Any]]:

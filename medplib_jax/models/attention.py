@@ -4,6 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
@@ -141,7 +142,7 @@ def _splash_local(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, segment_BxL):
     )
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
-        block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name="attention",
+        block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name="attention", interpret=not is_for_tpu(q_BxHxLxK),
     )  # fmt: skip
     return jax.vmap(kernel)(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, splash.SegmentIds(segment_BxL, segment_BxL))
 
@@ -167,7 +168,7 @@ class Attention(nnx.Module):
         q, k, v = (
             linear(x_BxLxD, rng=key).reshape(*x_BxLxD.shape[:2], -1, self.head_dim) for linear, key in zip((self.q, self.k, self.v), rngs)
         )
-        return rotate(q, tables), rotate(k, tables), v
+        return checkpoint_name(rotate(q, tables), "query"), checkpoint_name(rotate(k, tables), "key"), checkpoint_name(v, "value")
 
     def output(self, y_BxLxHxK: Array, rng: Array | None) -> Array:
         return self.o(y_BxLxHxK.reshape(*y_BxLxHxK.shape[:2], -1), rng=rng)

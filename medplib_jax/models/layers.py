@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +155,25 @@ def scan_layers(layers: nnx.Module, body: Callable, carry, xs=None, *, unroll: i
         return body(nnx.merge(graphdef, layer_state), carry, x)
 
     return jax.lax.scan(wrap(step), carry, (state, xs), unroll=unroll)
+
+
+def scan_plan(kinds: Sequence) -> list[tuple[int, int, int]]:
+    """Splits a sequence of layer kinds into (start, period, repeats), each the longest repetition from its start.
+
+    All alike: one entry of period 1. Every second: one entry of period 2. Two halves: two entries of period 1.
+    """
+    plan, start = [], 0
+    while start < len(kinds):
+        best = (1, 1)
+        for period in range(1, (len(kinds) - start) // 2 + 1):
+            repeats = 1
+            while kinds[start + repeats * period : start + (repeats + 1) * period] == kinds[start : start + period]:
+                repeats += 1
+            if repeats > 1 and period * repeats > best[0] * best[1]:
+                best = (period, repeats)
+        plan.append((start, *best))
+        start += best[0] * best[1]
+    return plan
 
 
 def abstract_module(make: Callable[[Rngs], nnx.Module]) -> nnx.Module:

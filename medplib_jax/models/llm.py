@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from medplib_jax.config import ModelConfig
 from medplib_jax.models.attention import Attention, KVCache, attend_cached, attend_within, extend_cache, rotary_tables, segment_positions
-from medplib_jax.models.layers import Linear, RmsNorm, Rngs, list_layers, param, stack_layers
+from medplib_jax.models.layers import Linear, RmsNorm, Rngs, list_layers, param, scan_plan, stack_layers
 from medplib_jax.models.moe import MoeMlp, SwiGlu, split_rng
 from medplib_jax.models.remat import remat
 from medplib_jax.sharding import shard_param, shard_rows
@@ -195,25 +195,6 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> KVCache:
     shapes = (batch, heads, width, length), (batch, heads, length, width)
     keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.llm.num_layers)) for shape in shapes)
     return KVCache(keys, values, jnp.zeros(batch, jnp.int32))
-
-
-def scan_plan(kinds: Sequence[bool]) -> list[tuple[int, int, int]]:
-    """Splits a sequence of layer kinds into (start, period, repeats), each the longest repetition from its start.
-
-    All alike: one entry of period 1. Every second: one entry of period 2. Two halves: two entries of period 1.
-    """
-    plan, start = [], 0
-    while start < len(kinds):
-        best = (1, 1)
-        for period in range(1, (len(kinds) - start) // 2 + 1):
-            repeats = 1
-            while kinds[start + repeats * period : start + (repeats + 1) * period] == kinds[start : start + period]:
-                repeats += 1
-            if repeats > 1 and period * repeats > best[0] * best[1]:
-                best = (period, repeats)
-        plan.append((start, *best))
-        start += best[0] * best[1]
-    return plan
 
 
 def _take(tree, start: int, stop: int, repeats: int):

@@ -1,12 +1,14 @@
 """SAM-Med2D's image encoder: a ViTDet with windowed attention, relative positions and an adapter in every block (Cheng et al. 2023)."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from medplib_jax.config import MaskConfig
-from medplib_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, gelu, matmul, param
+from medplib_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, gelu, matmul, param, scan_plan
 from medplib_jax.models.vision import Conv, ConvTranspose, softmax_attention
 from medplib_jax.types import Array
 
@@ -159,7 +161,31 @@ class ImageEncoder(nnx.Module):
         embedded = self.patch_embed(pixels_BxIxIx3)
         embedded = embedded + self.position_embed[...].astype(embedded.dtype)
         x, blocks = embedded, []
-        for block in self.blocks:
-            x = block(x)
-            blocks.append(x)
+        for start, period, repeats in scan_plan([block.attn.window for block in self.blocks]):
+            x, outputs = _run_blocks(self.blocks[start : start + period * repeats], period, x)
+            blocks += outputs
         return self.neck(x), {"embedded": embedded, "blocks": blocks}
+
+
+def _run_blocks(blocks: Sequence[Block], period: int, x: Array) -> tuple[Array, list[Array]]:
+    """(the last block's output, every block's). Blocks that repeat often become a scan: unrolled they are three quarters of the whole
+    model's program, and a TPU's compiler takes minutes for them."""
+    if len(blocks) < 3 * period:
+        outputs = []
+        for block in blocks:
+            x = block(x)
+            outputs.append(x)
+        return x, outputs
+    graphdefs = [nnx.split(block)[0] for block in blocks[:period]]
+    states = [nnx.split(block)[1] for block in blocks]
+    stacked = [jax.tree.map(lambda *rows: jnp.stack(rows), *states[j::period]) for j in range(period)]
+
+    def step(x, states):
+        outputs = []
+        for graphdef, state in zip(graphdefs, states):
+            x = nnx.merge(graphdef, state)(x)
+            outputs.append(x)
+        return x, outputs
+
+    x, outputs = jax.lax.scan(step, x, stacked)
+    return x, [outputs[i % period][i // period] for i in range(len(blocks))]

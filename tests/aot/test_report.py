@@ -98,7 +98,7 @@ def test_slices_become_the_outer_part_of_the_data_axis():
 
 def test_candidates_of_a_sweep():
     found = list(candidates(Request(config(), "v5e:4x4", "train", rows=16, length=128), chips=16))
-    assert {(c.rows, c.config.model.remat) for c in found} == {(r, p) for r in (16, 32) for p in ("outputs", "full", "dots_no_batch")}
+    assert {(c.rows, c.config.model.remat) for c in found} == {(r, p) for r in (16, 32) for p in ("projections", "outputs", "full")}
     assert {c.config.mesh.sizes for c in found} == {(1, 16, 1, 1), (4, 4, 1, 1), (1, 8, 1, 2)}
     generation = list(candidates(Request(config(), "v5e:4x4", "decode", rows=4, length=128), chips=16))
     assert {c.config.mesh.sizes for c in generation} == {(1, 8, 1, 2), (1, 1, 1, 16)}  # four rows do not divide over sixteen chips; eight do over eight
