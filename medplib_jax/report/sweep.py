@@ -25,7 +25,7 @@ from medplib_jax.report.published import published
 from medplib_jax.report.sweep_gallery import make_galleries
 from medplib_jax.report.sweep_load import Sweep, load_sweep
 from medplib_jax.report.sweep_markdown import to_markdown
-from medplib_jax.report.sweep_tables import NEAREST, Tables
+from medplib_jax.report.sweep_tables import Tables
 
 MAX_SKIPPED = 500  # shown in the page; report.json has all
 
@@ -49,7 +49,7 @@ def write_sweep_report(workdir: str | Path) -> Path:
             summaries=SUMMARY,
             differences=DIFFERENCES,
             beside=tables.beside_published(),
-            nearest=NEAREST if NEAREST in sweep.protocols else "exact",
+            nearest=tables.nearest,
             routers=_routers(sweep),
             skipped=_skipped(sweep),
             max_skipped=MAX_SKIPPED,

@@ -1,5 +1,6 @@
 """A sweep's report for a terminal: Markdown whose columns are aligned in plain text, too."""
 
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 
@@ -13,14 +14,14 @@ WIDTH = 118  # characters of a table's line, beyond which its columns are split 
 
 def to_markdown(sweep: Sweep, tables: Tables, notes: Sequence[str]) -> str:
     """Overview, each task's metrics and modalities (main metric), skipped records."""
-    lines = ["# Evaluation sweep", "", "All figures in percent; `±` is the half width of the 95 % bootstrap interval (images resampled)."]
+    lines = ["# Evaluation sweep", "", *_wrapped("All figures in percent; `±` is the half width of the 95 % bootstrap interval (images resampled).")]
     if sweep.baseline:
-        lines += [f"Differences are to `{sweep.baseline}`; `*` marks a false discovery rate below 5 % (paired permutation test)."]
-    lines += [f"\n- {note}" for note in notes]
+        lines += _wrapped(f"Differences are to `{sweep.baseline}`; `*` marks a false discovery rate below 5 % (paired permutation test).")
+    lines += [line for note in notes for line in ("", *_wrapped(f"- {note}"))]
     overview = tables.overview()
     for protocol in sweep.protocols:
         cells = [cell for cell in sweep.cells if cell.protocol == protocol]
-        lines += ["", f"## Overview, protocol {protocol}", "", f"The protocol {SUMMARY[protocol]}; {settings(cells)}.", ""]
+        lines += ["", f"## Overview, protocol {protocol}", "", *_wrapped(f"The protocol {SUMMARY[protocol]}; {settings(cells)}."), ""]
         lines += _table(_only(overview, protocol, lambda column: column.scope != MEAN), metric=True)
     for task in sweep.tasks:
         protocols = [protocol for protocol in sweep.protocols if sweep.column(task.name, protocol)]
@@ -30,13 +31,13 @@ def to_markdown(sweep: Sweep, tables: Tables, notes: Sequence[str]) -> str:
         by_modality = tables.modalities(task)[:1]
         for protocol in protocols:
             for table in (tables.metrics(task), *by_modality):
-                lines += ["", f"{table.title}, protocol {protocol}: {settings(sweep.column(task.name, protocol))}", ""]
+                lines += ["", *_wrapped(f"{table.title}, protocol {protocol}: {settings(sweep.column(task.name, protocol))}"), ""]
                 lines += _table(_only(table, protocol, lambda column: True))
     skipped = [(cell, error) for cell in sweep.cells for error in cell.skipped]
     if skipped:
         lines += ["", "## Skipped records", ""]
         named = dict.fromkeys(f"- {cell.task}: {error['file']}, record {error['record']}: {error['what']}" for cell, error in skipped)
-        lines += named
+        lines += [line for name in named for line in _wrapped(name)]
     return "\n".join(lines) + "\n"
 
 
@@ -64,8 +65,12 @@ def _table(table: Table, metric: bool = False) -> list[str]:
             cells = [_pad(line[0], widths[0]), *(_pad(text, width, right=True) for text, width in zip(line[1:], widths[1:], strict=True))]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    notes = dict.fromkeys(f"- {row.name}: {row.note}" for row in table.elsewhere)
+    notes = [line for row in table.elsewhere for line in _wrapped(f"- {row.name}: {row.note}")]
     return [*lines[:-1], *(["", *notes] if notes else [])]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  " if text.startswith("- ") else "", break_long_words=False, break_on_hyphens=False)
 
 
 def _parts(lines: list[list[str]]) -> list[list[list[str]]]:

@@ -8,7 +8,6 @@ from medplib_jax.report.comparisons import ALL, MEAN, Figure
 from medplib_jax.report.published import Published, published
 from medplib_jax.report.sweep_load import Sweep, Task
 
-NEAREST = "reference"  # the protocol under which figures of others stand
 MODALITY_TITLES = {ALL: "all records", MEAN: "mean over modalities"}
 
 
@@ -85,11 +84,17 @@ class Tables:
     def __init__(self, sweep: Sweep, figures: Sequence[Figure]):
         self.sweep = sweep
         self.figures = {(figure.checkpoint, figure.task, figure.protocol, figure.metric, figure.modality): figure for figure in figures}
+        self.nearest = "reference" if "reference" in sweep.protocols else "exact"  # under which figures of others stand
         self.main = {(figure.task, figure.protocol): figure.metric for figure in figures if figure.main}
-        self._best: dict[tuple, float] = {}
-        for (_, *column), figure in self.figures.items():
-            better = min if describe(figure.metric).better == "lower" else max
-            self._best[tuple(column)] = better(figure.value, self._best.get(tuple(column), figure.value))
+        self._best: dict[tuple[str, str, str, str], float] = {}  # of each column
+        self._seen: dict[tuple[str, str], dict[str, set[str]]] = {}  # protocols and modalities of each (task, metric)
+        for (_, task, protocol, metric, modality), figure in self.figures.items():
+            better = min if describe(metric).better == "lower" else max
+            column = task, protocol, metric, modality
+            self._best[column] = better(figure.value, self._best.get(column, figure.value))
+            seen = self._seen.setdefault((task, metric), {"protocols": set(), "modalities": set()})
+            seen["protocols"].add(protocol)
+            seen["modalities"].add(modality)
 
     def overview(self) -> Table:
         """Checkpoints x tasks, each task by its main metric."""
@@ -110,12 +115,12 @@ class Tables:
     def modalities(self, task: Task) -> list[Table]:
         """Checkpoints x modalities, one table for each of the metrics that are worth it, the main one first."""
         names = [metric for metric in self._metrics(task) if metric in BY_MODALITY]
-        names.sort(key=lambda metric: metric not in self.main.values() or all(self.main.get((task.name, p)) != metric for p in self.sweep.protocols))
+        main = {self.main.get((task.name, protocol)) for protocol in self.sweep.protocols}
+        names.sort(key=lambda metric: metric not in main)
         return [self._by_modality(task, metric) for metric in names]
 
     def _by_modality(self, task: Task, metric: str) -> Table:
-        seen = {key[4] for key in self.figures if key[1] == task.name and key[3] == metric}
-        modalities = [ALL, MEAN, *sorted(seen - {ALL, MEAN})]
+        modalities = [ALL, MEAN, *sorted(self._seen[task.name, metric]["modalities"] - {ALL, MEAN})]
         keys = [(task.name, protocol, metric, modality) for modality in modalities for protocol in self._protocols(task, metric)]
         columns = [Column(MODALITY_TITLES.get(modality, modality), "", protocol) for _, protocol, _, modality in keys]
         others = [self._elsewhere(figure, task, keys) for figure in published() if figure.metric == metric and figure.belongs_to(task)]
@@ -131,7 +136,7 @@ class Tables:
         keys = []
         for task, modality in places:
             metric, ours = next((figure.metric, self._namesake(figure)) for figure in figures if figure.task == task)
-            keys.append((ours.name if ours else "", NEAREST if NEAREST in self.sweep.protocols else self.sweep.protocols[0], metric, modality))
+            keys.append((ours.name if ours else "", self.nearest, metric, modality))
         sources: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
         for figure in figures:
             values = sources.setdefault((figure.label, f"{figure.cite}; {figure.how}"), {})
@@ -140,17 +145,15 @@ class Tables:
             Row(label, note, tuple(Entry(values[place], percent(values[place], 2)) if place in values else None for place in places))
             for (label, note), values in sources.items()
         ]
-        return Table(figures[0].group, tuple(columns), self._rows(keys) if self.sweep.protocols else (), tuple(elsewhere))
+        return Table(figures[0].group, tuple(columns), self._rows(keys), tuple(elsewhere))
 
     def _namesake(self, figure: Published) -> Task | None:
         return next((task for task in self.sweep.tasks if figure.belongs_to(task)), None)
 
     def _elsewhere(self, figure: Published, task: Task, keys) -> Row:
-        """Others' figures stand under the reference protocol; under exact where only that was run."""
-        protocol = NEAREST if any(key[1] == NEAREST for key in keys) else "exact"
         entries = []
-        for _, column_protocol, _, modality in keys:
-            value = figure.values.get(modality) if column_protocol == protocol else None
+        for _, protocol, _, modality in keys:
+            value = figure.values.get(modality) if protocol == self.nearest else None
             entries.append(None if value is None else Entry(value, percent(value, 2)))
         note = "; ".join(filter(None, [f"{figure.cite}; {figure.how}", figure.caveat(task)]))
         return Row(figure.label, note, tuple(entries))
@@ -169,7 +172,7 @@ class Tables:
         return tuple(rows)
 
     def _metrics(self, task: Task) -> list[str]:
-        return in_order({key[3] for key in self.figures if key[1] == task.name})
+        return in_order([metric for name, metric in self._seen if name == task.name])
 
     def _protocols(self, task: Task, metric: str) -> list[str]:
-        return [protocol for protocol in self.sweep.protocols if any(key[1:] == (task.name, protocol, metric, ALL) for key in self.figures)]
+        return [protocol for protocol in self.sweep.protocols if protocol in self._seen[task.name, metric]["protocols"]]
