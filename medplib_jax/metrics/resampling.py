@@ -14,6 +14,7 @@ from medplib_jax.metrics.summary import Statistic
 CONFIDENCE = 0.95
 BOOTSTRAPS = 2_000
 PERMUTATIONS = 10_000
+_TIE = 1e-6  # differences this close count as equal: sums are float32
 _CHUNK = 4_000_000  # numbers in a matrix of counts, which bounds the memory
 
 
@@ -32,7 +33,7 @@ def bootstrap(blocks: Sequence[tuple[np.ndarray, Sequence[Statistic]]], count: i
     found: list[list[np.ndarray]] = [[] for _ in blocks]
     rng = np.random.default_rng(seed)
     for size in _chunks(BOOTSTRAPS, count):
-        drawn_RxG = rng.multinomial(count, np.full(count, 1 / count), size=size).astype(float)
+        drawn_RxG = rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float32)
         for values, (members, columns, edges), (_, statistics) in zip(found, parts, blocks, strict=True):
             resampled = np.split(drawn_RxG[:, members] @ columns, edges, axis=1)
             values.append(np.stack([statistic.of_sums(sums) for statistic, sums in zip(statistics, resampled, strict=True)], axis=1))
@@ -60,18 +61,18 @@ def paired_p_values(blocks: Sequence[tuple[np.ndarray, Sequence[tuple[Statistic,
     at_least = [np.zeros(len(pairs)) for _, pairs in blocks]
     rng = np.random.default_rng(seed)
     for size in _chunks(PERMUTATIONS, count):
-        exchanged_PxG = rng.integers(0, 2, (size, count), np.int8).astype(float)
+        exchanged_PxG = rng.integers(0, 2, (size, count), np.int8).astype(np.float32)
         for (members, columns, edges), (_, pairs), seen, hits in zip(parts, blocks, observed, at_least, strict=True):
             for i, moved in enumerate(np.split(exchanged_PxG[:, members] @ columns, edges, axis=1)):
                 of_a, of_b = (statistic.of_sums(statistic.parts.sum(0) + sign * moved) for statistic, sign in zip(pairs[i], (1, -1), strict=True))
-                hits[i] += np.sum(np.abs(of_a - of_b) >= seen[i] - 1e-9)
+                hits[i] += np.sum(np.abs(of_a - of_b) >= seen[i] - _TIE)
     p_values = ((1 + hits) / (1 + PERMUTATIONS) + 0 * seen for hits, seen in zip(at_least, observed, strict=True))  # 0 * NaN is NaN
     return [values.tolist() for values in p_values]
 
 
 def _side_by_side(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays as columns of one, and where to split it again."""
-    return np.concatenate(arrays, axis=1), np.cumsum([array.shape[1] for array in arrays])[:-1]
+    """The arrays as columns of one, float32, and where to split it again."""
+    return np.concatenate(arrays, axis=1, dtype=np.float32), np.cumsum([array.shape[1] for array in arrays])[:-1]
 
 
 def _chunks(total: int, width: int) -> Iterator[int]:

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 from tqdm import tqdm
 
 from medplib_jax.metrics import PROTOCOLS, Statistic, statistics, values
 
 FORMAT = ("checkpoints", "tasks", "cells")
+_FIELDS = ("record", "image", "modality", "answer", "expected", "scores")  # masks and routers of a million rows would fill the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _known(kind, entry):
 
 def _load_cell(workdir: Path, entry: dict[str, Any]) -> Cell:
     paths = tuple(workdir / name for name in entry["predictions"])
-    rows = read_rows(paths)
+    rows = read_rows(paths, _FIELDS)
     found = statistics(rows, entry["protocol"]) if rows else {}
     return Cell(
         checkpoint=entry["checkpoint"],
@@ -141,16 +143,26 @@ def _disagreements(entry, rows, found) -> Iterator[str]:
             yield f"{place}: {name} of the rows is {value:.6f}, sweep.json says {entry['metrics'][name]:.6f}"
 
 
-def read_rows(paths: tuple[Path, ...]) -> list[dict[str, Any]]:
-    """The scored rows of a cell's files, sorted by record; headers and skipped records are left out. Raises ValueError for a broken line."""
+def read_rows(paths: Sequence[Path], fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The scored rows of a cell's files, sorted by record, with those `fields` alone if any are given; headers and skipped records are left out.
+
+    Raises ValueError for a line that cannot be read.
+    """
     rows = {}
     for path in paths:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+                row = _parse(line, f"{path}, line {number}")
                 if "scores" in row:
-                    rows[row["record"]] = row
+                    rows[row["record"]] = {name: row[name] for name in fields} if fields else row
     return [rows[record] for record in sorted(rows)]
+
+
+def _parse(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        return orjson.loads(line)  # a sweep has a million lines, and json takes three times as long
+    except ValueError:
+        try:
+            return json.loads(line)  # NaN is not JSON, but Python writes it
+        except ValueError as error:
+            raise ValueError(f"{place}: not JSON ({error})") from error
