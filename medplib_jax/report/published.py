@@ -25,6 +25,10 @@ class Published:
     values: Mapping[str, float]
     records: int | None = None
 
+    @property
+    def origin(self) -> str:
+        return f"{self.label}: {self.cite}; {self.how}"
+
     def belongs_to(self, task: Task) -> bool:
         """By the task's name alone: whether it holds the same records, nobody knows but the user (see `caveat`)."""
         return task.kind == self.kind and self.name.search((task.part or task.name).lower()) is not None
@@ -33,7 +37,7 @@ class Published:
         """What speaks against comparing; empty when the number of records is the same or not known."""
         if self.records is None or self.records == task.records:
             return ""
-        return f"measured on {self.records:,} records, this task has {task.records:,}: not the same test set"
+        return f"the published test set has {self.records:,} records, {task.name} has {task.records:,}: not the same"
 
 
 @functools.cache

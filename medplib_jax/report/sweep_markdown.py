@@ -49,7 +49,8 @@ def _only(table: Table, protocol: str, wanted) -> Table:
         picked = [Row(row.name, row.note, tuple(row.entries[i] for i in places), row.run, row.baseline) for row in rows]
         return tuple(row for row in picked if any(row.entries))
 
-    return Table(table.title, tuple(table.columns[i] for i in places), pick(table.rows), pick(table.elsewhere))
+    elsewhere = pick(table.elsewhere)
+    return Table(table.title, tuple(table.columns[i] for i in places), pick(table.rows), elsewhere, table.notes if elsewhere else ())
 
 
 def _table(table: Table, metric: bool = False) -> list[str]:
@@ -65,7 +66,7 @@ def _table(table: Table, metric: bool = False) -> list[str]:
             cells = [_pad(line[0], widths[0]), *(_pad(text, width, right=True) for text, width in zip(line[1:], widths[1:], strict=True))]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    notes = [line for row in table.elsewhere for line in _wrapped(f"- {row.name}: {row.note}")]
+    notes = [line for note in table.notes for line in _wrapped(f"- {note}")]
     return [*lines[:-1], *(["", *notes] if notes else [])]
 
 

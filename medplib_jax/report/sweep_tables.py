@@ -49,12 +49,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """`elsewhere` are rows of figures measured by others."""
+    """`elsewhere` are rows of figures measured by others, `notes` say where they are from and what speaks against comparing."""
 
     title: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     elsewhere: tuple[Row, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -123,8 +124,10 @@ class Tables:
         modalities = [ALL, MEAN, *sorted(self._seen[task.name, metric]["modalities"] - {ALL, MEAN})]
         keys = [(task.name, protocol, metric, modality) for modality in modalities for protocol in self._protocols(task, metric)]
         columns = [Column(MODALITY_TITLES.get(modality, modality), "", protocol) for _, protocol, _, modality in keys]
-        others = [self._elsewhere(figure, task, keys) for figure in published() if figure.metric == metric and figure.belongs_to(task)]
-        return Table(describe(metric).label, tuple(columns), self._rows(keys), tuple(others))
+        others = [figure for figure in published() if figure.metric == metric and figure.belongs_to(task)]
+        notes = [*(figure.origin for figure in others), *(figure.caveat(task) for figure in others)]
+        rows = tuple(self._elsewhere(figure, keys) for figure in others)
+        return Table(describe(metric).label, tuple(columns), self._rows(keys), rows, tuple(dict.fromkeys(filter(None, notes))))
 
     def beside_published(self) -> list[Table]:
         """One table per kind of task: the published figures, and over them those of this sweep's tasks of the same name."""
@@ -137,26 +140,23 @@ class Tables:
         for task, modality in places:
             metric, ours = next((figure.metric, self._namesake(figure)) for figure in figures if figure.task == task)
             keys.append((ours.name if ours else "", self.nearest, metric, modality))
-        sources: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+        sources: dict[str, dict[tuple[str, str], float]] = {}
         for figure in figures:
-            values = sources.setdefault((figure.label, f"{figure.cite}; {figure.how}"), {})
-            values |= {(figure.task, modality): value for modality, value in figure.values.items()}
+            sources.setdefault(figure.label, {}).update({(figure.task, modality): value for modality, value in figure.values.items()})
         elsewhere = [
-            Row(label, note, tuple(Entry(values[place], percent(values[place], 2)) if place in values else None for place in places))
-            for (label, note), values in sources.items()
+            Row(label, "", tuple(Entry(values[place], percent(values[place], 2)) if place in values else None for place in places))
+            for label, values in sources.items()
         ]
-        return Table(figures[0].group, tuple(columns), self._rows(keys), tuple(elsewhere))
+        notes = [figure.origin for figure in figures]
+        notes += [f"{figure.task}: {caveat}" for figure in figures if (ours := self._namesake(figure)) and (caveat := figure.caveat(ours))]
+        return Table(figures[0].group, tuple(columns), self._rows(keys), tuple(elsewhere), tuple(dict.fromkeys(notes)))
 
     def _namesake(self, figure: Published) -> Task | None:
         return next((task for task in self.sweep.tasks if figure.belongs_to(task)), None)
 
-    def _elsewhere(self, figure: Published, task: Task, keys) -> Row:
-        entries = []
-        for _, protocol, _, modality in keys:
-            value = figure.values.get(modality) if protocol == self.nearest else None
-            entries.append(None if value is None else Entry(value, percent(value, 2)))
-        note = "; ".join(filter(None, [f"{figure.cite}; {figure.how}", figure.caveat(task)]))
-        return Row(figure.label, note, tuple(entries))
+    def _elsewhere(self, figure: Published, keys) -> Row:
+        values = [figure.values.get(modality) if protocol == self.nearest else None for _, protocol, _, modality in keys]
+        return Row(figure.label, "", tuple(None if value is None else Entry(value, percent(value, 2)) for value in values))
 
     def _rows(self, keys: Iterable[tuple[str, str, str, str]]) -> tuple[Row, ...]:
         keys = list(keys)
