@@ -59,6 +59,8 @@ class Endpoint:
             raise ValueError(f"endpoint: expected an address such as http://localhost:8000/v1, found {self.url!r}")
         if not self.model:
             raise ValueError("model: expected the name of a model, found none")
+        if not isinstance(self.extra, Mapping):
+            raise ValueError(f"request: expected a JSON object, found {self.extra!r}")
         if not self.timeout > 0:
             raise ValueError(f"timeout: expected seconds, found {self.timeout}")
 
@@ -75,6 +77,7 @@ class Chat:
         self._threads = threading.local()  # a session each, because requests does not promise that threads can share one
         self._guard = threading.Lock()
         self._under_way: dict[str, threading.Lock] = {}
+        self._stopped = threading.Event()
         # answers_paid, answers_from_disk, prompt_tokens, completion_tokens (both of paid answers), what callers count, failed tries by kind
         self.counts: collections.Counter[str] = collections.Counter()
 
@@ -100,7 +103,12 @@ class Chat:
 
     def failures(self) -> dict[str, int]:
         """How many tries failed, by kind."""
-        return {name.removeprefix(_FAILED): count for name, count in sorted(self.counts.items()) if name.startswith(_FAILED)}
+        with self._guard:
+            return {name.removeprefix(_FAILED): count for name, count in sorted(self.counts.items()) if name.startswith(_FAILED)}
+
+    def stop(self) -> None:
+        """Nothing is tried again from now on, and those that wait for their next try give up."""
+        self._stopped.set()
 
     def count(self, **counts: int) -> None:
         with self._guard:
@@ -114,13 +122,13 @@ class Chat:
             except _Failure as failure:
                 self.count(**{_FAILED + failure.kind: 1})
                 last = failure
-                if number + 1 < TRIES:
-                    backoff = self._endpoint.backoff * 2**number * random.uniform(0.5, 1)  # apart, lest all come back at one moment
-                    time.sleep(backoff if failure.wait is None else failure.wait)
+                backoff = self._endpoint.backoff * 2**number * random.uniform(0.5, 1)  # apart, lest all come back at one moment
+                if number + 1 == TRIES or self._stopped.wait(backoff if failure.wait is None else failure.wait):
+                    break
                 continue
             self.count(answers_paid=1, prompt_tokens=answer["prompt_tokens"], completion_tokens=answer["completion_tokens"])
             return answer
-        raise NoAnswer(f"{TRIES} tries; the last: {last.kind} ({last})")
+        raise NoAnswer(f"{number + 1} tries; the last: {last.kind} ({last})")
 
     def _try(self, request: dict[str, Any]) -> dict[str, Any]:
         endpoint, deadline = self._endpoint, time.monotonic() + self._endpoint.timeout
@@ -179,7 +187,7 @@ def _parse(body: bytes) -> dict[str, Any]:
         counts = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
         if not isinstance(text, str):
             raise TypeError(type(text).__name__)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _Failure("not a chat completion", body[:300].decode(errors="replace")) from error
     return {"text": text, **counts}
 

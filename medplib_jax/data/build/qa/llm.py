@@ -42,6 +42,7 @@ class Writer:
                         raise EndpointError(f"{GIVE_UP} images in a row were not answered; {written}")
                     yield _unanswered(one, written) if isinstance(written, NoAnswer) else written
             except BaseException:  # Ctrl-C, too: what is under way is finished and kept, nothing else is begun
+                self._chat.stop()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 

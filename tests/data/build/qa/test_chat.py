@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import json
-import time
+import threading
 
 import pytest
 
@@ -51,6 +51,9 @@ FAILURES = {
     "not a chat completion, a list": lambda handler: handler.reply(b"[1, 2]"),
     "not a chat completion, other keys": lambda handler: handler.reply(b'{"choices": []}'),
     "not a chat completion, not a text": lambda handler: handler.reply(b'{"choices": [{"message": {"content": {"a": 1}}}]}'),
+    "not a chat completion, endless tokens": lambda handler: handler.reply(
+        b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": Infinity}}'
+    ),
     "not a chat completion, deep": lambda handler: handler.reply(b"[" * 100_000),
 }
 
@@ -108,10 +111,20 @@ def test_the_server_says_how_long_to_wait(header, expected):
 
 def test_waits_follow_the_server_or_grow(tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(threading.Event, "wait", lambda event, seconds=None: waits.append(seconds))
     with serve(lambda handler, messages, number: handler.reply(b"", 503, **({"Retry_After": "7"} if number == 1 else {})) if number < 4 else "Hi.") as server:
-        client(server, tmp_path, backoff=10.0).ask(MESSAGES)
+        asked = client(server, tmp_path, backoff=10.0)
+        asked.ask(MESSAGES)
+    waits = [seconds for seconds in waits if seconds]
     assert 5 <= waits[0] <= 10 and waits[1] == 7 and 20 <= waits[2] <= 40 and 40 <= waits[3] <= 80
+
+
+def test_after_a_stop_nothing_is_tried_again(tmp_path):
+    with serve(lambda handler, messages, number: handler.reply(b"later", 503, Retry_After="600")) as server:
+        asked = client(server, tmp_path)
+        asked.stop()
+        with pytest.raises(chat.NoAnswer, match="1 tries"):
+            asked.ask(MESSAGES)
 
 
 def test_nothing_is_paid_twice(tmp_path):
@@ -152,7 +165,7 @@ def test_a_server_need_not_count_tokens(tmp_path):
         assert asked.ask(MESSAGES) == "Hi." and asked.counts["prompt_tokens"] == 0
 
 
-@pytest.mark.parametrize("changes", [{"url": "localhost:8000"}, {"url": "file:///etc/passwd"}, {"model": ""}, {"timeout": 0}, {"timeout": float("nan")}])
+@pytest.mark.parametrize("changes", [{"url": "localhost:8000"}, {"url": "file:///etc/passwd"}, {"model": ""}, {"timeout": 0}, {"timeout": float("nan")}, {"extra": [1]}])
 def test_an_endpoint_is_an_address_and_a_model(changes):
     with pytest.raises(ValueError, match="expected"):
         chat.Endpoint(**{"url": "http://localhost/v1", "model": "m"} | changes)
