@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from medplib_jax.experiment import ShardingConfig
+from medplib_jax.experiment import ExperimentConfig, ShardingConfig
 from medplib_jax.types import Params
 
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -76,6 +76,20 @@ def _walk(path, axes, shapes, mesh):
     if set(axes) != set(shapes):
         raise ValueError(f"{'/'.join(path) or 'parameters'}: logical axes and shapes differ in {sorted(set(axes) ^ set(shapes))}")
     return {key: _walk((*path, key), axes[key], shapes[key], mesh) for key in shapes}
+
+
+def check_fits(config: ExperimentConfig, mesh: Mesh) -> None:
+    """ValueError for what the shapes of the parameters do not show: rows, heads and experts that the mesh cannot share out evenly."""
+    model, optim, rules = config.model, config.optim, config.sharding.rules
+    shares = [("data.batch_size / optim.accumulate", config.data.batch_size // optim.accumulate, BATCH_AXES)]
+    shares += [("model.llm.num_heads", model.llm.num_heads, rules["heads"]), ("model.llm.num_kv_heads", model.llm.num_kv_heads, rules["kv_heads"])]
+    shares += [("model.moe.num_experts", model.moe.num_experts, rules["expert"])] if model.moe_layers else []
+    if config.data.batch_size % optim.accumulate:
+        raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of optim.accumulate {optim.accumulate}")
+    for name, count, axes in shares:
+        if count % axis_size(mesh, axes):
+            described = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+            raise ValueError(f"{name} {count} cannot be shared out evenly over the mesh's {described}")
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, shapes: Params, shardings: Params, mesh: Mesh):

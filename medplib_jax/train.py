@@ -86,8 +86,6 @@ class Run:
         self.rows = process_rows(self.mesh, config.data.batch_size)
         self.reads_first = reads_first(self.mesh, config.data.batch_size)
         self.agree = Agreement(self.mesh)
-        if config.data.batch_size % config.optim.accumulate:
-            raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of optim.accumulate {config.optim.accumulate}")
         check_tokenizer(config)
         self.loader, self.plan, self.skipped = self._read_sources()
         wait_for_others("data_planned")
@@ -300,7 +298,7 @@ def check_shared(manager: ocp.CheckpointManager) -> None:
 
 
 def reads_first(mesh: Mesh, batch_size: int) -> bool:
-    """Whether no process before this one loads the same rows, as tensor and expert peers do."""
+    """Whether no process before this one loads the same rows, as tensor peers do."""
     first_row = {device: index[0].start for device, index in batch_sharding(mesh).devices_indices_map((batch_size,)).items()}
     mine = {row for device, row in first_row.items() if device.process_index == jax.process_index()}
     return all(device.process_index >= jax.process_index() for device, row in first_row.items() if row in mine)

@@ -18,7 +18,7 @@ from medplib_jax.models.layers import abstract_module, bind, draw_params, logica
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.multihost import wait_for_others
 from medplib_jax.optim import combine, partition
-from medplib_jax.sharding import optimizer_shardings, param_shardings, use_rules
+from medplib_jax.sharding import check_fits, optimizer_shardings, param_shardings, use_rules
 from medplib_jax.types import Array, Batch, Params, TrainState
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ def make_state(params: Params, config: ExperimentConfig, tx: optax.GradientTrans
 
 
 def state_shardings(model: MedPLIB, config: ExperimentConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A TrainState of NamedShardings: moments lie where their parameter lies."""
+    """A TrainState of NamedShardings: moments lie where their parameter lies. Raises ValueError for a mesh that does not fit."""
+    check_fits(config, mesh)
     shapes, _ = partition(params_of(model), config.optim.trainable)
     trainable, frozen = partition(model_shardings(model, mesh, config.sharding), config.optim.trainable)
     return TrainState(NamedSharding(mesh, PartitionSpec()), trainable, frozen, optimizer_shardings(tx, shapes, trainable, mesh))

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 
@@ -11,7 +12,9 @@ from jax.sharding import PartitionSpec
 from medplib_jax.experiment import MeshConfig, ShardingConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.sharding import batch_sharding, optimizer_shardings, param_shardings, process_rows, put_batch, use_rules
+from medplib_jax.train_step import abstract_model, state_shardings
 from tests import sharding_golden
+from tests.helpers import tiny_experiment
 
 
 @pytest.fixture
@@ -97,3 +100,19 @@ def test_every_parameter_of_the_7b_model_lies_where_it_did():
     for mesh, specs in golden.items():
         changed = {path: (specs.get(path), current[mesh].get(path)) for path in specs | current[mesh] if specs.get(path) != current[mesh].get(path)}
         assert not changed, f"{mesh}: {changed}"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "message"),
+    [
+        ((8, 1, 1, 1), {"optim": {"accumulate": 2}}, "data.batch_size / optim.accumulate 4 cannot be shared out evenly over the mesh's data=8 x fsdp=1 x expert=1"),
+        ((1, 1, 1, 8), {}, "model.llm.num_heads 2 cannot be shared out evenly over the mesh's tensor=8"),
+        ((1, 1, 8, 1), {}, "model.moe.num_experts 2 cannot be shared out evenly over the mesh's expert=8"),
+        ((8, 1, 1, 1), {"optim": {"accumulate": 3}}, "data.batch_size 8 is not a multiple of optim.accumulate 3"),
+    ],
+)
+def test_what_a_mesh_cannot_share_out_is_said_before_anything_compiles(sizes, changes, message):
+    config = tiny_experiment()
+    config = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in changes.items()})
+    with pytest.raises(ValueError, match=message):
+        state_shardings(abstract_model(config.model), config, optax.sgd(1.0), make_mesh(MeshConfig(*sizes)))

@@ -46,6 +46,7 @@ def make_program(kind: str, config: ExperimentConfig, mesh: Mesh, rows: int, len
 
 
 def _train(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
     model = abstract_model(config.model)
     trainable, _ = partition(params_of(model), config.optim.trainable)
     schedule = make_schedule(config.optim, STEPS, STEPS)

@@ -155,7 +155,7 @@ class Experts(nnx.Module):
         exchanged = mesh_axes("expert") if axis_size(mesh, mesh_axes("expert")) > 1 else ()
 
         def local(params, x, routing, rng):
-            params = jax.tree.map(_gather_width, params, names)
+            params = jax.tree.map(lambda array, names: _gather_width(array.astype(x.dtype), names), params, names)
             if rng is not None:
                 rng = jax.random.fold_in(rng, jax.lax.axis_index(mesh.axis_names))
             return jax.lax.psum(bind(self, params)._local(x, routing, rng, exchanged), mesh_axes("mlp"))
