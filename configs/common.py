@@ -3,8 +3,8 @@
 from medplib_jax.config import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
 from medplib_jax.experiment import DataConfig, MeshConfig, OptimConfig
 
-# MedPLIB-7B: the defaults of ModelConfig, in bfloat16; activations are recomputed but for those that are cheap to keep.
-LARGE = ModelConfig(dtype="bfloat16", remat="outputs")
+# MedPLIB-7B: the defaults of ModelConfig, in bfloat16; of what the decoder computes it keeps what no wider than the model is, and recomputes the rest.
+LARGE = ModelConfig(dtype="bfloat16", remat="projections")
 
 # Parameters and rows are spread over all chips: two experts of 7B do not fit one.
 POD = MeshConfig(data=1, fsdp=-1)

@@ -18,7 +18,7 @@ from medplib_jax.models.layers import abstract_module, bind, draw_params, logica
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.multihost import wait_for_others
 from medplib_jax.optim import combine, partition
-from medplib_jax.sharding import check_fits, optimizer_shardings, param_shardings, use_rules
+from medplib_jax.sharding import check_fits, optimizer_shardings, param_shardings, shard_param, use_rules
 from medplib_jax.types import Array, Batch, Params, TrainState
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,9 @@ def make_train_step(
     gradients add up to the whole batch's. Randomness depends on (train.seed, step) only."""
 
     def micro_loss(trainable: Params, frozen: Params, batch: Batch, rng: Array, divide_by):
-        params = combine(trainable, frozen)
         with use_rules(config.sharding.rules):
+            # so that each gradient is added up where its parameter lies, and never whole on every device
+            params = jax.tree.map(shard_param, combine(trainable, frozen), logical_axes(model))
             output, _ = bind(model, params)(batch, train=True, rng=rng)
         loss, metrics = total_loss(output, params["llm"]["head"]["kernel"], batch, config.loss, config.model, divide_by)
         return loss, metrics | router_metrics(output.aux, config.optim.accumulate)

@@ -6,7 +6,6 @@ there, causal attention counts the half of the scores that it needs, a top-k mix
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 
 import jax
@@ -19,6 +18,7 @@ from medplib_jax.aot.programs import make_program
 from medplib_jax.experiment import ExperimentConfig, MeshConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models.attention import splash_block
+from medplib_jax.models.grouped_matmul import TPU_ROW_TILE
 
 
 def model_flops(kind: str, config: ExperimentConfig, chip: jax.Device, rows: int, length: int) -> float:
@@ -60,17 +60,20 @@ def _kernel_flops(eqn) -> float:
     return eqn.params["cost_estimate"].flops
 
 
-def executed_kernel_flops(name: str, operands: Sequence[Shape], attributes: str) -> float:
-    """FLOPs of one kernel call in the TPU's program: attention by its blocks, the others as they state them.
+def executed_kernel_flops(name: str, operands: Sequence[Shape]) -> float:
+    """FLOPs of one kernel call in the TPU's program. Attention by its blocks; a grouped product by its tiles of rows, of which one that
+    lies across the border of two groups is worked on twice. Rows that belong to no group count, though the kernel skips them.
 
-    Raises ValueError for a kernel that states nothing.
+    Raises ValueError for a kernel it does not know.
     """
+    floating = [shape.dims for shape in operands if shape.dtype in ("bf16", "f32")]
     if "splash" in name:
-        return splash_flops(name, [shape.dims for shape in operands if shape.dtype in ("bf16", "f32")], needed=False)
-    stated = re.search(r'"flops":"?(\d+)', attributes)
-    if not stated:
-        raise ValueError(f"kernel {name} states no FLOPs")
-    return float(stated.group(1))
+        return splash_flops(name, floating, needed=False)
+    if "gmm" in name:
+        groups = next(shape.size for shape in operands if shape.dtype == "s32" and len(shape.dims) == 1) - 2  # their borders, and the rest
+        (rows, inner), outer = floating[0], math.prod(floating[1]) // (floating[0][0] if "tgmm" in name else groups * floating[0][1])
+        return 2.0 * (rows + TPU_ROW_TILE * (groups - 1)) * inner * outer
+    raise ValueError(f"kernel {name} is not one whose FLOPs are known")
 
 
 def splash_flops(name: str, floating_operands: Sequence[tuple[int, ...]], needed: bool) -> float:

@@ -113,8 +113,8 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
 
 
-def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...], str], float]) -> Usage:
-    """Walks the module. `kernel_flops(instruction name, operand shapes, attributes)` gives a kernel's FLOPs."""
+def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...]], float]) -> Usage:
+    """Walks the module. `kernel_flops(instruction name, operand shapes)` gives a kernel's FLOPs."""
     computations, entry = parse(text)
     flops = traffic = 0.0
     collectives: dict[str, Collective] = {}
@@ -131,7 +131,7 @@ def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...], str], 
                 collectives.setdefault(_channel(instruction, name), found)  # an asynchronous one appears in several computations
             elif "tpu_custom_call" in instruction.attributes:
                 operands = tuple(shape for operand in instruction.operands for shape in computation[operand].shapes)
-                cost = times * kernel_flops(instruction.name, operands, instruction.attributes)
+                cost = times * kernel_flops(instruction.name, operands)
                 flops += cost
                 label = re.sub(r"[.\d]+$", "", instruction.name)
                 kernels[label] = (kernels[label][0] + times, kernels[label][1] + cost)
@@ -183,10 +183,14 @@ def _collective(kind: str, instruction: Instruction, computation: Computation, t
 
 
 def _group_size(attributes: str) -> int:
-    """Chips per group, from replica_groups={{0,1},..} or [groups,size]<=[..]; 0 when the instruction has none."""
+    """Chips per group, from replica_groups={{0,1},..}, [groups,size]<=[..] or mesh['a'=4,'b'=2] {'b'}; 0 when the instruction has none."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     if listed:
         return len(listed.group(1).split(","))
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if named:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named.group(2)))
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
     return int(iota.group(2)) if iota else 0
 
@@ -247,7 +251,7 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
     operands = [computation[name].shapes for name in instruction.operands]
     fusion = computations.get(instruction.called[0]) if instruction.opcode == "fusion" and instruction.called else None
     if fusion:
-        return sum(_fusion_traffic(fusion, operands, instruction.shapes))
+        return sum(_fusion_traffic(fusion, instruction.shapes))
     if instruction.opcode in ("dynamic-slice", "gather", "slice"):
         return 2.0 * _hbm(instruction.shapes)
     if instruction.opcode == "dynamic-update-slice":
@@ -259,22 +263,31 @@ def _hbm(shapes: tuple[Shape, ...]) -> float:
     return float(sum(shape.bytes for shape in shapes if not shape.on_chip))
 
 
-def _fusion_traffic(fusion: Computation, operands: list[tuple[Shape, ...]], results: tuple[Shape, ...]) -> Iterator[float]:
+def _fusion_traffic(fusion: Computation, results: tuple[Shape, ...]) -> Iterator[float]:
     """A parameter that is only sliced costs its slices; a result that updates a slice of a parameter costs the slice."""
     users = collections.defaultdict(list)
     for instruction in fusion.values():
         for operand in instruction.operands:
             users[operand].append(instruction)
-    parameters = [i for i in fusion.values() if i.opcode == "parameter"]
-    for parameter in parameters:
-        used = users[parameter.name]
-        if used and all(i.opcode in ("dynamic-slice", "dynamic-update-slice") and i.operands[0] == parameter.name for i in used):
-            slices = [i.shapes if i.opcode == "dynamic-slice" else fusion[i.operands[1]].shapes for i in used]
-            yield sum(map(_hbm, slices)) if _hbm(parameter.shapes) else 0.0
-        else:
-            yield _hbm(parameter.shapes)
+    for parameter in (i for i in fusion.values() if i.opcode == "parameter"):
+        yield _read(parameter, users, fusion) if _hbm(parameter.shapes) else 0.0
     root = next(i for i in fusion.values() if i.is_root)
     updates = [i for i in fusion.values() if i.opcode == "dynamic-update-slice"]
     if root.opcode in ("dynamic-update-slice", "bitcast") and updates:
-        return
+        return  # written where the parameter's slice was counted
     yield _hbm(results)
+
+
+def _read(source: Instruction, users: dict[str, list[Instruction]], fusion: Computation) -> float:
+    """Bytes of an array inside a fusion that are read, or written when the fusion updates it in place."""
+    total = 0.0
+    for user in users[source.name]:
+        if user.opcode == "bitcast":
+            total += _read(user, users, fusion)
+        elif user.opcode == "dynamic-slice" and user.operands[0] == source.name:
+            total += sum(shape.bytes for shape in user.shapes)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
+            total += sum(shape.bytes for shape in fusion[user.operands[1]].shapes)
+        else:
+            return float(sum(shape.bytes for shape in source.shapes))
+    return total

@@ -64,4 +64,4 @@ class MedPLIB(nnx.Module):
     def draw(self, seg_hidden_BxMxD: Array, batch: Batch) -> tuple[Array, Array]:
         """Masks from the hidden states that predict <SEG>: float32 logits [B, M, h, w] and predicted IoU [B, M]."""
         pixels = normalise_sam(batch.sam_pixels, batch.sam_box).astype(self.config.dtype)
-        return self.sam.decode(self.sam.encode(pixels), self.seg_mlp(seg_hidden_BxMxD))
+        return self.sam.decode(shard_rows(self.sam.encode(pixels)), shard_rows(self.seg_mlp(shard_rows(seg_hidden_BxMxD))))

@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from medplib_jax.aot.flops import count_flops, splash_flops
+import pytest
+
+from medplib_jax.aot.flops import count_flops, executed_kernel_flops, splash_flops
+from medplib_jax.aot.hlo import Shape
 from medplib_jax.models.attention import splash_block
 
 
@@ -44,3 +47,15 @@ def test_attention_counts_half_of_the_scores_and_executes_whole_blocks():
     assert splash_block(1024) == 512
     assert splash_flops("splash_mha_fwd_segmented_residuals", [q], needed=False) == 2 * all_scores * 3 / 4
     assert splash_flops("splash_mha_dkv_segmented_no_residuals", [q], needed=False) == 5 * all_scores * 3 / 4
+
+
+def test_grouped_products_execute_tiles_on_a_border_twice():
+    sizes = [Shape("s32", (), False), Shape("s32", (4,), False), Shape("s32", (18,), False)]  # two groups: three borders and the rest's
+    rows, wide, weights, back = (Shape("bf16", dims, False) for dims in ((2048, 512), (2048, 768), (2, 512, 768), (2, 768, 512)))
+    expected = 2 * (2048 + 128) * 512 * 768
+    assert executed_kernel_flops("gmm.3", [*sizes, rows, weights]) == expected
+    assert executed_kernel_flops("gmm.4", [*sizes, wide, weights]) == expected  # with the weights transposed
+    assert executed_kernel_flops("gmm.4", [*sizes, rows, back]) == expected
+    assert executed_kernel_flops("tgmm.1", [*sizes, rows, wide]) == expected
+    with pytest.raises(ValueError, match="kernel mystery.1 is not one"):
+        executed_kernel_flops("mystery.1", [])

@@ -34,7 +34,7 @@ MODULE = """HloModule jit_f, is_scheduled=true
   %x = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%state), index=1
   %ws = bf16[5,64,32]{2,1,0:T(8,128)(2,1)} get-tuple-element(%state), index=2
   %half = bf16[16,32]{1,0:T(8,128)(2,1)} fusion(%ws, %i.1, %x), kind=kOutput, calls=%product
-  %whole = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} all-gather(%half), channel_id=1, replica_groups=[4,2]<=[8], dimensions={1}, metadata={op_name="jit(f)/while/body/dot_general"}
+  %whole = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} all-gather(%half), channel_id=1, replica_groups=mesh['data'=4,'fsdp'=2] {'fsdp'}, dimensions={1}, metadata={op_name="jit(f)/while/body/dot_general"}
   ROOT %next = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[5,64,32]{2,1,0}) tuple(%i.1, %whole, %ws)
 }
 
@@ -54,7 +54,7 @@ ENTRY %main (q: bf16[2,256,128], ws.1: bf16[5,64,32], x.1: bf16[16,64]) -> bf16[
 
 @pytest.fixture(scope="module")
 def usage():
-    return read_usage(MODULE, lambda name, operands, attributes: float(operands[0].size))
+    return read_usage(MODULE, lambda name, operands: float(operands[0].size))
 
 
 def test_products_count_as_often_as_their_loop_runs(usage):
