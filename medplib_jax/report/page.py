@@ -13,9 +13,8 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from medplib_jax.data import images, regions
-from medplib_jax.data.sources import REGION, Record
-from medplib_jax.report.pictures import PALETTE, REGION_COLOUR, format_value, mark_tokens, open_thumbnail, overlay
+from medplib_jax.data.sources import Record
+from medplib_jax.report.pictures import PALETTE, REGION_COLOUR, format_value, mark_tokens, marked_regions, open_thumbnail, overlay
 from medplib_jax.report.plots import Router, draw_curves, draw_router, draw_stages
 
 
@@ -113,11 +112,7 @@ def _table(title, rows):
 
 def region_masks(record: Record, size: tuple[int, int]) -> list[np.ndarray]:
     """The regions in a record's last question, bool [h, w] at the image's `size` (h, w), for `Example.region_masks`."""
-    found = []
-    for reference in REGION.findall(record.turns[-2][1]):
-        mask = regions.draw(reference, size) if regions.is_shape(reference) else images.load_mask(record.path(reference), size)
-        found.append(np.asarray(mask) > 0)
-    return found
+    return marked_regions(record.turns[-2][1], record.path, size)
 
 
 def _card(out, number, example):

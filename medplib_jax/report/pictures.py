@@ -2,14 +2,15 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import markupsafe
 import numpy as np
 from PIL import Image
 
-from medplib_jax.data import images
+from medplib_jax.data import images, regions
+from medplib_jax.data.sources import REGION
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito: told apart by colour-blind readers
 REGION_COLOUR = "#00e5ff"
@@ -69,6 +70,15 @@ def _eroded(mask, steps=2):
         padded = np.pad(mask, 1)
         mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask
+
+
+def marked_regions(question: str, find: Callable[[str], str], size: tuple[int, int]) -> list[np.ndarray]:
+    """The regions that a question marks, bool [h, w] at the image's `size` (h, w); `find` gives the file of a mask that it refers to."""
+    found = []
+    for reference in REGION.findall(question):
+        mask = regions.draw(reference, size) if regions.is_shape(reference) else images.load_mask(find(reference), size)
+        found.append(np.asarray(mask) > 0)
+    return found
 
 
 def mark_tokens(text: str) -> markupsafe.Markup:

@@ -1,8 +1,8 @@
-"""Which masks of a sweep are looked at, and their pictures: best, median and worst, false masks, and what changed against the baseline."""
+"""Which answers of a sweep are looked at, and their pictures: best, median and worst, false masks, and what changed against the baseline."""
 
 import dataclasses
-import re
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,65 +11,88 @@ from PIL import Image
 from tqdm import tqdm
 
 from medplib_jax.data.errors import DataError
+from medplib_jax.data.images import load_image
 from medplib_jax.data.rle import decode_rle
 from medplib_jax.data.sources import find_file
 from medplib_jax.report.comparisons import ALL, Figure
-from medplib_jax.report.pictures import PALETTE, mark_tokens, open_thumbnail, outline, overlay
+from medplib_jax.report.pictures import PALETTE, REGION_COLOUR, THUMBNAIL, mark_tokens, marked_regions, open_thumbnail, outline, overlay
 from medplib_jax.report.sweep_load import Cell, Sweep, Task, read_rows
 
 PER_GROUP = 3
 FOLDER = "report_pictures"
+BOX_GRID = 1000  # boxes in text lie on a grid of this size, stretched over the picture
+# What stands for one answer: the first of these scores that it has.
+SCORES = {"dice": "Dice", "closed_accuracy": "", "open_f1": "F1", "roc_accuracy": "", "rouge_l": "ROUGE-L"}  # no name: right or wrong
 Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-    """The pictures of one task: `shown` are the checkpoints whose masks stand side by side, the first of which chose the records."""
+    """Answers of one task: those of the checkpoints `shown` stand side by side, the first of which chose the records."""
 
-    task: str
     protocol: str
     shown: tuple[str, ...]
     cards: tuple[dict[str, Any], ...]
 
 
 def make_galleries(sweep: Sweep, figures: Sequence[Figure]) -> dict[str, Gallery]:
-    """{task: gallery} of the tasks with masks. Writes the pictures to FOLDER in the sweep's folder, only those that are shown."""
+    """{task: gallery}, under the first protocol. Writes the pictures to FOLDER in the sweep's folder, only those that are shown."""
     folder = sweep.workdir / FOLDER
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.webp"):
         old.unlink()
+    values = {(figure.task, figure.protocol, figure.checkpoint): figure.value for figure in figures if figure.main and figure.modality == ALL}
     galleries = {}
-    with_masks = {task.name: (task, cells) for task, _, cells in reversed(sweep.columns) if any("gIoU" in cell.statistics for cell in cells)}
-    for task, cells in tqdm(with_masks.values(), desc="pictures", unit="task"):
-        column = [figure for figure in figures if (figure.task, figure.protocol) == (task.name, cells[0].protocol)]
-        values = {figure.checkpoint: figure.value for figure in column if figure.main and figure.modality == ALL}
-        best = max(cells, key=lambda cell: values.get(cell.checkpoint, -1))
+    for task, protocol, cells in tqdm(sweep.columns, desc="pictures", unit="task"):
+        if task.name in galleries:
+            continue
+        best = max(cells, key=lambda cell: values.get((task.name, protocol, cell.checkpoint), -1))
         baseline = [cell for cell in cells if cell.checkpoint == sweep.baseline and cell is not best]
-        galleries[task.name] = _gallery(sweep.workdir, task, [best, *baseline])
+        galleries[task.name] = _gallery(folder, f"{len(galleries):02d}", task, [best, *baseline])
     return galleries
 
 
-def _gallery(workdir: Path, task: Task, cells: Sequence[Cell]) -> Gallery:
+def _gallery(folder: Path, stem: str, task: Task, cells: Sequence[Cell]) -> Gallery:
     rows = [{row["record"]: row for row in read_rows(cell.predictions)} for cell in cells]
     cards = []
     for group, records in choose(*rows).items():
         for record in records:
-            cards.append(_card(workdir, task, group, [found.get(record) for found in rows], [cell.checkpoint for cell in cells]))
-    return Gallery(task.name, cells[0].protocol, tuple(cell.checkpoint for cell in cells), tuple(cards))
+            answers = {cell.checkpoint: found[record] for cell, found in zip(cells, rows, strict=True) if record in found}
+            cards.append(_card(folder, f"{stem}-{record}", task, group, answers))
+    return Gallery(cells[0].protocol, tuple(cell.checkpoint for cell in cells), tuple(cards))
+
+
+def score_of(row: Row) -> tuple[str, float] | None:
+    """The name and value of the score that stands for an answer; None for a question about masks that has no target."""
+    scores = row["scores"]
+    if not scores.get("target", 1):
+        return None
+    if scores.get("boxes"):
+        return "boxes met", scores["boxes_found"] / scores["boxes"]
+    return next(((label, scores[name]) for name, label in SCORES.items() if name in scores), None)
+
+
+def _shown(score: tuple[str, float] | None) -> str:
+    if score is None:
+        return ""
+    name, value = score
+    return f"{name} {value:.3f}" if name else "right" if value == 1 else "wrong"
 
 
 def choose(rows: Mapping[int, Row], baseline: Mapping[int, Row] | None = None) -> dict[str, list[int]]:
-    """{group: record numbers}, each record once: best, median and worst Dice of questions with a target, masks drawn where none belongs, and
-    the largest gains and losses against `baseline`. Equal scores go by record number."""
-    target = sorted((record for record, row in rows.items() if row["scores"]["target"]), key=lambda record: (rows[record]["scores"]["dice"], record))
-    middle = max(0, len(target) // 2 - PER_GROUP // 2)
-    groups = {"worst": target[:PER_GROUP], "best": target[::-1][:PER_GROUP], "median": target[middle:][:PER_GROUP]}
-    groups["false mask"] = [record for record, row in sorted(rows.items()) if row["scores"]["drawn"] and not row["scores"]["target"]][:PER_GROUP]
+    """{group: record numbers}, each record once: best, median and worst scores, masks drawn where none belongs, and the largest gains and
+    losses against `baseline`. Equal scores go by record number."""
+    scores = {record: found[1] for record, row in rows.items() if (found := score_of(row))}
+    ordered = sorted(scores, key=lambda record: (scores[record], record))
+    middle = max(0, len(ordered) // 2 - PER_GROUP // 2)
+    groups = {"worst": ordered[:PER_GROUP], "best": ordered[::-1][:PER_GROUP], "median": ordered[middle:][:PER_GROUP]}
+    false_masks = [record for record, row in sorted(rows.items()) if row["scores"].get("drawn") and not row["scores"]["target"]]
+    groups["false mask"] = false_masks[:PER_GROUP]
     if baseline:
-        change = {record: rows[record]["scores"]["dice"] - baseline[record]["scores"]["dice"] for record in target if record in baseline}
-        by_change = sorted(change, key=lambda record: (change[record], record))
-        groups["gained"] = [record for record in by_change[::-1] if change[record] > 0][:PER_GROUP]
-        groups["lost"] = [record for record in by_change if change[record] < 0][:PER_GROUP]
+        before = {record: found[1] for record in scores if record in baseline and (found := score_of(baseline[record]))}
+        change = sorted(before, key=lambda record: (scores[record] - before[record], record))
+        groups["gained"] = [record for record in change[::-1] if scores[record] > before[record]][:PER_GROUP]
+        groups["lost"] = [record for record in change if scores[record] < before[record]][:PER_GROUP]
     seen: set[int] = set()
     chosen = {}
     for name in ("best", "median", "worst", "false mask", "gained", "lost"):
@@ -78,45 +101,50 @@ def choose(rows: Mapping[int, Row], baseline: Mapping[int, Row] | None = None) -
     return chosen
 
 
-def _card(workdir: Path, task: Task, group: str, rows: Sequence[Row | None], checkpoints: Sequence[str]) -> dict[str, Any]:
-    """What the page needs of one question; `rows` are the checkpoints' answers, the first of which is there."""
-    first = rows[0]
-    true = [decode_rle(rle) for rle in first["true_masks"]]
+def _card(folder: Path, stem: str, task: Task, group: str, rows: Mapping[str, Row]) -> dict[str, Any]:
+    """What the page needs of one question; `rows` are the checkpoints' answers."""
+    first = next(iter(rows.values()))
     picture, problem = _picture(task, first)
-    save = _saver(workdir, f"{re.sub('[^A-Za-z0-9.-]+', '_', task.name)}-{first['record']}")
-    panels = [save("picture", picture), save("truth", overlay(picture, true, PALETTE)) | {"empty": not true}]
-    answers = []
-    for checkpoint, row in zip(checkpoints, rows, strict=True):
-        if row is None:
-            continue
-        masks = [decode_rle(rle) for rle in row["masks"]]
-        score = row["scores"]["dice"] if row["scores"]["target"] else None
-        panels.append(save(checkpoint, outline(overlay(picture, masks, PALETTE), true)) | {"empty": not masks, "score": score})
-        answers.append((checkpoint, mark_tokens(row["answer"])))
+    shown = [] if picture is None else [("picture", picture, None)]
+    if picture is not None and (true := _shapes(first, "true_", picture)) is not None:
+        shown.append(("truth", overlay(picture, true, PALETTE), true))
+        for checkpoint, row in rows.items():
+            drawn = _shapes(row, "", picture)
+            shown.append((checkpoint, outline(overlay(picture, drawn, PALETTE), true), drawn))
+    panels = []
+    for number, (caption, pixels, shapes) in enumerate(shown):
+        Image.fromarray(pixels).save(folder / f"{stem}-{number}.webp", quality=85, method=2)
+        size = {"height": pixels.shape[0], "width": pixels.shape[1]}
+        panels.append({"caption": caption, "file": f"{FOLDER}/{stem}-{number}.webp", "empty": shapes == []} | size)
+    answers = [{"checkpoint": name, "text": mark_tokens(row["answer"]), "score": _shown(score_of(row))} for name, row in rows.items()]
     return {
-        "group": group, "modality": first["modality"], "record": first["record"], "panels": panels, "problem": problem,
+        "group": group, "modality": first["modality"] or "none", "record": first["record"], "panels": panels, "problem": problem,
         "question": mark_tokens(first["question"]), "expected": mark_tokens(first["expected"]), "answers": answers,
     }  # fmt: skip
 
 
-def _picture(task: Task, row: Row) -> tuple[np.ndarray, str]:
-    """The row's picture, or grey of the masks' shape and why: a report can be made where the pictures are not."""
+def _picture(task: Task, row: Row) -> tuple[np.ndarray | None, str]:
+    """The row's picture with the region that its question marks, None if it has none. A report can be made where the pictures are not: then
+    grey of the masks' shape, and why."""
+    if not row["image"]:
+        return None, ""
+    find = functools.partial(find_file, task.root)
     try:
-        return open_thumbnail(find_file(task.root, row["image"][-1])), ""
+        path = find(row["image"][-1])
+        marked = marked_regions(row["question"], find, load_image(path).shape[:2])
+        return overlay(open_thumbnail(path), marked, (REGION_COLOUR,)), ""
     except DataError as error:
-        height, width = (row["true_masks"] or row["masks"] or [{"size": (1, 1)}])[0]["size"]
-        scale = 224 / max(height, width)
-        return np.full((max(1, round(height * scale)), max(1, round(width * scale)), 3), 90, np.uint8), f"{error.what}: {row['image'][-1]}"
+        height, width = next((rle["size"] for rle in (*row.get("true_masks", ()), *row.get("masks", ()))), (1, 1))
+        size = [max(1, round(side * THUMBNAIL / max(height, width))) for side in (height, width)]
+        return np.full((*size, 3), 90, np.uint8), f"{error.what}: {row['image'][-1]}"
 
 
-def _saver(workdir: Path, stem: str) -> Callable[[str, np.ndarray], dict[str, Any]]:
-    count = 0
-
-    def save(caption: str, pixels: np.ndarray) -> dict[str, Any]:
-        nonlocal count
-        name = f"{stem}-{count}.webp"
-        count += 1
-        Image.fromarray(pixels).save(workdir / FOLDER / name, quality=85, method=2)
-        return {"caption": caption, "file": f"{FOLDER}/{name}", "height": pixels.shape[0], "width": pixels.shape[1], "empty": False, "score": None}
-
-    return save
+def _shapes(row: Row, prefix: str, picture: np.ndarray) -> list[np.ndarray] | None:
+    """The masks or boxes of an answer (`prefix` "true_": of the truth) as bool [h, w]; None when it is about neither."""
+    if f"{prefix}masks" in row:
+        return [decode_rle(rle) for rle in row[f"{prefix}masks"]]
+    if f"{prefix}boxes" not in row:
+        return None
+    height, width = picture.shape[:2]
+    x, y = (np.arange(size) * BOX_GRID / size for size in (width, height))
+    return [((x >= x1) & (x < x2))[None] & ((y >= y1) & (y < y2))[:, None] for x1, y1, x2, y2 in row[f"{prefix}boxes"]]

@@ -231,7 +231,7 @@ def rows(dice, target=1, drawn=1):
     return {i: {"scores": {"dice": value, "target": target, "drawn": drawn}} for i, value in enumerate(dice)}
 
 
-def test_chosen_masks():
+def test_chosen_answers():
     found = rows(np.linspace(0, 1, 20)) | {20: {"scores": {"dice": 0, "target": 0, "drawn": 1}}, 21: {"scores": {"dice": 1, "target": 0, "drawn": 0}}}
     chosen = sweep_gallery.choose(found)
     assert (chosen["best"], chosen["median"], chosen["worst"], chosen["false mask"]) == ([19, 18, 17], [9, 10, 11], [0, 1, 2], [20])
