@@ -91,7 +91,9 @@ class Sweep:
 
 
 def load_sweep(workdir: str | Path) -> Sweep:
-    """Everything in a sweep's folder. Raises ValueError when sweep.json lacks a part, names an unknown baseline, or a line cannot be read."""
+    """Everything in a sweep's folder. Raises ValueError when sweep.json lacks a part, names an unknown baseline,
+    checkpoint or task, or a line cannot be read.
+    """
     workdir = Path(workdir)
     file = workdir / "sweep.json"
     raw = json.loads(file.read_text(encoding="utf-8"))
@@ -104,8 +106,11 @@ def load_sweep(workdir: str | Path) -> Sweep:
     names = [checkpoint.name for checkpoint in checkpoints]
     if baseline is not None and baseline not in names:
         raise ValueError(f"{file}: baseline {baseline!r} is not one of the checkpoints {names}")
+    for cell in raw["cells"]:
+        if cell["checkpoint"] not in names or cell["task"] not in [task.name for task in tasks]:
+            raise ValueError(f"{file}: a cell of {cell['checkpoint']!r} on {cell['task']!r}, one of which is not listed")
     cells = tuple(_load_cell(workdir, entry) for entry in tqdm(raw["cells"], desc="reading predictions", unit="cell"))
-    return Sweep(workdir, baseline, checkpoints, tasks, tuple(cell for cell in cells if len(cell.records)))
+    return Sweep(workdir, baseline, checkpoints, tasks, tuple(cell for cell in cells if cell.statistics))
 
 
 def _known(kind, entry):

@@ -29,8 +29,7 @@ def folder(tmp_path_factory):
     """A sweep of four checkpoints with text that wants to break the page."""
     folder = tmp_path_factory.mktemp("sweep")
     sweep = write_sweep(folder, 8, [CHECKPOINTS[i] for i in (0, 1, 3, 4)])
-    sweep["tasks"][0]["source"] = sweep["checkpoints"][3]["path"] = NASTY
-    sweep["checkpoints"][3]["run"] = NASTY
+    sweep["tasks"][0]["source"] = sweep["checkpoints"][2]["run"] = sweep["checkpoints"][3]["run"] = NASTY  # a label of the curves, too
     sweep["cells"][0]["skipped"] = [SKIPPED | {"what": NASTY, "task": NASTY}]
     (folder / "sweep.json").write_text(json.dumps(sweep))
     path = folder / "predictions/stage_IV-1600/exact/MeCoVQA_Grounding_test.0.jsonl"
@@ -169,7 +168,7 @@ def test_every_table_of_figures_names_its_protocols(page):
 
 
 def test_page_shows_runs_router_skipped_and_published(page):
-    assert page.count("<svg") == 2 * 6 - 6 + 2  # a curve for each task, a map for each checkpoint with a router
+    assert page.count("<svg") == 6 + 2  # a curve for each task, a map for each checkpoint with a router
     assert "currentColor" in page and "expert 1" in page
     for shown in ("images/ct_9.png", "the published test set has 2,344 records", "MedPLIB, re-run 1: an independent group", "79.90", "arXiv 2609.37283", "baseline"):
         assert shown in page, shown
@@ -199,7 +198,11 @@ def test_rows_that_disagree_with_the_sweep_are_named(small):
 
 
 def test_broken_input_is_named(small, tmp_path):
-    for broken, message in (({"cells": []}, "checkpoints, tasks not found"), ({"baseline": "x", "checkpoints": [], "tasks": [], "cells": []}, "baseline 'x'")):
+    empty = {"checkpoints": [], "tasks": [], "cells": []}
+    stray = {"checkpoint": "gone", "task": "rad"}
+    for broken, message in (
+        ({"cells": []}, "checkpoints, tasks not found"), (empty | {"baseline": "x"}, "baseline 'x'"), (empty | {"cells": [stray]}, "'gone' on 'rad'"),
+    ):  # fmt: skip
         (tmp_path / "sweep.json").write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=message):
             load_sweep(tmp_path)
