@@ -16,6 +16,7 @@ from nltk.util import ngrams
 from medplib_jax.metrics.text import meteor, rouge_l
 
 ORDERS = (1, 2, 3, 4)
+BLEU_COUNTS = ("words", "words_true", *(f"ngrams_{n}{suffix}" for n in ORDERS for suffix in ("", "_found")))
 # What pycocoevalcap's ptbtokenizer drops; nltk writes the same signs.
 _PUNCTUATION = frozenset(["''", "'", "``", "`", "(", ")", "{", "}", "[", "]", "<", ">", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _COCO_BETA = 1.2  # of ROUGE-L in pycocoevalcap
@@ -44,18 +45,15 @@ def mia_scores(answer: str, truth: str) -> dict[str, float]:
 
 
 def corpus_bleu(counts: np.ndarray, order: int) -> np.ndarray:
-    """BLEU (Papineni et al. 2002) of a corpus: counts [..., 2 + 2 * ORDERS] in the order of `BLEU_COUNTS` -> [...].
+    """BLEU (Papineni et al. 2002) of a corpus, from its sums [..., len(BLEU_COUNTS)] in that order -> [...]; NaN without any words.
 
-    As pycocoevalcap: 0 without a shared n-gram, up to 1e-9.
+    As in pycocoevalcap, an order without a shared n-gram counts as nearly 0.
     """
     words, words_true, there, found = counts[..., 0], counts[..., 1], counts[..., 2::2][..., :order], counts[..., 3::2][..., :order]
     with np.errstate(divide="ignore", invalid="ignore"):
         log_precision = np.log((found + 1e-15) / (there + 1e-9)).mean(-1)
         brevity = np.minimum(0.0, 1 - words_true / words)
     return np.where(words > 0, np.exp(log_precision + brevity), np.where(words_true > 0, 0.0, np.nan))
-
-
-BLEU_COUNTS = ("words", "words_true", *(f"ngrams_{n}{suffix}" for n in ORDERS for suffix in ("", "_found")))
 
 
 def spice(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
