@@ -241,6 +241,7 @@ def _meeting_pairs(inputs: int, kernel: int, outputs: int, window: dict[str, str
 
 # ---- memory traffic ----
 
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written into the first one
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "iota", "partition-id")
 
 
@@ -254,8 +255,8 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
         return sum(_fusion_traffic(fusion, instruction.shapes))
     if instruction.opcode in ("dynamic-slice", "gather", "slice"):
         return 2.0 * _hbm(instruction.shapes)
-    if instruction.opcode == "dynamic-update-slice":
-        return 2.0 * _hbm(operands[1])
+    if instruction.opcode in _IN_PLACE:
+        return 2.0 * _hbm(operands[_IN_PLACE[instruction.opcode]])
     return _hbm(instruction.shapes) + sum(map(_hbm, operands))
 
 
@@ -272,8 +273,8 @@ def _fusion_traffic(fusion: Computation, results: tuple[Shape, ...]) -> Iterator
     for parameter in (i for i in fusion.values() if i.opcode == "parameter"):
         yield _read(parameter, users, fusion) if _hbm(parameter.shapes) else 0.0
     root = next(i for i in fusion.values() if i.is_root)
-    updates = [i for i in fusion.values() if i.opcode == "dynamic-update-slice"]
-    if root.opcode in ("dynamic-update-slice", "bitcast") and updates:
+    updates = [i for i in fusion.values() if i.opcode in _IN_PLACE]
+    if root.opcode in (*_IN_PLACE, "bitcast") and updates:
         return  # written where the parameter's slice was counted
     yield _hbm(results)
 
@@ -286,8 +287,8 @@ def _read(source: Instruction, users: dict[str, list[Instruction]], fusion: Comp
             total += _read(user, users, fusion)
         elif user.opcode == "dynamic-slice" and user.operands[0] == source.name:
             total += sum(shape.bytes for shape in user.shapes)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
-            total += sum(shape.bytes for shape in fusion[user.operands[1]].shapes)
+        elif user.opcode in _IN_PLACE and user.operands[0] == source.name:
+            total += sum(shape.bytes for shape in fusion[user.operands[_IN_PLACE[user.opcode]]].shapes)
         else:
             return float(sum(shape.bytes for shape in source.shapes))
     return total

@@ -18,6 +18,7 @@ import numpy as np
 from absl import app, flags
 from jax.sharding import NamedSharding, PartitionSpec
 
+from medplib_jax.aot.chips import devices_of
 from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.experiment import MeshConfig
 from medplib_jax.mesh import make_mesh
@@ -154,10 +155,7 @@ def cpu_milliseconds(tokens: int, width: int, mlp: int, num_experts: int, repeat
 
 def tpu_ratios(topology: str, tokens: int, width: int, mlp: int, num_experts: int) -> dict[str, float]:
     """FLOPs the TPU compiler counts for the mixture over one MLP's, bfloat16, one chip. Needs no TPU, only libtpu."""
-    from jax.experimental import topologies  # libtpu is needed for this table alone
-
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    sharding = NamedSharding(make_mesh(MeshConfig(data=1, fsdp=1, expert=1, tensor=1), chips[:1]), PartitionSpec())
+    sharding = NamedSharding(make_mesh(MeshConfig(data=1, fsdp=1, expert=1, tensor=1), devices_of(topology)[:1]), PartitionSpec())
     counts = {}
     for name, (function, params) in programs(tokens, width, mlp, num_experts).items():
         x = jax.ShapeDtypeStruct((1, tokens, width), jnp.bfloat16, sharding=sharding)
