@@ -75,8 +75,8 @@ def load_image(path: str | Blob, notices: list[Notice] | None = None) -> np.ndar
 def load_pixels(path: str | Blob, notices: list[Notice] | None = None) -> np.ndarray:
     """uint8 [h, w] when the picture is grey, however it is stored (most CT, MR, X-ray and ultrasound), else RGB [h, w, 3].
 
-    DataError when it cannot be read or is too large. The file's EXIF rotation is applied (as OpenCV does in the original; masks carry none, so a mask made on the unrotated picture is
-    met by the size check of `load_mask`). Alpha is dropped, 16-bit grey keeps its high byte, palettes and CMYK are converted: whatever
+    DataError when it cannot be read or is too large. The file's EXIF rotation is applied (as OpenCV does in the original; masks carry none,
+    so a mask made on the unrotated picture is met by the size check of `load_mask`). Alpha is dropped, 16-bit grey keeps its high byte, palettes and CMYK are converted: whatever
     is not plain 8-bit grey or RGB is noted in `notices`.
     """
     image = _open(path, notices, upright=True)

@@ -10,6 +10,7 @@ skipped.jsonl, which names every record that was left out and why.
 import argparse
 import json
 import os
+import sys
 from collections import Counter
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from medplib_jax.data import images
 from medplib_jax.data.build import modalities
+from medplib_jax.data.build.command import finish
 from medplib_jax.data.build.importers import READERS
 from medplib_jax.data.build.importers.example import Example
 from medplib_jax.data.build.mecovqa import write_json
@@ -94,14 +96,14 @@ def _record(example: Example, pictures: _Pictures, out: str) -> dict[str, Any]:
     return raw
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", required=True, choices=sorted(READERS))
     parser.add_argument("--source", required=True, help="the unpacked dataset's folder")
     parser.add_argument("--out", required=True, help="folder to write")
     arguments = parser.parse_args()
-    print(json.dumps(import_dataset(arguments.dataset, arguments.source, arguments.out), indent=1))
+    return finish(lambda: import_dataset(arguments.dataset, arguments.source, arguments.out))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

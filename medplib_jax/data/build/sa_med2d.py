@@ -14,10 +14,12 @@ import fnmatch
 import json
 import os
 import re
+import sys
 from typing import Any
 
 from tqdm import tqdm
 
+from medplib_jax.data.build.command import finish
 from medplib_jax.data.build.mecovqa import class_name, parse_mask_name, read_class_names, stem, write_json
 from medplib_jax.data.build.place import place, safe_name
 from medplib_jax.data.errors import DataError
@@ -74,14 +76,14 @@ def _place_mask(source: str, out: str, image: str, mask: str, names: dict[tuple[
     return None
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", required=True, help="the unpacked collection")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--match", default="*", help="pattern of image names without .png, e.g. 'ct_00--*'")
     arguments = parser.parse_args()
-    print(json.dumps(make_pairs(arguments.source, arguments.out, arguments.match), indent=1))
+    return finish(lambda: make_pairs(arguments.source, arguments.out, arguments.match))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,7 @@ import dataclasses
 import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from medplib_jax.data import images
 from medplib_jax.data.build import modalities
+from medplib_jax.data.build.command import finish
 from medplib_jax.data.build.mecovqa import write_json
 from medplib_jax.data.build.place import safe_name, write_bytes
 from medplib_jax.data.errors import DataError
@@ -230,7 +232,7 @@ def _window(text: str) -> tuple[float, float]:
     return float(centre), float(width)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", required=True, help="folder with images/ and, if you have them, masks/")
     parser.add_argument("--out", required=True, help="folder to write")
@@ -239,8 +241,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take each so manieth slice")
     arguments = vars(parser.parse_args())
     source, out = arguments.pop("source"), arguments.pop("out")
-    print(json.dumps(make_slices(source, out, Options(**arguments)), indent=1))
+    return finish(lambda: make_slices(source, out, Options(**arguments)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

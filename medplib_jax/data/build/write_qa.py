@@ -10,7 +10,8 @@ The folder: images/, masks/<image>/<name>.png, and if you like metadata.json (se
 `template` needs no network; the same folder and seed give the same files. `llm` asks a language model twice for each image: for a description
 of what masks and metadata.json prove, and for questions about that description. It never sends pictures, file names or the key's value
 elsewhere than to the endpoint. Its answers are kept in OUT/answers: the same command again continues an interrupted run and pays for no
-answer twice. What it gets wrong is asked again, then left out by name; the manifest says what was asked and paid. All images of one patient or volume, where file names tell it, are in one split.
+answer twice. What it gets wrong is asked again, then left out by name; the manifest says what was asked and paid. All images of
+one patient or volume, where file names tell it, are in one split.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from medplib_jax.data.build.command import finish
 from medplib_jax.data.build.mecovqa import parse_image_name, stem, write_json
 from medplib_jax.data.build.processes import make_pool
 from medplib_jax.data.build.qa import grit, records, template
@@ -152,7 +154,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=Options.seed)
     parser.add_argument("--test-share", type=float, default=Options.test_share, help="share of the images whose questions are kept for testing")
     parser.add_argument("--complete", action="store_true", help="masks are complete: a name of the modality without a mask is not in the image")
-    llm = parser.add_argument_group("--writer llm", f"an OpenAI-compatible chat API; its key is read from {KEY} in the environment, a local server may need none")
+    llm = parser.add_argument_group("--writer llm", f"asks an OpenAI-compatible chat API; the key comes from {KEY} in the environment, where one is needed")
     llm.add_argument("--endpoint", default="", help="address up to the version, such as http://localhost:8000/v1")
     llm.add_argument("--model", default="", help="the model's name there")
     llm.add_argument("--concurrency", type=int, default=8, help="images at a time")
@@ -162,15 +164,13 @@ def main() -> int:
     llm.add_argument("--price-in", type=float, default=0.0, help="of a million tokens of questions, for the cost in the manifest")
     llm.add_argument("--price-out", type=float, default=0.0, help="of a million tokens of answers")
     arguments = parser.parse_args()
-    try:
+
+    def make() -> dict[str, Any]:
         options = Options(arguments.seed, arguments.test_share, arguments.complete)
         writer = _llm_writer(arguments) if arguments.writer == "llm" else TemplateWriter(options.seed)
-        manifest = write_qa(arguments.pairs, arguments.out, writer, options)
-    except (ValueError, RuntimeError) as error:  # DataError and EndpointError among them
-        print(error, file=sys.stderr)
-        return 1
-    print(json.dumps(manifest, indent=1))
-    return 0
+        return write_qa(arguments.pairs, arguments.out, writer, options)
+
+    return finish(make)
 
 
 if __name__ == "__main__":

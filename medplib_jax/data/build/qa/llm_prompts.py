@@ -85,5 +85,6 @@ def _structure(target: Target) -> str:
 
 def _relation(first: Target, second: Target) -> list[str]:
     """Clear cases only."""
-    words = [pair[side] for axis, pair in enumerate((("to the left of", "to the right of"), ("above", "below"))) if (side := order(first, second, axis)) is not None]
+    sides = [(words, order(first, second, axis)) for axis, words in enumerate((("to the left of", "to the right of"), ("above", "below")))]
+    words = [words[side] for words, side in sides if side is not None]
     return [f"- The {first.name} {verb(first.name)} {' and '.join(words)} the {second.name}."] if words else []

@@ -165,7 +165,9 @@ def test_a_server_need_not_count_tokens(tmp_path):
         assert asked.ask(MESSAGES) == "Hi." and asked.counts["prompt_tokens"] == 0
 
 
-@pytest.mark.parametrize("changes", [{"url": "localhost:8000"}, {"url": "file:///etc/passwd"}, {"model": ""}, {"timeout": 0}, {"timeout": float("nan")}, {"extra": [1]}])
+@pytest.mark.parametrize(
+    "changes", [{"url": "localhost:8000"}, {"url": "file:///etc/passwd"}, {"model": ""}, {"timeout": 0}, {"timeout": float("nan")}, {"extra": [1]}]
+)
 def test_an_endpoint_is_an_address_and_a_model(changes):
     with pytest.raises(ValueError, match="expected"):
         chat.Endpoint(**{"url": "http://localhost/v1", "model": "m"} | changes)

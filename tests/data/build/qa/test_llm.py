@@ -40,7 +40,8 @@ def run(server, pairs, out, concurrency=4, **options):
 
 
 def files(out) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.json")) if path.name != "manifest.json" and "answers" not in path.parts}
+    found = [path for path in sorted(out.rglob("*.json")) if path.name != "manifest.json" and "answers" not in path.parts]
+    return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
 def test_both_forms_are_written_and_can_be_read(tmp_path, pairs):
@@ -231,7 +232,8 @@ def test_an_object_may_stand_between_words(facts, around):
 def test_good_questions_are_kept_beside_bad_ones(facts):
     answer = {**GOOD, "vqa": [*GOOD["vqa"], {"question": "What does the mask show?", "answer": "A liver", "choices": []}, 7]}
     found = llm_answers.parse_questions(json.dumps(answer), facts, facts.targets, facts.generator(0, "test"))
-    assert len(found.turns) == 8 and set(found.captions) == set(NAMES) and [what for what, _ in found.problems] == ["vqa item is not an object", "vqa question cannot be used"]
+    assert len(found.turns) == 8 and set(found.captions) == set(NAMES)
+    assert [what for what, _ in found.problems] == ["vqa item is not an object", "vqa question cannot be used"]
 
 
 def test_two_masks_in_one_answer(facts):

@@ -31,7 +31,8 @@ def files(out) -> dict[str, bytes]:
 
 
 def records(out, kind):
-    return [record for split in ("train", "test") if (out / split / f"{kind}.json").exists() for record in MecovqaSource(str(out / split / f"{kind}.json"), str(out))]
+    files = [out / split / f"{kind}.json" for split in ("train", "test")]
+    return [record for file in files if file.exists() for record in MecovqaSource(str(file), str(out))]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,8 @@ def test_every_instance_has_its_box_and_the_answer_its_union(made):
 
 def test_boxes_lie_around_their_masks(made, tmp_path):
     out, _ = made
-    (record,) = [record for path in (out / "grit").rglob("VG.json") for record in json.loads(path.read_text()) if record["id"].startswith("ct_00--A--case_0-") and "liver" in str(record)]
+    found = [record for path in (out / "grit").rglob("VG.json") for record in json.loads(path.read_text())]
+    (record,) = [record for record in found if record["id"].startswith("ct_00--A--case_0-") and "liver" in str(record)]
     (box,) = grid.find_boxes(record["conversations"][0][1])
     top, left, bottom, right = SHAPES["liver"]
     np.testing.assert_allclose(grid.from_grid(box, SIZE), (left, top, right, bottom), atol=0.02)
