@@ -8,18 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from medplib_jax.data.build.audit_facts import Facts, MaskFacts
+from medplib_jax.data.build.sides import MARGIN, SIDE, contradiction
 from medplib_jax.data.errors import DataError
 
 FULL = 0.98  # share of the picture from which a mask is called full
 TINY = 16 / 512**2  # share of the picture below which a mask is hardly visible to any model
-MARGIN = 0.02  # tolerance of a position, as share of the picture
 MAJORITY, ENOUGH = 0.8, 5  # a custom of a collection: this share of at least so many cases
 
-_SIDE = re.compile(
-    r"\b(left|right|upper|lower|top|bottom)(?:[ -](left|right))?[ -](?:side|part|half|portion|corner|region|area|quadrant|third)?[ ]?"
-    r"(?:of|in|on) (?:the|this) (?:\w+ )?(?:image|picture|scan|slice|photo|photograph)\b",
-    re.IGNORECASE,
-)
 _LATERAL = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _CHOICE = re.compile(r"\bor\b|\b[A-D][).:]", re.IGNORECASE)
 _WORD = re.compile(r"[a-z]+|\d+")
@@ -87,16 +82,8 @@ def misplaced(facts: Sequence[Facts]) -> Found:
         if len(one.masks) != 1:
             continue
         mask = one.masks[0]
-        x0, y0, x1, y1 = mask.box
-        lies = {
-            "left": x0 < 0.5 - MARGIN, "right": x1 > 0.5 + MARGIN,
-            "upper": y0 < 0.5 - MARGIN, "top": y0 < 0.5 - MARGIN, "lower": y1 > 0.5 + MARGIN, "bottom": y1 > 0.5 + MARGIN,
-        }  # fmt: skip
-        for match in _SIDE.finditer(one.text):
-            wrong = [word for word in match.groups() if word and not lies[word.lower()]]
-            if wrong:
-                yield one, f'the text says "{match[0]}", the mask\'s centre is at x {mask.x:.0%}, y {mask.y:.0%}', mask.name
-                break
+        if words := contradiction(one.text, mask.box):
+            yield one, f'the text says "{words}", the mask\'s centre is at x {mask.x:.0%}, y {mask.y:.0%}', mask.name
 
 
 def wrong_side(facts: Sequence[Facts]) -> Found:
@@ -237,7 +224,7 @@ def _collection(one: Facts) -> str:
 
 def _side_of(mask: MaskFacts, one: Facts) -> str:
     """left or right, when the mask's label says one of them, or, without a label, the text of a record with this mask alone."""
-    text = mask.label or (_SIDE.sub("", one.text) if len(one.masks) == 1 else "")
+    text = mask.label or (SIDE.sub("", one.text) if len(one.masks) == 1 else "")
     found = {word.lower() for word in _LATERAL.findall(text)}
     return found.pop() if len(found) == 1 else ""
 

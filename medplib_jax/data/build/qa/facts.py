@@ -25,7 +25,13 @@ class Target:
     boxes: tuple[Box, ...]  # of the instances
     centre: tuple[float, float]  # (x, y) of the union's mean pixel, in [0, 1]
     area: float  # share of the image
-    spread: float  # longer side of the box, as a share of the image's
+    size: tuple[int, int]  # (h, w) of the image
+
+    @property
+    def relative_box(self) -> tuple[float, float, float, float]:
+        """x0, y0, x1, y1 of the union as shares of the image."""
+        height, width = self.size
+        return self.box[0] / width, self.box[1] / height, self.box[2] / width, self.box[3] / height
 
     @property
     def has_side_word(self) -> bool:
@@ -41,7 +47,8 @@ class Target:
     @property
     def is_compact(self) -> bool:
         """Whether one part of the image can be called its place."""
-        return self.spread <= 0.6
+        x0, y0, x1, y1 = self.relative_box
+        return max(x1 - x0, y1 - y0) <= 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +92,8 @@ def measure(named: Mapping[str, Sequence[np.ndarray]], references: Mapping[str, 
 def _target(name: str, mask: np.ndarray, boxes: tuple[Box, ...], masks: tuple[str, ...], merged: str) -> Target:
     rows, columns = np.nonzero(mask)
     height, width = mask.shape
-    box = _box(mask)
     centre = (float((columns.mean() + 0.5) / width), float((rows.mean() + 0.5) / height))
-    spread = max((box[2] - box[0]) / width, (box[3] - box[1]) / height)
-    return Target(name, masks, merged, box, boxes, centre, len(rows) / mask.size, spread)
+    return Target(name, masks, merged, _box(mask), boxes, centre, len(rows) / mask.size, mask.shape)
 
 
 def _box(mask: np.ndarray) -> Box:

@@ -15,6 +15,7 @@ from medplib_jax.data.build.qa import grit
 from medplib_jax.data.build.qa.facts import Facts, Target
 from medplib_jax.data.build.qa.records import Turn, leaks, record
 from medplib_jax.data.build.qa.template import pick
+from medplib_jax.data.build.sides import contradiction
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.sources import check_complete, parse_record
 
@@ -22,9 +23,8 @@ LONGEST = 2000  # characters of one text
 _REF = re.compile(r"<ref>(.*?)</ref>")
 _TAG = re.compile(r"<[^<>]*>")
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
-_TELLTALE = re.compile(
-    r"\b(descri(?:bed|ption)|captions?|masks?|segmentation|annotat\w+|facts?|provided|the (?:text|list|structures? listed|information given))\b", re.IGNORECASE
-)
+_TELLTALE = re.compile(r"\b(descri(?:bed|ption)|captions?|annotat\w+|facts?|provided|the (?:text|list|structures? listed|information given))\b", re.IGNORECASE)
+_MASKS = re.compile(r"\b(masks?|segmentations?)\b", re.IGNORECASE)  # grounding may ask for one
 
 
 class BadAnswer(ValueError):
@@ -99,7 +99,9 @@ def parse_questions(text: str, facts: Facts, targets: Sequence[Target], rng: np.
                 found.problems.append((f"{kind} question cannot be used", f"{error}: {json.dumps(item)[:300]}"))
     for item in _items(value, "captions", found):
         try:
-            found.captions.setdefault(_target(item.get("name"), by_name).name, _plain_text(item.get("caption"), "caption"))
+            target, caption = _target(item.get("name"), by_name), _plain_text(item.get("caption"), "caption")
+            _check_place(caption, target)
+            found.captions.setdefault(target.name, caption)
         except _BadItem as error:
             found.problems.append(("caption cannot be used", f"{error}: {json.dumps(item)[:300]}"))
     if not found.turns:
@@ -128,20 +130,20 @@ def _items(value: dict[str, Any], key: str, found: Questions) -> list[dict]:
     return [item for item in items if isinstance(item, dict)]
 
 
-def _text(value: Any, name: str) -> str:
-    """A text of one line that does not speak of how it was made."""
+def _text(value: Any, name: str, grounding: bool = False) -> str:
+    """A text of one line that does not speak of how it was made; of masks only in grounding."""
     if not isinstance(value, str) or not value.strip():
         raise _BadItem(f"{name} is not a text")
     value = " ".join(value.split())
     if len(value) > LONGEST:
         raise _BadItem(f"{name} is longer than {LONGEST} characters")
-    if match := _TELLTALE.search(value):
+    if match := _TELLTALE.search(value) or (None if grounding else _MASKS.search(value)):
         raise _BadItem(f"{name} speaks of {match[0]!r}")
     return value
 
 
-def _plain_text(value: Any, name: str) -> str:
-    text = _text(value, name)
+def _plain_text(value: Any, name: str, grounding: bool = False) -> str:
+    text = _text(value, name, grounding)
     if _TAG.search(text):
         raise _BadItem(f"{name} holds the tag {_TAG.search(text)[0]}")
     return text
@@ -174,7 +176,13 @@ def _region(item: dict, by_name: dict[str, Target], rng: np.random.Generator) ->
     turn = _turn("region", item, question.replace("<region>", f"<region>{pick(rng, target.masks)}</region>"))
     if not turn.candidates and meant(question, [target]):
         raise _BadItem("the question names the structure")
+    _check_place(f"{turn.question} {turn.answer}", target)
     return turn
+
+
+def _check_place(text: str, target: Target) -> None:
+    if words := contradiction(text, target.relative_box):
+        raise _BadItem(f"the {target.name} is not in the {words}")
 
 
 def _grounding(item: dict, by_name: dict[str, Target]) -> Turn:
@@ -182,7 +190,7 @@ def _grounding(item: dict, by_name: dict[str, Target]) -> Turn:
     if not isinstance(names, list) or not 1 <= len(names) <= 2:
         raise _BadItem("names are not a list of one or two")
     targets = [_target(name, by_name) for name in names]
-    answer = _text(item.get("answer"), "answer")
+    answer = _text(item.get("answer"), "answer", grounding=True)
     if _TAG.findall(answer) != ["<SEG>"] * len(targets):
         raise _BadItem("the answer does not hold one <SEG> for each name and no other tag")
     parts = answer.split("<SEG>")
@@ -191,7 +199,7 @@ def _grounding(item: dict, by_name: dict[str, Target]) -> Turn:
             raise _BadItem(f"<SEG> does not follow the name {target.name!r}")
     masks = [f"<SEG><mask>{target.merged}</mask>" for target in targets]
     answer = "".join(part + mask for part, mask in zip(parts, [*masks, ""], strict=True))
-    return Turn("grounding" if len(targets) == 1 else "grounding_pairs", _plain_text(item.get("question"), "question"), answer)
+    return Turn("grounding" if len(targets) == 1 else "grounding_pairs", _plain_text(item.get("question"), "question", grounding=True), answer)
 
 
 def _target(name: Any, by_name: dict[str, Target]) -> Target:

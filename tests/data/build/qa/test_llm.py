@@ -199,6 +199,8 @@ def changed(kind, **changes):
         (changed("region", question="Is <region> or <region>?"), "does not hold <region> once"),
         (changed("region", question="Is <region>../a.png</region>?"), "does not hold <region> once"),
         (changed("region", question="Which part of the liver is <region>?", answer="The upper one"), "names the structure"),
+        (changed("region", answer="The liver, in the lower right part of the image."), "the liver is not in the lower right part of the image"),
+        (changed("region", question="What does this mask <region> show?"), "speaks of 'mask'"),
         (changed("grounding", names=[]), "names are not a list"),
         (changed("grounding", names="liver"), "names are not a list"),
         (changed("grounding", names=["spleen"]), "none of the structures"),
@@ -234,6 +236,17 @@ def test_good_questions_are_kept_beside_bad_ones(facts):
     found = llm_answers.parse_questions(json.dumps(answer), facts, facts.targets, facts.generator(0, "test"))
     assert len(found.turns) == 8 and set(found.captions) == set(NAMES)
     assert [what for what, _ in found.problems] == ["vqa item is not an object", "vqa question cannot be used"]
+
+
+def test_captions_that_contradict_the_mask_are_left_out(facts):
+    captions = [{"name": "liver", "caption": "The liver lies in the right half of the image."}, {"name": "cyst", "caption": "Cysts on the right side of the image."}]
+    found = llm_answers.parse_questions(json.dumps({**GOOD, "captions": captions}), facts, facts.targets, facts.generator(0, "test"))
+    assert list(found.captions) == ["cyst"] and [what for what, _ in found.problems] == ["caption cannot be used"]
+
+
+def test_a_mask_may_be_asked_for(facts):
+    answer = changed("grounding", question="Give a segmentation mask of the liver.")
+    assert len(llm_answers.parse_questions(json.dumps(answer), facts, facts.targets, facts.generator(0, "test")).turns) == 1
 
 
 def test_two_masks_in_one_answer(facts):
