@@ -171,6 +171,13 @@ def test_version_2_of_pmc_vqa_has_its_letter_in_another_column(tmp_path):
     assert record["conversations"][1]["value"] == "heart" and record["candidates"] == ["lung", "heart", "liver", "bone"]
 
 
+def test_llava_med_may_lie_as_it_is_downloaded(tmp_path):
+    llava_med(tmp_path / "source")
+    (tmp_path / "source/alignment").mkdir()
+    (tmp_path / "source/llava_med_alignment_500k.json").rename(tmp_path / "source/alignment/llava_med_alignment_500k.json")
+    assert import_dataset("llava_med_alignment", str(tmp_path / "source"), str(tmp_path / "out"))["records"] == {"train": 1}
+
+
 def test_vqa_rad_comes_from_the_hub_too(tmp_path):
     vqa_rad_hub(tmp_path / "source")
     assert import_dataset("vqa_rad", str(tmp_path / "source"), str(tmp_path / "out"))["records"] == {"train": 1}

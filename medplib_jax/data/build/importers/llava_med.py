@@ -1,15 +1,19 @@
-"""LLaVA-Med's alignment 500k: llava_med_alignment_500k.json beside images/. Its key is spelt "conversatons"; both spellings are read."""
+"""LLaVA-Med's alignment 500k: llava_med_alignment_500k.json, alone or in alignment/, beside images/, as the authors' scripts download them.
+
+Its key is spelt "conversatons"; both spellings are read.
+"""
 
 from collections.abc import Callable, Iterator
 
-from medplib_jax.data.build.importers.example import Example, json_rows, text
+from medplib_jax.data.build.importers.example import Example, existing, json_rows, text
 from medplib_jax.data.errors import DataError
 
+_FILES = ("llava_med_alignment_500k.json", "alignment/llava_med_alignment_500k.json")
 _MODALITIES = {"chest_xray": "x_ray", "mri": "mr", "ct_scan": "ct", "histology": "histopathology"}
 
 
 def read(root: str) -> Iterator[Callable[[], Example]]:
-    for place, row in json_rows(root, "llava_med_alignment_500k.json"):
+    for place, row in json_rows(root, existing(root, _FILES)[0]):
         yield lambda place=place, row=row: _example(place, row)
 
 

@@ -239,7 +239,8 @@ def test_good_questions_are_kept_beside_bad_ones(facts):
 
 
 def test_captions_that_contradict_the_mask_are_left_out(facts):
-    captions = [{"name": "liver", "caption": "The liver lies in the right half of the image."}, {"name": "cyst", "caption": "Cysts on the right side of the image."}]
+    said = {"liver": "The liver lies in the right half of the image.", "cyst": "Cysts on the right side of the image."}
+    captions = [{"name": name, "caption": caption} for name, caption in said.items()]
     found = llm_answers.parse_questions(json.dumps({**GOOD, "captions": captions}), facts, facts.targets, facts.generator(0, "test"))
     assert list(found.captions) == ["cyst"] and [what for what, _ in found.problems] == ["caption cannot be used"]
 
