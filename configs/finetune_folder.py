@@ -6,22 +6,29 @@ COMMAND
         --config.data.tokenizer=runs/mine/tokenizer --config.model.llm.vocab_size=<as printed by the first command>
     python -m medplib_jax.evaluate --checkpoint runs/mine/model --data path/to/folder --out runs/mine/evaluation
 
-The folder's own *.json files are read, or those in its train/ subfolder when it has none. A small model (masks of 64 x 64 cells) trains
-from nothing on words and masks together, sees each record some hundred times in about 20 minutes on a laptop, and may well know them by
-heart: with a few dozen images that is what there is to learn. A record that cannot be used is named, counted and skipped.
+The folder's own annotation files are read, or those in its train/ subfolder when it has none; files whose name says test or validation, and
+JSON of other kinds, are left out. A small model (masks of 64 x 64 cells) trains from nothing on words and masks together, sees each record
+some hundred times in about 20 minutes on a laptop, and may well know them by heart: with a few dozen images that is what there is to learn.
+A record that cannot be used is named, counted and skipped.
 """
 
 import dataclasses
 import pathlib
 
 from configs import common
+from medplib_jax.data.build.mecovqa import is_held_out, may_hold_records
 from medplib_jax.experiment import DataConfig, ExperimentConfig, LossConfig, TrainConfig, to_config_dict
+
+
+def _annotations(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Files of records for training."""
+    return [path for path in sorted(folder.glob("*.json")) if may_hold_records(str(path)) and not is_held_out(path.name)]
 
 
 def get_config(folder: str):
     """The experiment on the annotation files of `folder`; ValueError when it has none."""
     root = pathlib.Path(folder)
-    sources = sorted(root.glob("*.json")) or sorted((root / "train").glob("*.json"))
+    sources = _annotations(root) or _annotations(root / "train")
     if not sources:
         raise ValueError(f"{root}: expected annotation files *.json in it or in its train/, found none")
     data = DataConfig(

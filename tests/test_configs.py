@@ -88,6 +88,9 @@ def test_a_folder_becomes_an_experiment(tmp_path):
     (tmp_path / "train" / "a.json").write_text(json.dumps([]))
     config = experiment("finetune_folder", str(tmp_path))
     assert config.data.sources == (str(tmp_path / "train" / "a.json"),) and config.data.root == str(tmp_path)
+    for name, content in (("manifest", {"records": 3}), ("slake_test", []), ("slake_validation", []), ("slake_train", [])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert experiment("finetune_folder", str(tmp_path)).data.sources == (str(tmp_path / "slake_train.json"),)
 
 
 def fields(cls):

@@ -52,8 +52,8 @@ def find_sources(folder: str) -> list[str]:
         places = [dataset_folder(folder, config) for config in sorted(os.listdir(assembled))]
         return [f"{place}#{split}" for place in places for split in tfds.builder_from_directory(place).info.splits]
     files = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name.endswith(".json")]
-    grit = os.path.join(folder, "grit", "")  # what `write_qa` puts beside, in Med-GRIT's form
-    found = [file for file in files if may_hold_records(file) and not file.startswith(grit)]
+    beside = tuple(os.path.join(folder, name, "") for name in ("grit", "answers"))  # what `write_qa` puts there in other forms
+    found = [file for file in files if not file.startswith(beside) and may_hold_records(file)]
     if not found:
         raise DataError(folder, None, "no dataset", f"annotation files *.json, or {DATASET}/ of an assembled one", "neither")
     return sorted(found)

@@ -3,6 +3,7 @@
 COMMAND
     python -m medplib_jax.data.build.write_qa --pairs data/mine --out data/mine_qa --writer template
     python -m medplib_jax.data.build.write_qa --pairs data/mine --out data/mine_qa --writer llm --endpoint http://localhost:8000/v1 --model NAME
+    python -m medplib_jax.data.build_tokenizer --sources data/mine_qa/train/*.json --out runs/mine/tokenizer
     python -m medplib_jax.train --config=configs/finetune_folder.py:data/mine_qa ...
 
 The folder: images/, masks/<image>/<name>.png, and if you like metadata.json (see `qa.folder`). The result is a dataset in MeCoVQA's form
