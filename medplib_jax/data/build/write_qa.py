@@ -9,10 +9,10 @@ COMMAND
 The folder: images/, masks/<image>/<name>.png, and if you like metadata.json (see `qa.folder`). The result is a dataset in MeCoVQA's form
 (images/, masks/, train/, test/) with Med-GRIT's conversations beside it (grit/train, grit/test), manifest.json and skipped.jsonl.
 `template` needs no network; the same folder and seed give the same files. `llm` asks a language model twice for each image: for a description
-of what masks and metadata.json prove, and for questions about that description. It never sends pictures, file names or the key's value
-elsewhere than to the endpoint. Its answers are kept in OUT/answers: the same command again continues an interrupted run and pays for no
-answer twice. What it gets wrong is asked again, then left out by name; the manifest says what was asked and paid. All images of
-one patient or volume, where file names tell it, are in one split.
+of what masks and metadata.json prove, and for questions about that description; it is shown no picture, file name or patient. Its answers are
+kept in OUT/answers: the same command again continues an interrupted run and pays for no answer twice. What it gets wrong is asked again, then
+left out by name; the manifest says what was asked and paid. All images of one patient or volume, where metadata.json or file names tell it,
+are in one split.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import Any
 from tqdm import tqdm
 
 from medplib_jax.data.build.command import finish
-from medplib_jax.data.build.mecovqa import parse_image_name, stem, write_json
+from medplib_jax.data.build.mecovqa import write_json
 from medplib_jax.data.build.processes import make_pool
 from medplib_jax.data.build.qa import grit, records, template
 from medplib_jax.data.build.qa.facts import Facts
@@ -69,7 +69,7 @@ def write_qa(pairs: str, out: str, writer: records.Writer, options: Options) -> 
     for written in writer.write(facts):
         one = written.facts
         problems += written.problems
-        split = "test" if _fraction(one.image) < options.test_share else "train"
+        split = "test" if _fraction(one.group) < options.test_share else "train"
         made = (records.test_records if split == "test" else records.training_records)(one, written.turns)
         for kind, new in made.items():
             by_file.setdefault(f"{split}/{kind}.json", []).extend(new)
@@ -116,10 +116,9 @@ def _read(out: str, job: tuple[Pair, tuple[str, ...]]) -> tuple[Facts | None, li
         return None, [error]
 
 
-def _fraction(image: str) -> float:
-    """A number in [0, 1) that depends on the image's patient or volume, else on its name."""
-    key = parse_image_name(image).patient or stem(image)
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+def _fraction(text: str) -> float:
+    """A number in [0, 1) that depends on the text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 class TemplateWriter:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from medplib_jax.data.build.mecovqa import stem, unite
+from medplib_jax.data.build.mecovqa import parse_image_name, stem, unite
 from medplib_jax.data.build.modalities import LABELS
 from medplib_jax.data.build.qa.grid import Box
 
@@ -62,6 +62,11 @@ class Facts:
     touching: frozenset[frozenset[str]]  # pairs of names whose masks share a pixel
     absent: tuple[str, ...] = ()
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def group(self) -> str:
+        """The patient or volume, as metadata or the file's name tell it, else the image itself: what must not be torn between splits."""
+        return self.metadata.get("patient") or parse_image_name(self.image).patient or stem(self.image)
 
     @property
     def label(self) -> str:

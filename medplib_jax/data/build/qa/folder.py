@@ -1,8 +1,8 @@
 """A plain folder of image-mask pairs: images/, masks/<image>/<name>.png, and what is known of each image in metadata.json.
 
 `<image>` is the image's name without suffix; further masks of one name are `<name>_001.png`, `<name>_002.png`, ... metadata.json holds
-{"<image>": {"modality": "CT", "anything else": "..."}}; without it an image's modality is what its file name begins with, as in
-SA-Med2D-20M ("ct_00--...").
+{"<image>": {"modality": "CT", "patient": "17", "anything else": "..."}}; without it an image's modality is what its file name begins with,
+and its patient or volume what the name says, as in SA-Med2D-20M ("ct_00--DATASET--VOLUME--SLICE").
 """
 
 import dataclasses

@@ -43,6 +43,7 @@ A question must not contain its answer, unless it offers all choices. Structures
 The image:
 %s"""
 
+_OWN = ("modality", "patient")  # of the metadata: said in other words, and nobody's business
 _AGAIN = "This cannot be used: %s. Give the whole JSON object again, corrected, and nothing else."
 
 
@@ -69,7 +70,7 @@ def _messages(text: str) -> list[Message]:
 def known(facts: Facts, targets: Sequence[Target]) -> list[str]:
     """All that masks and metadata prove, a line each."""
     lines = [f"- Modality: {facts.label or 'not known'}"]
-    lines += [f"- {key}: {value}" for key, value in sorted(facts.metadata.items()) if key != "modality" and value.strip()]
+    lines += [f"- {key}: {value}" for key, value in sorted(facts.metadata.items()) if key not in _OWN and value.strip()]
     lines += [_structure(target) for target in targets]
     lines += [line for first, second in facts.pairs_apart() if first in targets and second in targets for line in _relation(first, second)]
     if facts.absent:

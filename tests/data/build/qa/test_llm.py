@@ -1,5 +1,6 @@
 """Questions from a language model: a local endpoint that answers well, badly, or not at all; and what is kept of the answers."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -163,8 +164,10 @@ def test_the_command_needs_an_endpoint_and_a_model(tmp_path, pairs, monkeypatch,
         assert message in capsys.readouterr().err
 
 
-def test_the_model_is_told_what_masks_prove_and_no_names_of_files(facts):
+def test_the_model_is_told_what_masks_prove_and_no_names_of_files_or_patients(facts):
+    facts = dataclasses.replace(facts, metadata={"patient": "Jane", "region scanned": "abdomen"})
     request = json.dumps(llm_prompts.description_request(facts, facts.targets))
+    assert "region scanned: abdomen" in request and "Jane" not in request
     assert "Modality: CT" in request and "left kidney: in the lower right of the image" in request and "2 separate parts" in request
     assert "The left kidney is to the right of and below the liver" in request
     assert "case_0" not in request and "masks/" not in request and "--" not in request

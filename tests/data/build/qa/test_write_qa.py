@@ -74,6 +74,13 @@ def test_slices_of_a_patient_stay_in_one_split(tmp_path):
     assert len(splits) == 1
 
 
+def test_metadata_may_name_the_patient(tmp_path):
+    pairs = pathlib.Path(make_pairs(tmp_path / "pairs", 12))
+    (pairs / "metadata.json").write_text(json.dumps({f"ct_00--A--case_{number}--x_1": {"patient": "17"} for number in range(12)}))
+    manifest = run(str(pairs), tmp_path / "out")
+    assert len({name.split("/")[0] for name in manifest["records"] if not name.startswith("grit")}) == 1
+
+
 def test_every_instance_has_its_box_and_the_answer_its_union(made):
     out, _ = made
     for path in (out / "grit").rglob("VG.json"):
