@@ -28,6 +28,24 @@ ROOT = pathlib.Path(__file__).parents[3]
 GOLDEN = ROOT / "tests/golden"
 
 
+KILLED = """
+import os, psutil, signal, sys
+from medplib_jax.data.build import assemble
+assemble.RECORDS_PER_SHARD = 1
+build = assemble._build
+
+def until_the_third(tasks, workers):
+    for number, result in enumerate(build(tasks, workers)):
+        if number == 3:
+            print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield result
+
+assemble._build = until_the_third
+assemble.assemble(*sys.argv[1:], workers=1)
+"""
+
+
 @pytest.fixture
 def folders(tmp_path):
     return collection.make_annotations(tmp_path / "MeCoVQA"), collection.make_images(tmp_path / "SA-Med2D-20M"), tmp_path / "out"
@@ -198,16 +216,11 @@ def test_an_interrupted_run_continues(folders, monkeypatch):
 
 def test_a_killed_run_continues_and_leaves_no_process(folders, tmp_path):
     """SIGKILL in the middle; the same command then gives what an uninterrupted one gives."""
-    script = "import sys; from medplib_jax.data.build import assemble as a; a.RECORDS_PER_SHARD = 1; a.assemble(*sys.argv[1:], workers=1)"
     write(folders[0], "train/MeCoVQA-Complex.json", [vqa(case % 4) for case in range(60)])
-    process = subprocess.Popen([sys.executable, "-c", script, *map(str, folders)], cwd=ROOT, stderr=subprocess.DEVNULL)
-    watched = psutil.Process(process.pid)
-    while process.poll() is None and len(list((folders[2] / ".shards").glob("*.json"))) < 3:
-        os.sched_yield()
-    workers = watched.children(recursive=True)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not psutil.wait_procs(workers, timeout=60)[1]
+    process = subprocess.run([sys.executable, "-c", KILLED, *map(str, folders)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.returncode == -signal.SIGKILL
+    workers = [psutil.Process(int(pid)) for pid in process.stdout.split() if psutil.pid_exists(int(pid))]
+    assert not [worker for worker in psutil.wait_procs(workers, timeout=60)[1] if worker.status() != psutil.STATUS_ZOMBIE]
     assert not (folders[2] / "manifest.json").exists() and len(list((folders[2] / ".shards").glob("*.json"))) < 67
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "RECORDS_PER_SHARD", 1)
