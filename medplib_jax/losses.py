@@ -51,29 +51,35 @@ def _cross_entropy_and_gradients(hidden_BxLxD, kernel_DxV, targets_BxL, weights_
     B, L, D = hidden_BxLxD.shape
     order_BxL = jnp.argsort(weights_BxL == 0, axis=1, stable=True)  # positions that count come first
     order_BxL = jnp.pad(order_BxL, ((0, 0), (0, -L % chunk)), constant_values=L)  # L: nowhere
-    trips = -(-jnp.max((weights_BxL != 0).sum(1)) // chunk)
+    counted = jnp.max((weights_BxL != 0).sum(1))
     kernel = kernel_DxV.astype(hidden_BxLxD.dtype)
 
-    def step(i, state):
-        total, d_hidden, d_kernel = state
-        place = jnp.arange(B)[:, None], jax.lax.dynamic_slice_in_dim(order_BxL, i * chunk, chunk, axis=1)
-        rows_SxD = hidden_BxLxD.at[place].get(mode="fill", fill_value=0).reshape(-1, D)  # one product of two matrices, see layers.matmul
-        targets_S, weights_S = (x.at[place].get(mode="fill", fill_value=0).reshape(-1) for x in (targets_BxL, weights_BxL))
+    def step(state):
+        i, total, d_hidden, d_kernel = state
+        place_Bxc = jax.lax.dynamic_slice_in_dim(order_BxL, i * chunk, chunk, axis=1)
+        rows_SxD = _take(hidden_BxLxD, place_Bxc).reshape(-1, D)  # for one product of two matrices, see layers.matmul
+        targets_S, weights_S = (_take(x, place_Bxc).reshape(-1) for x in (targets_BxL, weights_BxL))
         logits_SxV = jnp.matmul(rows_SxD, kernel, preferred_element_type=jnp.float32)
         is_target = jnp.arange(logits_SxV.shape[-1]) == targets_S[:, None]  # unlike a gather it works on a sharded vocabulary
         normaliser_S = jax.nn.logsumexp(logits_SxV, -1)
         total += jnp.sum(weights_S * (normaliser_S - jnp.where(is_target, logits_SxV, 0.0).sum(-1)))
         d_logits = (weights_S[:, None] * (jnp.exp(logits_SxV - normaliser_S[:, None]) - is_target)).astype(rows_SxD.dtype)
         if of_hidden:
-            d_hidden = d_hidden.at[place].set((d_logits @ kernel.T).reshape(B, chunk, D), mode="drop", unique_indices=True)
+            d_hidden = _put(d_hidden, place_Bxc, (d_logits @ kernel.T).reshape(B, chunk, D))
         if of_kernel:
             d_kernel += jnp.matmul(rows_SxD.T, d_logits, preferred_element_type=jnp.float32)
-        return total, d_hidden, d_kernel
+        return i + 1, total, d_hidden, d_kernel
 
     d_hidden = jnp.zeros_like(hidden_BxLxD) if of_hidden else None
     d_kernel = jnp.zeros(kernel.shape, jnp.float32) if of_kernel else None
-    total, d_hidden, d_kernel = jax.lax.fori_loop(0, trips, step, (jnp.zeros(()), d_hidden, d_kernel))
+    start = (jnp.zeros((), jnp.int32), jnp.zeros(()), d_hidden, d_kernel)
+    _, total, d_hidden, d_kernel = jax.lax.while_loop(lambda state: (state[0] < -(-L // chunk)) & (state[0] * chunk < counted), step, start)
     return total, (d_hidden, d_kernel if d_kernel is None else d_kernel.astype(kernel_DxV.dtype))
+
+
+# Per row of the batch, so that rows may live on different devices; places beyond the row read 0 and are not written.
+_take = jax.vmap(lambda row, place: row.at[place].get(mode="fill", fill_value=0))
+_put = jax.vmap(lambda row, place, new: row.at[place].set(new, mode="drop"))
 
 
 def mask_losses(logits_BxMxIxJ: Array, gt_BxMxIxJ: Array, canvas_mask_BxIxJ: Array, predicted_iou_BxM: Array) -> dict[str, Array]:

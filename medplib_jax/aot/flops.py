@@ -24,11 +24,11 @@ from medplib_jax.models.grouped_matmul import TPU_ROW_TILE
 def model_flops(kind: str, config: ExperimentConfig, chip: jax.Device, rows: int, length: int) -> float:
     """FLOPs of one call of the program for the whole batch, whatever the mesh."""
     model = dataclasses.replace(config.model, remat="none")
-    loss = dataclasses.replace(config.loss, ce_chunk=length)  # chunks recompute their logits
+    loss = dataclasses.replace(config.loss, ce_chunk=length)  # all positions in one trip
     config = dataclasses.replace(config, model=model, loss=loss)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, expert=1, tensor=1), [chip])
     traced = make_program(kind, config, mesh, rows, length).trace()
-    return count_flops(traced.jaxpr.jaxpr, loop_trips=config.eval.max_new_tokens)
+    return count_flops(traced.jaxpr.jaxpr, loop_trips=config.eval.max_new_tokens if kind == "decode" else 1)
 
 
 def count_flops(jaxpr, loop_trips: int = 1) -> float:

@@ -16,6 +16,7 @@ from medplib_jax.sharding import mesh_axes, row_axes
 from medplib_jax.types import Array
 
 HIDDEN = -1e30  # added to the score of a key that a query may not see; absorbs any score
+QUERY_BLOCK = 128
 SPLASH_LANES = 128  # head widths and block sides are multiples of a TPU register's lanes
 
 
@@ -57,19 +58,19 @@ def attend(
     *,
     query_position_BxL: Array,
     key_valid_BxS: Array | None = None,
-    segment_BxL: Array | None = None,
+    segments: tuple[Array, Array] | None = None,
 ) -> Array:
     """Causal attention: a query sees the keys at index <= its position that are valid. Softmax in float32; G divides H.
 
-    With segments (S = L), it sees those of its own segment only.
+    With segments (of the queries [B, L], of the keys [B, S]) it sees those of its own segment only.
 
     A row that may see no key at all gets the mean of all values, never NaN. Returns [B, L, H, K] in q's dtype.
     """
     visible_BxLxS = jnp.arange(k_BxSxGxK.shape[1]) <= query_position_BxL[..., None]
     if key_valid_BxS is not None:
         visible_BxLxS &= key_valid_BxS[:, None, :]
-    if segment_BxL is not None:
-        visible_BxLxS &= segment_BxL[:, :, None] == segment_BxL[:, None, :]
+    if segments is not None:
+        visible_BxLxS &= segments[0][:, :, None] == segments[1][:, None, :]
     return _attend_visible(q_BxLxHxK, k_BxSxGxK.transpose(0, 2, 3, 1), v_BxSxGxK.swapaxes(1, 2), visible_BxLxS)
 
 
@@ -107,7 +108,18 @@ def attend_within(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, valid_Bx
     L, K = q_BxLxHxK.shape[1], q_BxLxHxK.shape[3]
     if is_for_tpu(q_BxLxHxK) and K % SPLASH_LANES == 0:
         return _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, valid_BxL.astype(jnp.int32) if segment_BxL is None else segment_BxL)
-    return attend(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, query_position_BxL=jnp.arange(L)[None], key_valid_BxS=valid_BxL, segment_BxL=segment_BxL)
+    return _attend_blocks(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, valid_BxL, segment_BxL)
+
+
+def _attend_blocks(q, k, v, valid_BxL, segment_BxL):
+    """Queries in blocks, each with the keys up to its own end: of the scores that causality hides only those in the last block are computed."""
+    L, blocks = q.shape[1], []
+    for start in range(0, L, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, L)
+        segments = None if segment_BxL is None else (segment_BxL[:, start:stop], segment_BxL[:, :stop])
+        position = jnp.arange(start, stop)[None]
+        blocks.append(attend(q[:, start:stop], k[:, :stop], v[:, :stop], query_position_BxL=position, key_valid_BxS=valid_BxL[:, :stop], segments=segments))
+    return jnp.concatenate(blocks, axis=1)
 
 
 def splash_block(length: int) -> int:
