@@ -1,17 +1,31 @@
-"""Answers and masks from one pass: batched prefill, then greedy or sampled decoding with a static KV cache in one loop."""
+"""Answers and masks: greedy or sampled decoding in a fixed number of slots, each with its part of a static KV cache.
+
+An answer that ends frees its slot for the next prompt while the others go on (continuous batching; Yu et al., Orca, OSDI 2022), so that
+one long answer does not hold a batch. What a row computes depends on that row alone: experts drop nothing, random draws come from the
+record's own key, and all shapes are fixed, so the answer is the same whatever shares the batch.
+"""
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from medplib_jax.config import ModelConfig
-from medplib_jax.models.layers import abstract_module, bind
+from medplib_jax.experiment import MeshConfig
+from medplib_jax.mesh import make_mesh
+from medplib_jax.models.attention import KVCache
+from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
 from medplib_jax.models.llm import init_cache, unstack
 from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.routing import count_choices, token_kinds
+from medplib_jax.sharding import BATCH_AXES, axis_size, batch_sharding, mesh_axes, param_shardings
 from medplib_jax.types import Array, Batch, Params
 
 
@@ -38,95 +52,264 @@ class Generation:
     mask_valid: Bool[Array, "B M"]  # the m-th <SEG> of the answer exists
     mask_logits: Float[Array, "B M h w"] | None  # None when no mask slots were asked for
     predicted_iou: Float[Array, "B M"] | None
+    choices: Int[Array, "B n kinds E"] | None = None  # tokens of each kind (`routing.TOKEN_KINDS`) per expert and MoE layer; None without experts
 
 
 @flax.struct.dataclass
-class _Loop:
-    step: Int[Array, ""]
-    hidden: Float[Array, "B D"]  # state that predicts the next token
-    done: Bool[Array, "B"]
-    tokens: Int[Array, "B T"]
-    lengths: Int[Array, "B"]
-    seg_hidden: Float[Array, "B M D"]
-    seg_count: Int[Array, "B"]
-    cache: object
+class Slots:
+    """Answers in the making, one per slot."""
+
+    cache: KVCache
+    hidden: Float[Array, "S D"]  # state that predicts the next token
+    previous: Float[Array, "S D"]  # the state before that; of an answer that ended, before the one that predicted its last token
+    active: Bool[Array, "S"]
+    limits: Int[Array, "S"]  # most tokens of the answer
+    records: Int[Array, "S"]  # of which the random draws depend
+    tokens: Int[Array, "S T"]
+    lengths: Int[Array, "S"]
+    seg_hidden: Float[Array, "S M D"]
+    seg_count: Int[Array, "S"]
+    choices: Int[Array, "S n kinds E"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """The pure functions of decoding, with what is fixed for all answers."""
+
+    model: MedPLIB
+    eos_id: int
+    seg_id: int
+    max_new_tokens: int
+    max_masks: int
+    sampling: Sampling
+    original_masks: bool
+
+    def empty(self, like: Slots, slots: int, room: int) -> Slots:
+        """`slots` slots in which nothing happens, for prompts of the length of `like` and answers of `room` tokens."""
+        zeros = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), like.replace(cache=None))
+        values = like.cache.v[0]
+        return zeros.replace(cache=init_cache(self.model.config, slots, values.shape[2] + room, values.dtype))
+
+    def prefill(self, params: Params, batch: Batch, limits_B: Array, room: int) -> Slots:
+        """Runs right-padded prompts [B, L] of different lengths; the cache has L + room positions. Filler rows are not active."""
+        model = bind(self.model, params)
+        B, L = batch.tokens.shape
+        x_BxLxD, _ = model.embed(batch)
+        hidden_BxLxD, out = model.llm(x_BxLxD, batch.valid, cache=init_cache(model.config, B, L + room, x_BxLxD.dtype))
+        last_B = batch.valid.sum(-1) - 1
+        seg_hidden = jnp.zeros((B, self.max_masks, x_BxLxD.shape[-1]), hidden_BxLxD.dtype)
+        seg_count = jnp.zeros(B, jnp.int32)
+        if self.original_masks:
+            said_BxL = batch.tokens == self.seg_id
+            seg_count = said_BxL.any(-1).astype(jnp.int32)
+            seg_hidden = seg_hidden.at[:, 0].set(_at(hidden_BxLxD, jnp.maximum(said_BxL.argmax(-1) - 1, 0)))
+        choices = None
+        if model.config.moe_layers:
+            num_image_features = batch.clip_pixels.shape[1] * model.config.clip.num_patches
+            kinds_BxL = token_kinds(batch.tokens, batch.feature_index, batch.valid, num_image_features, self.seg_id)
+            choices = count_choices(out["expert_index"], kinds_BxL, model.config.moe.num_experts)
+        return Slots(
+            cache=out["cache"],
+            hidden=_at(hidden_BxLxD, last_B),
+            previous=_at(hidden_BxLxD, jnp.maximum(last_B - 1, 0)),
+            active=(batch.record >= 0) & (limits_B > 0),
+            limits=limits_B,
+            records=batch.record,
+            tokens=jnp.zeros((B, self.max_new_tokens), jnp.int32),
+            lengths=jnp.zeros(B, jnp.int32),
+            seg_hidden=seg_hidden,
+            seg_count=seg_count,
+            choices=choices,
+        )
+
+    def decode(self, params: Params, slots: Slots, keep: Array, seed: Array) -> Slots:
+        """Draws tokens until no more than `keep` slots are active."""
+        model = bind(self.model, params)
+        return jax.lax.while_loop(lambda slots: slots.active.sum() > keep, lambda slots: self._advance(model, slots, seed), slots)
+
+    def _advance(self, model: MedPLIB, slots: Slots, seed: Array) -> Slots:
+        """Draws one token per active slot and runs it through the decoder."""
+        token_S = draw_token(model.llm.logits(slots.hidden), _keys(seed, slots) if self.sampling.temperature else None, self.sampling)
+        drawn_S = slots.active & (token_S != self.eos_id)
+        token_S = jnp.where(drawn_S, token_S, 0)
+        rows, place = jnp.arange(len(token_S)), jnp.minimum(slots.lengths, self.max_new_tokens - 1)
+        lengths = slots.lengths + drawn_S
+        active = drawn_S & (lengths < slots.limits)
+        seg_S = drawn_S & (token_S == self.seg_id)
+        slot_SxM = (jnp.arange(self.max_masks) == slots.seg_count[:, None]) & seg_S[:, None]
+        hidden_Sx1xD, out = model.llm(model.llm.embed(token_S[:, None]), drawn_S[:, None], cache=slots.cache)
+        choices = slots.choices
+        if choices is not None:
+            kinds_Sx1 = token_kinds(token_S[:, None], jnp.full((len(rows), 1), -1), drawn_S[:, None], 0, self.seg_id)
+            choices = choices + count_choices(out["expert_index"], kinds_Sx1, model.config.moe.num_experts)
+        return slots.replace(
+            cache=out["cache"],
+            hidden=hidden_Sx1xD[:, 0],
+            previous=jnp.where(active[:, None], slots.hidden, slots.previous),
+            active=active,
+            tokens=slots.tokens.at[rows, place].set(jnp.where(drawn_S, token_S, slots.tokens[rows, place])),
+            lengths=lengths,
+            seg_hidden=jnp.where(slot_SxM[:, :, None], slots.hidden[:, None], slots.seg_hidden),
+            seg_count=slots.seg_count + seg_S,
+            choices=choices,
+        )
+
+    def prompts(self, slots: Slots) -> tuple[Array, Array]:
+        """What the masks of ended answers are drawn from: states [S, M, D] and bool [S, M], which of them exist."""
+        valid_SxM = jnp.arange(self.max_masks) < slots.seg_count[:, None]
+        if not self.original_masks:
+            return slots.seg_hidden, valid_SxM
+        without = slots.seg_count == 0
+        first = jnp.where(without[:, None], slots.previous, slots.seg_hidden[:, 0])
+        return slots.seg_hidden.at[:, 0].set(first), valid_SxM.at[:, 0].set(True)
+
+    def draw(self, params: Params, seg_hidden_BxMxD: Array, batch: Batch) -> tuple[Array, Array]:
+        return bind(self.model, params).draw(seg_hidden_BxMxD, batch)
 
 
 class Generator:
-    """Generates answers to prompt batches. Compiles once per prompt length and batch size.
+    """Generates answers, for a batch at once or for a stream of prompts. Compiles once per prompt length and batch size.
 
-    `max_masks` is the number of masks drawn per answer; a `<SEG>` beyond it stays in the text without a mask.
+    `max_masks` is the number of masks drawn per answer; a `<SEG>` beyond it stays in the text without a mask. With `original_masks` one
+    mask is drawn as the original does (model/MedPLIB.py evaluate): from the first `<SEG>` of prompt and answer, and where there is none
+    from the second last state. `params` are a checkpoint's, or laid out already (`lay_out`). `mesh`: devices of this process that share the work (its data and fsdp axes) and hold the parameters.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, *, eos_id: int, seg_id: int, max_new_tokens: int, max_masks: int, sampling: Sampling = Sampling()):
-        self.params = jax.jit(unstack)(params)
-        model = abstract_module(functools.partial(MedPLIB, config, stacked=False))
-        self._generate = jax.jit(
-            lambda params, batch, key: generate(
-                bind(model, params), batch, key, eos_id=eos_id, seg_id=seg_id, max_new_tokens=max_new_tokens, max_masks=max_masks, sampling=sampling
-            )
-        )
+    def __init__(
+        self, config: ModelConfig, params: Params, *, eos_id: int, seg_id: int, max_new_tokens: int, max_masks: int,
+        sampling: Sampling = Sampling(), original_masks: bool = False, mesh: Mesh | None = None,
+    ):  # fmt: skip
+        if original_masks and max_masks != 1:
+            raise ValueError(f"the original draws one mask per answer, not {max_masks}")
+        model = _decoding_model(config)
+        self._decoder = decoder = _Decoder(model, eos_id, seg_id, max_new_tokens, max_masks, sampling, original_masks)
+        self.mesh = mesh or _one_device()
+        self.params = params if _is_laid_out(params) else lay_out(config, params, self.mesh)
+        self._rows = batch_sharding(self.mesh)
+        slots = self._slot_shardings()
+        self._prefill = jax.jit(decoder.prefill, static_argnames="room", out_shardings=slots)
+        self._decode = jax.jit(decoder.decode, donate_argnums=1, out_shardings=slots)
+        self._insert = jax.jit(_insert, donate_argnums=0, out_shardings=slots)
+        self._empty = jax.jit(decoder.empty, static_argnums=(1, 2), out_shardings=slots)
+        self._prompts = jax.jit(decoder.prompts)
+        self._draw = jax.jit(decoder.draw)
+
+    def _slot_shardings(self) -> Slots:
+        """Slots lie where their rows are computed, keys and values where their heads are."""
+        fields = {field.name: self._rows for field in dataclasses.fields(Slots)}
+        buffers = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, mesh_axes("kv_heads")))
+        fields["cache"] = KVCache(buffers, buffers, self._rows)
+        return Slots(**fields | ({} if self._decoder.model.config.moe_layers else {"choices": None}))
 
     def __call__(self, batch: Batch, seed: int = 0) -> Generation:
-        return self._generate(self.params, batch, jax.random.key(seed))
+        """The answers to a batch of prompts, all of them drawn before any is returned."""
+        rows = len(batch.record)
+        batch = _fill(batch, -rows % axis_size(self.mesh, BATCH_AXES))
+        limits = np.full(len(batch.record), self._decoder.max_new_tokens, np.int32)
+        slots = self._prefill(self.params, self._put(batch), self._put(limits), room=self._decoder.max_new_tokens)
+        slots = self._decode(self.params, slots, 0, seed)
+        mask_logits = predicted_iou = None
+        seg_hidden, mask_valid = self._prompts(slots)
+        if self._decoder.max_masks:
+            mask_logits, predicted_iou = self._draw(self.params, seg_hidden, self._put(batch))
+        return jax.tree.map(lambda x: x[:rows], Generation(slots.tokens, slots.lengths, mask_valid, mask_logits, predicted_iou, slots.choices))
+
+    def stream(
+        self, prompts: Iterable[Batch], *, slots: int, refill: int, seed: int = 0, limits: Mapping[int, int] | None = None
+    ) -> Iterator[tuple[Batch, Generation]]:
+        """Answers as they end: (prompt, generation) of one record each, with a batch axis of 1, on the host.
+
+        prompts: batches of one length; filler rows are left out. slots: answers in the making, and refill: prompts that are run together
+        once as many slots are free (`refill` = `slots` are static batches); both count per device of the data and fsdp axes. limits: most
+        tokens of a record's answer where it is less than `max_new_tokens`.
+        """
+        parts = axis_size(self.mesh, BATCH_AXES)
+        waiting, exhausted = _rows_of(prompts), False
+        asked: list[Batch | None] = [None] * (slots * parts)  # the prompt in each slot
+        ended: list[tuple[Batch, Generation, np.ndarray]] = []  # still without masks
+        state = None
+        while True:
+            while not exhausted and asked.count(None) >= refill * parts:
+                index_DxR, places = _free_slots(asked, parts, refill)
+                chosen = list(itertools.islice(waiting, len(places)))
+                exhausted = len(chosen) < len(places)
+                if chosen:
+                    state = self._start(state, chosen, places, index_DxR, asked, limits or {})
+            if not any(asked):
+                break
+            state = self._decode(self.params, state, 0 if exhausted else len(asked) - refill * parts, seed)
+            ended += self._take_ended(state, asked)
+            while len(ended) >= refill * parts:
+                yield from self._with_masks(ended[: refill * parts], refill * parts)
+                ended = ended[refill * parts :]
+        if ended:
+            yield from self._with_masks(ended, refill * parts)
+
+    def _start(self, state: Slots | None, chosen, places, index_DxR, asked, limits) -> Slots:
+        """Runs prompts and puts them into free slots. `places`: (row of the prefill, slot) of each."""
+        rows: list[Batch | None] = [None] * index_DxR.size
+        for prompt, (row, slot) in zip(chosen, places):
+            rows[row] = asked[slot] = prompt
+        for row, _ in places[len(chosen) :]:
+            index_DxR[np.unravel_index(row, index_DxR.shape)] = len(asked)
+        batch, most = _stack(rows), self._decoder.max_new_tokens
+        limits_P = np.array([min(limits.get(record, most), most) for record in batch.record.tolist()], np.int32)
+        new = self._prefill(self.params, self._put(batch), self._put(limits_P), room=0)
+        state = self._empty(new, len(asked), most) if state is None else state
+        return self._insert(state, new, self._put(index_DxR))
+
+    def _take_ended(self, state: Slots, asked: list[Batch | None]) -> Iterator[tuple[Batch, Generation, np.ndarray]]:
+        """Empties the slots whose answer ended: its prompt, its answer without masks, and the states [1, M, D] that prompt these."""
+        seg_hidden, mask_valid = self._prompts(state)
+        fetched = jax.device_get((state.active, state.tokens, state.lengths, mask_valid, state.choices, seg_hidden))
+        for slot, prompt in enumerate(asked):
+            if prompt is not None and not fetched[0][slot]:
+                tokens, lengths, valid, choices, hidden = jax.tree.map(lambda x, slot=slot: x[slot : slot + 1], fetched[1:])
+                asked[slot] = None
+                yield prompt, Generation(tokens, lengths, valid, None, None, choices), hidden
+
+    def _with_masks(self, ended: list, rows: int) -> Iterator[tuple[Batch, Generation]]:
+        """Draws the masks of at most `rows` answers, those that have any, in one batch."""
+        grid, drawn = self._decoder.model.config.mask.mask_grid, {}
+        speaking = [i for i, (_, generation, _) in enumerate(ended) if generation.mask_valid.any()]
+        if speaking:
+            batch = _stack([ended[i][0] for i in speaking] + [None] * (rows - len(speaking)))
+            hidden = np.concatenate([ended[i][2] for i in speaking])
+            hidden = np.pad(hidden, ((0, rows - len(hidden)), (0, 0), (0, 0)))
+            logits, predicted_iou = jax.device_get(self._draw(self.params, self._put(hidden), self._put(batch)))
+            drawn = {i: (logits[k : k + 1], predicted_iou[k : k + 1]) for k, i in enumerate(speaking)}
+        for i, (prompt, generation, _) in enumerate(ended):
+            M = generation.mask_valid.shape[1]
+            nothing = (np.zeros((1, M, grid, grid), np.float32), np.zeros((1, M), np.float32)) if M else (None, None)
+            logits, predicted_iou = drawn.get(i, nothing)
+            yield prompt, generation.replace(mask_logits=logits, predicted_iou=predicted_iou)
+
+    def _put(self, tree):
+        return jax.device_put(tree, self._rows)
 
 
-def generate(model: MedPLIB, batch: Batch, key: Array, *, eos_id: int, seg_id: int, max_new_tokens: int, max_masks: int, sampling: Sampling) -> Generation:
-    """Prefill with right-padded prompts of different length, decode until every row has ended, then draw the masks.
-
-    The state that predicts a `<SEG>` is kept when the token is drawn, so that masks need no second forward pass.
-    """
-    loop = jax.lax.while_loop(
-        lambda loop: (loop.step < max_new_tokens) & ~loop.done.all(),
-        lambda loop: _advance(model, loop, jax.random.fold_in(key, loop.step), eos_id, seg_id, sampling),
-        _prefill(model, batch, max_new_tokens, max_masks),
-    )
-    mask_logits = predicted_iou = None
-    if max_masks:
-        mask_logits, predicted_iou = model.draw(loop.seg_hidden, batch)
-    return Generation(loop.tokens, loop.lengths, jnp.arange(max_masks) < loop.seg_count[:, None], mask_logits, predicted_iou)
+def lay_out(config: ModelConfig, params: Params, mesh: Mesh | None = None) -> Params:
+    """A checkpoint's parameters as decoding reads them, layers and experts apart, on the devices of the mesh. Several generators may share them."""
+    model = _decoding_model(config)
+    return jax.jit(unstack, out_shardings=param_shardings(logical_axes(model), params_of(model), mesh or _one_device()))(params)
 
 
-def _prefill(model: MedPLIB, batch: Batch, max_new_tokens: int, max_masks: int) -> _Loop:
-    B, L = batch.tokens.shape
-    x_BxLxD, _ = model.embed(batch)
-    cache = init_cache(model.config, B, L + max_new_tokens, x_BxLxD.dtype)
-    hidden_BxLxD, out = model.llm(x_BxLxD, batch.valid, cache=cache)
-    lengths = batch.valid.sum(-1)
-    return _Loop(
-        step=jnp.zeros((), jnp.int32),
-        hidden=jnp.take_along_axis(hidden_BxLxD, (lengths - 1)[:, None, None], axis=1)[:, 0],
-        done=batch.record < 0,  # filler rows
-        tokens=jnp.zeros((B, max_new_tokens), jnp.int32),
-        lengths=jnp.zeros(B, jnp.int32),
-        seg_hidden=jnp.zeros((B, max_masks, hidden_BxLxD.shape[-1]), hidden_BxLxD.dtype),
-        seg_count=jnp.zeros(B, jnp.int32),
-        cache=out["cache"],
-    )
+def _is_laid_out(params: Params) -> bool:
+    return "0" in params["llm"]["layers"]
 
 
-def _advance(model: MedPLIB, loop: _Loop, key: Array, eos_id: int, seg_id: int, sampling: Sampling) -> _Loop:
-    """Draws one token per row and runs it through the decoder."""
-    token_B = draw_token(model.llm.logits(loop.hidden), key, sampling)
-    done_B = loop.done | (token_B == eos_id)
-    token_B = jnp.where(done_B, 0, token_B)
-    slot_BxM = (jnp.arange(loop.seg_hidden.shape[1]) == loop.seg_count[:, None]) & (token_B == seg_id)[:, None]
-    x_Bx1xD = model.llm.embed(token_B[:, None])
-    hidden_Bx1xD, out = model.llm(x_Bx1xD, ~done_B[:, None], cache=loop.cache)
-    return _Loop(
-        step=loop.step + 1,
-        hidden=hidden_Bx1xD[:, 0],
-        done=done_B,
-        tokens=loop.tokens.at[:, loop.step].set(token_B),
-        lengths=loop.lengths + ~done_B,
-        seg_hidden=jnp.where(slot_BxM[:, :, None], loop.hidden[:, None], loop.seg_hidden),
-        seg_count=loop.seg_count + (token_B == seg_id),
-        cache=out["cache"],
-    )
+def _decoding_model(config: ModelConfig) -> MedPLIB:
+    """Experts without a capacity, which would let a token's expert depend on the rest of the batch."""
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dropless"))
+    return abstract_module(functools.partial(MedPLIB, config, stacked=False))
 
 
-def draw_token(logits_BxV: Array, key: Array, sampling: Sampling) -> Array:
-    """The next token per row, int32[B]: argmax at temperature 0, else nucleus sampling (Holtzman et al., 2020)."""
+def _one_device() -> Mesh:
+    return make_mesh(MeshConfig(), jax.local_devices()[:1])
+
+
+def draw_token(logits_BxV: Array, key_B: Array | None, sampling: Sampling) -> Array:
+    """The next token per row, int32[B]: argmax at temperature 0, else nucleus sampling (Holtzman et al., 2020) with each row's own key."""
     if sampling.temperature == 0.0:
         return logits_BxV.argmax(-1).astype(jnp.int32)
     logits_BxV = logits_BxV / sampling.temperature
@@ -136,4 +319,59 @@ def draw_token(logits_BxV: Array, key: Array, sampling: Sampling) -> Array:
         before = jnp.cumsum(probabilities, axis=-1) - probabilities  # probability of everything likelier; 0 for the likeliest
         smallest_kept = jnp.where(before < sampling.top_p, descending, jnp.inf).min(-1, keepdims=True)
         logits_BxV = jnp.where(logits_BxV >= smallest_kept, logits_BxV, -jnp.inf)
-    return jax.random.categorical(key, logits_BxV).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(key_B, logits_BxV).astype(jnp.int32)
+
+
+def _keys(seed: Array, slots: Slots) -> Array:
+    """A key per row, from its record and the place of the next token."""
+    draw = jax.vmap(lambda record, place: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), record), place))
+    return draw(slots.records, slots.lengths)
+
+
+def _at(hidden_BxLxD: Array, position_B: Array) -> Array:
+    return jnp.take_along_axis(hidden_BxLxD, position_B[:, None, None], axis=1)[:, 0]
+
+
+def _insert(slots: Slots, new: Slots, index_DxR: Array) -> Slots:
+    """Row r of device d of `new` into that device's slot `index[d, r]`; an index beyond its slots: nowhere. The rows of `new` may be shorter."""
+
+    def put(old, rows):
+        corner = tuple(slice(size) for size in rows.shape[1:])
+        place = jax.vmap(lambda old, rows, index: old.at[index, *corner].set(rows, mode="drop"))
+        apart = (x.reshape(len(index_DxR), len(x) // len(index_DxR), *x.shape[1:]) for x in (old, rows))
+        return place(*apart, index_DxR).reshape(old.shape)
+
+    return jax.tree.map(put, slots, new)
+
+
+def _free_slots(asked: Sequence[Batch | None], parts: int, refill: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Where the next prefill may go: [parts, refill] slots within each device (beyond them: nowhere), and the (row, slot) pairs meant."""
+    slots = len(asked) // parts
+    index, places = np.full((parts, refill), slots, np.int32), []
+    for part in range(parts):
+        free = [slot for slot in range(slots) if asked[part * slots + slot] is None][:refill]
+        index[part, : len(free)] = free
+        places += [(part * refill + r, part * slots + slot) for r, slot in enumerate(free)]
+    return index, places
+
+
+def _rows_of(batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        for i in np.flatnonzero(np.asarray(batch.record) >= 0):
+            yield jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
+
+
+def _stack(rows: Sequence[Batch | None]) -> Batch:
+    """One batch of single rows; filler rows where there is none."""
+    filler = next(row for row in rows if row is not None)
+    filler = filler.replace(record=np.full_like(filler.record, -1))
+    return jax.tree.map(lambda *x: np.concatenate(x), *[filler if row is None else row for row in rows])
+
+
+def _fill(batch: Batch, extra: int) -> Batch:
+    """The batch with filler rows behind it."""
+    if not extra:
+        return batch
+    padded = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], extra, axis=0)]), batch)
+    padded.record[len(batch.record) :] = -1
+    return padded

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from medplib_jax.config import LoraConfig
 from medplib_jax.decode import Generator, Sampling, draw_token
 from medplib_jax.models.layers import abstract_module, bind, draw_params
+from medplib_jax.experiment import MeshConfig
+from medplib_jax.mesh import make_mesh
 from medplib_jax.models.medplib import MedPLIB
 from tests.helpers import MODEL, random_batch, tiny_experiment
 
@@ -98,6 +101,62 @@ def test_an_answer_does_not_depend_on_its_batch_or_its_padding(params, batch, ge
         np.testing.assert_allclose(single.mask_logits[0], generation.mask_logits[row], rtol=1e-3, atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def generator(params):
+    return Generator(MODEL, params, eos_id=EOS, seg_id=SEG, max_new_tokens=NEW, max_masks=2)
+
+
+@pytest.fixture(scope="module")
+def one_at_a_time(generator, batch):
+    """{most tokens: {record: answer made alone}}."""
+    return {most: by_record(generator.stream([batch], slots=1, refill=1, limits=dict.fromkeys(range(8), most))) for most in range(1, NEW + 1)}
+
+
+def by_record(made):
+    return {int(prompt.record[0]): generation for prompt, generation in made}
+
+
+def assert_same(found, expected):
+    assert found.lengths == expected.lengths
+    for name in ("tokens", "mask_valid", "choices"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    valid = expected.mask_valid
+    np.testing.assert_allclose(found.mask_logits[valid], expected.mask_logits[valid], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.predicted_iou[valid], expected.predicted_iou[valid], rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    order=st.permutations(range(8)),
+    limits=st.lists(st.integers(1, NEW), min_size=8, max_size=8),
+    sizes=st.sampled_from([(4, 1), (4, 4), (3, 2)]),
+    cuts=st.integers(1, 7),
+)
+def test_an_answer_is_the_same_in_any_slot_beside_any_others(generator, batch, one_at_a_time, order, limits, sizes, cuts):
+    parts = [jax.tree.map(lambda x, part=part: x[np.array(part)], batch) for part in (order[:cuts], order[cuts:])]
+    slots, refill = sizes
+    found = by_record(generator.stream(parts, slots=slots, refill=refill, limits=dict(enumerate(limits))))
+    assert sorted(found) == list(range(8))
+    for record, generation in found.items():
+        assert_same(generation, one_at_a_time[limits[record]][record])
+
+
+def test_devices_share_the_slots(params, batch, one_at_a_time):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    sharing = Generator(MODEL, params, eos_id=EOS, seg_id=SEG, max_new_tokens=NEW, max_masks=2, mesh=mesh)
+    found = by_record(sharing.stream([batch], slots=1, refill=1))
+    for record, generation in found.items():
+        assert_same(generation, one_at_a_time[NEW][record])
+
+
+def test_draws_belong_to_the_record(params, batch):
+    sampling = Sampling(temperature=1.0)
+    drawing = Generator(MODEL, params, eos_id=EOS, seg_id=SEG, max_new_tokens=NEW, max_masks=0, sampling=sampling)
+    first, second = (by_record(drawing.stream([part], slots=4, refill=2)) for part in (batch, jax.tree.map(lambda x: x[::-1], batch)))
+    assert all((first[record].tokens == second[record].tokens).all() for record in first)
+    assert any((first[record].tokens != made.tokens).any() for record, made in by_record(drawing.stream([batch], slots=4, refill=2, seed=1)).items())
+
+
 def test_filler_rows_are_not_answered(params, batch):
     empty = batch.replace(record=np.where(np.arange(len(batch.record)) < 6, batch.record, -1).astype(np.int32))
     generation = Generator(MODEL, params, eos_id=EOS, seg_id=SEG, max_new_tokens=NEW, max_masks=0)(empty)
@@ -107,9 +166,9 @@ def test_filler_rows_are_not_answered(params, batch):
 
 def test_sampling_keeps_to_the_nucleus():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-    draws = [int(draw_token(logits, jax.random.key(i), Sampling(temperature=1.0, top_p=0.7))[0]) for i in range(60)]
+    draws = [int(draw_token(logits, jax.random.split(jax.random.key(i), 1), Sampling(temperature=1.0, top_p=0.7))[0]) for i in range(60)]
     assert set(draws) == {0, 1}
-    assert int(draw_token(logits, jax.random.key(0), Sampling())[0]) == 0
+    assert int(draw_token(logits, None, Sampling())[0]) == 0
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])

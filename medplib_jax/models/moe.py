@@ -231,11 +231,13 @@ class ExpertsApart(nnx.Module):
 
     def __call__(self, x_SxD: Array, routing: Routing, rng: Array | None) -> Array:
         """As `Experts`. One token reads its own experts' weights only; many tokens are sorted, in stacked weights."""
+        mesh = jax.typeof(x_SxD).sharding.mesh
+        here = x_SxD.shape[0] // (axis_size(mesh, row_axes(x_SxD.shape[0], mesh)) if mesh.size > 1 else 1)  # tokens of one device
         if x_SxD.shape[0] == 1:
             weight_k = routing.weight[0].astype(x_SxD.dtype)
             run = [lambda x, mlp=mlp: mlp(x, rng) for mlp in self.each]
             return sum(weight_k[i] * jax.lax.switch(routing.expert[0, i], run, x_SxD) for i in range(len(weight_k)))
-        if x_SxD.shape[0] <= FEW_TOKENS:
+        if here <= FEW_TOKENS:
             weight_SxE = (jax.nn.one_hot(routing.expert, len(self.each)) * routing.weight[:, :, None]).sum(1).astype(x_SxD.dtype)
             return sum(weight_SxE[:, e, None] * mlp(x_SxD, rng) for e, mlp in enumerate(self.each))
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(params_of(mlp) for mlp in self.each))
