@@ -4,7 +4,8 @@ COMMAND
     python -m medplib_jax.data.build_tokenizer --sources path/to/folder/*.json --out runs/mine/tokenizer
     python -m medplib_jax.train --config=configs/finetune_folder.py:path/to/folder --workdir=runs/mine/model \
         --config.data.tokenizer=runs/mine/tokenizer --config.model.llm.vocab_size=<as printed by the first command>
-    python -m medplib_jax.evaluate --checkpoint runs/mine/model --data path/to/folder --out runs/mine/evaluation
+    python -m medplib_jax.evaluate --config=configs/eval_folder.py:path/to/folder --workdir=runs/mine/evaluation \
+        --config.checkpoints=runs/mine/model
 
 The folder's own annotation files are read, or those in its train/ subfolder when it has none; files whose name says test or validation, and
 JSON of other kinds, are left out. A small model (masks of 64 x 64 cells) trains from nothing on words and masks together, sees each record

@@ -14,18 +14,25 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import absl.logging
 import jax
+import numpy as np
 
 from configs import stage1_align, stage2_vqa, stage3_grounding, stage4_moe
 from medplib_jax import report
 from medplib_jax.data import phantom
 from medplib_jax.data.build_tokenizer import build_tokenizer
-from medplib_jax.evaluate import evaluate, report_examples, report_router
-from medplib_jax.experiment import ExperimentConfig
+from medplib_jax.data.images import load_image
+from medplib_jax.data.rle import decode_rle
+from medplib_jax.data.sources import MecovqaSource
+from medplib_jax.evaluators.predictions import read_rows
+from medplib_jax.experiment import ExperimentConfig, SweepConfig, TaskConfig
 from medplib_jax.logging import read_metrics
+from medplib_jax.report.sweep import write_sweep_report
+from medplib_jax.sweep import run_sweep
 from medplib_jax.train import train
 
 STAGES = {"I align": stage1_align, "II visual-language": stage2_vqa, "III grounding": stage3_grounding, "IV mixture": stage4_moe}
@@ -36,6 +43,8 @@ TESTS = {
     "III grounding": ("grounding",),
     "IV mixture": ("complex", "region", "grounding"),
 }
+SWEPT = ("II visual-language", "III grounding", "IV mixture")  # put to all tasks by --sweep
+GALLERY_SCORES = ("dice", "iou", "closed_accuracy", "open_exact_match", "open_f1")
 CURVES = ("loss", "ce", "dice", "bce")
 BARS = ("grounding.mdice", "no_target.accuracy", "region_vqa.accuracy", "closed_vqa.accuracy", "open_vqa.accuracy")
 
@@ -56,6 +65,21 @@ class Demo:
     @property
     def tokenizer(self) -> Path:
         return self.out / "tokenizer"
+
+    @property
+    def evaluation(self) -> Path:
+        """One sweep's folder for all stages."""
+        return self.out / "evaluation"
+
+    @property
+    def absent(self) -> Path:
+        """The held-out questions for something that is not there."""
+        return self.out / "absent.json"
+
+    def task(self, name: str) -> TaskConfig:
+        file = self.absent if name == "absent" else self.data / phantom.FILES["test"][name]
+        kind = {"complex": "vqa", "absent": "grounding"}.get(name, name)
+        return TaskConfig(name, str(file), root=str(self.data), kind=kind, about="generated pictures")
 
     def workdir(self, stage: str) -> Path:
         return self.out / f"stage_{stage.split()[0]}"
@@ -102,14 +126,18 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=3000, help="training images to generate")
     parser.add_argument("--test-examples", type=int, default=100, help="held-out images; each has 3 questions, 2 about regions, 3 to ground")
     parser.add_argument("--seed", type=int, default=0)
-    demo = Demo(**vars(parser.parse_args()))
+    parser.add_argument("--sweep", action="store_true", help="afterwards, put every task to the models of stages II to IV and compare them in one report")
+    arguments = vars(parser.parse_args())
+    with_sweep = arguments.pop("sweep")
+    demo = Demo(**arguments)
     absl.logging.set_verbosity(absl.logging.WARNING)
     logging.getLogger("medplib_jax").setLevel(logging.INFO)
     demo.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((demo.out / "compiled").resolve()))
     watch = Stopwatch(demo.out / "stopwatch.json")
     try:
-        return run(demo, watch)
+        code = run(demo, watch)
+        return sweep(demo) if with_sweep and code == 0 else code
     except KeyboardInterrupt:
         print("\nInterrupted; run the same command to resume.", file=sys.stderr)
         return 130
@@ -131,12 +159,31 @@ def run(demo: Demo, watch: Stopwatch) -> int:
                 outcome = train(demo.experiment(stage), str(demo.workdir(stage)))
             if outcome["interrupted"]:
                 return 130 if outcome["interrupted"] == signal.SIGINT else 143
-            files = [demo.data / phantom.FILES["test"][kind] for kind in TESTS[stage]]
-            results[stage] = evaluate(demo.workdir(stage), files, demo.out / "evaluation" / demo.workdir(stage).name)
+            results[stage] = evaluate(demo, stage)
         announce("Report")
         metrics = flat_metrics(results)
         write(demo, results, metrics, watch)
     print_summary(json.loads((demo.out / "metrics.json").read_text()), demo.out / "report.html")
+    return 0
+
+
+def evaluate(demo: Demo, stage: str) -> dict[str, dict]:
+    """{task: its cell of the sweep} of a stage's model on the tasks that it was trained for."""
+    tasks = tuple(demo.task(name) for name in TESTS[stage])
+    result = run_sweep(SweepConfig(checkpoints=str(demo.workdir(stage)), tasks=tasks, on_error="raise"), demo.evaluation)
+    (name,) = (checkpoint["name"] for checkpoint in result["checkpoints"] if checkpoint["run"] == demo.workdir(stage).name)
+    return {cell["task"]: cell for cell in result["cells"] if cell["checkpoint"] == name and cell["task"] in TESTS[stage]}
+
+
+def sweep(demo: Demo) -> int:
+    """Stages II to IV on every task, those about absent targets apart; goes on in the folder of the stages' own evaluation."""
+    announce("Sweep")
+    records = json.loads((demo.data / phantom.FILES["test"]["grounding"]).read_text())
+    demo.absent.write_text(json.dumps([record for record in records if "<mask>" not in record["conversations"][-1]["value"]]))
+    checkpoints = ",".join(str(demo.workdir(stage)) for stage in SWEPT)
+    tasks = tuple(demo.task(name) for name in (*phantom.FILES["test"], "absent"))
+    run_sweep(SweepConfig(checkpoints=checkpoints, tasks=tasks, on_error="raise"), demo.evaluation)
+    print(f"\nReport of the sweep: {write_sweep_report(demo.evaluation)}")
     return 0
 
 
@@ -157,27 +204,24 @@ def flat_metrics(results: dict[str, dict]) -> dict[str, float]:
     return flat
 
 
-def headline(result: dict) -> dict[str, float]:
+def headline(cells: dict[str, dict]) -> dict[str, float]:
     """The figures of one model: grounding.mdice, no_target.accuracy, region_vqa.accuracy, closed_vqa.accuracy, open_vqa.accuracy, ..."""
-    tasks = {task["kind"]: task for task in result["tasks"].values()}
     flat = {}
-    if "grounding" in tasks:
-        found = tasks["grounding"]["metrics"]
+    if "grounding" in cells:
+        found = cells["grounding"]["metrics"]
         flat |= {f"grounding.{name.lower()}": found[name] for name in ("mDice", "mIoU", "gIoU", "cIoU")}
         flat |= {"no_target.accuracy": found["no_target_accuracy"], "no_target.false_mask_rate": found["false_mask_rate"]}
-    if "vqa" in tasks:
-        found = tasks["vqa"]["metrics"]
+    if "complex" in cells:
+        found = cells["complex"]["metrics"]
         flat |= {"closed_vqa.accuracy": found["closed_accuracy"], "open_vqa.accuracy": found["open_exact_match"]}
-    if "region" in tasks:
-        found = tasks["region"]["metrics"]
-        flat |= {"region_vqa.accuracy": found["accuracy"]}
-    return flat | {f"{kind}.records": task["records"] for kind, task in tasks.items()}
+    if "region" in cells:
+        flat |= {"region_vqa.accuracy": cells["region"]["metrics"]["accuracy"]}
+    return flat | {f"{name}.records": cell["records"] for name, cell in cells.items()}
 
 
 def write(demo: Demo, results: dict[str, dict], metrics: dict[str, float], watch: Stopwatch) -> None:
     """report.html with its pictures, then metrics.json (whose presence says that the demo is finished)."""
     final = results["IV mixture"]
-    grounding = next(task for task in final["tasks"].values() if task["kind"] == "grounding")
     curves = {stage: curve(read_metrics(str(demo.workdir(stage)))) for stage in STAGES}
     report.write_report(
         report.ReportData(
@@ -186,8 +230,8 @@ def write(demo: Demo, results: dict[str, dict], metrics: dict[str, float], watch
             curves=curves,
             tables={"Final model, by modality": by_modality(final), "All stages": {stage: headline(result) for stage, result in results.items()}},
             stages=comparisons(results),
-            router=report_router(grounding),
-            examples=report_examples(demo.out / "evaluation" / demo.workdir("IV mixture").name, per_task=12),
+            router=router(final["grounding"]["router"]),
+            examples=[example for name, cell in final.items() for example in examples(demo, name, cell, count=12)],
         ),
         demo.out,
     )
@@ -201,15 +245,45 @@ def curve(rows: list[dict[str, float]]) -> dict[str, list[float]]:
     return {name: [row[name] for row in rows] for name in ("step", *names)}
 
 
-def by_modality(result: dict) -> dict[str, dict[str, float]]:
+def router(split: dict) -> report.Router:
+    """The router split of a cell as the report shows it."""
+    experts = [f"expert {i}" for i in range(len(next(iter(split["share"].values()))[0]))]
+    return report.Router(split["layers"], list(split["share"]), experts, np.stack(list(split["share"].values()), axis=1))
+
+
+def examples(demo: Demo, name: str, cell: dict, count: int) -> Iterator[report.Example]:
+    """Questions and answers for the report's gallery, spread evenly over a cell's records."""
+    source = MecovqaSource(demo.task(name).file, str(demo.data))
+    rows = [row for path in cell["predictions"] for row in read_rows(demo.evaluation / path)]
+    for row in rows[:: max(1, len(rows) // count)][:count]:
+        record = source[row["record"]]
+        path = record.path(record.images[-1])
+        yield report.Example(
+            image=path,
+            task=demo.task(name).kind,
+            modality=row["modality"],
+            question=row["question"],
+            answer=row["answer"],
+            expected=row["expected"],
+            scores={score: row["scores"][score] for score in GALLERY_SCORES if score in row["scores"]},
+            true_masks=[decode_rle(rle) for rle in row.get("true_masks", ())],
+            masks=[decode_rle(rle) for rle in row.get("masks", ())],
+            region_masks=report.region_masks(record, load_image(path).shape[:2]),
+        )
+
+
+def by_modality(cells: dict[str, dict]) -> dict[str, dict[str, float]]:
     """{modality: {metric: value}} of the figures that every task reports by modality."""
-    columns = {"mDice": "mDice", "no_target_accuracy": "no target", "closed_accuracy": "closed", "open_exact_match": "open", "accuracy": "region"}
+    columns = {
+        ("grounding", "mDice"): "mDice", ("grounding", "no_target_accuracy"): "no target", ("complex", "closed_accuracy"): "closed",
+        ("complex", "open_exact_match"): "open", ("region", "accuracy"): "region",
+    }  # fmt: skip
     table: dict[str, dict[str, float]] = {}
-    for task in result["tasks"].values():
-        for name, value in task["metrics"].items():
+    for task, cell in cells.items():
+        for name, value in cell["metrics"].items():
             metric, _, modality = name.partition("/")
-            if modality and metric in columns and (metric == "accuracy" or task["kind"] != "region"):
-                table.setdefault(modality, {})[columns[metric]] = value
+            if modality and (task, metric) in columns:
+                table.setdefault(modality, {})[columns[task, metric]] = value
     return table
 
 

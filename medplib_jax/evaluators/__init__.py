@@ -1,1 +1,1 @@
-"""Evaluators: one annotation file in, (metric, value) pairs and a line per record out."""
+"""Evaluators: how the answers to each kind of question are scored, and the files that keep them."""

@@ -1,11 +1,8 @@
 """Questions answered in words: closed (yes/no, choices) and open ones (the original's model/eval/cal_metric.py)."""
 
-from collections.abc import Sequence
-
-import numpy as np
-
 from medplib_jax import metrics
-from medplib_jax.evaluators.common import Answer, Evaluator, Row
+from medplib_jax.evaluators.common import Answer, Evaluator
+from medplib_jax.evaluators.predictions import Row
 
 CLOSED_TYPES = ("closed", "yes/no")
 OPEN_TYPES = ("open", "other", "number")
@@ -21,21 +18,10 @@ def is_closed(answer_type: str, expected: str) -> bool:
 
 
 class VqaEvaluator(Evaluator):
-    """Closed accuracy; exact match, F1, BLEU, ROUGE-L and candidate-set accuracy of open answers. Those of an absent kind are left out."""
+    """Whether a closed answer is right; exact match, F1, BLEU, ROUGE-L and the like of an open one."""
 
-    def score(self, answer: Answer) -> dict[str, float]:
+    def score(self, answer: Answer) -> Row:
         if is_closed(answer.answer_type, answer.expected):
-            return {"closed_accuracy": metrics.closed_hit(answer.text, answer.expected, self.protocol)}
-        return {f"open_{name}": value for name, value in metrics.open_scores(answer.text, answer.expected, self.protocol).items()}
-
-    def summarise(self, rows: Sequence[Row]) -> dict[str, float]:
-        """Means of the scores; candidates are the expected answers of the whole file, open and closed, as in the original."""
-        summary = {}
-        for name in dict.fromkeys(name for row in rows for name in row["scores"]):
-            summary[name] = float(np.mean([row["scores"][name] for row in rows if name in row["scores"]]))
-        opened = [row for row in rows if "closed_accuracy" not in row["scores"]]
-        if opened:
-            texts = ([row[key] for row in opened] for key in ("answer", "expected"))
-            hits = metrics.candidate_hits(*texts, [row["expected"] for row in self.rows()], self.protocol)
-            summary["open_candidate_accuracy"] = float(np.mean(hits))
-        return summary
+            return {"scores": {"closed_accuracy": metrics.closed_hit(answer.text, answer.expected, self.protocol)}}
+        scores = metrics.open_scores(answer.text, answer.expected, self.protocol)
+        return {"scores": {f"open_{name}": value for name, value in scores.items()}}

@@ -1,0 +1,12 @@
+"""Evaluation on annotation files in MeCoVQA's form: a file, or a folder with test/*.json or *.json (several with commas between).
+
+COMMAND
+    python -m medplib_jax.evaluate --config=configs/eval_folder.py:data/phantom --workdir=runs/results --config.checkpoints=runs/demo/stage_IV
+"""
+
+from medplib_jax.experiment import SweepConfig, to_config_dict
+from medplib_jax.tasks import folder_tasks
+
+
+def get_config(sources: str):
+    return to_config_dict(SweepConfig(tasks=folder_tasks(*sources.split(","))))
