@@ -10,6 +10,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 
+import absl.logging
 import jax
 import ml_dtypes
 import numpy as np
@@ -88,7 +90,9 @@ def convert(options: Options) -> ModelConfig:
     leaves = {path: streamed(path, params[path], pieces[path], members[path], options.dtype, growth) for path in params}
     leaves |= fresh_leaves(config, options)
     with staged(options.out) as folder:
-        write_checkpoint(folder, config, leaves, tokenizer, options)
+        if tokenizer:
+            vocabulary.copy_tokenizer(tokenizer, folder / "tokenizer")
+        write_checkpoint(folder, config, leaves, options)
         for name in SIDE_FILES if side else ():
             if (side / name).is_file():
                 (folder / SIDE_FOLDER).mkdir(exist_ok=True)
@@ -177,15 +181,14 @@ def streamed(path: str, shape, pieces, members: list, dtype: str | None, growth:
     if target not in DTYPES.values():
         raise ValueError(f"{path}: its tensors are of type {target}; choose one of {sorted(DTYPES)} with --dtype")
 
-    def slabs() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        for entry, tensor in members:
-            values = tensor.read().astype(target, copy=False)
-            torch_files.check_finite(entry.key, tensor.file, values)
-            slab = torch_files.contiguous(entry.layout.to_jax(values))
-            yield entry.index, vocabulary.grow(path, slab, growth) if growth and path in vocabulary.GROWING else slab
+    def slab(entry: mapping.Entry, tensor: torch_files.Tensor) -> np.ndarray:
+        values = tensor.read().astype(target, copy=False)
+        torch_files.check_finite(entry.key, tensor.file, values)
+        made = torch_files.contiguous(entry.layout.to_jax(values))
+        return vocabulary.grow(path, made, growth) if growth and path in vocabulary.GROWING else made
 
     chunk = orbax_stream.chunk_shape(shape, len(members[0][0].stack), pieces, target.itemsize)
-    return orbax_stream.Streamed(shape, target, chunk, lambda: torch_files.ahead(slabs()))
+    return orbax_stream.Streamed(shape, target, chunk, [(entry.index, functools.partial(slab, entry, tensor)) for entry, tensor in members])
 
 
 def fresh_leaves(config: ModelConfig, options: Options) -> dict[str, orbax_stream.Streamed]:
@@ -199,15 +202,15 @@ def fresh_leaves(config: ModelConfig, options: Options) -> dict[str, orbax_strea
 
 
 def _whole(array: np.ndarray) -> orbax_stream.Streamed:
-    return orbax_stream.Streamed(array.shape, array.dtype, array.shape, lambda: iter([((), array)]))
+    return orbax_stream.Streamed(array.shape, array.dtype, array.shape, [((), lambda: array)])
 
 
-def write_checkpoint(folder: pathlib.Path, config: ModelConfig, leaves, tokenizer: pathlib.Path | None, options: Options) -> None:
-    """Step 0 of a workdir, with the items that `medplib_jax.checkpoint` reads."""
+def write_checkpoint(folder: pathlib.Path, config: ModelConfig, leaves, options: Options) -> None:
+    """Step 0 of a workdir, with the items that `medplib_jax.checkpoint` reads. Its tokenizer is in `folder` already."""
     steps = folder / checkpoint.FOLDER
     handlers = {"state": orbax_stream.handler(), "experiment": ocp.JsonCheckpointHandler(), "tokenizer": checkpoint.TokenizerHandler()}
-    final = options.out.absolute() / checkpoint.FOLDER / "0" / "tokenizer"
-    data = DataConfig(tokenizer=str(final) if tokenizer else "")
+    tokenizer = folder / "tokenizer"
+    data = DataConfig(tokenizer=str(options.out.absolute() / "tokenizer") if tokenizer.exists() else "")
     experiment = dataclasses.asdict(ExperimentConfig(model=config, data=data, init=InitConfig(stage=options.stage)))
     items = {
         "state": ocp.args.PyTreeSave(
@@ -215,7 +218,7 @@ def write_checkpoint(folder: pathlib.Path, config: ModelConfig, leaves, tokenize
         ),
         "experiment": ocp.args.JsonSave({"experiment": experiment, "total_steps": 0}),
     }
-    if tokenizer:
+    if tokenizer.exists():
         items["tokenizer"] = checkpoint.TokenizerSave(str(tokenizer))
     manager_options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     with ocp.CheckpointManager(steps, item_handlers=handlers, options=manager_options) as manager:
@@ -225,7 +228,8 @@ def write_checkpoint(folder: pathlib.Path, config: ModelConfig, leaves, tokenize
 
 @contextlib.contextmanager
 def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A hidden folder beside `out` that takes its name at the end. An exception removes it; a kill leaves it, under its hidden name."""
+    """A hidden folder beside `out` that takes its name at the end, when all of it is on the disk. An exception removes it; a kill
+    leaves it, under its hidden name."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out {out}: already exists and is not an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -233,9 +237,20 @@ def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         yield folder
         folder.chmod(0o755)
+        for path in folder.rglob("*"):
+            sync(path)
         os.replace(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(path: pathlib.Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -260,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments["fresh"] = tuple(filter(None, arguments["fresh"].split(",")))
     arguments["sources"] = tuple(arguments.pop("source"))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
+    jax.config.update("jax_platforms", "cpu")  # nothing to compute; leave accelerators to those who do
     config = convert(Options(**arguments))
     print(json.dumps(dataclasses.asdict(config), indent=1))
     print(f"wrote {arguments['out']}")

@@ -2,14 +2,12 @@
 
 import json
 import pathlib
-import shutil
 
 import numpy as np
 
+from convert import vocabulary
 from convert.kinds import Json, read_json
-from medplib_jax import checkpoint
 from medplib_jax.config import ModelConfig
-from medplib_jax.data.tokenizer import ADDED_FILE, Tokenizer
 
 # Settings of the released model that no size of ours decides (config.json of MedPLIB-7b-2e).
 _DEFAULTS: Json = {
@@ -75,6 +73,7 @@ def model_json(config: ModelConfig, carried: Json, dtype: np.dtype) -> Json:
         "max_sample_point": config.region.max_points,
         "sampler_pooler_mode": config.region.pooling,
         "out_dim": config.mask.out_dim,
+        "mask_unpad": config.mask.unpad,  # read by `from_torch` alone
         "torch_dtype": str(dtype),
     }
     if llm.rope_theta != 10000.0 or "rope_theta" in carried:  # transformers 4.31 does not write it
@@ -125,10 +124,7 @@ def write_files(folder: pathlib.Path, config: ModelConfig, side: pathlib.Path, t
     _write(folder / "config.json", model_json(config, read_json(side / "config.json"), dtype))
     _write(folder / "generation_config.json", read_json(side / "generation_config.json") or _GENERATION)
     _write(folder / "preprocessor_config.json", read_json(side / "preprocessor_config.json") or preprocessor_json(config))
-    for path in checkpoint.tokenizer_files(str(tokenizer)):
-        shutil.copyfile(path, folder / path.name)
-    if not (folder / ADDED_FILE).exists():
-        Tokenizer.load(str(folder)).save(str(folder))
+    vocabulary.copy_tokenizer(tokenizer, folder)
     for name, content in (("tokenizer_config.json", _TOKENIZER), ("special_tokens_map.json", _SPECIAL | {"pad_token": "<unk>"})):
         if not (folder / name).exists():
             _write(folder / name, content)

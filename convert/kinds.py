@@ -74,7 +74,7 @@ def detect_config(shapes: Shapes, language: Json, vision: Json, lora_alpha: floa
         sizes["llm"], sizes["moe"] = _llm(shapes, language), _moe(shapes, language)
         sizes["lora"] = _lora(shapes, lora_alpha)
     if "sam" in parts:
-        sizes["mask"] = _mask(shapes)
+        sizes["mask"] = _mask(shapes, language)
     sizes["region"] = RegionConfig(
         sampler="geometry" if any(key.startswith("model.region_geo_sampler.") for key in shapes) else "mean",
         max_points=language.get("max_sample_point", 512),
@@ -180,7 +180,9 @@ def _lora(shapes: Shapes, alpha: float) -> LoraConfig:
     return LoraConfig(rank=ranks.pop(), alpha=alpha, targets=tuple(sorted(targets)))
 
 
-def _mask(shapes: Shapes) -> MaskConfig:
+def _mask(shapes: Shapes, language: Json) -> MaskConfig:
+    """With a SEG MLP, the original has trained it, on masks whose padding it cut away by its own rule, unless config.json says other."""
+    trained = any(part_of(key) == "seg_mlp" for key in shapes)
     encoder, decoder = _SAM + "image_encoder.", _SAM + "mask_decoder."
     patch = _shape(shapes, encoder + "patch_embed.proj.weight")
     grid = _shape(shapes, encoder + "pos_embed")[1]
@@ -203,6 +205,7 @@ def _mask(shapes: Shapes) -> MaskConfig:
         num_multimask=_shape(shapes, decoder + "mask_tokens.weight")[0] - 1,
         iou_head_layers=_count(shapes, re.escape(decoder) + r"iou_prediction_head\.layers\.(\d+)\."),
         iou_head_dim=_shape(shapes, decoder + "iou_prediction_head.layers.0.weight")[0],
+        unpad=language.get("mask_unpad", "reference") if trained else "exact",
     )
 
 

@@ -1,14 +1,16 @@
 """Orbax checkpoints written and read piece by piece, so that no parameter need ever be whole in memory.
 
 With `handler`, a tree's leaves are `Streamed`: Orbax writes its usual files (they restore like any other checkpoint), only the arrays'
-contents come from here, one slab at a time. `open_arrays` gives TensorStore handles in place of arrays; slicing one reads a part.
+contents come from here, a few slabs at a time. `open_arrays` gives TensorStore handles in place of arrays; slicing one reads a part.
 """
 
 import asyncio
+import collections
 import dataclasses
+import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
+from convert.torch_files import ahead, progress
 from medplib_jax.types import Params
 
 Index = tuple[int, ...]
@@ -25,12 +28,12 @@ MAX_PENDING_BYTES = 1 << 28  # given to TensorStore and not yet on disk
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """An array that is made while it is written: `slabs()` yields (index on the leading axes, the rest)."""
+    """An array that is made while it is written: `slabs` are pairs of an index on the leading axes and what makes the rest."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     chunk: tuple[int, ...]  # what is read and written as one piece; divides every slab
-    slabs: Callable[[], Iterator[tuple[Index, np.ndarray]]]
+    slabs: Sequence[tuple[Index, Callable[[], np.ndarray]]]
 
 
 class _StreamHandler(type_handlers.NumpyHandler):
@@ -40,23 +43,36 @@ class _StreamHandler(type_handlers.NumpyHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(self._write(values, infos), name="streamed_arrays")]
 
     async def _write(self, values, infos):
-        pending, size = [], 0
-        for value, info in zip(values, infos):
-            await info.await_path_creation()
-            ocdbt = info.is_ocdbt_checkpoint
-            spec = type_handlers.get_json_tspec_write(info, ocdbt, value.shape, value.chunk, value.dtype, process_index=0)
-            store = await ts.open(spec, create=True, open=True, context=info.ts_context)
-            for index, slab in value.slabs():
-                pending.append(store[index].write(slab))
-                size += slab.nbytes
-                if size > MAX_PENDING_BYTES:
-                    await asyncio.gather(*pending)
-                    pending, size = [], 0
-        await asyncio.gather(*pending)
+        """Slabs are made by a few threads, and written while the next ones are made."""
+        stores = await asyncio.gather(*map(self._create, values, infos))  # together: each alone would wait for the disk
+        tasks = [functools.partial(_make, store, *slab) for store, value in zip(stores, values) for slab in value.slabs]
+        pending, size = collections.deque(), 0
+        with progress("checkpoint", sum(math.prod(value.shape) * value.dtype.itemsize for value in values)) as bar:
+            try:
+                for store, slab in ahead(tasks):
+                    pending.append((store.write(slab, can_reference_source_data_indefinitely=True), slab.nbytes))
+                    bar.update(slab.nbytes)
+                    size += slab.nbytes
+                    while size > MAX_PENDING_BYTES:
+                        written, nbytes = pending.popleft()
+                        await written
+                        size -= nbytes
+            finally:  # after an error too: who removes the folder must not meet files that still appear
+                await asyncio.gather(*(written for written, _ in pending))
+
+    async def _create(self, value, info):
+        await info.await_path_creation()
+        ocdbt = info.is_ocdbt_checkpoint
+        spec = type_handlers.get_json_tspec_write(info, ocdbt, value.shape, value.chunk, value.dtype, process_index=0)
+        return await ts.open(spec, create=True, open=True, context=info.ts_context)
 
     async def deserialize(self, infos, args=None):
         specs = [type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint) for info in infos]
         return [await ts.open(spec, open=True, context=info.ts_context) for spec, info in zip(specs, infos)]
+
+
+def _make(store: ts.TensorStore, index: Index, make: Callable[[], np.ndarray]) -> tuple[ts.TensorStore, np.ndarray]:
+    return store[index], make()
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
@@ -68,11 +84,11 @@ def handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def chunk_shape(shape: tuple[int, ...], stacked: int, parts: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The piece to write at once: one slab along the first `stacked` axes, cut into `parts` per axis (a mesh's shards), then
-    halved along its longest even axis until it is no larger than `MAX_CHUNK_BYTES`."""
+    """The piece to write at once: one slab along the first `stacked` axes, cut into `parts` per axis (a mesh's shards), then halved
+    along its first even axis, so that it stays contiguous, until it is no larger than `MAX_CHUNK_BYTES`."""
     chunk = [1] * stacked + [size // part for size, part in zip(shape[stacked:], parts[stacked:])]
     while math.prod(chunk) * itemsize > MAX_CHUNK_BYTES and any(size % 2 == 0 for size in chunk):
-        axis = max((i for i, size in enumerate(chunk) if size % 2 == 0), key=chunk.__getitem__)
+        axis = next(i for i, size in enumerate(chunk) if size % 2 == 0)
         chunk[axis] //= 2
     return tuple(chunk)
 

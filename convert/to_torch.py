@@ -10,6 +10,8 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
 
+import absl.logging
+import jax
 import numpy as np
 
 from convert import hf_config, mapping, orbax_stream, torch_files
@@ -110,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
     parser.add_argument("--layout", choices=LAYOUTS, default="merged")
     arguments = parser.parse_args(argv)
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
+    jax.config.update("jax_platforms", "cpu")  # nothing to compute; leave accelerators to those who do
     convert(arguments.checkpoint, arguments.out, arguments.format, arguments.layout)
     print(f"wrote {arguments.out}")
 

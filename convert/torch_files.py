@@ -3,8 +3,11 @@
 Nothing is unpickled but tensors (`weights_only=True`). numpy arrays come out, bfloat16 as `ml_dtypes.bfloat16`.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import pathlib
@@ -12,12 +15,15 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import jax
 import ml_dtypes
 import numpy as np
+from tqdm import tqdm
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
@@ -26,6 +32,7 @@ _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|rng_state|random_states)")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 _BLOCK = 1 << 17
+_THREADS = 3  # that make tensors: one waits for the disk while others compute
 _BITS = {4: (np.uint32, 0x7FFFFFFF, 0x7F800000), 2: (np.uint16, 0x7FFF, None)}
 
 
@@ -170,17 +177,22 @@ def check_finite(name: str, file: pathlib.Path, tensor: np.ndarray) -> None:
 
 
 def contiguous(view: np.ndarray) -> np.ndarray:
-    """The view's elements in C order. XLA's transpose is five times as fast as numpy's."""
-    return view if view.flags.c_contiguous else np.asarray(jax.device_put(view))
+    """The view's elements in C order. XLA's transpose on the CPU is five times as fast as numpy's."""
+    return view if view.flags.c_contiguous else np.asarray(jax.device_put(view, jax.local_devices(backend="cpu")[0]))
 
 
-def ahead(items: Iterator) -> Iterator:
-    """The same items; each is made on another thread while the one before is used."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, items, None)
-        while (item := following.result()) is not None:
-            following = pool.submit(next, items, None)
-            yield item
+def ahead(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What the tasks return, in their order; a few threads work on the next ones meanwhile."""
+    tasks, running = iter(tasks), collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            running.extend(map(pool.submit, itertools.islice(tasks, _THREADS)))
+            while running:
+                made = running.popleft().result()
+                running.extend(map(pool.submit, itertools.islice(tasks, 1)))
+                yield made
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,15 +214,20 @@ def write_shards(folder: pathlib.Path, tensors: Iterable[Planned], file_format: 
     (or one tensor)."""
     shards = list(_pack(tensors, shard_bytes))
     stem, suffix, write = _FORMATS[file_format]
-    weight_map, total = {}, 0
-    for i, shard in enumerate(shards):
-        name = f"{stem}-{i + 1:05d}-of-{len(shards):05d}{suffix}" if len(shards) > 1 else stem + suffix
-        write(folder / name, shard)
-        weight_map |= {tensor.name: name for tensor in shard}
-        total += sum(tensor.nbytes for tensor in shard)
+    weight_map, total = {}, sum(tensor.nbytes for shard in shards for tensor in shard)
+    with progress("PyTorch", total) as bar:
+        for i, shard in enumerate(shards):
+            name = f"{stem}-{i + 1:05d}-of-{len(shards):05d}{suffix}" if len(shards) > 1 else stem + suffix
+            write(folder / name, shard, bar)
+            weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index, indent=2))
+
+
+def progress(what: str, total: int) -> tqdm:
+    """A bar of the bytes written."""
+    return tqdm(total=total, desc=f"writing {what}", unit="B", unit_scale=True)
 
 
 def _pack(tensors: Iterable[Planned], shard_bytes: int) -> Iterator[list[Planned]]:
@@ -225,7 +242,7 @@ def _pack(tensors: Iterable[Planned], shard_bytes: int) -> Iterator[list[Planned
         yield shard
 
 
-def _write_safetensors(file: pathlib.Path, tensors: list[Planned]) -> None:
+def _write_safetensors(file: pathlib.Path, tensors: list[Planned], bar: tqdm) -> None:
     header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this
     for tensor in tensors:
         header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": (offset, offset + tensor.nbytes)}
@@ -234,18 +251,35 @@ def _write_safetensors(file: pathlib.Path, tensors: list[Planned]) -> None:
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for values in ahead(contiguous(tensor.make()) for tensor in tensors):
-            stream.write(values.view(np.uint8).data)
+    start = 8 + len(text)
+    places = [start + header[tensor.name]["data_offsets"][0] for tensor in tensors]
+    for nbytes in ahead(functools.partial(_put, file, place, tensor) for place, tensor in zip(places, tensors, strict=True)):
+        bar.update(nbytes)
 
 
-def _write_pickle(file: pathlib.Path, tensors: list[Planned]) -> None:
+def _put(file: pathlib.Path, place: int, tensor: Planned) -> int:
+    """Makes a tensor and writes it into its place of a file; several threads do so at once."""
+    with open(file, "r+b") as stream:
+        stream.seek(place)
+        return stream.write(_made(tensor).view(np.uint8).data)
+
+
+def _made(tensor: Planned) -> np.ndarray:
+    return contiguous(tensor.make())
+
+
+def _write_pickle(file: pathlib.Path, tensors: list[Planned], bar: tqdm) -> None:
     torch = _torch(file)
 
     def as_torch(array: np.ndarray):
-        bits = np.require(contiguous(array), requirements="W")
+        bits = np.require(array, requirements="W")
         return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16) if array.dtype == ml_dtypes.bfloat16 else torch.from_numpy(bits)
 
-    torch.save({tensor.name: as_torch(tensor.make()) for tensor in tensors}, file)
+    made = {}
+    for tensor, values in zip(tensors, ahead(functools.partial(_made, tensor) for tensor in tensors), strict=True):
+        made[tensor.name] = as_torch(values)
+        bar.update(tensor.nbytes)
+    torch.save(made, file)
 
 
 _FORMATS = {"safetensors": ("model", ".safetensors", _write_safetensors), "bin": ("pytorch_model", ".bin", _write_pickle)}

@@ -2,10 +2,12 @@
 
 import hashlib
 import pathlib
+import shutil
 
 import numpy as np
 
-from medplib_jax.data.tokenizer import ADDED_TOKENS, MODEL_FILE, Tokenizer
+from medplib_jax import checkpoint
+from medplib_jax.data.tokenizer import ADDED_FILE, ADDED_TOKENS, MODEL_FILE, Tokenizer
 
 GROWING = ("llm/embed/embedding", "llm/head/kernel")  # parameters with a vocabulary axis
 
@@ -28,6 +30,15 @@ def find_tokenizer(given: pathlib.Path | None, folders: list[pathlib.Path]) -> p
         if _digest(folder) != _digest(given):
             raise ValueError(f"{given / MODEL_FILE} is another tokenizer than {folder / MODEL_FILE}, which belongs to the weights")
     return given
+
+
+def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Copies a tokenizer's files into `folder`, with the list of added tokens that LLaVA's and LLaMA's lack."""
+    folder.mkdir(exist_ok=True)
+    for path in checkpoint.tokenizer_files(str(source)):
+        shutil.copyfile(path, folder / path.name)
+    if not (folder / ADDED_FILE).exists():
+        Tokenizer.load(str(folder)).save(str(folder))
 
 
 def missing_rows(folder: pathlib.Path, rows: int) -> int:

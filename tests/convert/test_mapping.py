@@ -1,5 +1,6 @@
 """The table of names, on shapes alone."""
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -47,7 +48,17 @@ def test_full_size_model_maps_completely_both_ways(shapes):
 def test_every_detected_size_of_the_full_model_is_the_default():
     config, _, _ = plan(MOE)
     default = type(config)()
-    assert (config.clip, config.llm, config.mask) == (default.clip, default.llm, default.mask)
+    assert (config.clip, config.llm, dataclasses.replace(config.mask, unpad="exact")) == (default.clip, default.llm, default.mask)
+
+
+def test_masks_are_unpadded_as_they_were_trained():
+    fresh = {key: shape for key, shape in MOE.items() if "text_hidden_fcs" not in key}
+    ways = {(name, said): dict(mask_unpad=said) if said else {} for name in ("trained", "fresh") for said in (None, "exact", "reference")}
+    found = {
+        way: kinds.detect_config(MOE if way[0] == "trained" else fresh, LANGUAGE | written, {}, 16.0).mask.unpad
+        for way, written in ways.items()
+    }
+    assert [way for way, unpad in found.items() if unpad == "reference"] == [("trained", None), ("trained", "reference")]
 
 
 def test_files_follow_the_shards_of_a_mesh():

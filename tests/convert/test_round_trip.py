@@ -49,20 +49,25 @@ def test_merged_layout_is_bit_exact(tmp_path, dtype, file_format):
     assert set(index["weight_map"]) == set(written) and len(set(index["weight_map"].values())) > 2
     assert all(name in torch_files.read_file(tmp_path / "torch" / file) for name, file in index["weight_map"].items())
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in written.values())
-    # everything around the weights comes back as it was
+    # everything around the weights comes back as it was, and what the source lacked is there
+    assert {"generation_config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json"} <= {
+        path.name for path in (tmp_path / "torch").iterdir()
+    }
     for name in ("config.json", "tokenizer.model", "added_tokens.json"):
         assert (tmp_path / "torch" / name).read_bytes() == (source / name).read_bytes() or name == "config.json"
-    assert json.loads((tmp_path / "torch" / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    written = json.loads((tmp_path / "torch" / "config.json").read_text())
+    assert written == json.loads((source / "config.json").read_text()) and written["moe"]["num_experts"] == [2, 2]
 
 
-def test_training_layout_with_adapters(tmp_path):
-    tensors = random_tensors(ADAPTED, ml_dtypes.bfloat16)
+@pytest.mark.parametrize("dtype, file_format", [(np.float32, "safetensors"), (ml_dtypes.bfloat16, "bin"), (np.float16, "safetensors")])
+def test_training_layout_with_adapters(tmp_path, dtype, file_format):
+    tensors = random_tensors(ADAPTED, dtype)
     adapted = {name.replace(".lora_A.weight", ".weight") for name in tensors if ".lora_A." in name}
     unmerged = {mapping.unmerged_name(name, name in adapted): x for name, x in tensors.items()}
     assert any(".base_layer.weight" in name for name in unmerged) and any(".lora_B.default.weight" in name for name in unmerged)
     source = write_folder(tmp_path / "source", ADAPTED, unmerged)
     assert convert(tmp_path / "jax", source, kind="lora", lora_alpha=LORA.alpha) == ADAPTED
-    to_torch.convert(tmp_path / "jax", tmp_path / "lora", layout="lora")
+    to_torch.convert(tmp_path / "jax", tmp_path / "lora", file_format, layout="lora")
     assert_same(without_rotary(load(tmp_path / "lora")), unmerged)
 
 
