@@ -182,7 +182,7 @@ def _check_spliced(z, batch, out) -> Iterator[Row]:
         yield Row("merged embeddings", at_valid(out["embeddings"], z["inputs_embeds"], batch.valid))
     if "region_feature_0" in z:
         for i, row in enumerate(np.flatnonzero(z["valid_region"])):
-            yield Row("region features", relative(out["regions"][row], z[f"region_feature_{i}"]))
+            yield Row("region features", relative(out["regions"][row, :1], z[f"region_feature_{i}"]))
 
 
 def _language(converted, z, batch, output, out, prefix, mode) -> Iterator[Row]:

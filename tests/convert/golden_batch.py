@@ -27,8 +27,11 @@ def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> 
     pictures = _pictures(z, ids)
     total = pictures.shape[1] * num_patches
     rows = [_splice(ids[i], labels[i], z["attention_mask"][i].astype(bool), num_patches, total, i in regions) for i in range(len(ids))]
-    length = max(len(row["tokens"]) for row in rows)
-    text = {name: np.stack([_pad(row[name], length, -1 if name == "feature_index" else 0) for row in rows]) for name in rows[0]}
+    lengths = {len(row["tokens"]) for row in rows}
+    length, region_slots = max(lengths), (1 if regions else 0) + (len(lengths) > 1)
+    # Rows of fewer image tokens end in zero vectors, which an expert's capacity counts: what a region without points is.
+    padding = {"feature_index": total + region_slots - 1 if len(lengths) > 1 else -1}
+    text = {name: np.stack([_pad(row[name], length, padding.get(name, 0)) for row in rows]) for name in rows[0]}
     merged = text.pop("labels")
     targets = np.where(merged[:, 1:] == IGNORED, 0, merged[:, 1:])
     counted = (merged[:, 1:] != IGNORED) & text["valid"][:, 1:]
@@ -37,7 +40,7 @@ def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> 
         **text,
         clip_pixels=pictures,
         **_sam_pixels(z, len(ids)),
-        **_region_points(regions, len(ids)),
+        **_region_points(regions, len(ids), region_slots),
         **_masks(z, text["tokens"], seg_id),
         record=np.arange(len(ids), dtype=np.int32),
     )
@@ -97,8 +100,7 @@ def _sam_pixels(z: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray
     return {"sam_pixels": pixels, "sam_box": np.array(boxes, np.int32)}
 
 
-def _region_points(regions: dict[int, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    slots = 1 if regions else 0
+def _region_points(regions: dict[int, np.ndarray], count: int, slots: int) -> dict[str, np.ndarray]:
     most = max([int(mask.sum()) for mask in regions.values()], default=0)
     points, valid = np.zeros((count, slots, most, 2), np.float32), np.zeros((count, slots, most), bool)
     for row, mask in regions.items():

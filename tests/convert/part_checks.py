@@ -167,7 +167,8 @@ def _check_mixture(z: Arrays, name: str, mode: str, config: ModelConfig, module,
     (_, (y, out)), (of_params, of_x) = compute(stack(name + "param."), x)
     prefix = f"{name}{mode}_"
     yield Row("outputs", relative(y, z[prefix + "y"]))
-    yield Row("router logits", relative(out["router_logits"], z[prefix + "router_logits"]))
+    logits = out["router_logits"]
+    yield Row("router logits", relative(logits.reshape(-1, logits.shape[-1]), z[prefix + "router_logits"]))
     yield Row("auxiliary loss", relative(out["aux_loss"], z[prefix + "l_aux"]))
     yield Row("gradients", relative(of_x, z[prefix + "dx"]), GRADIENT_BAR)
     expected = flatten(stack(prefix + "grad."))
