@@ -13,14 +13,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from PIL import Image
 
-from convert import from_torch
+from convert import from_torch, to_torch
 from convert.torch_reference import TorchReference
-from medplib_jax import checkpoint
 from medplib_jax.decode import Generator
 from medplib_jax.models.clip import normalise_clip
 from medplib_jax.models.layers import bind
@@ -56,11 +54,11 @@ def compare(
     torch_source: Sequence[pathlib.Path], workdir: pathlib.Path, images: Sequence[pathlib.Path], dtype: str, max_new_tokens: int
 ) -> Iterator[Comparison]:
     """Yields one comparison per picture and question."""
-    experiment, params, tokenizer_dir = checkpoint.load_params(str(workdir))
-    config = dataclasses.replace(experiment.model, dtype=dtype)
-    params, tokenizer = jax.tree.map(jnp.asarray, params), Tokenizer.load(tokenizer_dir)
+    stored = to_torch.open_checkpoint(workdir)
+    config, tokenizer = dataclasses.replace(stored.config, dtype=dtype), Tokenizer.load(str(stored.tokenizer))
     reference, model = TorchReference(from_torch.read_sources(torch_source), config), from_torch.model_shapes(config)
     predictor = Predictor(workdir, max_new_tokens=max_new_tokens)
+    params = predictor.params
     generator = Generator(config, params, eos_id=tokenizer.eos_id, seg_id=tokenizer.seg_id, max_new_tokens=max_new_tokens, max_masks=0)
     run = jax.jit(lambda params, batch: read(bind(model, params), batch))
     for image in images:
@@ -126,6 +124,15 @@ def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(np.asarray(ours, np.float32) - theirs).max() / np.abs(theirs).max())
 
 
+def find_images(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The folder's pictures. FileNotFoundError when it has none."""
+    known = Image.registered_extensions()
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
+    if not found:
+        raise FileNotFoundError(f"--images {folder}: expected pictures, found {sorted(path.name for path in folder.iterdir())[:10]}")
+    return found
+
+
 def made_up_images(folder: pathlib.Path, count: int = 2) -> list[pathlib.Path]:
     """Pictures of random smooth shapes, of different proportions."""
     paths = []
@@ -145,8 +152,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=sorted(LIMITS), default="float32", help="compute type of the JAX side")
     parser.add_argument("--max_new_tokens", type=int, default=12)
     arguments = parser.parse_args(argv)
+    if arguments.dtype == "float32":  # accelerators multiply in less, unless told
+        jax.config.update("jax_default_matmul_precision", "highest")
     with tempfile.TemporaryDirectory() as folder:
-        images = sorted(arguments.images.iterdir()) if arguments.images else made_up_images(pathlib.Path(folder))
+        images = find_images(arguments.images) if arguments.images else made_up_images(pathlib.Path(folder))
         print("| input | logits | KL | greedy equal | mask logits | Dice |\n|---|---|---|---|---|---|")
         failed = 0
         for result in compare(arguments.torch, arguments.checkpoint, images, arguments.dtype, arguments.max_new_tokens):

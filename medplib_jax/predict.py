@@ -27,7 +27,7 @@ from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.decode import Generator, Sampling
 from medplib_jax.evaluators.common import mask_drawer
 from medplib_jax.report import PALETTE, overlay
-from medplib_jax.types import Batch
+from medplib_jax.types import Batch, Params
 
 _PLACEHOLDER = re.compile(r"<region>(?:\s*</region>)?")
 
@@ -70,6 +70,11 @@ class Predictor:
             max_masks=max(1, self._data.max_masks),
             sampling=sampling,
         )
+
+    @property
+    def params(self) -> Params:
+        """The checkpoint's parameters."""
+        return self._generator.params
 
     def __call__(self, image: str | os.PathLike, question: str, region: str = "", seed: int = 0) -> Prediction:
         """The answer to a question; see `prompt`."""
