@@ -23,7 +23,7 @@ from medplib_jax.types import Params
 
 Index = tuple[int, ...]
 MAX_CHUNK_BYTES = 1 << 25
-MAX_PENDING_BYTES = 1 << 28  # given to TensorStore and not yet on disk
+MAX_PENDING_BYTES = 1 << 29  # given to TensorStore and not yet on disk
 
 
 @dataclasses.dataclass(frozen=True)
