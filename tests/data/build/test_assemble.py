@@ -217,9 +217,10 @@ def test_an_interrupted_run_continues(folders, monkeypatch):
 def test_a_killed_run_continues_and_leaves_no_process(folders, tmp_path):
     """SIGKILL in the middle; the same command then gives what an uninterrupted one gives."""
     write(folders[0], "train/MeCoVQA-Complex.json", [vqa(case % 4) for case in range(60)])
-    process = subprocess.run([sys.executable, "-c", KILLED, *map(str, folders)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with open(tmp_path / "pids", "w") as pids:  # not a pipe, which a worker that lives on would hold open
+        process = subprocess.run([sys.executable, "-c", KILLED, *map(str, folders)], cwd=ROOT, stdout=pids, stderr=subprocess.DEVNULL)
     assert process.returncode == -signal.SIGKILL
-    workers = [psutil.Process(int(pid)) for pid in process.stdout.split() if psutil.pid_exists(int(pid))]
+    workers = [psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split() if psutil.pid_exists(int(pid))]
     assert not [worker for worker in psutil.wait_procs(workers, timeout=60)[1] if worker.status() != psutil.STATUS_ZOMBIE]
     assert not (folders[2] / "manifest.json").exists() and len(list((folders[2] / ".shards").glob("*.json"))) < 67
     with pytest.MonkeyPatch.context() as patch:
