@@ -24,7 +24,7 @@ STEPS = 1000  # of the schedule; no program depends on how many
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`function(*args)`, its abstract arguments, and how it is compiled. It works off `tokens` positions."""
+    """`function(*args)`, its abstract arguments, and how it is compiled. `tokens`: positions it works off, or new ones it generates."""
 
     function: Callable
     args: tuple[Any, ...]
@@ -87,7 +87,7 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Pro
 
     batch = abstract_batch(config.data, config.model, mesh, rows, length - new_tokens)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, PartitionSpec()))
-    return Program(answer, (_evaluated(config, mesh), batch, key), {}, rows * length)
+    return Program(answer, (_evaluated(config, mesh), batch, key), {}, rows * new_tokens)
 
 
 def _for_evaluation(config: ExperimentConfig) -> ExperimentConfig:
