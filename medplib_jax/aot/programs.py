@@ -1,6 +1,7 @@
 """The programs that run on a pod (a training step, a teacher-forced pass, generation), with shapes in place of arrays."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from medplib_jax.config import LoraConfig, ModelConfig
 from medplib_jax.decode import Sampling, generate
 from medplib_jax.experiment import DataConfig, ExperimentConfig
 from medplib_jax.losses import divisors, total_loss
-from medplib_jax.models.layers import bind, params_of
+from medplib_jax.models.layers import abstract_module, bind, params_of
+from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.optim import make_optimizer, make_schedule, partition
 from medplib_jax.sharding import row_axes, use_rules
 from medplib_jax.train_step import abstract_model, make_state, make_train_step, model_shardings, state_shardings
@@ -69,13 +71,14 @@ def _eval(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Progr
         return total_loss(output, params["llm"]["head"]["kernel"], batch, config.loss, config.model, divisors(batch))[1]
 
     batch = abstract_batch(config.data, config.model, mesh, rows, length)
-    return Program(score, (_evaluated(config, mesh), batch), {}, rows * length)
+    return Program(score, (_evaluated(model, config, mesh), batch), {}, rows * length)
 
 
 def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
     """Prompt to answer and masks; the loop counts as running to its end."""
     config = _for_evaluation(config)
-    model, new_tokens = abstract_model(config.model), config.eval.max_new_tokens
+    model = abstract_module(functools.partial(MedPLIB, config.model, stacked=False))  # as `decode.Generator` has it
+    new_tokens = config.eval.max_new_tokens
     if length <= new_tokens:
         raise ValueError(f"length {length} leaves no room for a prompt: eval.max_new_tokens is {new_tokens}")
 
@@ -87,7 +90,7 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Pro
 
     batch = abstract_batch(config.data, config.model, mesh, rows, length - new_tokens)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, PartitionSpec()))
-    return Program(answer, (_evaluated(config, mesh), batch, key), {}, rows * new_tokens)
+    return Program(answer, (_evaluated(model, config, mesh), batch, key), {}, rows * new_tokens)
 
 
 def _for_evaluation(config: ExperimentConfig) -> ExperimentConfig:
@@ -95,8 +98,7 @@ def _for_evaluation(config: ExperimentConfig) -> ExperimentConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, lora=LoraConfig(), remat="none"))
 
 
-def _evaluated(config: ExperimentConfig, mesh: Mesh) -> Params:
-    model = abstract_model(config.model)
+def _evaluated(model: MedPLIB, config: ExperimentConfig, mesh: Mesh) -> Params:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.model.dtype), params_of(model))
     return _placed(shapes, model_shardings(model, mesh, config.sharding))
 

@@ -22,13 +22,14 @@ from jaxtyping import Bool, Float, Int
 
 from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.models.expert_exchange import axis_product, permute_rows, sort_by_expert, with_exchange
-from medplib_jax.models.grouped_matmul import grouped_matmul
+from medplib_jax.models.grouped_matmul import grouped_matmul, is_for_tpu
 from medplib_jax.models.layers import Linear, Rngs, abstract_module, adapter_axes, bind, dropout, logical_axes, param, params_of
 from medplib_jax.sharding import axis_size, mesh_axes, partition_spec, row_axes
 from medplib_jax.types import Array
 
-# Up to this many tokens every expert runs on every token: reading the weights is then what costs.
-FEW_TOKENS = 16
+# Up to this many tokens every expert runs on every token: reading the weights is then what costs. A TPU multiplies 240 times and more
+# while it reads one weight.
+FEW_TOKENS, FEW_TOKENS_TPU = 16, 128
 
 
 @flax.struct.dataclass
@@ -167,7 +168,7 @@ class Experts(nnx.Module):
     def _local(self, x_SxD, routing, rng, exchanged):
         """On one device's tokens. `exchanged`: mesh axes over which the experts are spread, none when all of them are here."""
         rngs = split_rng(rng, 3)
-        if x_SxD.shape[0] <= FEW_TOKENS and not exchanged:
+        if x_SxD.shape[0] <= _few_tokens(x_SxD) and not exchanged:
             return self._few(x_SxD, routing, rngs)
         S, k = routing.expert.shape
         num_experts = self.gate.kernel.shape[0] * axis_product(exchanged)
@@ -194,6 +195,10 @@ class Experts(nnx.Module):
         x = permute_rows(x_NxD, order, inverse)
         h = jax.nn.silu(self.gate.sorted_rows(x, sizes, member, rngs[0])) * self.up.sorted_rows(x, sizes, member, rngs[1])
         return permute_rows(self.down.sorted_rows(h, sizes, member, rngs[2]), inverse, order)
+
+
+def _few_tokens(x_SxD: Array) -> int:
+    return FEW_TOKENS_TPU if is_for_tpu(x_SxD) else FEW_TOKENS
 
 
 def _gather_width(array: Array, names: tuple[str, ...]) -> Array:
@@ -237,7 +242,7 @@ class ExpertsApart(nnx.Module):
             weight_k = routing.weight[0].astype(x_SxD.dtype)
             run = [lambda x, mlp=mlp: mlp(x, rng) for mlp in self.each]
             return sum(weight_k[i] * jax.lax.switch(routing.expert[0, i], run, x_SxD) for i in range(len(weight_k)))
-        if here <= FEW_TOKENS:
+        if here <= _few_tokens(x_SxD):
             weight_SxE = (jax.nn.one_hot(routing.expert, len(self.each)) * routing.weight[:, :, None]).sum(1).astype(x_SxD.dtype)
             return sum(weight_SxE[:, e, None] * mlp(x_SxD, rng) for e, mlp in enumerate(self.each))
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(params_of(mlp) for mlp in self.each))
