@@ -9,13 +9,13 @@ command runs on each with one workdir that all of them see. The workdir then hol
 """
 
 import logging
-import os
 
 import absl.logging
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from medplib_jax.compilation import use_cache
 from medplib_jax.experiment import SweepConfig, from_config_dict
 from medplib_jax.mesh import initialize_distributed
 from medplib_jax.multihost import abort_together
@@ -40,8 +40,7 @@ def main() -> None:
     def run(_) -> int:
         absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax reports every file
         logging.getLogger("medplib_jax").setLevel(logging.INFO)
-        if jax.config.jax_compilation_cache_dir is None:
-            jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/medplib_jax"))
+        use_cache()
         initialize_distributed()
         with abort_together():
             result = run_sweep(from_config_dict(config.value, SweepConfig), workdir.value)

@@ -18,7 +18,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import signal
 import threading
 import time
@@ -37,6 +36,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from medplib_jax import checkpoint
+from medplib_jax.compilation import Compilations, use_cache
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import BatchPlan, Loader, make_loader, train_batches
 from medplib_jax.data.tokenizer import Tokenizer
@@ -358,14 +358,15 @@ def main() -> None:
     def run(_) -> int:
         absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax reports every file
         logging.getLogger("medplib_jax").setLevel(logging.INFO)
-        if jax.config.jax_compilation_cache_dir is None:
-            jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/medplib_jax"))
+        use_cache()
+        compilations = Compilations()
         try:
             initialize_distributed()
         except jax.errors.JaxRuntimeError as error:  # the others do not come, or one of them is still the last attempt's
             log.error("joining the other processes failed: %s", error)
             return exit_code(error)
         result = train(from_config_dict(config.value), workdir.value)
+        log.info("compiled %s", compilations)
         return {None: 0, signal.SIGINT: 130}.get(result["interrupted"], RESTART)
 
     app.run(run)

@@ -1,0 +1,38 @@
+"""Compiled programs are kept on disk from one run to the next, and counted."""
+
+import logging
+import os
+
+import jax
+
+log = logging.getLogger(__name__)
+
+FOLDER = "~/.cache/medplib_jax"
+
+
+def use_cache() -> None:
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, by default in ~/.cache/medplib_jax; JAX_ENABLE_COMPILATION_CACHE=false turns
+    it off. Command lines call it first."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FOLDER))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+class Compilations:
+    """Counts programs from its creation on: `requested` from the compiler, `cached` of them found on disk; `seconds` spent on both."""
+
+    def __init__(self):
+        self.requested, self.cached, self.seconds = 0, 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._timed)
+        jax.monitoring.register_event_listener(self._happened)
+
+    def _timed(self, event: str, seconds: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.requested += 1
+            self.seconds += seconds
+
+    def _happened(self, event: str, **_) -> None:
+        self.cached += event == "/jax/compilation_cache/cache_hits"
+
+    def __str__(self) -> str:
+        return f"{self.requested} programs in {self.seconds:.1f} s, {self.cached} of them from the cache"
