@@ -17,6 +17,10 @@ SEG = json.loads((GOLDEN / "metrics.json").read_text())["seg"]
 WORDS = st.lists(st.sampled_from("left right lung mass of in".split()), max_size=12)
 
 
+def summarise(scores, protocol="exact"):
+    return metrics.values(metrics.mask_statistics(scores, protocol))
+
+
 @pytest.fixture(scope="module")
 def golden():
     return json.loads((GOLDEN / "metrics.json").read_text())
@@ -122,7 +126,7 @@ def test_mask_scores_equal_golden(masks, case):
 
 def test_mask_summary_equals_golden(masks, golden):
     expected = golden["seg_final"]
-    summary = metrics.summarise_masks([metrics.mask_scores([drawn], [true], "reference") for drawn, true in masks], "reference")
+    summary = summarise([metrics.mask_scores([drawn], [true], "reference") for drawn, true in masks], "reference")
     assert summary["cIoU"] == pytest.approx(expected["ciou"], rel=1e-6)
     assert summary["gIoU"] == pytest.approx(expected["giou_without_1e-5"], rel=1e-6)
     assert summary["mIoU"] == pytest.approx(expected["vqa_infer_miou"], rel=1e-6)
@@ -155,17 +159,17 @@ def test_masks_are_matched_in_order_and_surplus_counts():
 
 def test_no_target_questions_count_apart():
     silent, false_mask, empty_mask = metrics.mask_scores([], []), metrics.mask_scores([HALF], []), metrics.mask_scores([EMPTY], [])
-    summary = metrics.summarise_masks([metrics.mask_scores([HALF], [FULL]), silent, false_mask, empty_mask])
+    summary = summarise([metrics.mask_scores([HALF], [FULL]), silent, false_mask, empty_mask])
     assert summary["mIoU"] == 0.5 and summary["mDice"] == pytest.approx(2 / 3)
     assert summary["gIoU"] == pytest.approx((0.5 + 1 + 0 + 1) / 4) and summary["cIoU"] == pytest.approx(10 / 30)
     assert summary["no_target_accuracy"] == pytest.approx(1 / 3) and summary["false_mask_rate"] == pytest.approx(1 / 3)
-    assert set(metrics.summarise_masks([silent])) == {"gIoU", "no_target_accuracy", "false_mask_rate"}
+    assert set(summarise([silent])) == {"gIoU", "no_target_accuracy", "false_mask_rate"}
 
 
 def test_hits_and_false_masks():
     half_right = metrics.mask_scores([HALF], [FULL])  # IoU 0.5, which does not exceed 0.5
     scores = [metrics.mask_scores([FULL], [FULL]), half_right, metrics.mask_scores([], [HALF]), metrics.mask_scores([HALF], [])]
-    summary = metrics.summarise_masks(scores)
+    summary = summarise(scores)
     assert summary["hit_rate"] == pytest.approx(2 / 3) and summary["precision_at_0.5"] == pytest.approx(1 / 3) and summary["false_mask_rate"] == 1
 
 
@@ -191,7 +195,7 @@ def test_surface_dice_equals_the_definition(shift):
 def test_surface_dice_at_the_edges():
     assert metrics.surface_dice(HALF, HALF) == 1 and metrics.surface_dice(HALF, EMPTY) == 0 and metrics.surface_dice(EMPTY, EMPTY) == 1
     scores = [metrics.mask_scores([HALF], [HALF]), metrics.mask_scores([], [HALF]), metrics.mask_scores([HALF], [])]
-    assert metrics.summarise_masks(scores)["surface_dice"] == 0.5  # questions without a target stay out
+    assert summarise(scores)["surface_dice"] == 0.5  # questions without a target stay out
 
 
 def answer_row(answer, expected, modality):
@@ -225,4 +229,4 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"\(4, 5\).*\(5, 4\)"):
         metrics.mask_scores([HALF], [HALF.T])
     with pytest.raises(ValueError, match="'referenec' is not one of"):
-        metrics.summarise_masks([], "referenec")
+        metrics.statistics([], "referenec")
