@@ -121,7 +121,7 @@ def _region(torch, mask: np.ndarray):
 
 
 def our_batches(data: DataConfig) -> Iterator[tuple]:
-    loader = pipeline.make_loader(data, MODEL, data.root)
+    loader = pipeline.make_loader(data, MODEL, data.root, cache_bytes=0)
     plan, _ = loader.plan(seed=0)
     return (loader.load_batch(plan, step, range(data.batch_size)) for step in range(plan.steps_per_epoch))
 
@@ -145,25 +145,21 @@ def assembled(data: DataConfig, out: str) -> DataConfig:
 
 def compare(data: DataConfig, rounds: int) -> dict[str, float]:
     """Milliseconds of one core per record for each variant, the fastest of the rounds. Nothing is kept in memory from record to record."""
-    kept, pipeline.CACHE_BYTES = pipeline.CACHE_BYTES, 0
     records = len(pipeline.make_loader(data, MODEL, data.root))
     times: dict[str, float] = {}
-    try:
-        for _ in range(rounds):
-            with tempfile.TemporaryDirectory() as folder:
-                cached = dataclasses.replace(data, cache=os.path.join(folder, "cache"))
-                shards = assembled(data, os.path.join(folder, "assembled"))
-                variants = {
-                    "PyTorch DataLoader": lambda: torch_batches(data),
-                    "no cache": lambda: our_batches(data),
-                    "assembled, no cache": lambda shards=shards: our_batches(shards),
-                    "disk cache, first epoch": lambda cached=cached: our_batches(cached),
-                    "disk cache, later epochs": lambda cached=cached: our_batches(cached),
-                }
-                for name, make in variants.items():
-                    times[name] = min(milliseconds(make, records), times.get(name, np.inf))
-    finally:
-        pipeline.CACHE_BYTES = kept
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            cached = dataclasses.replace(data, cache=os.path.join(folder, "cache"))
+            shards = assembled(data, os.path.join(folder, "assembled"))
+            variants = {
+                "PyTorch DataLoader": lambda: torch_batches(data),
+                "no cache": lambda: our_batches(data),
+                "assembled, no cache": lambda shards=shards: our_batches(shards),
+                "disk cache, first epoch": lambda cached=cached: our_batches(cached),
+                "disk cache, later epochs": lambda cached=cached: our_batches(cached),
+            }
+            for name, make in variants.items():
+                times[name] = min(milliseconds(make, records), times.get(name, np.inf))
     return times
 
 

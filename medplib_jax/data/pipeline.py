@@ -36,14 +36,17 @@ class Loader:
     no loss weight and no mask. With several images, masks lie on (and the mask head sees) the last one.
     """
 
-    def __init__(self, sources: Sequence[Sequence[Record]], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig):
+    def __init__(
+        self, sources: Sequence[Sequence[Record]], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, cache_bytes: int = CACHE_BYTES
+    ):
+        self._arguments = sources, tokenizer, data, model, cache_bytes
         self._sources, self.tokenizer, self._data, self._model = sources, tokenizer, data, model
         self._starts = np.cumsum([0, *map(len, sources)])
-        self._memory = MemoryCache(CACHE_BYTES)
+        self._memory = MemoryCache(cache_bytes)
         self._disk = DiskCache(data.cache) if data.cache else None
 
     def __reduce__(self):
-        return Loader, (self._sources, self.tokenizer, self._data, self._model)
+        return Loader, self._arguments
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -145,6 +148,12 @@ class Loader:
             if self._data.on_error == "raise":
                 raise
             return 0
+
+    def prepare(self, index: int) -> list[DataError]:
+        """Reads one record, so that the caches hold it; what is odd about it, or why it cannot be used (`on_error` skip; else raises)."""
+        found: list[DataError] = []
+        self._read_all((index,), False, None, found)
+        return found
 
     def _load(
         self,
@@ -325,10 +334,10 @@ def _write_masks(arrays: Arrays, row: int, example: _Example) -> None:
     arrays["seg_position"][row, : len(positions)] = positions
 
 
-def make_loader(data: DataConfig, model: ModelConfig, root: str | None = None) -> Loader:
+def make_loader(data: DataConfig, model: ModelConfig, root: str | None = None, cache_bytes: int = CACHE_BYTES) -> Loader:
     """A loader of the configured sources; `root` is where their paths start, each file's folder by default."""
     sources = [open_source(name, root) for name in data.sources]
-    return Loader(sources, Tokenizer.load(data.tokenizer), data, model)
+    return Loader(sources, Tokenizer.load(data.tokenizer), data, model, cache_bytes)
 
 
 def train_batches(
