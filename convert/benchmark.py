@@ -2,7 +2,7 @@
 
 python -m convert.benchmark --folder DIR [--layers 4]
 
-Writes bfloat16 tensors of every name and shape of the model with that many decoder layers (32: 23 GB, and three times that on disk at
+Writes bfloat16 tensors of every name and shape of the model with that many decoder layers (32: 23 GB, and twice that on disk at
 most), converts in processes of their own, compares every tensor of the result with the source, and removes everything again.
 """
 
