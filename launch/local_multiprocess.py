@@ -29,6 +29,7 @@ from collections.abc import Sequence
 
 RESTART = 75  # medplib_jax.multihost.RESTART, without waiting for jax to be imported
 GRACE_SECONDS = 30  # for the others to end by themselves after one has ended; longer than their last words take
+LAST_LINES_SECONDS = 5  # for what a process has printed to come out; longer only when something that it started holds its output open
 POLL_SECONDS = 0.05
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
@@ -48,15 +49,17 @@ class Group:
 
     def __init__(self, command: Sequence[str], processes: int, devices: int):
         port = free_port()
-        self.processes = []
+        self.processes, self._printers = [], []
         for process in range(processes):
             # their own session: Ctrl-C in the terminal reaches them once, through this process
             started = subprocess.Popen(
                 command, env=os.environ | environment(process, processes, devices, port), start_new_session=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=die_with_parent,
             )  # fmt: skip
-            threading.Thread(target=prefix_lines, args=(started.stdout, process), daemon=True).start()
+            printer = threading.Thread(target=prefix_lines, args=(started.stdout, process), daemon=True)
+            printer.start()
             self.processes.append(started)
+            self._printers.append(printer)
 
     def send(self, number: int) -> None:
         for process in self.processes:
@@ -70,6 +73,8 @@ class Group:
             if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
             time.sleep(POLL_SECONDS)
+        for printer in self._printers:
+            printer.join(LAST_LINES_SECONDS)
         return next((code for code in codes if not asks_for_restart(code)), RESTART if codes else 0)
 
     def _first_failures(self) -> list[int]:
