@@ -14,14 +14,12 @@ import numpy as np
 import pytest
 
 from medplib_jax import train as train_module
-from medplib_jax.config import LoraConfig, MoeConfig, to_json
-from medplib_jax.data.phantom import generate
-from medplib_jax.data.tokenizer import Tokenizer, train_tokenizer
-from medplib_jax.experiment import DataConfig, OptimConfig, TrainConfig
+from medplib_jax.benchmarks import tiny_run
+from medplib_jax.config import LoraConfig, to_json
+from medplib_jax.experiment import TrainConfig
 from medplib_jax.logging import read_metrics
 from medplib_jax.mesh import make_mesh
 from medplib_jax.train import train
-from tests.helpers import MODEL, tiny_experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 KILLED = """
@@ -49,9 +47,7 @@ def use_one_device(monkeypatch):
 def folder(tmp_path_factory):
     """A small dataset with its tokenizer, and a compilation cache that this module and its subprocesses share."""
     folder = tmp_path_factory.mktemp("train")
-    generate(folder / "phantom", 12, 1, processes=1)
-    records = json.loads((folder / "phantom/train/align.json").read_text())
-    train_tokenizer((turn["value"] for record in records for turn in record["conversations"]), str(folder / "tokenizer"), 400)
+    tiny_run.prepare(str(folder))
     jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     yield folder
@@ -60,19 +56,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def config(folder):
-    """Captions only, no experts and no masks: what matters here is the loop. 8 steps, a checkpoint every 3."""
-    vocabulary = Tokenizer.load(str(folder / "tokenizer")).vocab_size
-    llm = dataclasses.replace(MODEL.llm, vocab_size=vocabulary, num_layers=1, max_positions=512)
-    data = DataConfig(
-        sources=(str(folder / "phantom/train/align.json"),), root=str(folder / "phantom"), tokenizer=str(folder / "tokenizer"),
-        bucket_lengths=(384,), batch_size=8, max_regions=0, max_masks=0, mask_canvas=8, workers=0,
-    )  # fmt: skip
-    return tiny_experiment(
-        model=dataclasses.replace(MODEL, llm=llm, moe=MoeConfig(), lora=LoraConfig(rank=2, dropout=0.1)),
-        data=data,
-        optim=OptimConfig(lr=1e-2, trainable=("lora_[ab]$", "^llm/head/", "^llm/embed/", "^projector/"), warmup=0),
-        train=TrainConfig(steps=8, checkpoint_every=3, log_every=1),
-    )
+    """8 steps, a checkpoint every 3."""
+    return dataclasses.replace(tiny_run.experiment(str(folder)), train=TrainConfig(steps=8, checkpoint_every=3, log_every=1))
 
 
 def losses(workdir) -> dict[int, tuple[float, float]]:
@@ -119,23 +104,41 @@ def test_resuming_after_sigkill_gives_the_same_losses(uninterrupted, config, fol
     assert resumed == uninterrupted["losses"] and written.items() <= resumed.items()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_call_goes_on(uninterrupted, config, tmp_path, monkeypatch, number):
+@pytest.fixture
+def stopped(config, tmp_path, monkeypatch):
+    """stopped(number) -> (workdir, result) of a run that got this signal at step 4."""
     report = train_module.Run._report
 
-    def interrupt(self, row, writer, bar):
-        if row["step"] == 4:
-            signal.raise_signal(number)
-        return report(self, row, writer, bar)
+    def stop(number):
+        def interrupt(self, row, writer, bar):
+            if row["step"] == 4:
+                signal.raise_signal(number)
+            return report(self, row, writer, bar)
 
-    monkeypatch.setattr(train_module.Run, "_report", interrupt)
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module.Run, "_report", interrupt)
+            return tmp_path / "run", train(config, str(tmp_path / "run"))
+
+    return stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_call_goes_on(uninterrupted, config, stopped, number):
     before = signal.getsignal(number)
-    stopped = train(config, str(tmp_path / "run"))
-    assert stopped["interrupted"] == number and stopped["step"] == 5 and (tmp_path / "run/checkpoints/5/state").exists()
+    workdir, result = stopped(number)
+    assert result["interrupted"] == number and result["step"] == 5 and (workdir / "checkpoints/5/state").exists()
     assert signal.getsignal(number) == before
-    monkeypatch.setattr(train_module.Run, "_report", report)
-    train(config, str(tmp_path / "run"))
-    assert losses(tmp_path / "run") == uninterrupted["losses"]
+    train(config, str(workdir))
+    assert losses(workdir) == uninterrupted["losses"]
+
+
+def test_a_damaged_checkpoint_costs_its_steps_only(uninterrupted, config, stopped, caplog):
+    workdir, _ = stopped(signal.SIGTERM)
+    for file in (workdir / "checkpoints/5/state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-1])
+    train(config, str(workdir))
+    assert "checkpoints/5 is damaged" in caplog.text and len(list((workdir / "damaged").iterdir())) == 1
+    assert losses(workdir) == uninterrupted["losses"]
 
 
 def test_a_finished_workdir_returns_at_once_and_more_steps_continue_it(uninterrupted, config, folder, monkeypatch):
