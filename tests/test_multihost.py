@@ -1,0 +1,186 @@
+"""Several real processes on this machine: they agree, end together, stop and resume together, and train as one process would."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import psutil
+import pytest
+
+from medplib_jax import train as train_module
+from medplib_jax.benchmarks import tiny_run
+from medplib_jax.data.pipeline import make_loader
+from medplib_jax.experiment import MeshConfig
+from medplib_jax.logging import read_metrics
+from medplib_jax.mesh import make_mesh
+from medplib_jax.multihost import RESTART
+
+ROOT = Path(__file__).parents[1]
+TOGETHER = """
+import os, sys, time
+import jax, numpy as np
+from medplib_jax import multihost
+from medplib_jax.experiment import MeshConfig
+from medplib_jax.mesh import initialize_distributed, make_mesh
+
+initialize_distributed()
+me = jax.process_index()
+agree = multihost.Agreement(make_mesh(MeshConfig(fsdp=2, data=2)))
+found = jax.device_get(agree(stop=15 * me, skipped=3 + me))
+print(multihost.of_process_0("a", f"from {me}"), multihost.of_every_process("b", f"of {me}"), found["stop"], found["skipped"], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A dataset with its tokenizer, and the compilation cache of all processes."""
+    folder = tmp_path_factory.mktemp("multihost")
+    tiny_run.prepare(str(folder))
+    return folder
+
+
+def start(command: list[str], folder: Path, processes: int, devices: int = 1, restarts: int = 0, **variables: str) -> subprocess.Popen:
+    """The launcher, with one pipe for what all processes say."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    launcher = [sys.executable, "-m", "launch.local_multiprocess", "--processes", str(processes), "--devices", str(devices)]
+    return subprocess.Popen(
+        [*launcher, "--max-restarts", str(restarts), "--", sys.executable, *command], cwd=ROOT, env={**os.environ, **cache, **variables},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def training(folder: Path, workdir: Path, **flags) -> list[str]:
+    """The command of a run in which every process has one row of `fsdp`; `flags` are fields, with __ for the dots."""
+    fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in flags.items()]
+    return ["-m", "tests.train_noting", f"--config={tiny_run.__file__}:{folder}", f"--workdir={workdir}", "--config.mesh.fsdp=2", *fields]
+
+
+def losses(workdir: Path) -> dict[int, tuple[float, float]]:
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in read_metrics(str(workdir))}
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
+    while len(losses(workdir)) < step:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+
+
+def one_of(process: subprocess.Popen, number: int) -> psutil.Process:
+    """The launcher's child that is process `number` of the run."""
+    return next(child for child in psutil.Process(process.pid).children() if child.environ()["JAX_PROCESS_ID"] == str(number))
+
+
+def train_alone(folder: Path, workdir: Path, monkeypatch, devices: int, **settings) -> dict[int, tuple[float, float]]:
+    """The losses of the same run in this process."""
+    config = tiny_run.experiment(str(folder))
+    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=2), train=dataclasses.replace(config.train, **settings))
+    monkeypatch.setattr(train_module, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices]))
+    train_module.train(config, str(workdir))
+    return losses(workdir)
+
+
+def assert_close(found: dict[int, tuple[float, float]], expected: dict[int, tuple[float, float]]) -> None:
+    """Equal but for the order of sums: between processes they are taken in another order than between devices of one process."""
+    print("largest relative difference", max(abs(a / b - 1) for step in expected for a, b in zip(found[step], expected[step])))
+    assert found.keys() == expected.keys()
+    for step, values in found.items():
+        assert values == pytest.approx(expected[step], rel=1e-5), step
+
+
+def test_processes_agree_and_an_error_in_one_ends_all(folder):
+    body = TOGETHER + "with multihost.abort_together():\n    if me == 1:\n        raise ValueError('bad record')\n    time.sleep(3600)"
+    process = start(["-c", body], folder, processes=2, devices=2)
+    said = process.communicate()[0]
+    assert process.returncode == 1
+    for number in (0, 1):
+        assert f"[{number}] from 0 ['of 0', 'of 1'] 15 7\n" in said
+    assert "process 1 ends the run: ValueError: bad record" in said
+
+
+def test_a_hung_process_says_where_and_all_ask_for_a_restart(folder):
+    body = TOGETHER + (
+        "def stuck():\n    time.sleep(3600)\n"
+        "with multihost.abort_together(), multihost.Watchdog(1 if me == 1 else 3600):\n    stuck()"
+    )  # fmt: skip
+    process = start(["-c", body], folder, processes=2, devices=2)
+    said = process.communicate()[0]
+    assert process.returncode == RESTART
+    assert "no step was finished for 1 s; what each thread is doing" in said and "process 1 ends the run" in said
+    assert "[1]   File \"<string>\"" in said and " in stuck\n" in said
+
+
+def test_two_processes_train_as_one_and_a_signal_to_one_stops_and_restarts_both(folder, tmp_path, monkeypatch):
+    process = start(training(folder, tmp_path / "two", train__steps=6), folder, processes=2, restarts=1)
+    wait_for_step(tmp_path / "two", 2, process)
+    one_of(process, 1).send_signal(signal.SIGTERM)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert "exited with 75" in said and "starting all 2 processes again" in said and "resuming" in said
+    assert len(list(tmp_path.glob("two/metrics.jsonl"))) == 1  # one writer
+    assert_close(losses(tmp_path / "two"), train_alone(folder, tmp_path / "one", monkeypatch, devices=2, steps=6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(1, 4), (2, 2), (4, 1)])
+def test_any_number_of_processes_gives_the_same_losses(folder, tmp_path, monkeypatch, processes, devices):
+    process = start(training(folder, tmp_path / "run"), folder, processes, devices)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert_close(losses(tmp_path / "run"), train_alone(folder, tmp_path / "one", monkeypatch, devices=4))
+
+
+@pytest.mark.slow
+def test_half_and_double_the_processes_go_on_with_the_same_examples(folder, tmp_path, monkeypatch):
+    """2 processes, stopped; 1 goes on, stopped; 4 finish: every row of every step is read once, by one process."""
+    steps = 30
+    for number, (processes, until) in enumerate([(2, 5), (1, 12), (4, None)]):
+        (tmp_path / f"notes{number}").mkdir()
+        command = training(folder, tmp_path / "run", train__steps=steps, mesh__fsdp=2 if processes < 4 else 4, mesh__data=-1)
+        process = start(command, folder, processes, 4 // processes, NOTES=str(tmp_path / f"notes{number}"))
+        if until is not None:
+            wait_for_step(tmp_path / "run", until, process)
+            process.send_signal(signal.SIGTERM)
+        said = process.communicate()[0]
+        assert process.returncode == (0 if until is None else RESTART), said
+    config = tiny_run.experiment(str(folder))
+    plan, _ = make_loader(config.data, config.model, config.data.root).plan(config.train.seed)
+    read = {}
+    for notes in tmp_path.glob("notes*/*.jsonl"):
+        for line in map(json.loads, notes.read_text().splitlines()):
+            for row, record in zip(line["rows"], line["records"], strict=True):
+                assert read.setdefault((line["step"], row), record) is record  # nobody else has read it
+    wanted = {(step, row): record for step in range(steps) for row, record in enumerate(plan.batch(step)[1].tolist())}
+    assert read == wanted
+    assert_close(losses(tmp_path / "run"), train_alone(folder, tmp_path / "one", monkeypatch, devices=4, steps=steps))
+
+
+@pytest.mark.slow
+def test_a_record_that_one_process_cannot_read_ends_all_and_is_named(folder, tmp_path):
+    records = json.loads((folder / "phantom/train/align.json").read_text())
+    records[3]["image"] = "images/missing.png"
+    (tmp_path / "bad.json").write_text(json.dumps(records))
+    process = start(training(folder, tmp_path / "run", data__sources=f"('{tmp_path}/bad.json',)"), folder, processes=2, restarts=3)
+    said = process.communicate()[0]
+    assert process.returncode == 1 and "ends the run" in said and "bad.json, record 3" in said and "again" not in said
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all(folder, tmp_path):
+    process = start(training(folder, tmp_path / "run", optim__lr=1e30), folder, processes=2, restarts=3)
+    said = process.communicate()[0]
+    assert process.returncode == 1 and "not finite" in said and "align.json[" in said and "starting all" not in said
+
+
+@pytest.mark.slow
+def test_a_notice_that_comes_to_jax_before_training_begins_is_heard(folder, tmp_path):
+    """Up to then the signal is the business of JAX's preemption service, which tells all processes at which step to stop."""
+    process = start(training(folder, tmp_path / "run", train__steps=2000), folder, processes=2, EARLY_SIGNAL=str(int(signal.SIGTERM)))
+    said = process.communicate()[0]
+    assert process.returncode == RESTART, said
+    assert "is saved; run the same command to resume" in said and list((tmp_path / "run/checkpoints").iterdir())
