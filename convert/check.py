@@ -21,7 +21,7 @@ from convert import from_torch, to_torch
 from convert.torch_reference import TorchReference
 from medplib_jax.decode import Generator
 from medplib_jax.models.clip import normalise_clip
-from medplib_jax.models.layers import bind
+from medplib_jax.models.layers import abstract_module, bind
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.sam import normalise_sam
 from medplib_jax.data.tokenizer import Tokenizer
@@ -56,7 +56,8 @@ def compare(
     """Yields one comparison per picture and question."""
     stored = to_torch.open_checkpoint(workdir)
     config, tokenizer = dataclasses.replace(stored.config, dtype=dtype), Tokenizer.load(str(stored.tokenizer))
-    reference, model = TorchReference(from_torch.read_sources(torch_source), config), from_torch.model_shapes(config)
+    reference = TorchReference(from_torch.read_sources(torch_source), config)
+    model = abstract_module(lambda rngs: MedPLIB(config, rngs, stacked=False))  # as the predictor's parameters lie
     predictor = Predictor(workdir, max_new_tokens=max_new_tokens)
     params = predictor.params
     generator = Generator(config, params, eos_id=tokenizer.eos_id, seg_id=tokenizer.seg_id, max_new_tokens=max_new_tokens, max_masks=0)
@@ -152,9 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=sorted(LIMITS), default="float32", help="compute type of the JAX side")
     parser.add_argument("--max_new_tokens", type=int, default=12)
     arguments = parser.parse_args(argv)
-    if arguments.dtype == "float32":  # accelerators multiply in less, unless told
-        jax.config.update("jax_default_matmul_precision", "highest")
-    with tempfile.TemporaryDirectory() as folder:
+    precision = "highest" if arguments.dtype == "float32" else "default"  # accelerators multiply in less, unless told
+    with tempfile.TemporaryDirectory() as folder, jax.default_matmul_precision(precision):
         images = find_images(arguments.images) if arguments.images else made_up_images(pathlib.Path(folder))
         print("| input | logits | KL | greedy equal | mask logits | Dice |\n|---|---|---|---|---|---|")
         failed = 0

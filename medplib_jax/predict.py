@@ -73,7 +73,7 @@ class Predictor:
 
     @property
     def params(self) -> Params:
-        """The checkpoint's parameters."""
+        """The checkpoint's parameters, laid out for decoding."""
         return self._generator.params
 
     def __call__(self, image: str | os.PathLike, question: str, region: str = "", seed: int = 0) -> Prediction:

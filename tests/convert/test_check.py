@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from convert import check, from_torch
 from tests.convert.conftest import LORA, TINY, random_tensors, write_folder
@@ -10,15 +11,25 @@ from tests.convert.conftest import LORA, TINY, random_tensors, write_folder
 ADAPTED = dataclasses.replace(TINY, lora=LORA)
 
 
-def test_both_sides_say_the_same(tmp_path, monkeypatch):
+def test_both_sides_say_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check, "QUESTIONS", check.QUESTIONS[:1])
     tensors = {name: x * np.float32(0.3) for name, x in random_tensors(ADAPTED).items()}
     source = write_folder(tmp_path / "source", ADAPTED, tensors)
     from_torch.convert(from_torch.Options((source,), tmp_path / "jax"))
-    images = check.made_up_images(tmp_path, count=1)
-    (result,) = check.compare([source], tmp_path / "jax", images, "float32", max_new_tokens=3)
-    assert result.passes("float32"), result
-    assert max(result.logits, result.mask) < 1e-4 and result.name.startswith("made_up_0.png")
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "README.md").write_text("not a picture")
+    check.made_up_images(images, count=1)
+    with pytest.raises(SystemExit) as end:
+        check.main(
+            ["--torch", str(source), "--checkpoint", str(tmp_path / "jax"), "--images", str(images), "--max_new_tokens", "3"]
+        )
+    *_, row, verdict = capsys.readouterr().out.splitlines()
+    name, logits, _, greedy, mask, dice = row.strip("| ").split(" | ")
+    assert (end.value.code, verdict, greedy, dice) == (0, "the same model", "1.00", "1.0000")
+    assert max(float(logits), float(mask)) < 1e-4 and name.startswith("made_up_0.png")
+    with pytest.raises(FileNotFoundError, match="expected pictures, found"):
+        check.find_images(source)
 
 
 def test_a_difference_does_not_pass():
