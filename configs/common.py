@@ -6,6 +6,9 @@ from medplib_jax.experiment import DataConfig, MeshConfig, OptimConfig
 # MedPLIB-7B: the defaults of ModelConfig, in bfloat16; of what the decoder computes it keeps what no wider than the model is, and recomputes the rest.
 LARGE = ModelConfig(dtype="bfloat16", remat="projections")
 
+# Positions of a row whose logits exist at a time: enough to keep a TPU's matrix unit busy, 0.3 GB for two rows.
+CE_CHUNK = 512
+
 # Parameters and rows are spread over all chips: two experts of 7B do not fit one.
 POD = MeshConfig(data=1, fsdp=-1)
 

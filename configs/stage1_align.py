@@ -9,7 +9,7 @@ whether it is there.
 """
 
 from configs import common
-from medplib_jax.experiment import DataConfig, ExperimentConfig, InitConfig, OptimConfig, TrainConfig, to_config_dict
+from medplib_jax.experiment import DataConfig, ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig, to_config_dict
 
 
 def get_config(size: str = "7b"):
@@ -25,6 +25,7 @@ def large() -> ExperimentConfig:
         model=common.LARGE,
         data=data,
         optim=OptimConfig(lr=1e-3, trainable=(common.PROJECTOR,), frozen_dtype="bfloat16"),
+        loss=LossConfig(ce_chunk=common.CE_CHUNK),
         mesh=common.POD,
         init=InitConfig(stage=1, base="checkpoints/llava-v1.5-7b"),
         train=TrainConfig(epochs=1),

@@ -12,7 +12,7 @@ tiny: also the rest of the language model, which is as new to questions as to th
 import dataclasses
 
 from configs import common
-from medplib_jax.experiment import ExperimentConfig, InitConfig, OptimConfig, TrainConfig, to_config_dict
+from medplib_jax.experiment import ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig, to_config_dict
 
 TRAINABLE = (common.LORA, *common.HEAD_AND_EMBEDDINGS, common.LAYER_NORMS, common.PROJECTOR, common.REGION)
 
@@ -26,6 +26,7 @@ def large() -> ExperimentConfig:
         model=dataclasses.replace(common.LARGE, lora=common.lora(16, common.ALL_LINEAR)),
         data=common.mecovqa(common.COMPLEX, common.REGIONS, bucket_lengths=common.BUCKETS_2048, max_regions=4, max_masks=0),
         optim=OptimConfig(lr=1e-4, trainable=TRAINABLE, frozen_dtype="bfloat16"),
+        loss=LossConfig(ce_chunk=common.CE_CHUNK),
         mesh=common.POD,
         init=InitConfig(stage=2, base="runs/7b/stage1"),
         train=TrainConfig(epochs=3),

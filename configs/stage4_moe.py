@@ -27,7 +27,7 @@ def large() -> ExperimentConfig:
         model=dataclasses.replace(common.LARGE, moe=common.EXPERTS, lora=common.lora(8, TARGETS)),
         data=common.mecovqa(common.COMPLEX, common.REGIONS, common.GROUNDING, bucket_lengths=common.BUCKETS_1024, max_regions=4, max_masks=1),
         optim=OptimConfig(lr=3e-4, trainable=TRAINABLE, frozen_dtype="bfloat16"),
-        loss=LOSS,
+        loss=dataclasses.replace(LOSS, ce_chunk=common.CE_CHUNK),
         mesh=common.POD,
         init=InitConfig(stage=4, base="runs/7b/stage2", grounding="runs/7b/stage3"),
         train=TrainConfig(epochs=3),

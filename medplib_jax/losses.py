@@ -7,10 +7,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from medplib_jax.config import MaskConfig, ModelConfig
 from medplib_jax.experiment import LossConfig
 from medplib_jax.models.unpad import resample_to_canvas
+from medplib_jax.sharding import mesh_axes, row_axes
 from medplib_jax.types import Array, Batch, ModelOutput
 
 Pair = tuple[Array, Array]
@@ -31,12 +33,13 @@ def token_cross_entropy(hidden_BxLxD: Array, head_kernel_DxV: Array, targets_BxL
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cross_entropy(hidden, kernel, targets, weights, chunk):
-    return _cross_entropy_and_gradients(hidden, kernel, targets, weights, chunk, False, False)[0]
+    return _where_rows_are(hidden, kernel, targets, weights, chunk, False, False)[0]
 
 
 def _cross_entropy_forward(hidden, kernel, targets, weights, chunk):
     values = (hidden.value, kernel.value, targets.value, weights.value)
-    return _cross_entropy_and_gradients(*values, chunk, hidden.perturbed, kernel.perturbed)
+    total, (d_hidden, d_kernel) = _where_rows_are(*values, chunk, hidden.perturbed, kernel.perturbed)
+    return total, (d_hidden, None if d_kernel is None else d_kernel.astype(kernel.value.dtype))
 
 
 def _cross_entropy_backward(chunk, gradients, d_sum):
@@ -44,6 +47,30 @@ def _cross_entropy_backward(chunk, gradients, d_sum):
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
+
+
+def _where_rows_are(hidden_BxLxD, kernel_DxV, targets_BxL, weights_BxL, chunk, of_hidden, of_kernel):
+    """`_cross_entropy_and_gradients` on a mesh: every device loops over its own rows as long as these need, and the sums and the head's
+    gradient are added up once after it; left to the compiler they would be in every trip."""
+    mesh = jax.typeof(hidden_BxLxD).sharding.mesh
+    rows = row_axes(len(hidden_BxLxD), mesh) if mesh.size > 1 else None
+    if rows is None:
+        return _cross_entropy_and_gradients(hidden_BxLxD, kernel_DxV, targets_BxL, weights_BxL, chunk, of_hidden, of_kernel)
+    scattered = tuple(axis for axis in mesh_axes("embed") if axis in rows)
+    kept = tuple(axis for axis in rows if axis not in scattered)
+
+    def local(*arrays):
+        total, (d_hidden, d_kernel) = _cross_entropy_and_gradients(*arrays, chunk, of_hidden, of_kernel)
+        if of_kernel:
+            d_kernel = jax.lax.psum(d_kernel, kept)
+            d_kernel = jax.lax.psum_scatter(d_kernel, scattered, scatter_dimension=0, tiled=True) if scattered else d_kernel
+        return jax.lax.psum(total, rows), (d_hidden, d_kernel)
+
+    by_row, out_kernel = PartitionSpec(rows), PartitionSpec(scattered or None)
+    out_specs = PartitionSpec(), (by_row if of_hidden else None, out_kernel if of_kernel else None)
+    in_specs = (by_row, PartitionSpec(), by_row, by_row)
+    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return run(hidden_BxLxD, kernel_DxV.astype(hidden_BxLxD.dtype), targets_BxL, weights_BxL)
 
 
 def _cross_entropy_and_gradients(hidden_BxLxD, kernel_DxV, targets_BxL, weights_BxL, chunk, of_hidden, of_kernel):
@@ -74,7 +101,7 @@ def _cross_entropy_and_gradients(hidden_BxLxD, kernel_DxV, targets_BxL, weights_
     d_kernel = jnp.zeros(kernel.shape, jnp.float32) if of_kernel else None
     start = (jnp.zeros((), jnp.int32), jnp.zeros(()), d_hidden, d_kernel)
     _, total, d_hidden, d_kernel = jax.lax.while_loop(lambda state: (state[0] < -(-L // chunk)) & (state[0] * chunk < counted), step, start)
-    return total, (d_hidden, d_kernel if d_kernel is None else d_kernel.astype(kernel_DxV.dtype))
+    return total, (d_hidden, d_kernel)
 
 
 # Per row of the batch, so that rows may live on different devices; places beyond the row read 0 and are not written.
