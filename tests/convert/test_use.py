@@ -10,12 +10,13 @@ import pytest
 from convert import from_torch
 from medplib_jax import checkpoint, train as train_module
 from medplib_jax.config import MoeConfig
-from medplib_jax.data.phantom import generate
+from medplib_jax.data.phantom import FILES, generate
 from medplib_jax.data.tokenizer import Tokenizer
-from medplib_jax.evaluate import evaluate
-from medplib_jax.experiment import DataConfig, ExperimentConfig, InitConfig, OptimConfig, TrainConfig
+from medplib_jax.experiment import DataConfig, ExperimentConfig, InitConfig, OptimConfig, SweepConfig, TrainConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.predict import Predictor
+from medplib_jax.sweep import run_sweep
+from medplib_jax.tasks import folder_tasks
 from tests.convert.conftest import LORA, TINY, TOKENIZER, random_tensors, save, write_folder
 
 pytestmark = pytest.mark.slow
@@ -61,9 +62,9 @@ def test_predicts_evaluates_and_trains(options_of, data, tmp_path, monkeypatch):
     assert Tokenizer.load(str(options.out / "tokenizer")).vocab_size == model.llm.vocab_size == 667
     picture = next((data / "images").rglob("*.png"))
     assert isinstance(Predictor(str(options.out), max_new_tokens=3)(picture, "Please segment the lesion.").answer, str)
-    file = data / f"test/{GROUNDING}.json"
-    result = evaluate(str(options.out), [str(file)], tmp_path / "evaluation", max_new_tokens=3, limit=2)
-    assert [task["records"] for task in result["tasks"].values()] == [2]
+    tasks = folder_tasks(data / FILES["test"]["grounding"])
+    result = run_sweep(SweepConfig(checkpoints=str(options.out), tasks=tasks, max_new_tokens=3, limit=2), tmp_path / "evaluation")
+    assert [cell["records"] for cell in result["cells"]] == [2]
 
     monkeypatch.setattr(train_module, "make_mesh", lambda mesh: make_mesh(mesh, from_torch.jax.devices()[:1]))
     merged = dataclasses.replace(model, lora=type(model.lora)())
