@@ -230,7 +230,7 @@ class SweepConfig:
     max_new_tokens: int = 0
     mask_threshold: float = 0.0  # of protocol exact
     slots: int = 0  # answers in the making per device
-    refill: int = 0  # prompts run at a time per device; 0: a quarter of the slots
+    refill: int = 0  # prompts run at a time per device; 0: half as many as slots
     shard: int = 128  # records per file of predictions
     on_error: str = "skip"  # a record that cannot be used; or "raise"
     missing: str = "skip"  # a task whose file is not there; or "raise"

@@ -190,7 +190,7 @@ def _lines(cell: Cell, loaded: LoadedModel, records: Sequence[int], config: Swee
     drawn = (1 if is_reference else task.masks + 1) if has_masks else 0
     generator = loaded.generator(settings.max_new_tokens, drawn, is_reference and has_masks)
     slots = config.slots or loaded.experiment.eval.batch_size
-    refill = config.refill or max(1, slots // 4)
+    refill = config.refill or max(1, slots // 2)
     by_length, failed = group_by_length(loader, task, records, data.bucket_lengths, config.on_error)
     for length in sorted(by_length):
         batches = eval_batches(loader, by_length[length], refill, range(refill), question=True, workers=0)

@@ -23,7 +23,7 @@ from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.types import Batch
 
 NEVER = -1  # no token: answers end at their limit
-WAYS = {"one at a time": (1, 1), "static batches": (32, 32), "refilled slots": (32, 8)}  # (slots, refill)
+WAYS = {"one at a time": (1, 1), "static batches": (16, 16), "refilled slots": (16, 8)}  # (slots, refill)
 
 
 def random_prompts(model, count: int, length: int, seed: int) -> Batch:
@@ -82,7 +82,7 @@ def measure(requests: int, prompt: int, longest: int, repeat: int) -> dict[str, 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--prompt", type=int, default=96, help="positions, 64 of them of the picture")
     parser.add_argument("--longest", type=int, default=128, help="tokens of the longest answer")
     parser.add_argument("--repeat", type=int, default=3)
