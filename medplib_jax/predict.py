@@ -20,11 +20,12 @@ import numpy as np
 from PIL import Image
 
 from medplib_jax.checkpoint import load_params
+from medplib_jax.compilation import use_cache
 from medplib_jax.data.images import load_image
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.sources import Record
 from medplib_jax.data.tokenizer import Tokenizer
-from medplib_jax.decode import Generator, Sampling
+from medplib_jax.decode import QUANTIZE, Generator, Sampling
 from medplib_jax.evaluators.common import mask_drawer
 from medplib_jax.report import PALETTE, overlay
 from medplib_jax.types import Batch, Params
@@ -43,7 +44,7 @@ class Prediction:
 
 
 class Predictor:
-    """A checkpoint ready to answer. Compiles anew for each prompt bucket and each picture size.
+    """A checkpoint ready to answer. Compiles anew for each prompt bucket and each picture size. `quantize`: "int8" for weights of 8 bits.
 
     What is None comes from the experiment's `eval`. Answers hold at most `data.max_masks` masks, but never fewer than one.
     """
@@ -55,6 +56,7 @@ class Predictor:
         max_new_tokens: int | None = None,
         mask_threshold: float | None = None,
         sampling: Sampling = Sampling(),
+        quantize: str = "",
     ):
         experiment, params, tokenizer_dir = load_params(str(checkpoint_dir))
         given = {"max_new_tokens": max_new_tokens, "mask_threshold": mask_threshold}
@@ -69,6 +71,7 @@ class Predictor:
             max_new_tokens=self._eval.max_new_tokens,
             max_masks=max(1, self._data.max_masks),
             sampling=sampling,
+            quantize=quantize,
         )
 
     @property
@@ -155,12 +158,15 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--max-new-tokens", type=int)
     parser.add_argument("--mask-threshold", type=float)
+    parser.add_argument("--quantize", choices=QUANTIZE[1:], default="", help="weights of 8 bits: half the memory of bfloat16")
     arguments = parser.parse_args()
+    use_cache()
     try:
         sampling = Sampling(arguments.temperature, arguments.top_p)
         predictor = Predictor(
-            arguments.checkpoint, max_new_tokens=arguments.max_new_tokens, mask_threshold=arguments.mask_threshold, sampling=sampling
-        )
+            arguments.checkpoint, max_new_tokens=arguments.max_new_tokens, mask_threshold=arguments.mask_threshold, sampling=sampling,
+            quantize=arguments.quantize,
+        )  # fmt: skip
         picture, prompt = predictor.prompt(arguments.image, arguments.question, region_of(arguments))
     except (ValueError, OSError) as error:  # what was given cannot be used; an error in answering is ours and keeps its traceback
         sys.exit(f"error: {error}")

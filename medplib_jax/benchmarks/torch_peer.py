@@ -7,7 +7,7 @@ parameters of a `medplib_jax` model (`load`), so that both sides compute the sam
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -47,7 +47,6 @@ NAMES = (
     (r"((mlps\.\d+|head)\.)layers\.1", r"\1layers.0"),
 )  # fmt: skip
 UNUSED = ("model.visual_model.prompt_encoder.",)  # points, boxes and masks as prompts
-TRAINABLE = r"lora_|\.mlp\.router\.|^llm\.lm_head\.|embed_tokens|^decoder\.|^seg_mlp\.|^region\."  # stage IV
 
 
 class AdaptedLinear(nn.Linear):
@@ -187,17 +186,18 @@ class Peer(nn.Module):
         self.no_mask_embed = nn.Parameter(torch.zeros(1, mask.out_dim), requires_grad=False)
         self.position_gaussian = nn.Parameter(torch.zeros(2, mask.out_dim // 2), requires_grad=False)
 
-    def load(self, params: Params) -> "Peer":
-        """Takes over the parameters; stage IV's trainable ones keep gradients."""
+    def load(self, params: Params, trainable: Sequence[str] = ()) -> "Peer":
+        """Takes over the parameters; those whose path in our tree some pattern is found in have gradients."""
         flat = flatten(params)
-        tensors = {}
+        tensors, with_gradient = {}, set()
         for key, entry in mapping.entries(self.config, flat).items():
             if (name := _rename(key)).startswith(UNUSED):
                 continue
             tensors[name] = torch.from_numpy(np.array(entry.layout.to_torch(np.asarray(flat[entry.path])[entry.index])))
+            with_gradient |= {name} if any(re.search(pattern, entry.path) for pattern in trainable) else set()
         self.load_state_dict(tensors)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(re.search(TRAINABLE, name) is not None)
+            parameter.requires_grad_(name in with_gradient)
         return self
 
     def trainable(self) -> list[nn.Parameter]:
@@ -208,8 +208,7 @@ class Peer(nn.Module):
         with torch.no_grad():
             states = self.clip(inputs["clip_pixels"], output_hidden_states=True).hidden_states
         features = states[self.config.clip.select_layer][:, 1:]
-        spliced = [self.projector(features), self.regions(features, inputs)]
-        visual = torch.cat(spliced, 1) if inputs["region_points"].shape[1] else spliced[0]
+        visual = torch.cat([self.projector(features), self.regions(features, inputs)], 1)
         index = inputs["feature_index"]
         taken = visual.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, visual.shape[-1]))
         return torch.where((index >= 0)[..., None], taken, self.llm.model.embed_tokens(inputs["tokens"]))

@@ -1,17 +1,36 @@
 """One training step (stage IV: forward, backward, clipping, AdamW) beside the same step in PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import optax
 
-from medplib_jax.benchmarks.workload import example_batch
+from medplib_jax.benchmarks.measure import Table, interleave, side_by_side
+from medplib_jax.benchmarks.workload import dense, example_batch
 from medplib_jax.experiment import ExperimentConfig
 from medplib_jax.models.layers import draw_params, params_of
 from medplib_jax.optim import make_optimizer, partition
 from medplib_jax.train_step import abstract_model, make_state, make_train_step
 
-STEPS = 1000  # length of the schedule
+def compare(config: ExperimentConfig, sides: Sequence[str], rounds: int, device: str = "cpu", name: str = "train_step") -> Table:
+    """Our step beside the peer's, `sides` among "torch eager" and "torch compile"."""
+    runs: dict[str, Callable[[], float]] = {"ours": JaxStep(config)}
+    runs |= {side: torch_step(config, device, side == "torch compile") for side in sides}
+    for run in runs.values():  # compiles, and the first step of all allocates
+        run(), run()
+    model, batch = config.model, config.data.batch_size
+    title = f"Training step: {model.llm.num_layers} layers of width {model.llm.hidden_size}, batch {batch} x {config.data.bucket_lengths[-1]}, {model.dtype}"
+    return side_by_side(title, name, interleave(runs, rounds), "step")
+
+
+def moe_over_dense(config: ExperimentConfig, rounds: int) -> Table:
+    """What a mixture costs beside one MLP of the same active parameters."""
+    runs = {"dense": JaxStep(dense(config)), "mixture": JaxStep(config)}
+    for run in runs.values():
+        run(), run()
+    table = side_by_side("Top-1 mixture of experts beside one MLP", "moe", interleave(runs, rounds), "step")
+    table.flat["moe.over_dense"] = table.flat.pop("moe.speedup_over_mixture")
+    return table
 
 
 class JaxStep:
@@ -32,15 +51,14 @@ class JaxStep:
 
 
 def torch_step(config: ExperimentConfig, device: str = "cpu", compiled: bool = False) -> Callable[[], float]:
-    """The peer's step, parameters and data as in `JaxStep`; float32 on a CPU, bfloat16 with float32 moments where the config says so."""
+    """The peer's step, parameters and data as in `JaxStep`, all in the config's type (ours keeps trainable parameters in float32)."""
     import torch
 
     from medplib_jax.benchmarks.torch_peer import Peer, to_torch
 
     dtype = getattr(torch, config.model.dtype)
-    peer = Peer(config.model).load(draw_params(abstract_model(config.model), 0)).train()
+    peer = Peer(config.model).load(draw_params(abstract_model(config.model), 0), config.optim.trainable).train().to(device, dtype)
     trainable = peer.trainable()
-    peer = peer.to(device, dtype)
     optimizer = torch.optim.AdamW(trainable, config.optim.lr, (config.optim.b1, config.optim.b2), config.optim.eps, config.optim.weight_decay)
     inputs = to_torch(example_batch(config), device, dtype)
     weights = {name: getattr(config.loss, name) for name in ("ce", "dice", "bce")}

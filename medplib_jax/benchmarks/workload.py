@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from configs import stage4_moe
-from medplib_jax.config import ClipConfig, LlmConfig, MaskConfig, ModelConfig, RegionConfig
+from configs import stage3_grounding, stage4_moe
+from medplib_jax.config import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
 from medplib_jax.experiment import DataConfig, ExperimentConfig
 from medplib_jax.types import Batch
 
@@ -15,6 +15,7 @@ SMALL = ModelConfig(
     clip=ClipConfig(image_size=336, patch_size=14, hidden_size=256, num_layers=6, num_heads=4, mlp_dim=1024),
     llm=LlmConfig(vocab_size=32267, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=8, mlp_dim=1376),
     mask=MaskConfig(hidden_size=192, num_layers=6, num_heads=3, global_layers=(2, 5)),
+    scan_unroll=8,  # a loop on a CPU copies what its steps keep for the backward pass
 )
 TINY = ModelConfig(
     clip=ClipConfig(image_size=56, patch_size=14, hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64),
@@ -27,14 +28,35 @@ TINY = ModelConfig(
 )  # fmt: skip
 
 
-def experiment(model: ModelConfig, batch_size: int, **changes) -> ExperimentConfig:
-    """Stage IV of the published recipe (adapters, router, head, embeddings, mask decoder, ... train) with this model's sizes."""
-    config = stage4_moe.large()
+MODELS = {"small": SMALL, "tiny": TINY}
+
+
+def wide(layers: int) -> ModelConfig:
+    """MedPLIB-7B with fewer decoder layers, as many as fit one device."""
+    large = ModelConfig(dtype="bfloat16", remat="dots_no_batch")
+    return dataclasses.replace(large, llm=dataclasses.replace(large.llm, num_layers=layers))
+
+
+def experiment(model: ModelConfig, batch_size: int, stage: str = "IV") -> ExperimentConfig:
+    """Stage III or IV of the published recipe (what trains, which losses) with this model's sizes."""
+    config = {"III": stage3_grounding, "IV": stage4_moe}[stage].large()
     model = dataclasses.replace(model, moe=config.model.moe, lora=config.model.lora)
     length = model.clip.num_patches + TEXT
     data = DataConfig(bucket_lengths=(length,), batch_size=batch_size, max_regions=1, max_masks=1, mask_canvas=model.mask.image_size)
     optim = dataclasses.replace(config.optim, frozen_dtype=model.dtype)
-    return dataclasses.replace(config, model=model, data=data, optim=optim, init=type(config.init)(), **changes)
+    return dataclasses.replace(config, model=model, data=data, optim=optim, init=type(config.init)())
+
+
+def dense(config: ExperimentConfig) -> ExperimentConfig:
+    """The same with one MLP in place of each mixture: as many active parameters."""
+    trainable = tuple(pattern for pattern in config.optim.trainable if "router" not in pattern)
+    model = dataclasses.replace(config.model, moe=MoeConfig())
+    return dataclasses.replace(config, model=model, optim=dataclasses.replace(config.optim, trainable=trainable))
+
+
+def merged(config: ExperimentConfig) -> ExperimentConfig:
+    """For answering: no adapters."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, lora=LoraConfig()))
 
 
 def example_batch(config: ExperimentConfig, seed: int = 0) -> Batch:

@@ -34,6 +34,7 @@ class Linear(nnx.Module):
         lora=None, lora_rank: int = 0,
     ):  # fmt: skip
         self.kernel = param(rngs, (in_dim, out_dim), axes, std=gain / math.sqrt(in_dim))
+        self.kernel_scale = None  # of an 8-bit kernel, see quantize.py
         self.bias = param(rngs, (out_dim,), (axes[1],)) if bias else None
         self.lora_scale, self.lora_dropout = (lora.scale, lora.dropout) if lora_rank else (0.0, 0.0)
         axis_a, axis_b = adapter_axes(axes)
@@ -43,6 +44,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, *, rng: Array | None = None) -> Array:
         """x [..., in] -> [..., out]. `rng` turns on the adapter's dropout."""
         y = matmul(x, self.kernel[...])
+        y = y if self.kernel_scale is None else y * self.kernel_scale[...].astype(y.dtype)
         if self.lora_a is not None:
             low = matmul(dropout(x, self.lora_dropout, rng), self.lora_a[...])
             y = y + self.lora_scale * matmul(low, self.lora_b[...])

@@ -132,7 +132,8 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> float32 [..., V]."""
-        return jnp.matmul(hidden, self.head.kernel[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, self.head.kernel[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return logits if self.head.kernel_scale is None else logits * self.head.kernel_scale[...]
 
 
 class _LayerStep:

@@ -24,6 +24,7 @@ from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.models.expert_exchange import axis_product, permute_rows, sort_by_expert, with_exchange
 from medplib_jax.models.grouped_matmul import grouped_matmul, is_for_tpu
 from medplib_jax.models.layers import Linear, Rngs, abstract_module, adapter_axes, bind, dropout, logical_axes, param, params_of
+from medplib_jax.models.quantize import dequantize_params
 from medplib_jax.sharding import axis_size, mesh_axes, partition_spec, row_axes
 from medplib_jax.types import Array
 
@@ -245,7 +246,7 @@ class ExpertsApart(nnx.Module):
         if here <= _few_tokens(x_SxD):
             weight_SxE = (jax.nn.one_hot(routing.expert, len(self.each)) * routing.weight[:, :, None]).sum(1).astype(x_SxD.dtype)
             return sum(weight_SxE[:, e, None] * mlp(x_SxD, rng) for e, mlp in enumerate(self.each))
-        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(params_of(mlp) for mlp in self.each))
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(dequantize_params(params_of(mlp), x_SxD.dtype) for mlp in self.each))
         return bind(abstract_module(lambda rngs: Experts(*self.sizes, rngs)), stacked)(x_SxD, routing, rng)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medplib_jax.models.layers import (
-    Mlp, Rngs, abstract_module, bind, draw_params, gelu, logical_axes, matmul, params_of, scan_layers, softmax_average, stack_layers,
+    Mlp, Rngs, abstract_module, bind, draw_params, dropout, gelu, logical_axes, matmul, params_of, scan_layers, softmax_average, stack_layers,
 )  # fmt: skip
 
 
@@ -40,3 +40,11 @@ def test_products_equal_their_plain_form():
     np.testing.assert_allclose(matmul(x, kernel), x @ kernel, rtol=1e-5, atol=1e-5)
     scores, v = 50 * jax.random.normal(keys[2], (2, 3, 6)), jax.random.normal(keys[3], (2, 6, 4))
     np.testing.assert_allclose(softmax_average(scores, v), jax.nn.softmax(scores) @ v, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_keeps_the_share_and_the_mean():
+    x = jnp.ones((400, 501))  # odd: a word serves two values
+    kept = dropout(x, 0.05, jax.random.key(0))
+    assert set(np.unique(kept)) == {0.0, np.float32(2**16 / (2**16 - round(0.05 * 2**16)))}
+    assert abs(float((kept == 0).mean()) - 0.05) < 0.003 and abs(float(kept.mean()) - 1) < 0.003
+    assert dropout(x, 0.05, None) is x and dropout(x, 0.0, jax.random.key(0)) is x

@@ -13,6 +13,7 @@ from flax import nnx
 
 from medplib_jax.config import LlmConfig, LoraConfig, ModelConfig, MoeConfig
 from medplib_jax.models.layers import abstract_module, bind, params_of
+from medplib_jax.models.attention import QUERY_BLOCK, attend, attend_within
 from medplib_jax.models.llm import Llama, init_cache, scan_plan
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -203,6 +204,18 @@ def test_unrolling_and_remat_change_nothing(kind, change):
 
     ours, expected = value_and_grad(dataclasses.replace(base, **change)), value_and_grad(base)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, expected)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_attention_in_blocks_of_queries_equals_one_product(segmented):
+    length = 2 * QUERY_BLOCK + 9
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, length, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+    valid = np.arange(length) < np.array([[length], [length - 20]])
+    segment = np.where(valid, 1 + (np.arange(length) > 150), 0) if segmented else None
+    position = np.broadcast_to(np.arange(length), (2, length))
+    segments = None if segment is None else (segment, segment)
+    expected = attend(q, k, v, query_position_BxL=position, key_valid_BxS=valid, segments=segments)
+    close(np.where(valid[..., None, None], attend_within(q, k, v, valid, segment), 0), np.where(valid[..., None, None], expected, 0))
 
 
 def test_unknown_remat_policy_is_named():

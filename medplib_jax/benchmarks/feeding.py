@@ -1,0 +1,55 @@
+"""Whether the input keeps up: how long training would wait for batches at a given rate, and how many cores that rate needs."""
+
+import tempfile
+import time
+from pathlib import Path
+
+from configs import stage4_moe
+from medplib_jax.benchmarks.measure import Table
+from medplib_jax.config import ModelConfig
+from medplib_jax.data import phantom
+from medplib_jax.data.build_tokenizer import build_tokenizer
+from medplib_jax.data.pipeline import make_loader, train_batches
+from medplib_jax.experiment import DataConfig
+
+BATCH = 16
+
+
+def measure(rate: float, workers: int, seconds: float, examples: int = 200) -> Table:
+    """Batches at MedPLIB-7B's sizes from generated pictures, taken every BATCH / rate seconds by a step that only sleeps.
+
+    A row per case: one reader as fast as it can, which gives the rows that one core prepares, then `workers` processes at the given
+    rate (rows per second).
+    """
+    table = Table(f"Input: {workers} worker processes at {rate:.0f} rows/s", ("", "rows/s", "share of the time spent waiting", "cores that the rate needs"))
+    with tempfile.TemporaryDirectory() as folder:
+        phantom.generate(folder, examples, 4)
+        sources = tuple(str(Path(folder) / name) for name in phantom.FILES["train"].values())
+        build_tokenizer(sources, str(Path(folder) / "tokenizer"))
+        buckets = stage4_moe.large().data.bucket_lengths
+        data = DataConfig(sources=sources, root=folder, tokenizer=str(Path(folder) / "tokenizer"), bucket_lengths=buckets, batch_size=BATCH, max_regions=4, max_masks=4)
+        loader = make_loader(data, ModelConfig(), folder)
+        plan, _ = loader.plan(0)
+        start = time.process_time()
+        for step in range(4):
+            loader.load_batch(plan, step, rows=tuple(range(BATCH)))
+        per_core = 4 * BATCH / (time.process_time() - start)
+        waited, taken, elapsed = _consume(train_batches(loader, plan, range(BATCH), 0, 10**6, workers), rate, seconds)
+    cores = rate / per_core
+    table.rows += [("one core", f"{per_core:.0f}", "", f"{cores:.1f}"), (f"{workers} processes", f"{taken / elapsed:.0f}", f"{100 * waited / elapsed:.1f} %", "")]
+    table.flat = {"input.rows_per_second_per_core": per_core, "input.cores_needed": cores, "input.waiting_share": waited / elapsed}
+    return table
+
+
+def _consume(batches, rate: float, seconds: float) -> tuple[float, int, float]:
+    """(seconds waited, rows taken, seconds in all) of steps of BATCH / rate seconds each; the first batch, which starts the workers, is free."""
+    next(batches)
+    begin, waited, taken = time.perf_counter(), 0.0, 0
+    while time.perf_counter() - begin < seconds:
+        asked = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - asked
+        taken += BATCH
+        time.sleep(BATCH / rate)
+    batches.close()
+    return waited, taken, time.perf_counter() - begin

@@ -1,0 +1,66 @@
+"""The PyTorch program that we are measured against computes the same numbers from the same parameters."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from medplib_jax.benchmarks import workload
+from medplib_jax.benchmarks.measure import Samples, side_by_side
+from medplib_jax.benchmarks.torch_peer import Peer, to_torch
+from medplib_jax.decode import Generator
+from medplib_jax.losses import divisors, total_loss
+from medplib_jax.models.layers import bind, draw_params
+from medplib_jax.optim import flatten, partition
+from medplib_jax.train_step import abstract_model
+
+CONFIG = workload.experiment(workload.TINY, 2)
+
+
+@functools.cache
+def params():
+    """Nothing is zero: adapters and biases count."""
+    rng = np.random.default_rng(0)
+    drawn = draw_params(abstract_model(CONFIG.model), 0)
+    return jax.tree.map(lambda x: x if x.any() else 0.1 * rng.standard_normal(x.shape, np.float32), drawn)
+
+
+@pytest.mark.parametrize("stage", ["III", "IV"])
+def test_the_same_parts_train(stage):
+    config = workload.experiment(workload.TINY, 2, stage)
+    ours, _ = partition(params(), config.optim.trainable)
+    theirs = Peer(config.model).load(params(), config.optim.trainable).trainable()
+    unused = sum(leaf.size for path, leaf in flatten(ours).items() if "prompt_encoder" in path)
+    assert sum(parameter.numel() for parameter in theirs) == sum(leaf.size for leaf in jax.tree.leaves(ours)) - unused > 0
+
+
+def test_loss_and_gradient_are_the_same():
+    batch, model = workload.example_batch(CONFIG), abstract_model(CONFIG.model)
+
+    def loss(trainable, frozen):
+        joined = jax.tree.map(lambda x: x, frozen) | {"llm": frozen["llm"] | trainable}
+        output, _ = bind(model, joined)(batch)
+        return total_loss(output, joined["llm"]["head"]["kernel"], batch, CONFIG.loss, CONFIG.model, divisors(batch))[0]
+
+    ours, gradient = jax.jit(jax.value_and_grad(loss))({"head": params()["llm"]["head"]}, params())
+    peer = Peer(CONFIG.model).load(params(), CONFIG.optim.trainable).eval()  # evaluation: no dropout, and room for every token
+    theirs = peer(to_torch(batch), {name: getattr(CONFIG.loss, name) for name in ("ce", "dice", "bce")})
+    theirs.backward()
+    np.testing.assert_allclose(ours, theirs.item(), rtol=1e-5)
+    expected = peer.llm.lm_head.weight.grad.numpy().T
+    np.testing.assert_allclose(gradient["head"]["kernel"], expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_answers_are_the_same():
+    config = workload.merged(CONFIG)
+    ours = {name: value for name, value in draw_params(abstract_model(config.model), 0).items()}
+    batch = workload.example_batch(config)
+    found = Generator(config.model, ours, eos_id=-1, seg_id=-1, max_new_tokens=4, max_masks=0)(batch).tokens
+    np.testing.assert_array_equal(found, Peer(config.model).load(ours).eval().generate(to_torch(batch), 4))
+
+
+def test_a_table_names_the_speedup():
+    table = side_by_side("Step", "train_step", {"ours": Samples([2.0, 1.0, 3.0], [4.0] * 3), "torch eager": Samples([5.0, 6.0, 7.0], [8.0] * 3)}, "step")
+    assert table.flat["train_step.speedup"] == 3.0 and table.flat["train_step.ours.spread"] == 0.5
+    assert "| torch eager | 6.000 | 17 % | 8.000 | 3.00 |" in str(table)
