@@ -57,8 +57,9 @@ def test_the_model_computes_with_them(params):
 
 def test_greedy_answers_are_generated(params):
     batch = jax.tree.map(lambda x: x[:1], random_batch(tiny_experiment(model=MODEL), 16))
-    options = {"eos_id": 2, "seg_id": 7, "max_new_tokens": 3, "max_masks": 1}
+    options = {"eos_id": -1, "seg_id": 7, "max_new_tokens": 3, "max_masks": 1}  # never ends
     exact, coarse = (Generator(MODEL, params, **options, quantize=kind)(batch) for kind in ("", "int8"))
     np.testing.assert_array_equal(exact.tokens, coarse.tokens)
+    assert exact.tokens.any()
     with pytest.raises(ValueError, match="int4"):
         Generator(MODEL, params, **options, quantize="int4")
