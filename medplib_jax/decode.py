@@ -77,7 +77,7 @@ class Slots:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Decoder:
+class Decoder:
     """The pure functions of decoding, with what is fixed for all answers."""
 
     model: MedPLIB
@@ -187,7 +187,7 @@ class Generator:
         if original_masks and max_masks != 1:
             raise ValueError(f"the original draws one mask per answer, not {max_masks}")
         model = decoding_model(config, quantize)
-        self._decoder = decoder = _Decoder(model, eos_id, seg_id, max_new_tokens, max_masks, sampling, original_masks)
+        self._decoder = decoder = Decoder(model, eos_id, seg_id, max_new_tokens, max_masks, sampling, original_masks)
         self.mesh = mesh or _one_device()
         self.params = params if _is_laid_out(params) else lay_out(config, params, self.mesh, quantize)
         self._rows = batch_sharding(self.mesh)

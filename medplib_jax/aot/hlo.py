@@ -113,13 +113,13 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
 
 
-def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...]], float]) -> Usage:
-    """Walks the module. `kernel_flops(instruction name, operand shapes)` gives a kernel's FLOPs."""
+def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...]], float], loop_trips: int = 1) -> Usage:
+    """Walks the module. `kernel_flops(instruction name, operand shapes)` gives a kernel's FLOPs; `loop_trips`: of loops without a bound."""
     computations, entry = parse(text)
     flops = traffic = 0.0
     collectives: dict[str, Collective] = {}
     kernels = collections.defaultdict(lambda: (0.0, 0.0))
-    for name, times, in_loop, fused in _executed(computations, entry):
+    for name, times, in_loop, fused in _executed(computations, entry, loop_trips):
         computation = computations[name]
         for instruction in computation.values():
             flops += times * _product_flops(instruction, computation)
@@ -138,7 +138,7 @@ def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...]], float
     return Usage(flops, traffic, tuple(collectives.values()), dict(kernels))
 
 
-def _executed(computations: dict[str, Computation], entry: str) -> Iterator[tuple[str, float, bool, bool]]:
+def _executed(computations: dict[str, Computation], entry: str, loop_trips: int) -> Iterator[tuple[str, float, bool, bool]]:
     """(computation, how often it runs, inside a loop, inside a fusion) for every place that calls it."""
     pending = [(entry, 1.0, False, False)]
     while pending:
@@ -148,21 +148,22 @@ def _executed(computations: dict[str, Computation], entry: str) -> Iterator[tupl
             if instruction.opcode in ("all-reduce", "reduce", "reduce-window", "sort", "scatter", "select-and-scatter", "map", "reduce-scatter"):
                 continue  # what they call works on single elements
             is_loop = instruction.opcode == "while"
-            trips = _trips(instruction, computations) if is_loop else 1
+            trips = _trips(instruction, computations, loop_trips) if is_loop else 1
             for called in instruction.called:
                 if called in computations:
                     pending.append((called, times * trips, in_loop or is_loop, fused or instruction.opcode == "fusion"))
 
 
-def _trips(loop: Instruction, computations: dict[str, Computation]) -> int:
-    """The bound that the loop's counter is compared with: loops count up from 0. One that may end earlier counts as going on to the end."""
-    pending, bounds = [re.search(r"condition=%?([\w.\-]+)", loop.attributes).group(1)], [1]
+def _trips(loop: Instruction, computations: dict[str, Computation], unknown: int) -> int:
+    """The bound that the loop's counter is compared with: loops count up from 0. One that may end earlier counts as going on to the end,
+    one without a bound as `unknown`."""
+    pending, bounds = [re.search(r"condition=%?([\w.\-]+)", loop.attributes).group(1)], [0]
     while pending:
         for instruction in computations[pending.pop()].values():
             pending += [name for name in instruction.called if name in computations]
             if instruction.opcode == "constant" and instruction.shapes[0].dtype == "s32" and not instruction.shapes[0].dims:
                 bounds.append(int(instruction.literal))
-    return max(bounds)
+    return max(bounds) or unknown
 
 
 def _channel(instruction: Instruction, computation: str) -> str:

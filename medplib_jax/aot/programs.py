@@ -1,7 +1,6 @@
 """The programs that run on a pod (a training step, a teacher-forced pass, generation), with shapes in place of arrays."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medplib_jax.config import LoraConfig, ModelConfig
-from medplib_jax.decode import Sampling, generate
+from medplib_jax.decode import Decoder, Sampling, decoding_model
 from medplib_jax.experiment import DataConfig, ExperimentConfig
 from medplib_jax.losses import divisors, total_loss
-from medplib_jax.models.layers import abstract_module, bind, params_of
+from medplib_jax.models.layers import bind, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.optim import make_optimizer, make_schedule, partition
 from medplib_jax.sharding import row_axes, use_rules
@@ -32,6 +31,7 @@ class Program:
     args: tuple[Any, ...]
     jit: dict[str, Any]
     tokens: int
+    loop_trips: int = 1  # of a loop that says nothing of its end
 
     def trace(self):
         return jax.jit(self.function, **self.jit).trace(*self.args)
@@ -75,22 +75,23 @@ def _eval(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Progr
 
 
 def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
-    """Prompt to answer and masks; the loop counts as running to its end."""
+    """Prompt to answer and masks, every answer as long as it may be."""
     config = _for_evaluation(config)
-    model = abstract_module(functools.partial(MedPLIB, config.model, stacked=False))  # as `decode.Generator` has it
-    new_tokens = config.eval.max_new_tokens
+    model, new_tokens = decoding_model(config.model), config.eval.max_new_tokens
     if length <= new_tokens:
         raise ValueError(f"length {length} leaves no room for a prompt: eval.max_new_tokens is {new_tokens}")
+    ends = {"eos_id": 2, "seg_id": config.model.llm.vocab_size - 1}  # any will do: values do not change the program
+    decoder = Decoder(model, **ends, max_new_tokens=new_tokens, max_masks=config.data.max_masks, sampling=Sampling(), original_masks=False)
 
-    def answer(params: Params, batch: Batch, key: jax.Array):
-        ends = {"eos_id": 2, "seg_id": config.model.llm.vocab_size - 1}  # any will do: values do not change the program
-        options = {"max_new_tokens": new_tokens, "max_masks": config.data.max_masks, "sampling": Sampling()}
+    def answer(params: Params, batch: Batch, limits_B: jax.Array, seed: jax.Array):
         with use_rules(config.sharding.rules):
-            return generate(bind(model, params), batch, key, **ends, **options)
+            slots = decoder.decode(params, decoder.prefill(params, batch, limits_B, room=new_tokens), 0, seed)
+            masks = decoder.draw(params, decoder.prompts(slots)[0], batch) if config.data.max_masks else None
+        return slots.tokens, slots.lengths, masks
 
     batch = abstract_batch(config.data, config.model, mesh, rows, length - new_tokens)
-    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, PartitionSpec()))
-    return Program(answer, (_evaluated(model, config, mesh), batch, key), {}, rows * new_tokens)
+    seed = _placed(jax.ShapeDtypeStruct((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
+    return Program(answer, (_evaluated(model, config, mesh), batch, batch.record, seed), {}, rows * new_tokens, new_tokens)
 
 
 def _for_evaluation(config: ExperimentConfig) -> ExperimentConfig:

@@ -57,7 +57,7 @@ def examine(request: Request) -> dict[str, Any]:
         return head | _does_not_fit(str(error), chip)
     head["compile_seconds"] = time.perf_counter() - start
     head["full_rematerialisations"] = full_rematerialisations()[said_before:]
-    return head | _memory(compiled, chip) | _work(program, read_usage(compiled.as_text(), executed_kernel_flops), needed, chip, mesh.size)
+    return head | _memory(compiled, chip) | _work(program, _usage(compiled, program), needed, chip, mesh.size)
 
 
 def _does_not_fit(message: str, chip: Chip) -> dict[str, Any]:
@@ -79,6 +79,10 @@ def _memory(compiled, chip: Chip) -> dict[str, Any]:
         "peak_hbm_gb_per_chip": peak / GB,
         "spare_share": 1 - peak / chip.hbm_bytes,
     }
+
+
+def _usage(compiled, program: Program) -> Usage:
+    return read_usage(compiled.as_text(), executed_kernel_flops, program.loop_trips)
 
 
 def _work(program: Program, usage: Usage, needed: float, chip: Chip, chips: int) -> dict[str, Any]:

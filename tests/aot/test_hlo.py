@@ -102,6 +102,12 @@ def test_convolutions(attributes, lhs, rhs, out, products):
     assert read_usage(module, lambda *_: 0.0).flops == 2 * products
 
 
+def test_a_loop_without_a_bound_runs_as_often_as_it_is_said_to():
+    unbounded = MODULE.replace("constant(5)", "constant(0)")
+    kernels = 2 * 256 * 128
+    assert read_usage(unbounded, lambda name, operands: float(operands[0].size), loop_trips=7).flops == 7 * 2 * 16 * 64 * 32 + kernels
+
+
 def test_what_is_not_hlo_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         read_usage("func.func @main", lambda *_: 0.0)
