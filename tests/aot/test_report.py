@@ -23,7 +23,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 def config(**mesh):
     """Wide enough for the TPU's attention kernel."""
-    llm = dataclasses.replace(MODEL.llm, hidden_size=256, max_positions=256)
+    llm = dataclasses.replace(MODEL.llm, hidden_size=256, mlp_dim=512, max_positions=256)
     model = dataclasses.replace(MODEL, llm=llm, dtype="bfloat16", remat="outputs")
     data = dataclasses.replace(tiny_experiment().data, max_masks=0, max_regions=0)
     optim = dataclasses.replace(tiny_experiment().optim, trainable=("lora_[ab]$", "^llm/moe/router/"), frozen_dtype="bfloat16")
@@ -32,15 +32,15 @@ def config(**mesh):
 
 @needs_libtpu
 def test_a_training_step_for_four_chips():
-    report = examine(Request(config(), "v5e:2x2", "train", rows=8, length=128))
+    report = examine(Request(config(), "v5e:2x2", "train", rows=32, length=128))
     assert report["fits"] and report["mesh"] == {"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}
     assert 0 < report["argument_gb_per_chip"] <= report["peak_hbm_gb_per_chip"] < report["hbm_gb_per_chip"]
     assert {"splash_mha_fwd_segmented_residuals", "splash_mha_dkv_segmented_no_residuals", "gmm"} <= report["kernels"].keys()
     assert report["kernels"]["splash_mha_fwd_segmented_residuals"]["calls"] == 2  # its results are kept, not computed again
     # Frozen experts need no weight gradients, and of what is recomputed the experts' last product is kept.
-    assert 1.0 <= report["executed_over_model"] < 1.6
+    assert 1.0 <= report["executed_over_model"] < 1.5
     assert report["collectives"]["all-gather"]["count"] >= 2 * 7  # seven matrices in two layers
-    largest_stack = 2 * 2 * 256 * 32 * 2 / 1e9  # layers x experts x ...
+    largest_stack = 2 * 2 * 256 * 512 * 2 / 1e9  # layers x experts x widths in bfloat16
     assert report["largest_gather_outside_loops_gb"] < largest_stack
     assert report["full_rematerialisations"] == []
     assert report["bound_by"] in report["roofline_seconds"] and report["tokens_per_second_per_chip"] > 0
