@@ -171,7 +171,8 @@ def evaluate(demo: Demo, stage: str) -> dict[str, dict]:
     """{task: its cell of the sweep} of a stage's model on the tasks that it was trained for."""
     tasks = tuple(demo.task(name) for name in TESTS[stage])
     result = run_sweep(SweepConfig(checkpoints=str(demo.workdir(stage)), tasks=tasks, on_error="raise"), demo.evaluation)
-    (name,) = (checkpoint["name"] for checkpoint in result["checkpoints"] if checkpoint["run"] == demo.workdir(stage).name)
+    own = [checkpoint for checkpoint in result["checkpoints"] if checkpoint["run"] == demo.workdir(stage).name]
+    name = max(own, key=lambda checkpoint: checkpoint["step"])["name"]
     return {cell["task"]: cell for cell in result["cells"] if cell["checkpoint"] == name and cell["task"] in TESTS[stage]}
 
 
