@@ -256,7 +256,8 @@ class Result:
         for part, entries in self._parts.items():
             earlier = [entry for key, entry in entries.items() if key not in self._planned[part]]
             ordered[part] = earlier + [entries[key] for key in self._planned[part] if key in entries]
-        return {"baseline": self._baseline or None} | ordered
+        answered = (self._baseline,) in self._parts["checkpoints"]
+        return {"baseline": self._baseline if answered else None} | ordered
 
     def add(self, cell: Cell) -> None:
         """The metrics of a cell, if all its lines are there; the work of process 0."""
