@@ -99,7 +99,7 @@ class Decoder:
         model = bind(self.model, params)
         B, L = batch.tokens.shape
         x_BxLxD, _ = model.embed(batch)
-        hidden_BxLxD, out = model.llm(x_BxLxD, batch.valid, cache=init_cache(model.config, B, L + room, x_BxLxD.dtype))
+        hidden_BxLxD, out = model.llm(x_BxLxD, batch.valid, new_cache=L + room)
         last_B = batch.valid.sum(-1) - 1
         seg_hidden = jnp.zeros((B, self.max_masks, x_BxLxD.shape[-1]), hidden_BxLxD.dtype)
         seg_count = jnp.zeros(B, jnp.int32)

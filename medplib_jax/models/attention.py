@@ -74,6 +74,13 @@ def attend(
     return _attend_visible(q_BxLxHxK, k_BxSxGxK.transpose(0, 2, 3, 1), v_BxSxGxK.swapaxes(1, 2), visible_BxLxS)
 
 
+def begin_cache(k_BxLxGxK: Array, v_BxLxGxK: Array, length: int) -> tuple[Array, Array]:
+    """One layer's cache of `length` positions that begins with these."""
+    beyond = (0, length - k_BxLxGxK.shape[1])
+    k_BxGxKxL, v_BxGxLxK = k_BxLxGxK.transpose(0, 2, 3, 1), v_BxLxGxK.swapaxes(1, 2)
+    return jnp.pad(k_BxGxKxL, ((0, 0), (0, 0), (0, 0), beyond)), jnp.pad(v_BxGxLxK, ((0, 0), (0, 0), beyond, (0, 0)))
+
+
 def extend_cache(k_BxGxKxS: Array, v_BxGxSxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, index_BxL: Array) -> tuple[Array, Array]:
     """One layer's cache with the keys and values of L new positions written at `index_BxL`, all heads of a position at once: written
     value by value, sixteen rows take six times as long."""

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from medplib_jax.config import ModelConfig
-from medplib_jax.models.attention import Attention, KVCache, attend_cached, attend_within, extend_cache, rotary_tables, segment_positions
+from medplib_jax.models.attention import Attention, KVCache, attend_cached, attend_within, begin_cache, extend_cache, rotary_tables, segment_positions
 from medplib_jax.models.layers import Linear, RmsNorm, Rngs, list_layers, param, scan_plan, stack_layers
 from medplib_jax.models.moe import MoeMlp, SwiGlu, split_rng
 from medplib_jax.models.remat import remat
@@ -62,6 +62,7 @@ class Llama(nnx.Module):
         valid_BxL: Array,
         *,
         cache: KVCache | None = None,
+        new_cache: int = 0,
         positions_BxL: Array | None = None,
         segment_BxL: Array | None = None,
         train: bool = False,
@@ -70,20 +71,20 @@ class Llama(nnx.Module):
     ) -> tuple[Array, dict[str, Any]]:
         """Embeddings [B, L, D] (padding on the right) to the last hidden state after the final norm, and named intermediates.
 
-        With a cache the L new positions continue each row at its own length. With `segment_BxL` (and no cache) a row holds several
-        sequences, one segment number each: a position sees its own only, and rotary positions begin anew. `rng` turns on adapter dropout and random token
-        priorities; `router_noise` [n_moe, B*L, E] gives the latter explicitly. `out` has, when there are experts: router_logits
-        [n_moe, B, L, E], expert_index [n_moe, B, L, k], expert_load [n_moe, E], dropped [n_moe]; always aux_loss (sum over
-        layers); and `cache` when one was given.
+        With a cache the L new positions continue each row at its own length; `new_cache` makes one of so many positions for rows that begin
+        here. With `segment_BxL` (and no cache) a row holds several sequences, one segment number each: a position sees its own only, and
+        rotary positions begin anew. `rng` turns on adapter dropout and random token priorities; `router_noise` [n_moe, B*L, E] gives the
+        latter explicitly. `out` has, when there are experts: router_logits [n_moe, B, L, E], expert_index [n_moe, B, L, k], expert_load
+        [n_moe, E], dropped [n_moe]; always aux_loss (sum over layers); and `cache` when one was given or made.
         """
         start_B = jnp.zeros(x_BxLxD.shape[0], jnp.int32) if cache is None else cache.length_B
         index_BxL = start_B[:, None] + jnp.arange(x_BxLxD.shape[1])
         if segment_BxL is not None:
             positions_BxL = segment_positions(segment_BxL)
         tables = rotary_tables(index_BxL if positions_BxL is None else positions_BxL, self.config.llm.head_dim, self.config.llm.rope_theta)
-        step = _LayerStep(self.config, tables, index_BxL, valid_BxL, segment_BxL, train)
+        step = _LayerStep(self.config, tables, index_BxL, valid_BxL, segment_BxL, train, new_cache)
         inputs = {"rng": None if rng is None else jax.random.split(rng, self.config.llm.num_layers)}
-        if cache is None and not isinstance(self.layers, nnx.List):
+        if cache is None and not new_cache and not isinstance(self.layers, nnx.List):
             x_BxLxD, out = self._scan(step, x_BxLxD, inputs, router_noise)
         else:
             x_BxLxD, out = self._one_by_one(step, x_BxLxD, inputs, router_noise, cache)
@@ -122,12 +123,13 @@ class Llama(nnx.Module):
             x_BxLxD, out, buffers = step.layer(_layer(self.layers, i), mlp, x_BxLxD, _index(inputs, i), noise_SxE, buffers)
             counts[kind] += 1
             metrics += [out] if kind == "moe" else []
-            if cache is not None:
+            if buffers is not None:
                 keys.append(buffers[0])
                 values.append(buffers[1])
         out = jax.tree.map(lambda *m: jnp.stack(m), *metrics) if metrics else {}
-        if cache is not None:
-            out["cache"] = KVCache(tuple(keys), tuple(values), cache.length_B + step.valid_BxL.sum(-1, dtype=jnp.int32))
+        if keys:
+            start_B = 0 if cache is None else cache.length_B
+            out["cache"] = KVCache(tuple(keys), tuple(values), start_B + step.valid_BxL.sum(-1, dtype=jnp.int32))
         return x_BxLxD, out
 
     def logits(self, hidden: Array) -> Array:
@@ -139,9 +141,9 @@ class Llama(nnx.Module):
 class _LayerStep:
     """The body of the scan: one period of decoder layers, with what all layers share."""
 
-    def __init__(self, config, tables, index_BxL, valid_BxL, segment_BxL, train):
+    def __init__(self, config, tables, index_BxL, valid_BxL, segment_BxL, train, new_cache):
         self.config, self.tables, self.index_BxL, self.valid_BxL, self.train = config, tables, index_BxL, valid_BxL, train
-        self.segment_BxL = segment_BxL
+        self.segment_BxL, self.new_cache = segment_BxL, new_cache
 
     def over(self, graphdefs, kinds: Sequence[bool]):
         """A scan body over layers of these kinds (True: experts); params have a leading axis of the period."""
@@ -165,6 +167,7 @@ class _LayerStep:
         q, k, v = layer.attn.project(layer.input_norm(x), self.tables, project_rng)
         if buffers is None:
             y = attend_within(q, k, v, self.valid_BxL, self.segment_BxL)
+            buffers = begin_cache(k, v, self.new_cache) if self.new_cache else None
         else:
             buffers = extend_cache(*buffers, k, v, self.index_BxL)
             y = attend_cached(q, *(buffer.astype(q.dtype) for buffer in buffers), self.index_BxL)

@@ -171,11 +171,17 @@ def test_cached_decoding_equals_the_full_pass(kind):
         hidden, out = model(model.embed(tokens), valid, cache=cache)
         return model.logits(hidden), out["cache"]
 
+    @jax.jit
+    def begin(params, tokens, valid):
+        model = bind(module, params)
+        return model(model.embed(tokens), valid, new_cache=14)[1]["cache"]
+
     expected = np.asarray(full(params, tokens))
     prompt = np.where(np.arange(9) < prompt_lengths[:, None], tokens[:, :9], 0)
     logits, cache = extend(params, init_cache(config, 3, 14, jnp.float32), prompt, np.arange(9) < prompt_lengths[:, None])
     for row, length in enumerate(prompt_lengths):
         close(logits[row, :length], expected[row, :length])
+    cache = begin(params, prompt, np.arange(9) < prompt_lengths[:, None])
     for step in range(5):
         position = prompt_lengths + step
         logits, cache = extend(params, cache, tokens[np.arange(3), position][:, None], np.ones((3, 1), bool))
