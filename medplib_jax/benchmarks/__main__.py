@@ -6,7 +6,7 @@ cpu      a training step, a mixture beside one MLP, parts of the step, peak memo
 decode   time to the first token and tokens per second, batch 1 and 16, also with weights of 8 bits
 gpu      stage IV and III at 7B's width with as many layers as fit (--layers), MFU, parts, answers; needs one accelerator
 tpu      bounds of stage IV at 7B on v5e, v5p and v6e by the TPU's compiler; needs libtpu, no TPU
-data     time per record beside a PyTorch DataLoader, and whether the input keeps up with a rate (--rate)
+data     whether the input keeps up with a rate (--rate); with --data also time per record beside a PyTorch DataLoader
 convert  speed and memory of the conversion
 
 Prints tables; `--json` writes their figures flat. `--against torch` measures a PyTorch program of the same sizes in the same run.
@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from medplib_jax.benchmarks import accelerator, decoding, feeding, memory, parts, roofline, startup, training, workload
+from medplib_jax.benchmarks import accelerator, data_pipeline, decoding, feeding, memory, parts, roofline, startup, training, workload
 from medplib_jax.benchmarks.measure import Table
 from medplib_jax.compilation import use_cache
 
@@ -53,6 +53,11 @@ def tpu(options: argparse.Namespace) -> Iterator[Table]:
 
 def data(options: argparse.Namespace) -> Iterator[Table]:
     yield feeding.measure(options.rate, options.workers, options.seconds)
+    if options.data:
+        times = data_pipeline.compare(data_pipeline.config(str(options.data), str(options.tokenizer)), options.rounds)
+        rows = [(name, f"{value:.2f}", f"{times['PyTorch DataLoader'] / value:.1f}") for name, value in times.items()]
+        flat = {f"data.{name.replace(' ', '_').replace(',', '')}.ms": value for name, value in times.items()}
+        yield Table("Reading records", ("", "ms per record and core", "times PyTorch's rate"), rows, flat)
 
 
 def convert(options: argparse.Namespace) -> Iterator[Table]:
@@ -83,9 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", help="where PyTorch runs in the suite gpu")
     parser.add_argument("--rate", type=float, default=64.0, help="rows per second that training takes (data)")
     parser.add_argument("--workers", type=int, default=8, help="worker processes (data)")
+    parser.add_argument("--data", type=Path, help="folder of annotation files in MeCoVQA's form")
+    parser.add_argument("--tokenizer", type=Path, help="for --data")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long the input is watched (data)")
     options = parser.parse_args(argv)
     options.size = options.size or ("7b" if options.suite == "gpu" else "small")
+    if options.data and not options.tokenizer:
+        parser.error("--data needs --tokenizer")
     if options.size == "7b" and options.suite != "gpu":
         parser.error("--size 7b is for the suite gpu")
     use_cache()

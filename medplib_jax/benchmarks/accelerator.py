@@ -41,10 +41,9 @@ def measure(model: ModelConfig, batch: int, against: bool, rounds: int, new_toke
 
 def machine_rates(width: int) -> Table:
     """The rate of one large bfloat16 product, and of a copy, which is what decoding is bound by."""
-    x = jnp.ones((2 * width, 4 * width), jnp.bfloat16)
-    matmul = _seconds(lambda x: x @ x.T, x)
-    copy = _seconds(lambda x: x + 1, x := jnp.ones(2**14 * width, jnp.bfloat16))
-    flat = {"machine.matmul_flops": 2 * (2 * width) ** 2 * 4 * width / matmul, "machine.bytes_per_second": 2 * x.nbytes / copy}
+    matrix, array = jnp.ones((2 * width, 4 * width), jnp.bfloat16), jnp.ones(2**14 * width, jnp.bfloat16)
+    product, copy = _seconds(lambda x: x @ x.T, matrix), _seconds(lambda x: x + 1, array)
+    flat = {"machine.matmul_flops": 2 * (2 * width) ** 2 * 4 * width / product, "machine.bytes_per_second": 2 * array.nbytes / copy}
     rows = [("bfloat16 product", f"{flat['machine.matmul_flops'] / 1e12:.1f} TFLOP/s"), ("memory", f"{flat['machine.bytes_per_second'] / 1e9:.0f} GB/s")]
     return Table(f"Rates of {jax.devices()[0].device_kind}", ("", "measured"), rows, flat)
 

@@ -59,10 +59,10 @@ class Table:
 
 
 def side_by_side(title: str, name: str, samples: Mapping[str, Samples], unit: str, work: float = 0.0) -> Table:
-    """A table of competing programs; the first is ours, ratios are theirs over ours. With `work` (items per run) a rate in `unit` a second
+    """A table of competing programs; ratios are to the first, which is ours. With `work` (items per run) a rate in `unit` a second
     is shown as well."""
     ours = next(iter(samples))
-    table = Table(title, ("", "median s", "spread", "CPU s", *((f"{unit}/s",) if work else ()), "times ours"))
+    table = Table(title, ("", "median s", "spread", "CPU s", *((f"{unit}/s",) if work else ()), f"times {ours}"))
     for side, found in samples.items():
         ratio = found.median / samples[ours].median
         rate = (f"{work / found.median:.1f}",) if work else ()
