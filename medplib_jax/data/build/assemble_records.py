@@ -46,8 +46,9 @@ class Files:
 
     def mask(self, reference: str, size: tuple[int, int]) -> bytes:
         """PNG bytes (0 or 255) of a mask of this size, made from its instances when it is one of masks_merged/."""
-        if not reference.startswith("masks_merged/") or os.path.isfile(os.path.join(self.root, reference)):
-            return encode_mask(reference, images.load_mask(self.find(reference), size, self.notices))
+        there = next((name for name in (reference, reference.replace("_merged.png", ".png")) if os.path.isfile(os.path.join(self.root, name))), None)
+        if not reference.startswith("masks_merged/") or there:  # some collections have united masks, with or without the suffix
+            return encode_mask(reference, images.load_mask(self.find(there or reference), size, self.notices))
         instances = self.instances.get(reference, ())
         if not instances:
             self.missing.add(reference)

@@ -192,6 +192,15 @@ def test_missing_images_are_listed_and_taken_in_when_they_come(folders):
     assert len(open_source(f"{folders[2]}/mecovqa/complex/1.0.0")) == 6
 
 
+def test_united_masks_that_are_there_are_used_with_or_without_their_suffix(folders):
+    given = folders[1] / "SAMed2Dv1/masks_merged"
+    given.mkdir()
+    name = f"{CT.format(3, 3)}--0007"
+    Image.fromarray(rectangle(1, 1, 3, 3)).save(given / f"{name}.png")
+    write(folders[0], "test/MeCoVQA_Grounding_test.json", [grounding(3, f"masks_merged/{name}")])
+    assert run(folders)["splits"]["grounding/test"]["written"] == 1
+
+
 def test_an_interrupted_run_continues(folders, monkeypatch):
     monkeypatch.setattr(program, "RECORDS_PER_SHARD", 1)
     built, build = [], program.build_shard
