@@ -155,14 +155,16 @@ def _executed(computations: dict[str, Computation], entry: str, loop_trips: int)
 
 
 def _trips(loop: Instruction, computations: dict[str, Computation], unknown: int) -> int:
-    """The bound that the loop's counter is compared with: loops count up from 0. One that may end earlier counts as going on to the end,
+    """The constant that the loop's counter is compared with: loops count up from 0. One that may end earlier counts as going on to the end,
     one without a bound as `unknown`."""
     pending, bounds = [re.search(r"condition=%?([\w.\-]+)", loop.attributes).group(1)], [0]
     while pending:
-        for instruction in computations[pending.pop()].values():
+        condition = computations[pending.pop()]
+        for instruction in condition.values():
             pending += [name for name in instruction.called if name in computations]
-            if instruction.opcode == "constant" and instruction.shapes[0].dtype == "s32" and not instruction.shapes[0].dims:
-                bounds.append(int(instruction.literal))
+            if instruction.opcode == "compare":
+                sides = [condition[name] for name in instruction.operands]
+                bounds += [int(side.literal) for side in sides if side.opcode == "constant" and side.shapes[0].dtype == "s32"]
     return max(bounds) or unknown
 
 

@@ -24,6 +24,7 @@ MODULE = """HloModule jit_f, is_scheduled=true
 %condition (state.1: (s32[], bf16[16,64], bf16[5,64,32])) -> pred[] {
   %state.1 = (s32[]{:T(128)}, bf16[16,64]{1,0}, bf16[5,64,32]{2,1,0}) parameter(0)
   %bound = s32[]{:T(128)} constant(5)
+  %other = s32[]{:T(128)} constant(512)
   %i = s32[]{:T(128)} get-tuple-element(%state.1), index=0
   ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
 }
