@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from medplib_jax.models.grouped_matmul import is_for_tpu
 from medplib_jax.types import Array, Params
 
 Rngs = nnx.Rngs
@@ -69,9 +70,14 @@ def dropout(x: Array, rate: float, rng: Array | None) -> Array:
     if rng is None or rate == 0.0:
         return x
     dropped = round(rate * 2**16)
+    return jnp.where(_sixteen_bits(rng, x) >= dropped, x * (2**16 / (2**16 - dropped)), 0).astype(x.dtype)
+
+
+def _sixteen_bits(rng: Array, x: Array) -> Array:
+    if is_for_tpu(x):  # where drawing is cheap and taking words apart moves them through memory
+        return jax.random.bits(rng, x.shape, jnp.uint16)
     words = jax.random.bits(rng, (*x.shape[:-1], -(-x.shape[-1] // 2)), jnp.uint32)
-    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-    return jnp.where(halves >= dropped, x * (2**16 / (2**16 - dropped)), 0).astype(x.dtype)
+    return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
 
 
 class LayerNorm(nnx.Module):
