@@ -164,7 +164,7 @@ def _trips(loop: Instruction, computations: dict[str, Computation], unknown: int
             pending += [name for name in instruction.called if name in computations]
             if instruction.opcode == "compare":
                 sides = [condition[name] for name in instruction.operands]
-                bounds += [int(side.literal) for side in sides if side.opcode == "constant" and side.shapes[0].dtype == "s32"]
+                bounds += [int(side.literal) for side in sides if side.opcode == "constant" and side.shapes[0].dtype in ("s32", "u32")]
     return max(bounds) or unknown
 
 
