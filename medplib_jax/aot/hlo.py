@@ -155,17 +155,31 @@ def _executed(computations: dict[str, Computation], entry: str, loop_trips: int)
 
 
 def _trips(loop: Instruction, computations: dict[str, Computation], unknown: int) -> int:
-    """The constant that the loop's counter is compared with: loops count up from 0. One that may end earlier counts as going on to the end,
-    one without a bound as `unknown`."""
-    pending, bounds = [re.search(r"condition=%?([\w.\-]+)", loop.attributes).group(1)], [0]
-    while pending:
-        condition = computations[pending.pop()]
-        for instruction in condition.values():
-            pending += [name for name in instruction.called if name in computations]
-            if instruction.opcode == "compare":
-                sides = [condition[name] for name in instruction.operands]
-                bounds += [int(side.literal) for side in sides if side.opcode == "constant" and side.shapes[0].dtype in ("s32", "u32")]
-    return max(bounds) or unknown
+    """Loops count up from 0 by a constant to a constant. One that may end earlier counts as going on to the end, one without a bound as
+    `unknown`."""
+    names = [re.search(rf"{part}=%?([\w.\-]+)", loop.attributes).group(1) for part in ("condition", "body")]
+    condition, body = (computations[name] for name in names)
+    trips = [0]
+    for instruction in condition.values():
+        if instruction.opcode == "compare":
+            sides = [condition[name] for name in instruction.operands]
+            bounds = [int(side.literal) for side in sides if side.opcode == "constant" and side.shapes[0].dtype in ("s32", "u32")]
+            counters = [re.search(r"index=(\d+)", side.attributes) for side in sides if side.opcode == "get-tuple-element"]
+            step = _step(body, int(counters[0].group(1))) if counters else 1
+            trips += [-(-bound // step) for bound in bounds]
+    return max(trips) or unknown
+
+
+def _step(body: Computation, place: int) -> int:
+    """What the body of a loop adds to the `place`-th element of its state."""
+    root = next(i for i in body.values() if i.is_root)
+    added = body.get(root.operands[place]) if place < len(root.operands) else None
+    while added and added.opcode == "copy":
+        added = body.get(added.operands[0])
+    if not added or added.opcode != "add":
+        return 1
+    literals = [body[name].literal for name in added.operands if body[name].opcode == "constant"]
+    return int(literals[0]) if literals else 1
 
 
 def _channel(instruction: Instruction, computation: str) -> str:
@@ -179,7 +193,8 @@ def _collective(kind: str, instruction: Instruction, computation: Computation, t
     if kind == "all-reduce" and "all-reduce-scatter" in name:
         kind = "reduce-scatter"  # fused with the slice of its result that is kept
     others = (group - 1) / group if group else 1.0
-    received = {"all-gather": inputs * (group - 1), "all-reduce": 2 * inputs * others, "collective-permute": inputs}.get(kind, inputs * others)
+    outputs = sum(shape.bytes for shape in instruction.shapes) - (inputs if instruction.opcode.endswith("-start") else 0)
+    received = {"all-gather": outputs - inputs, "all-reduce": 2 * inputs * others, "collective-permute": inputs}.get(kind, inputs * others)
     source = re.search(r'op_name="([^"]*)"', instruction.attributes)
     largest = max(instruction.shapes, key=lambda shape: shape.bytes)
     return Collective(kind, times * received, times, group, source.group(1) if source else instruction.name, in_loop, largest)
