@@ -183,13 +183,15 @@ def _step(body: Computation, place: int) -> int:
 
 
 def _channel(instruction: Instruction, computation: str) -> str:
-    channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-    return channel.group(1) if channel else f"{computation}/{instruction.name}"
+    """One name for the places where a collective that is woven into products begins, goes on and ends."""
+    woven = re.search(r"channel_id=(\d+).*chain_id=", instruction.attributes)
+    return woven.group(1) if woven else f"{computation}/{instruction.name}"
 
 
 def _collective(kind: str, instruction: Instruction, computation: Computation, times: float, in_loop: bool, name: str) -> Collective:
     group = _group_size(instruction.attributes)
-    inputs = sum(shape.bytes for operand in instruction.operands for shape in computation[operand].shapes)
+    sent = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands  # its others are room and offsets
+    inputs = sum(shape.bytes for operand in sent for shape in computation[operand].shapes)
     if kind == "all-reduce" and "all-reduce-scatter" in name:
         kind = "reduce-scatter"  # fused with the slice of its result that is kept
     others = (group - 1) / group if group else 1.0
