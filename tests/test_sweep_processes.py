@@ -18,16 +18,15 @@ from medplib_jax.tasks import folder_tasks
 from tests.evaluators import tiny
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = {"protocol": "both", "shard": 2, "slots": 2, "refill": 1}
+SETTINGS = {"select": "grounding", "shard": 2, "slots": 2, "refill": 1}
 KILLS = 20
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tiny.write_data(tmp_path_factory.mktemp("data") / "root")
-    (folder / "test" / "region.json").unlink()
-    records = json.loads((folder / "test" / "vqa.json").read_text())
-    (folder / "test" / "vqa.json").write_text(json.dumps(records + records[:1]))  # 5 and 6 records: 6 shards, the last one half
+    records = json.loads((folder / "test" / "grounding.json").read_text())
+    (folder / "test" / "grounding.json").write_text(json.dumps(records + records[:1]))  # 7 records: 4 shards, the last one half
     return folder
 
 
@@ -68,13 +67,13 @@ def test_any_number_of_processes_and_devices_writes_the_same(processes, devices,
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_files(folder, run, tmp_path):
     records = json.loads((folder / "test" / "grounding.json").read_text())
-    (folder / "many.json").write_text(json.dumps(records * 12))
+    (folder / "grounding.json").write_text(json.dumps(records * 20))
     whole, killed, moments = tmp_path / "whole", tmp_path / "killed", random.Random(0)
-    subprocess.run(command(folder / "many.json", run, whole), check=True, cwd=ROOT)
+    subprocess.run(command(folder / "grounding.json", run, whole), check=True, cwd=ROOT)
     kills = 0
     while kills < KILLS:
         before = written(killed)
-        process = subprocess.Popen(command(folder / "many.json", run, killed), cwd=ROOT)
+        process = subprocess.Popen(command(folder / "grounding.json", run, killed), cwd=ROOT)
         while process.poll() is None and written(killed) == before:
             time.sleep(0.005)
         time.sleep(moments.expovariate(1 / 0.05))
@@ -85,7 +84,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_files(folder,
         if process.returncode == 0:
             for path in list(killed.glob("predictions/*/*/*"))[::2]:  # it was too fast: some of it once more
                 path.unlink()
-    subprocess.run(command(folder / "many.json", run, killed), check=True, cwd=ROOT)
+    subprocess.run(command(folder / "grounding.json", run, killed), check=True, cwd=ROOT)
     assert files(killed) == files(whole)
 
 
