@@ -8,7 +8,7 @@ from medplib_jax.metrics.boxes import box_iou, parse_boxes, recall_at_iou, roc_h
 from medplib_jax.metrics.captions import MissingExtra, mia_scores, spice
 from medplib_jax.metrics.masks import SURFACE_TOLERANCE, binarise, dice, iou, mask_scores, overlap, surface_dice
 from medplib_jax.metrics.protocol import PROTOCOLS, check_protocol
-from medplib_jax.metrics.summary import Statistic, by_modality, mask_statistics, statistics, summarise_masks, values
+from medplib_jax.metrics.summary import Statistic, by_modality, mask_statistics, statistics, values
 from medplib_jax.metrics.text import (
     answer_words,
     bleu,
@@ -50,7 +50,6 @@ __all__ = [
     "rouge_l",
     "spice",
     "statistics",
-    "summarise_masks",
     "surface_dice",
     "token_f1",
     "values",

@@ -140,9 +140,3 @@ def by_modality(found: Mapping[str, Statistic], modalities: Sequence[str]) -> di
         result |= {f"{name}/{modality}": value for modality, value in measured.items()}
         result[f"{name}/modality_mean"] = sum(measured.values()) / max(len(measured), found[name].modalities)
     return result
-
-
-def summarise_masks(scores: Sequence[Mapping[str, float]], protocol: str = "exact") -> dict[str, float]:
-    """Grounding metrics over questions (the dicts of `mask_scores`); a metric without a question to count is left out."""
-    check_protocol(protocol)
-    return values(mask_statistics(scores, protocol)) if scores else {}
