@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import false_discovery_control
 from tqdm import tqdm
 
-from medplib_jax.metrics import Statistic
+from medplib_jax.metrics import Statistic, values
 from medplib_jax.metrics.catalogue import in_order, main_metric
 from medplib_jax.metrics.resampling import bootstrap, grouped, intervals, paired_p_values
 from medplib_jax.report.sweep_load import Cell, Sweep, Task
@@ -101,7 +101,7 @@ class _Column:
         self.checkpoints = {checkpoint.name: checkpoint for checkpoint in sweep.checkpoints}
         self.baseline = next((cell for cell in cells if cell.checkpoint == sweep.baseline), None)
         self.seed = zlib.crc32(f"{task.name}/{protocol}".encode())
-        self.main = main_metric(in_order({name for cell in cells for name in cell.statistics}))
+        self.main = main_metric(in_order({name for cell in cells for name in values(cell.statistics)}))
         modality_of = {image: modality for cell in cells for image, modality in zip(cell.images, cell.modalities.tolist(), strict=True)}
         self.group_of = {image: group for group, image in enumerate(sorted(modality_of))}
         modality_G = np.array([modality_of[image] for image in self.group_of])
