@@ -183,4 +183,4 @@ def test_a_notice_that_comes_to_jax_before_training_begins_is_heard(folder, tmp_
     process = start(training(folder, tmp_path / "run", train__steps=2000), folder, processes=2, EARLY_SIGNAL=str(int(signal.SIGTERM)))
     said = process.communicate()[0]
     assert process.returncode == RESTART, said
-    assert "is saved; run the same command to resume" in said and list((tmp_path / "run/checkpoints").iterdir())
+    assert "SIGTERM: step 0 of 2000 is saved; run the same command to resume" in said
