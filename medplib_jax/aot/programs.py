@@ -17,7 +17,7 @@ from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.optim import make_optimizer, make_schedule, partition
 from medplib_jax.sharding import row_axes, use_rules
 from medplib_jax.train_step import abstract_model, make_state, make_train_step, model_shardings, state_shardings
-from medplib_jax.types import Batch, Params, TrainState
+from medplib_jax.types import Batch, Params
 
 PROGRAMS = ("train", "eval", "decode")
 STEPS = 1000  # of the schedule; no program depends on how many
