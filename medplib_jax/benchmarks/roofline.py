@@ -9,16 +9,16 @@ from pathlib import Path
 from medplib_jax.aot.table import COLUMNS, markdown
 from medplib_jax.benchmarks.measure import Table
 
-TOPOLOGIES = ("v5e:8x8", "v5p:4x4x4", "v6e:8x8")
+TOPOLOGIES = {"v5e:8x8": (1, 64), "v5p:2x4x4": (2, 16), "v6e:8x8": (1, 64)}  # and the mesh: data, fsdp
 
 
 def measure() -> Table:
     """Compiles in a process each (a minute; the compiler keeps a gigabyte)."""
     reports = {}
     with tempfile.TemporaryDirectory() as folder:
-        for topology in TOPOLOGIES:
+        for topology, (rows, width) in TOPOLOGIES.items():
             file = Path(folder) / "report.json"
-            flags = ("--config=configs/stage4_moe.py:7b", f"--topology={topology}", "--config.mesh.data=1", "--config.mesh.fsdp=-1", f"--json={file}")
+            flags = ("--config=configs/stage4_moe.py:7b", f"--topology={topology}", f"--config.mesh.data={rows}", f"--config.mesh.fsdp={width}", f"--json={file}")
             subprocess.run((sys.executable, "-m", "medplib_jax.aot", *flags), check=True, capture_output=True, text=True)
             reports[topology] = json.loads(file.read_text())
     rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in markdown(reports).splitlines()[2:]]
