@@ -113,6 +113,18 @@ def shard_rows(x: jax.Array) -> jax.Array:
     return x if mesh.size <= 1 else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(row_axes(x.shape[0], mesh))))
 
 
+def shard_width(x: jax.Array) -> jax.Array:
+    """Puts a lookup in an embedding that is sharded along its width halfway to `shard_rows`: the width still over the axes of `embed`, the
+    rows over the others of theirs. In one step the compiler would keep the whole gradient of the lookup on every device.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.size <= 1 or row_axes(x.shape[0], mesh) is None:
+        return x
+    width = mesh_axes("embed")
+    rows = tuple(axis for axis in BATCH_AXES if axis not in width)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(rows, *[None] * (x.ndim - 2), width)))
+
+
 def shard_param(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """A parameter, or one layer of a stack of them, where the rules put it; where it lives on no mesh it stays as it is."""
     mesh = jax.typeof(array).sharding.mesh

@@ -12,7 +12,7 @@ from medplib_jax.models.layers import Mlp, Rngs, gelu
 from medplib_jax.models.llm import Llama
 from medplib_jax.models.region import RegionEncoder
 from medplib_jax.models.sam import SamMed2d, normalise_sam
-from medplib_jax.sharding import shard_rows
+from medplib_jax.sharding import shard_rows, shard_width
 from medplib_jax.types import Array, Batch, ModelOutput
 
 
@@ -43,7 +43,7 @@ class MedPLIB(nnx.Module):
     def embed(self, batch: Batch) -> tuple[Array, dict[str, Any]]:
         """Token embeddings with the visual features spliced in, [B, L, D]."""
         features_BxTxD, out = self.visual_features(batch)
-        tokens_BxLxD = shard_rows(self.llm.embed(batch.tokens))
+        tokens_BxLxD = shard_rows(shard_width(self.llm.embed(batch.tokens)))
         spliced_BxLxD = jnp.take_along_axis(features_BxTxD, jnp.maximum(batch.feature_index, 0)[:, :, None], axis=1)
         x_BxLxD = jnp.where((batch.feature_index >= 0)[:, :, None], spliced_BxLxD.astype(tokens_BxLxD.dtype), tokens_BxLxD)
         return x_BxLxD, out | {"embeddings": x_BxLxD}

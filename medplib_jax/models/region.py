@@ -7,6 +7,7 @@ from flax import nnx
 from medplib_jax.config import ClipConfig, RegionConfig
 from medplib_jax.models.layers import Linear, Rngs
 from medplib_jax.models.region_geometry import GeometrySampler, repeat_points
+from medplib_jax.sharding import shard_rows
 from medplib_jax.types import Array
 
 
@@ -55,7 +56,7 @@ class RegionEncoder(nnx.Module):
             region, out = self._geometric(jnp.einsum("brn,bnpc->brpc", on_image, features), region_points_BxRxSx2, valid_BxRxS), {}
         else:
             pooled = jnp.einsum("brn,brp,bnpc->brc", on_image, mean_weights(region_points_BxRxSx2, valid_BxRxS, self.grid), features)
-            region, out = self.adapter(pooled), {"pooled": pooled}
+            region, out = shard_rows(self.adapter(pooled)), {"pooled": pooled}
         return (region * valid_BxRxS.any(-1, keepdims=True)).astype(clip_features_BxNxPxC.dtype), out
 
     def _geometric(self, features_BxRxPxC: Array, points_BxRxSx2: Array, valid_BxRxS: Array) -> Array:
