@@ -77,7 +77,7 @@ def test_predicts_evaluates_and_trains(options_of, data, tmp_path, monkeypatch):
             bucket_lengths=(256,),
             batch_size=2,
             max_regions=1,
-            max_masks=1,
+            max_masks=4,
             mask_canvas=32,
             workers=0,
         ),
