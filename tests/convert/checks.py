@@ -262,14 +262,15 @@ def loss_and_gradients(converted: Converted, loss: LossConfig, train: bool) -> C
 def _check_masks(converted, z, batch, output, out) -> Iterator[Row]:
     canvas = batch.gt_masks.shape[-2:]
     logits, _ = resample_to_canvas(output.mask_logits, batch.sam_box, batch.mask_size, canvas=canvas, sam_size=SAM_SIDE, mode="reference")
-    for i, (row, slot) in enumerate(np.argwhere(batch.mask_valid)):
-        if f"low_res_mask_{i}" not in z:
-            continue
+    recorded = [(i, row, slot) for i, (row, slot) in enumerate(np.argwhere(batch.mask_valid)) if f"low_res_mask_{i}" in z]
+    for i, row, slot in recorded:
         rows, columns = batch.mask_size[row]
         yield Row("<SEG> embedding", relative(out["seg_embedding"][row, slot], z[f"seg_embedding_{i}"][0, 0]))
         yield Row("mask logits", at_steps(output.mask_logits[row, slot], z[f"low_res_mask_{i}"][0, 0]))
-        yield Row("predicted IoU", relative(output.predicted_iou[row, slot], z[f"iou_{i}"][0, 0]))
         yield Row("masks at original size", at_steps(logits[row, slot, :rows, :columns], z[f"pred_mask_{i}"][0, 0]))
+    # all of a batch at once: a single one may be as near to 0 as float32 errs
+    found, expected = zip(*((output.predicted_iou[row, slot], z[f"iou_{i}"][0, 0]) for i, row, slot in recorded), strict=True)
+    yield Row("predicted IoU", relative(found, expected))
 
 
 def prompt(z: Arrays, prefix: str, ids: str = "input_ids") -> dict[str, np.ndarray]:
