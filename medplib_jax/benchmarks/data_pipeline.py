@@ -5,8 +5,8 @@
 
 DIR holds annotation files in MeCoVQA's form and images/. All variants read the same records in this process, in turns, and the fastest round
 counts; "assembled" reads what `data.build.assemble` made of DIR. CPU time, not wall time, so that other work on the machine matters little.
-Expect at least 3 times the samples per core of PyTorch once the cache is warm, and later epochs at least 10 times faster than the first
-without a cache.
+Expect at least 3 times the samples per core of PyTorch from assembled data, and later epochs with a cache at least 10 times faster than the
+first without.
 """
 
 import dataclasses

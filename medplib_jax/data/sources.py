@@ -127,8 +127,8 @@ class TfdsSource:
         try:
             import tensorflow_datasets as tfds  # only who reads such a dataset needs it
 
-            builder = tfds.builder_from_directory(self.root)
-            self._examples = builder.as_data_source(split or "train", decoders={"image": _as_bytes()(), "masks": _as_bytes()()})
+            builder, raw = tfds.builder_from_directory(self.root), tfds.decode.DeserializeMethod.RAW_BYTES
+            self._examples = builder.as_data_source(split or "train", deserialize_method=raw)
         except Exception as error:  # the library raises errors of many types
             raise DataError(name, None, "dataset cannot be read", "FOLDER#SPLIT of an assembled dataset", str(error)) from error
 
@@ -145,32 +145,28 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Record:
         try:
-            example = self._examples[index]
+            example = _parse_example(self._examples[index])
         except IndexError:
             raise
         except Exception as error:
             raise DataError(self.file, index, "record cannot be read", "an example of the dataset", str(error)) from error
-        turns = example["conversations"]
+        turns = zip(example["conversations/from"], example["conversations/value"], strict=True)
         raw = {
-            "image": example["image_name"].decode(),
-            "conversations": [{"from": a.decode(), "value": b.decode()} for a, b in zip(turns["from"], turns["value"], strict=True)],
-            "answer_type": example["answer_type"].decode(),
+            "image": example["image_name"][0].decode(),
+            "conversations": [{"from": role.decode(), "value": text.decode()} for role, text in turns],
+            "answer_type": example["answer_type"][0].decode(),
         }
         contents = {name.decode(): mask for name, mask in zip(example["mask_names"], example["masks"], strict=True)}
-        contents[raw["image"]] = example["image"]
+        contents[raw["image"]] = example["image"][0]
         return dataclasses.replace(parse_record(raw, self.file, index, self.root), contents=contents)
 
 
-@functools.cache
-def _as_bytes() -> type:
-    """A decoder class of TFDS that leaves pictures encoded, in sequences, too."""
-    from tensorflow_datasets import decode
+def _parse_example(serialized: bytes) -> dict[str, Sequence[bytes]]:
+    """The lists of a tf.train.Example. TFDS's own way, through its features, takes half a millisecond more."""
+    from tensorflow_datasets.proto import tf_example_pb2
 
-    class AsBytes(decode.SkipDecoding):
-        def decode_batch_example_np(self, examples):
-            return list(examples)
-
-    return AsBytes
+    features = tf_example_pb2.Example.FromString(serialized).features.feature
+    return {name: features[name].bytes_list.value for name in features}
 
 
 def open_source(name: str, root: str | None = None) -> Sequence[Record]:
