@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from medplib_jax.data.build.mecovqa import is_held_out, may_hold_records
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.sources import MASK, REGION, MecovqaSource
 from medplib_jax.experiment import TASK_PARTS, TaskConfig
@@ -99,14 +100,22 @@ def folder_tasks(*sources: str | os.PathLike) -> tuple[TaskConfig, ...]:
 
 
 def annotation_files(path: str | os.PathLike) -> list[Path]:
-    """The file itself, or a data folder's JSON files: those in its `test` folder, else its own. FileNotFoundError without any."""
+    """The file itself, or a data folder's files of records: those in its `test` folder, else its own, the held-out ones if names tell.
+
+    FileNotFoundError without any.
+    """
     path = Path(path)
     if path.is_file():
         return [path]
-    files = sorted((path / "test").glob("*.json")) or sorted(path.glob("*.json"))
+    files = _records_in(path / "test") or _records_in(path)
+    files = [file for file in files if is_held_out(file.name)] or files
     if not files:
         raise FileNotFoundError(f"{path}: expected an annotation file or a folder with *.json or test/*.json, found none")
     return files
+
+
+def _records_in(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.glob("*.json")) if may_hold_records(str(file))]
 
 
 def data_root(file: Path) -> Path:

@@ -41,6 +41,9 @@ def test_files_of_a_folder(folder, tmp_path):
     assert annotation_files(files[0]) == [files[0]] and {data_root(file) for file in files} == {folder.resolve()}
     with pytest.raises(FileNotFoundError, match="expected an annotation file or a folder"):
         annotation_files(tmp_path)
+    for name, content in (("manifest", "{}"), ("slake_train", "[]"), ("slake_test", "[]")):  # as an importer leaves them
+        (tmp_path / f"{name}.json").write_text(content)
+    assert [file.name for file in annotation_files(tmp_path)] == ["slake_test.json"]
 
 
 def test_names_are_distinct(tmp_path):
