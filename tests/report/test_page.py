@@ -1,6 +1,5 @@
 """The report page: what it shows, that it is safe with any text, and that wrong input is named."""
 
-import html.parser
 import re
 
 import numpy as np
@@ -13,6 +12,7 @@ from medplib_jax import report
 from medplib_jax.report import pictures, plots
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.sources import parse_record
+from tests.report.tags import Tags
 
 NASTY = "<script>alert('x')</script> & \"quoted\" <img src=x onerror=alert(1)>"
 
@@ -64,16 +64,6 @@ def test_every_picture_is_there_and_no_network_is_needed(page):
         with Image.open(path.parent / source) as image:
             assert min(image.size) > 50
     assert not re.search(r"https?://|//cdn|@import|<link", text)
-
-
-class Tags(html.parser.HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.found = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
 
 
 def test_untrusted_text_is_escaped_everywhere(page):

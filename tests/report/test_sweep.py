@@ -1,7 +1,6 @@
 """The report of a sweep: its figures are those of the rows, and the page shows all of them, safely."""
 
 import collections
-import html.parser
 import json
 import re
 import shutil
@@ -19,6 +18,7 @@ from medplib_jax.report.sweep import write_sweep_report
 from medplib_jax.report.sweep_load import Task, load_sweep
 from medplib_jax.report.sweep_tables import entry
 from tests.report.sweep_fixture import BASELINE, CHECKPOINTS, SKIPPED, write_sweep
+from tests.report.tags import Tags
 
 TASK = "MeCoVQA_Grounding_test"
 NASTY = "<script>alert('x')</script> & \"quoted\" <img src=x onerror=alert(1)>"
@@ -46,16 +46,6 @@ def page(folder):
 @pytest.fixture(scope="module")
 def report(folder):
     return json.loads((folder / "report.json").read_text())
-
-
-class Tags(html.parser.HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.found = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
 
 
 @pytest.fixture
