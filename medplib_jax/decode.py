@@ -7,8 +7,7 @@ record's own key, and all shapes are fixed, so the answer is the same whatever s
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
 
 import flax.struct
 import jax
@@ -172,7 +171,7 @@ class Decoder:
 
 
 class Generator:
-    """Generates answers, for a batch at once or for a stream of prompts. Compiles once per prompt length and batch size.
+    """Generates answers, for a batch at once or step by step for a stream of prompts (`stream.py`). Compiles once per prompt length and batch size.
 
     `max_masks` is the number of masks drawn per answer; a `<SEG>` beyond it stays in the text without a mask. With `original_masks` one
     mask is drawn as the original does (model/MedPLIB.py evaluate): from the first `<SEG>` of prompt and answer, and where there is none
@@ -191,6 +190,7 @@ class Generator:
         self.mesh = mesh or _one_device()
         self.params = params if _is_laid_out(params) else lay_out(config, params, self.mesh, quantize)
         self._rows = batch_sharding(self.mesh)
+        self._dispatch = threading.Lock()  # of programs that several threads ask for, so that each is compiled once
         slots = self._slot_shardings()
         self._prefill = jax.jit(decoder.prefill, static_argnames="room", out_shardings=slots)
         self._decode = jax.jit(decoder.decode, donate_argnums=1, out_shardings=slots)
@@ -213,81 +213,36 @@ class Generator:
         limits = np.full(len(batch.record), self._decoder.max_new_tokens, np.int32)
         slots = self._prefill(self.params, self._put(batch), self._put(limits), room=self._decoder.max_new_tokens)
         slots = self._decode(self.params, slots, 0, seed)
-        mask_logits = predicted_iou = None
         seg_hidden, mask_valid = self._prompts(slots)
-        if self._decoder.max_masks:
-            mask_logits, predicted_iou = self._draw(self.params, seg_hidden, self._put(batch))
+        mask_logits, predicted_iou = self._draw(self.params, seg_hidden, self._put(batch)) if self._decoder.max_masks else (None, None)
         return jax.tree.map(lambda x: x[:rows], Generation(slots.tokens, slots.lengths, mask_valid, mask_logits, predicted_iou, slots.choices))
 
-    def stream(
-        self, prompts: Iterable[Batch], *, slots: int, refill: int, seed: int = 0, limits: Mapping[int, int] | None = None
-    ) -> Iterator[tuple[Batch, Generation]]:
-        """Answers as they end: (prompt, generation) of one record each, with a batch axis of 1, on the host.
+    @property
+    def max_new_tokens(self) -> int:
+        return self._decoder.max_new_tokens
 
-        prompts: batches of one length; filler rows are left out. slots: answers in the making, and refill: prompts that are run together
-        once as many slots are free (`refill` = `slots` are static batches); both count per device of the data and fsdp axes. limits: most
-        tokens of a record's answer where it is less than `max_new_tokens`.
-        """
-        parts = axis_size(self.mesh, BATCH_AXES)
-        waiting, exhausted = _rows_of(prompts), False
-        asked: list[Batch | None] = [None] * (slots * parts)  # the prompt in each slot
-        ended: list[tuple[Batch, Generation, np.ndarray]] = []  # still without masks
-        state = None
-        while True:
-            while not exhausted and asked.count(None) >= refill * parts:
-                index_DxR, places = _free_slots(asked, parts, refill)
-                chosen = list(itertools.islice(waiting, len(places)))
-                exhausted = len(chosen) < len(places)
-                if chosen:
-                    state = self._start(state, chosen, places, index_DxR, asked, limits or {})
-            if not any(asked):
-                break
-            state = self._decode(self.params, state, 0 if exhausted else len(asked) - refill * parts, seed)
-            ended += self._take_ended(state, asked)
-            while len(ended) >= refill * parts:
-                yield from self._with_masks(ended[: refill * parts], refill * parts)
-                ended = ended[refill * parts :]
-        if ended:
-            yield from self._with_masks(ended, refill * parts)
+    @property
+    def mask_grid(self) -> int:
+        """Side of the masks' logits."""
+        return self._decoder.model.config.mask.mask_grid
 
-    def _start(self, state: Slots | None, chosen, places, index_DxR, asked, limits) -> Slots:
-        """Runs prompts and puts them into free slots. `places`: (row of the prefill, slot) of each."""
-        rows: list[Batch | None] = [None] * index_DxR.size
-        for prompt, (row, slot) in zip(chosen, places):
-            rows[row] = asked[slot] = prompt
-        for row, _ in places[len(chosen) :]:
-            index_DxR[np.unravel_index(row, index_DxR.shape)] = len(asked)
-        batch, most = _stack(rows), self._decoder.max_new_tokens
-        limits_P = np.array([min(limits.get(record, most), most) for record in batch.record.tolist()], np.int32)
-        new = self._prefill(self.params, self._put(batch), self._put(limits_P), room=0)
-        state = self._empty(new, len(asked), most) if state is None else state
-        return self._insert(state, new, self._put(index_DxR))
+    def start(self, slots: Slots | None, prompts: Batch, limits_P: np.ndarray, index_DxR: np.ndarray, num_slots: int) -> Slots:
+        """Runs prompts and puts row r of device d into that device's slot `index[d, r]`, beyond its slots: nowhere. Slots None: all are empty."""
+        with self._dispatch:
+            new = self._prefill(self.params, self._put(prompts), self._put(limits_P), room=0)
+            slots = self._empty(new, num_slots, self._decoder.max_new_tokens) if slots is None else slots
+            return self._insert(slots, new, self._put(index_DxR))
 
-    def _take_ended(self, state: Slots, asked: list[Batch | None]) -> Iterator[tuple[Batch, Generation, np.ndarray]]:
-        """Empties the slots whose answer ended: its prompt, its answer without masks, and the states [1, M, D] that prompt these."""
-        seg_hidden, mask_valid = self._prompts(state)
-        fetched = jax.device_get((state.active, state.tokens, state.lengths, mask_valid, state.choices, seg_hidden))
-        for slot, prompt in enumerate(asked):
-            if prompt is not None and not fetched[0][slot]:
-                tokens, lengths, valid, choices, hidden = jax.tree.map(lambda x, slot=slot: x[slot : slot + 1], fetched[1:])
-                asked[slot] = None
-                yield prompt, Generation(tokens, lengths, valid, None, None, choices), hidden
+    def advance(self, slots: Slots, keep: int, seed: int) -> tuple[Slots, Array, Array]:
+        """Draws tokens until no more than `keep` slots are active. Also what the masks are drawn from, states [S, M, D] and bool [S, M]."""
+        with self._dispatch:
+            slots = self._decode(self.params, slots, keep, seed)
+            return slots, *self._prompts(slots)
 
-    def _with_masks(self, ended: list, rows: int) -> Iterator[tuple[Batch, Generation]]:
-        """Draws the masks of at most `rows` answers, those that have any, in one batch."""
-        grid, drawn = self._decoder.model.config.mask.mask_grid, {}
-        speaking = [i for i, (_, generation, _) in enumerate(ended) if generation.mask_valid.any()]
-        if speaking:
-            batch = _stack([ended[i][0] for i in speaking] + [None] * (rows - len(speaking)))
-            hidden = np.concatenate([ended[i][2] for i in speaking])
-            hidden = np.pad(hidden, ((0, rows - len(hidden)), (0, 0), (0, 0)))
-            logits, predicted_iou = jax.device_get(self._draw(self.params, self._put(hidden), self._put(batch)))
-            drawn = {i: (logits[k : k + 1], predicted_iou[k : k + 1]) for k, i in enumerate(speaking)}
-        for i, (prompt, generation, _) in enumerate(ended):
-            M = generation.mask_valid.shape[1]
-            nothing = (np.zeros((1, M, grid, grid), np.float32), np.zeros((1, M), np.float32)) if M else (None, None)
-            logits, predicted_iou = drawn.get(i, nothing)
-            yield prompt, generation.replace(mask_logits=logits, predicted_iou=predicted_iou)
+    def masks(self, seg_hidden_BxMxD: np.ndarray, batch: Batch) -> tuple[Array, Array]:
+        """Mask logits [B, M, h, w] and predicted IoU [B, M]."""
+        with self._dispatch:
+            return self._draw(self.params, self._put(seg_hidden_BxMxD), self._put(batch))
 
     def _put(self, tree):
         return jax.device_put(tree, self._rows)
@@ -352,30 +307,6 @@ def _insert(slots: Slots, new: Slots, index_DxR: Array) -> Slots:
         return place(*apart, index_DxR).reshape(old.shape)
 
     return jax.tree.map(put, slots, new)
-
-
-def _free_slots(asked: Sequence[Batch | None], parts: int, refill: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Where the next prefill may go: [parts, refill] slots within each device (beyond them: nowhere), and the (row, slot) pairs meant."""
-    slots = len(asked) // parts
-    index, places = np.full((parts, refill), slots, np.int32), []
-    for part in range(parts):
-        free = [slot for slot in range(slots) if asked[part * slots + slot] is None][:refill]
-        index[part, : len(free)] = free
-        places += [(part * refill + r, part * slots + slot) for r, slot in enumerate(free)]
-    return index, places
-
-
-def _rows_of(batches: Iterable[Batch]) -> Iterator[Batch]:
-    for batch in batches:
-        for i in np.flatnonzero(np.asarray(batch.record) >= 0):
-            yield jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
-
-
-def _stack(rows: Sequence[Batch | None]) -> Batch:
-    """One batch of single rows; filler rows where there is none."""
-    filler = next(row for row in rows if row is not None)
-    filler = filler.replace(record=np.full_like(filler.record, -1))
-    return jax.tree.map(lambda *x: np.concatenate(x), *[filler if row is None else row for row in rows])
 
 
 def _fill(batch: Batch, extra: int) -> Batch:

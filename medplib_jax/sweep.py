@@ -35,6 +35,7 @@ from medplib_jax.experiment import ExperimentConfig, SweepConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models.lora import merge_lora
 from medplib_jax.multihost import wait_for_others
+from medplib_jax.stream import lanes_for, stream_answers
 from medplib_jax.tasks import Task, find_tasks
 from medplib_jax.train_step import abstract_model, model_shardings
 from medplib_jax.types import Batch, Params
@@ -190,11 +191,11 @@ def _lines(cell: Cell, loaded: LoadedModel, records: Sequence[int], config: Swee
     drawn = (1 if is_reference else task.masks + 1) if has_masks else 0
     generator = loaded.generator(settings.max_new_tokens, drawn, is_reference and has_masks)
     slots = config.slots or loaded.experiment.eval.batch_size
-    refill = config.refill or max(1, slots // 2)
+    refill, lanes = config.refill or max(1, slots // 2), lanes_for(loaded.params, slots)
     by_length, failed = group_by_length(loader, task, records, data.bucket_lengths, config.on_error)
     for length in sorted(by_length):
         batches = eval_batches(loader, by_length[length], refill, range(refill), question=True, workers=0)
-        for prompt, generation in generator.stream(_prompts(batches, failed), slots=slots, refill=refill):
+        for prompt, generation in stream_answers(generator, _prompts(batches, failed), slots=slots, refill=refill, lanes=lanes):
             try:
                 yield evaluator.row(prompt, generation)
             except DataError as error:

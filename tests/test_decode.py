@@ -15,6 +15,7 @@ from medplib_jax.models.layers import abstract_module, bind, draw_params
 from medplib_jax.experiment import MeshConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.stream import stream_answers
 from tests.helpers import MODEL, random_batch, tiny_experiment
 
 MODEL = dataclasses.replace(MODEL, lora=LoraConfig())
@@ -109,7 +110,7 @@ def generator(params):
 @pytest.fixture(scope="module")
 def one_at_a_time(generator, batch):
     """{most tokens: {record: answer made alone}}."""
-    return {most: by_record(generator.stream([batch], slots=1, refill=1, limits=dict.fromkeys(range(8), most))) for most in range(1, NEW + 1)}
+    return {most: by_record(stream_answers(generator, [batch], slots=1, refill=1, limits=dict.fromkeys(range(8), most))) for most in range(1, NEW + 1)}
 
 
 def by_record(made):
@@ -129,13 +130,13 @@ def assert_same(found, expected):
 @given(
     order=st.permutations(range(8)),
     limits=st.lists(st.integers(1, NEW), min_size=8, max_size=8),
-    sizes=st.sampled_from([(4, 1), (4, 4), (3, 2)]),
+    sizes=st.sampled_from([(4, 1, 1), (4, 4, 1), (3, 2, 1), (6, 3, 3)]),
     cuts=st.integers(1, 7),
 )
 def test_an_answer_is_the_same_in_any_slot_beside_any_others(generator, batch, one_at_a_time, order, limits, sizes, cuts):
     parts = [jax.tree.map(lambda x, part=part: x[np.array(part)], batch) for part in (order[:cuts], order[cuts:])]
-    slots, refill = sizes
-    found = by_record(generator.stream(parts, slots=slots, refill=refill, limits=dict(enumerate(limits))))
+    slots, refill, lanes = sizes
+    found = by_record(stream_answers(generator, parts, slots=slots, refill=refill, lanes=lanes, limits=dict(enumerate(limits))))
     assert sorted(found) == list(range(8))
     for record, generation in found.items():
         assert_same(generation, one_at_a_time[limits[record]][record])
@@ -144,7 +145,7 @@ def test_an_answer_is_the_same_in_any_slot_beside_any_others(generator, batch, o
 def test_devices_share_the_slots(params, batch, one_at_a_time):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
     sharing = Generator(MODEL, params, eos_id=EOS, seg_id=SEG, max_new_tokens=NEW, max_masks=2, mesh=mesh)
-    found = by_record(sharing.stream([batch], slots=1, refill=1))
+    found = by_record(stream_answers(sharing, [batch], slots=1, refill=1))
     for record, generation in found.items():
         assert_same(generation, one_at_a_time[NEW][record])
 
@@ -152,9 +153,9 @@ def test_devices_share_the_slots(params, batch, one_at_a_time):
 def test_draws_belong_to_the_record(params, batch):
     sampling = Sampling(temperature=1.0)
     drawing = Generator(MODEL, params, eos_id=EOS, seg_id=SEG, max_new_tokens=NEW, max_masks=0, sampling=sampling)
-    first, second = (by_record(drawing.stream([part], slots=4, refill=2)) for part in (batch, jax.tree.map(lambda x: x[::-1], batch)))
+    first, second = (by_record(stream_answers(drawing, [part], slots=4, refill=2)) for part in (batch, jax.tree.map(lambda x: x[::-1], batch)))
     assert all((first[record].tokens == second[record].tokens).all() for record in first)
-    assert any((first[record].tokens != made.tokens).any() for record, made in by_record(drawing.stream([batch], slots=4, refill=2, seed=1)).items())
+    assert any((first[record].tokens != made.tokens).any() for record, made in by_record(stream_answers(drawing, [batch], slots=4, refill=2, seed=1)).items())
 
 
 def test_filler_rows_are_not_answered(params, batch):

@@ -3,9 +3,9 @@
 COMMAND
     python -m medplib_jax.benchmarks.decode_batching
 
-A tiny mixture of experts with random weights answers random prompts; the lengths of the answers are given (exponentially distributed, as
-those of mixed tasks are: many of a word or two, a few long ones). The same answers are made in every way, interleaved; the fastest of
-`--repeat` runs counts. Prints a table and the two ratios.
+A tiny mixture of experts with random weights answers random prompts; the lengths of the answers are given: all `--long` tokens, and
+`mixed`, exponentially distributed as those of mixed tasks are (many of a word or two, a few of up to `--longest`). The same answers are made in
+every way, interleaved; the fastest of `--repeat` runs counts. Prints a table and the ratios.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from configs import common
 from medplib_jax.decode import Generator
 from medplib_jax.models.layers import abstract_module, draw_params
 from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.stream import lanes_for, stream_answers
 from medplib_jax.types import Batch
 
 NEVER = -1  # no token: answers end at their limit
@@ -53,17 +54,12 @@ def random_prompts(model, count: int, length: int, seed: int) -> Batch:
     )
 
 
-def measure(requests: int, prompt: int, longest: int, repeat: int) -> dict[str, float]:
-    """{way: seconds}, and the number of tokens under "tokens". All ways must give the same answers."""
-    model = dataclasses.replace(common.TINY, moe=common.EXPERTS)
-    prompts = random_prompts(model, requests, prompt, seed=0)
-    lengths = np.random.default_rng(1).exponential(longest / 4, requests)
-    limits = dict(enumerate(np.clip(lengths, 1, longest).astype(int).tolist()))
-    params = draw_params(abstract_module(functools.partial(MedPLIB, model)), 0)
-    generator = Generator(model, params, eos_id=NEVER, seg_id=NEVER, max_new_tokens=longest, max_masks=0)
+def measure(prompts: Batch, lengths: np.ndarray, generator: Generator, repeat: int) -> dict[str, float]:
+    """{way: seconds} for answers of these lengths. All ways must give the same answers."""
+    limits = dict(enumerate(lengths.tolist()))
 
     def answers(slots, refill):
-        made = generator.stream([prompts], slots=slots, refill=refill, limits=limits)
+        made = stream_answers(generator, [prompts], slots=slots, refill=refill, lanes=lanes_for(generator.params, slots), limits=limits)
         return {int(row.record[0]): generation.tokens[0, : generation.lengths[0]].tolist() for row, generation in made}
 
     expected = {way: answers(*sizes) for way, sizes in WAYS.items()}  # compiles, too
@@ -77,22 +73,31 @@ def measure(requests: int, prompt: int, longest: int, repeat: int) -> dict[str, 
             start = time.perf_counter()
             answers(*sizes)
             seconds[way].append(time.perf_counter() - start)
-    return {way: min(values) for way, values in seconds.items()} | {"tokens": sum(limits.values())}
+    return {way: min(values) for way, values in seconds.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--prompt", type=int, default=96, help="positions, 64 of them of the picture")
-    parser.add_argument("--longest", type=int, default=128, help="tokens of the longest answer")
+    parser.add_argument("--long", type=int, default=128, help="tokens of each answer where all are alike")
+    parser.add_argument("--longest", type=int, default=256, help="tokens of the longest answer where they are mixed; four times the mean")
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
-    found = measure(**vars(arguments))
-    tokens = found.pop("tokens")
-    for way, seconds in found.items():
-        print(f"{way:16} slots {WAYS[way][0]:3} refill {WAYS[way][1]:3} {seconds:8.2f} s {tokens / seconds:8.0f} tokens/s")
-    one, static, refilled = found.values()
-    print(json.dumps({"slots_over_one": one / refilled, "refilled_over_static": static / refilled}))
+    count, longest = arguments.requests, arguments.longest
+    model = dataclasses.replace(common.TINY, moe=common.EXPERTS)
+    prompts = random_prompts(model, count, arguments.prompt, seed=0)
+    params = draw_params(abstract_module(functools.partial(MedPLIB, model)), 0)
+    mixed = np.clip(np.random.default_rng(1).exponential(longest / 4, count), 1, longest).astype(int)
+    ratios = {}
+    for name, lengths in {"long": np.full(count, arguments.long), "mixed": mixed}.items():
+        generator = Generator(model, params, eos_id=NEVER, seg_id=NEVER, max_new_tokens=int(lengths.max()), max_masks=0)
+        found = measure(prompts, lengths, generator, arguments.repeat)
+        for way, seconds in found.items():
+            print(f"{name:6} {way:16} slots {WAYS[way][0]:3} refill {WAYS[way][1]:3} {seconds:8.2f} s {lengths.sum() / seconds:8.0f} tokens/s")
+        one, static, refilled = found.values()
+        ratios |= {f"{name}.slots_over_one": one / refilled, f"{name}.refilled_over_static": static / refilled}
+    print(json.dumps(ratios))
 
 
 if __name__ == "__main__":

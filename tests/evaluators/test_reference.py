@@ -14,6 +14,7 @@ from medplib_jax.evaluators.reference import TEMPLATE, UNPAD, ReferenceLoader
 from medplib_jax.experiment import DataConfig
 from medplib_jax.models.unpad import resample_to_canvas
 from medplib_jax.types import Batch
+from medplib_jax.stream import stream_answers
 from tests.convert.golden_batch import CLIP_MEAN, CLIP_STD, golden_batch
 from tests.convert.test_parity import CONFIG, converted, recorded  # noqa: F401 (fixtures)
 
@@ -71,7 +72,7 @@ def test_answers_and_masks_are_the_originals(case, converted, recorded, evaluate
     )
     ids = evaluated[{"history": "history_prompt_ids", "noregion": "region_input_ids"}.get(case, "input_ids")]
     prompt = prompt_batch(ids, evaluated["region_clip_uint8" if case == "noregion" else "clip_uint8"], evaluated, model.seg_id)
-    ((_, made),) = generator.stream([prompt], slots=2, refill=1)
+    ((_, made),) = stream_answers(generator, [prompt], slots=2, refill=1)
     expected = evaluated[f"{case}_output_ids"][0, ids.shape[1] :].tolist()
     assert made.tokens[0, : made.lengths[0]].tolist() == [token for token in expected if token != Tokenizer.eos_id]
     if case == "noregion":
