@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from medplib_jax.config import LlmConfig, LoraConfig
 from medplib_jax.models.layers import Linear, Rngs, softmax_average
-from medplib_jax.models.grouped_matmul import is_for_tpu
+from medplib_jax.models.grouped_matmul import is_for_gpu, is_for_tpu
 from medplib_jax.models.moe import split_rng
 from medplib_jax.sharding import mesh_axes, row_axes
 from medplib_jax.types import Array
@@ -108,13 +108,26 @@ def _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, visible_BxLxS):
 def attend_within(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, valid_BxL: Array, segment_BxL: Array | None = None) -> Array:
     """Causal attention within rows that are padded on the right, or within the segments of a row (`attend` without a cache).
 
-    For a TPU by the splash attention kernel, which never keeps scores; the same values, except at padding, which then sees
-    other padding instead of the row.
+    For a TPU by the splash attention kernel and for a GPU by cuDNN's, which never keep scores; the same values, except at padding, which then
+    sees other padding too.
     """
     L, K = q_BxLxHxK.shape[1], q_BxLxHxK.shape[3]
     if is_for_tpu(q_BxLxHxK) and K % SPLASH_LANES == 0:
         return _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, valid_BxL.astype(jnp.int32) if segment_BxL is None else segment_BxL)
+    if is_for_gpu(q_BxLxHxK) and segment_BxL is None and suits_cudnn(q_BxLxHxK):
+        return fused_attention(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, "cudnn")
     return _attend_blocks(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, valid_BxL, segment_BxL)
+
+
+def suits_cudnn(q_BxLxHxK: Array) -> bool:
+    """Whether cuDNN's attention takes these queries."""
+    return q_BxLxHxK.dtype in (jnp.bfloat16, jnp.float16) and q_BxLxHxK.shape[1] % 64 == 0 and q_BxLxHxK.shape[3] in (64, 128)
+
+
+def fused_attention(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, implementation: str) -> Array:
+    """`jax.nn.dot_product_attention`, causal. Padding needs no mask: it is on the right, where causality hides it."""
+    y = jax.nn.dot_product_attention(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, is_causal=True, implementation=implementation)
+    return checkpoint_name(y, "attention")
 
 
 def _attend_blocks(q, k, v, valid_BxL, segment_BxL):

@@ -47,8 +47,17 @@ def _multiply(x, w, sizes, *, transpose):
 
 def is_for_tpu(x: Array) -> bool:
     """Whether the program that is being traced will run on a TPU."""
+    return _platform(x) == "tpu"
+
+
+def is_for_gpu(x: Array) -> bool:
+    """Whether the program that is being traced will run on a GPU."""
+    return _platform(x) == "gpu"
+
+
+def _platform(x: Array) -> str:
     device = jax.typeof(x).sharding.mesh.abstract_device
-    return (device.platform if device else jax.default_backend()) == "tpu"
+    return device.platform if device else jax.default_backend()
 
 
 # ---- blocks of rows ----

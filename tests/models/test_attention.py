@@ -1,4 +1,4 @@
-"""The TPU's attention kernel, interpreted, against the plain form."""
+"""The attention kernels of TPUs, interpreted, and of GPUs against the plain form."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from medplib_jax.experiment import MeshConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models import attention
-from medplib_jax.models.attention import attend_within, splash_block
+from medplib_jax.models.attention import attend_within, fused_attention, splash_block, suits_cudnn
 from medplib_jax.sharding import batch_sharding
 
 LENGTHS = np.array([200, 131])
@@ -53,3 +53,28 @@ def test_splash_attention_on_a_mesh():
 
 def test_blocks_are_as_wide_as_the_length_allows():
     assert [splash_block(length) for length in (1, 128, 129, 1664, 2048)] == [128, 128, 256, 256, 512]
+
+
+def test_fused_attention_needs_no_mask_of_padding():
+    q, k, v = random_qkv()
+    expected = value_and_gradients(lambda q, k, v: attend_within(q, k, v, PADDED), q, k, v)
+    actual = value_and_gradients(lambda q, k, v: fused_attention(q, k, v, "xla"), q, k, v)
+    for ours, theirs in zip(actual, expected):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_a_gpu_gets_cudnn(monkeypatch):
+    """As far as the program that is sent to the GPU; there is none here to run it."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda *_: False)
+    monkeypatch.setattr(attention, "is_for_gpu", lambda _: True)
+    queries, keys = (jax.ShapeDtypeStruct((2, 768, heads, 128), jnp.bfloat16) for heads in (4, 2))
+    assert suits_cudnn(queries) and not suits_cudnn(jax.ShapeDtypeStruct((2, 768, 4, 128), jnp.float32))
+
+    def loss(q, k, v):
+        return attend_within(q, k, v, jnp.ones((2, 768), bool)).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(queries, keys, keys).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
