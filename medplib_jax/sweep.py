@@ -2,11 +2,13 @@
 
 A process holds the model on its own devices and takes whole shards, so that nothing is exchanged while answers are made, and a record's
 line is the same whoever makes it. `<workdir>/predictions/<checkpoint>/<protocol>/<task>.<shard>.jsonl` holds the lines; what has a line is
-not asked again. When all are there, process 0 reads them and writes `<workdir>/sweep.json` with the metrics.
+not asked again. When all are there, captions are scored by SPICE (`evaluators/spice.py`), and process 0 reads everything and writes `<workdir>/sweep.json`
+with the metrics.
 """
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import Loader, eval_batches
 from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.decode import Generator, lay_out
-from medplib_jax.evaluators import refer_box, reference, router
+from medplib_jax.evaluators import refer_box, reference, router, spice
 from medplib_jax.evaluators.common import Evaluator, mask_drawer
 from medplib_jax.evaluators.grounding import GroundingEvaluator
 from medplib_jax.evaluators.predictions import SKIPPED, Shard, read_lines
@@ -34,11 +36,13 @@ from medplib_jax.evaluators.vqa import VqaEvaluator
 from medplib_jax.experiment import ExperimentConfig, SweepConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models.lora import merge_lora
-from medplib_jax.multihost import wait_for_others
+from medplib_jax.multihost import of_every_process, wait_for_others
 from medplib_jax.stream import lanes_for, stream_answers
 from medplib_jax.tasks import Task, find_tasks
 from medplib_jax.train_step import abstract_model, model_shardings
 from medplib_jax.types import Batch, Params
+
+log = logging.getLogger(__name__)
 
 EVALUATORS: dict[str, type[Evaluator]] = {"grounding": GroundingEvaluator, "region": RegionVqaEvaluator, "vqa": VqaEvaluator}
 EVALUATORS |= refer_box.PARTS
@@ -92,6 +96,11 @@ class Cell:
             shards.setdefault(self.folder() / f"{self.task.name}.{record // self.shard_size:05d}.jsonl", []).append(record)
         return {path: tuple(records) for path, records in shards.items()}
 
+    @property
+    def spice_file(self) -> Path | None:
+        """Where SPICE of its captions stands, below the workdir; None for other tasks."""
+        return self.folder() / f"{self.task.name}.spice.jsonl" if self.task.config.part == spice.PART else None
+
     def lines(self, workdir: Path) -> list[dict] | None:
         """What the files say of each record, in their order; None while a record has no line."""
         lines = [line for path in self.shards() for line in read_lines(workdir / path, self.header)]
@@ -126,7 +135,9 @@ def run_sweep(config: SweepConfig, workdir: str | os.PathLike) -> dict:
     """Answers what has no line yet and returns what `sweep.json` holds (in process 0); cells of earlier calls in the same workdir stay in it.
 
     {"baseline", "checkpoints": [{"name", "path", "run", "step", "kind"}], "tasks": [{"name", "kind", "part", "file", "root", "records", "source"}],
-    "cells": [{"checkpoint", "task", "protocol", "max_new_tokens", "mask_threshold", "predictions", "records", "skipped", "metrics", "router"}]}
+    "cells": [{"checkpoint", "task", "protocol", "max_new_tokens", "mask_threshold", "predictions", "records", "skipped", "left_out", "metrics", "router"}]}
+
+    left_out: metric -> why it was not computed.
 
     Raises FileNotFoundError for checkpoints that are not there, ValueError for tasks that are not or for predictions that were made from
     something else under the same names, DataError for a bad record unless `on_error` is skip.
@@ -156,10 +167,14 @@ def run_sweep(config: SweepConfig, workdir: str | os.PathLike) -> dict:
             if cell.checkpoint == checkpoint:
                 if loaded:
                     answer_cell(cell, loaded, workdir, turn, config)
-                result.add(cell)
+                if not cell.spice_file:
+                    result.add(cell)
     wait_for_others("answered")
+    why_not = next(filter(None, of_every_process("captions", score_captions(cells, workdir))), "")
+    if why_not and jax.process_index() == 0:
+        log.warning("SPICE is left out: %s", why_not)
     for cell in cells:  # to which others have contributed since
-        result.add(cell)
+        result.add(cell, why_not)
     return result.content
 
 
@@ -174,6 +189,18 @@ def answer_cell(cell: Cell, loaded: LoadedModel, workdir: Path, turn: int, confi
         for line in _lines(cell, loaded, sorted(shard_of), config):
             shard_of[line["record"]].add(line)
             progress.update()
+
+
+def score_captions(cells: Sequence[Cell], workdir: Path) -> str:
+    """SPICE of this process's share of the cells with captions, as far as they are answered; returns why it cannot run, "" if it can."""
+    captioned = [cell for cell in cells if cell.spice_file]
+    for cell in captioned[jax.process_index() :: jax.process_count()]:
+        answered = [line for line in cell.lines(workdir) or () if SKIPPED not in line]
+        try:
+            spice.write_spice(workdir / cell.spice_file, cell.header, answered)
+        except metrics.MissingExtra as error:
+            return str(error)
+    return ""
 
 
 def _lines(cell: Cell, loaded: LoadedModel, records: Sequence[int], config: SweepConfig) -> Iterator[dict]:
@@ -260,12 +287,15 @@ class Result:
         answered = (self._baseline,) in self._parts["checkpoints"]
         return {"baseline": self._baseline if answered else None} | ordered
 
-    def add(self, cell: Cell) -> None:
+    def add(self, cell: Cell, why_no_spice: str = "") -> None:
         """The metrics of a cell, if all its lines are there; the work of process 0."""
         if jax.process_index() > 0 or cell.key in self._added or (lines := cell.lines(self._workdir)) is None:
             return
         self._added.add(cell.key)
-        rows = [line for line in lines if SKIPPED not in line]
+        rows, files, left_out = [line for line in lines if SKIPPED not in line], list(cell.shards()), {}
+        if cell.spice_file and rows:
+            scored = spice.with_spice(self._workdir / cell.spice_file, cell.header, rows)
+            rows, files, left_out = (rows, files, {"spice": why_no_spice}) if scored is None else (scored, [*files, cell.spice_file], {})
         model = self._experiments[cell.checkpoint.name].model
         modalities = [row["modality"] for row in rows]
         entry = {
@@ -274,9 +304,10 @@ class Result:
             "protocol": cell.settings.protocol,
             "max_new_tokens": cell.settings.max_new_tokens,
             "mask_threshold": cell.settings.mask_threshold,
-            "predictions": [str(path) for path in cell.shards()],
+            "predictions": [str(path) for path in files],
             "records": len(rows),
             "skipped": [line[SKIPPED] for line in lines if SKIPPED in line],
+            "left_out": left_out,
             "metrics": metrics.by_modality(metrics.statistics(rows, cell.settings.protocol), modalities) if rows else {},
             "router": router.summarise(rows, model) if model.moe_layers and rows else None,
         }

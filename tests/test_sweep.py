@@ -14,9 +14,10 @@ from medplib_jax import decode, sweep
 from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.evaluators.predictions import read_rows
 from medplib_jax.experiment import SweepConfig, from_config_dict
+from medplib_jax.report.sweep import write_sweep_report
 from medplib_jax.sweep import run_sweep
 from medplib_jax.tasks import folder_tasks
-from tests.evaluators import tiny
+from tests.evaluators import fake_spice, tiny
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,42 @@ def test_what_is_not_there_is_said(config, tmp_path):
         run_sweep(dataclasses.replace(config, checkpoints="nowhere/*"), tmp_path)
     with pytest.raises(ValueError, match="baseline 'other' is not one of the checkpoints .'runs-tiny-3'."):
         run_sweep(dataclasses.replace(config, baseline="other"), tmp_path)
+
+
+def test_captions_are_scored_by_spice_or_it_is_said_why_not(config, folder, tmp_path, monkeypatch, caplog):
+    """Without Java first, then with it; answers are made once and SPICE is run once."""
+    tasks = tuple(dataclasses.replace(task, name=name, kind="refer_box", part="RC") for name in ("RC", "GC") for task in folder_tasks(folder / "test" / "vqa.json"))
+    captions = dataclasses.replace(config, tasks=tasks, select="*", limit=2)
+
+    def left_out():
+        write_sweep_report(tmp_path)
+        return json.loads((tmp_path / "report.json").read_text())["notes"]
+
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    cells = run_sweep(captions, tmp_path)["cells"]
+    assert [message.partition(":")[0] for message in caplog.messages if "SPICE" in message] == ["SPICE is left out"]
+    for cell in cells:
+        assert "mBMR" in cell["metrics"] and "spice" not in cell["metrics"] and "no `java` is on the PATH" in cell["left_out"]["spice"]
+    assert [note[: note.index(": SPICE is a Java program")] for note in left_out()] == ["RC: SPICE is left out", "GC: SPICE is left out"]
+
+    caplog.clear()
+    monkeypatch.setattr(sweep, "LoadedModel", None)
+    with fake_spice.installed(tmp_path) as calls:
+        for _ in range(2):
+            cells = run_sweep(captions, tmp_path)["cells"]
+        assert [len(call) for call in calls()] == [2, 2]  # one for each task, none for the second sweep
+    assert run_sweep(captions, tmp_path)["cells"] == cells and "SPICE" not in caplog.text
+    for cell in cells:
+        rows = read_rows(tmp_path / cell["predictions"][0])
+        expected = [fake_spice.score(row["answer"], row["expected"]) for row in rows]
+        assert cell["metrics"]["spice"] == pytest.approx(sum(expected) / 2) and cell["left_out"] == {}
+        assert cell["predictions"][-1] == f"predictions/runs-tiny-3/exact/{cell['task']}.spice.jsonl"
+    assert left_out() == []
+    figures = json.loads((tmp_path / "report.json").read_text())["figures"]
+    assert {figure["task"]: figure["value"] for figure in figures if (figure["metric"], figure["modality"]) == ("spice", "all")} == {
+        cell["task"]: pytest.approx(cell["metrics"]["spice"]) for cell in cells
+    }
 
 
 @pytest.mark.slow

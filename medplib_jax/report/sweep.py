@@ -38,7 +38,7 @@ def write_sweep_report(workdir: str | Path) -> Path:
     sweep = load_sweep(workdir)
     figures = compare(sweep)
     tables = Tables(sweep, figures)
-    notes = [note for cell in sweep.cells for note in cell.notes]
+    notes = list(dict.fromkeys(note for cell in sweep.cells for note in cell.notes))  # what all checkpoints lack is said once
     galleries = make_galleries(sweep, figures)
     with style():
         page = template("sweep.html").render(

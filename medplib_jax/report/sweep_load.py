@@ -11,6 +11,7 @@ import orjson
 from tqdm import tqdm
 
 from medplib_jax.metrics import PROTOCOLS, Statistic, statistics, values
+from medplib_jax.metrics.catalogue import describe
 
 FORMAT = ("checkpoints", "tasks", "cells")
 _FIELDS = ("record", "image", "modality", "answer", "expected", "scores")  # masks and routers of a million rows would fill the memory
@@ -56,7 +57,7 @@ class Cell:
     images: tuple[str, ...]
     modalities: np.ndarray
     statistics: dict[str, Statistic]
-    notes: tuple[str, ...]  # where rows and sweep.json disagree
+    notes: tuple[str, ...]  # what was left out, and where rows and sweep.json disagree
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -135,8 +136,13 @@ def _load_cell(workdir: Path, entry: dict[str, Any]) -> Cell:
         images=tuple("|".join(row["image"]) or f"record {row['record']}" for row in rows),
         modalities=np.array([row["modality"] or "none" for row in rows]),
         statistics=found,
-        notes=tuple(_disagreements(entry, rows, values(found))),
+        notes=(*_left_out(entry), *_disagreements(entry, rows, values(found))),
     )
+
+
+def _left_out(entry) -> Iterator[str]:
+    for metric, why in entry.get("left_out", {}).items():
+        yield f"{entry['task']}: {describe(metric).label} is left out: {why}"
 
 
 def _disagreements(entry, rows, found) -> Iterator[str]:
@@ -150,6 +156,7 @@ def _disagreements(entry, rows, found) -> Iterator[str]:
 
 def read_rows(paths: Sequence[Path], fields: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The scored rows of a cell's files, sorted by record, with those `fields` alone if any are given; headers and skipped records are left out.
+    A record's scores may stand in several files.
 
     Raises ValueError for a line that cannot be read.
     """
@@ -158,7 +165,9 @@ def read_rows(paths: Sequence[Path], fields: Sequence[str] = ()) -> list[dict[st
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 row = _parse(line, f"{path}, line {number}")
-                if "scores" in row:
+                if row.get("record") in rows:
+                    rows[row["record"]]["scores"] |= row["scores"]
+                elif "scores" in row:
                     rows[row["record"]] = {name: row[name] for name in fields} if fields else row
     return [rows[record] for record in sorted(rows)]
 
