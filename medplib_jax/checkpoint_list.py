@@ -23,17 +23,21 @@ TORCH_FILES = ("*.safetensors", "*.bin", "*.pth")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """One complete step. `path` is what was asked for, `workdir` where the step lies (of PyTorch weights: converted)."""
+    """One complete step. `path` is what was asked for, `workdir` where the step lies (of PyTorch weights: converted).
+
+    quantize: how its weights are kept while it answers, see `decode.decoding_model`; a part of name and run, so that both stand side by side.
+    """
 
     name: str
     path: str
     workdir: str
     step: int
     kind: str  # jax or torch
+    quantize: str = ""
 
     @property
     def run(self) -> str:
-        return epath.Path(self.path if self.kind == "torch" else self.workdir).name
+        return _quantized(epath.Path(self.path if self.kind == "torch" else self.workdir).name, self.quantize)
 
     @property
     def written(self) -> int:
@@ -45,10 +49,10 @@ class Checkpoint:
             return read_experiment(manager, self.step)[0]
 
     def as_dict(self) -> dict:
-        return {"name": self.name, "path": self.path, "run": self.run, "step": self.step, "kind": self.kind}
+        return {"name": self.name, "path": self.path, "run": self.run, "step": self.step, "kind": self.kind, "quantize": self.quantize}
 
 
-def find_checkpoints(patterns: str, steps: str, converted: Path) -> list[Checkpoint]:
+def find_checkpoints(patterns: str, steps: str, converted: Path, quantize: str = "") -> list[Checkpoint]:
     """The checkpoints that comma-separated patterns mean, in their order, each once.
 
     steps: newest or all of a workdir. converted: folder that keeps converted PyTorch weights for the next time, under a name made from
@@ -65,7 +69,8 @@ def find_checkpoints(patterns: str, steps: str, converted: Path) -> list[Checkpo
         raise FileNotFoundError("no checkpoint was given (checkpoints is empty)")
     named: dict[str, Checkpoint] = {}
     for (workdir, step), (path, kind) in found.items():
-        checkpoint = Checkpoint(_name(path if kind == "torch" else workdir, step, kind), path, workdir, step, kind)
+        name = _quantized(_name(path if kind == "torch" else workdir, step, kind), quantize)
+        checkpoint = Checkpoint(name, path, workdir, step, kind, quantize)
         if checkpoint.name in named:
             raise ValueError(f"{path} and {named[checkpoint.name].path} would both be called {checkpoint.name!r}; rename one, or take two workdirs")
         named[checkpoint.name] = checkpoint
@@ -123,3 +128,7 @@ def _name(path: str, step: int, kind: str) -> str:
     """A file name that depends on nothing else: the run's folder, the one above it and the step; of PyTorch weights their folder."""
     parts = [re.sub(r"[^\w.]+", "_", part).strip("_") for part in epath.Path(path).parts]
     return parts[-1] if kind == "torch" else "-".join([*filter(None, parts[-2:]), str(step)])
+
+
+def _quantized(name: str, quantize: str) -> str:
+    return f"{name}-{quantize}" if quantize else name

@@ -234,6 +234,7 @@ class SweepConfig:
     shard: int = 128  # records per file of predictions
     on_error: str = "skip"  # a record that cannot be used; or "raise"
     missing: str = "skip"  # a task whose file is not there; or "raise"
+    quantize: str = ""  # or "int8": weights of 8 bits
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
@@ -243,6 +244,7 @@ class SweepConfig:
         require(self.protocol in ("exact", "reference", "both"), f"protocol {self.protocol!r} is not 'exact', 'reference' or 'both'")
         require(self.on_error in ("raise", "skip"), f"on_error {self.on_error!r} is neither 'raise' nor 'skip'")
         require(self.missing in ("raise", "skip"), f"missing {self.missing!r} is neither 'raise' nor 'skip'")
+        require(self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither '' nor 'int8'")
         require(self.shard >= 1, f"shard {self.shard} is below 1")
         require(min(self.limit, self.max_new_tokens, self.slots, self.refill) >= 0, "limit, max_new_tokens, slots and refill must not be negative")
         require(0.0 <= self.mask_threshold < 1.0, f"mask_threshold {self.mask_threshold} is outside [0, 1)")

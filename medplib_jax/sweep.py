@@ -84,7 +84,9 @@ class Cell:
     @property
     def header(self) -> dict:
         made_from = {"task": self.task.name, "kind": self.task.kind, "data": self.task.digest, "checkpoint": self.checkpoint.name}
-        return made_from | {"step": self.checkpoint.step, "written": self.checkpoint.written, "shard": self.shard_size} | dataclasses.asdict(self.settings)
+        made_from |= {"step": self.checkpoint.step, "written": self.checkpoint.written, "shard": self.shard_size}
+        quantize = {"quantize": self.checkpoint.quantize} if self.checkpoint.quantize else {}
+        return made_from | quantize | dataclasses.asdict(self.settings)
 
     def folder(self) -> Path:
         return Path("predictions", self.checkpoint.name, self.settings.protocol)
@@ -116,7 +118,8 @@ class LoadedModel:
         wait_for_others(f"load/{checkpoint.name}")
         _, params, tokenizer = load_params(checkpoint.workdir, checkpoint.step, shardings)
         self.experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, lora=LoraConfig()))
-        self.params: Params = lay_out(self.experiment.model, merge_lora(params, experiment.model.lora), mesh)
+        self.params: Params = lay_out(self.experiment.model, merge_lora(params, experiment.model.lora), mesh, checkpoint.quantize)
+        self._quantize = checkpoint.quantize
         self.tokenizer, self.mesh = Tokenizer.load(tokenizer), mesh
         self._generators: dict[tuple, Generator] = {}
 
@@ -126,7 +129,7 @@ class LoadedModel:
         if key not in self._generators:
             self._generators[key] = Generator(
                 self.experiment.model, self.params, eos_id=self.tokenizer.eos_id, seg_id=self.tokenizer.seg_id, max_new_tokens=max_new_tokens,
-                max_masks=max_masks, original_masks=original_masks, mesh=self.mesh,
+                max_masks=max_masks, original_masks=original_masks, mesh=self.mesh, quantize=self._quantize,
             )  # fmt: skip
         return self._generators[key]
 
@@ -134,7 +137,7 @@ class LoadedModel:
 def run_sweep(config: SweepConfig, workdir: str | os.PathLike) -> dict:
     """Answers what has no line yet and returns what `sweep.json` holds (in process 0); cells of earlier calls in the same workdir stay in it.
 
-    {"baseline", "checkpoints": [{"name", "path", "run", "step", "kind"}], "tasks": [{"name", "kind", "part", "file", "root", "records", "source"}],
+    {"baseline", "checkpoints": [{"name", "path", "run", "step", "kind", "quantize"}], "tasks": [{"name", "kind", "part", "file", "root", "records", "source"}],
     "cells": [{"checkpoint", "task", "protocol", "max_new_tokens", "mask_threshold", "predictions", "records", "skipped", "left_out", "metrics", "router"}]}
 
     left_out: metric -> why it was not computed.
@@ -143,10 +146,7 @@ def run_sweep(config: SweepConfig, workdir: str | os.PathLike) -> dict:
     something else under the same names, DataError for a bad record unless `on_error` is skip.
     """
     workdir = Path(workdir).absolute()
-    found = find_checkpoints(config.checkpoints, config.steps, workdir / "converted")
-    names = [checkpoint.name for checkpoint in found]
-    if config.baseline and config.baseline not in names:
-        raise ValueError(f"baseline {config.baseline!r} is not one of the checkpoints {names}")
+    found = find_checkpoints(config.checkpoints, config.steps, workdir / "converted", config.quantize)
     tasks = find_tasks(config.selected, config.limit, config.on_error, config.missing)
     experiments = {checkpoint.name: checkpoint.experiment() for checkpoint in found}
     cells = [
@@ -277,6 +277,9 @@ class Result:
         }
         self._baseline = baseline or before.get("baseline")
         self._added: set[tuple] = set()
+        names = [name for name, in self._parts["checkpoints"] | self._planned["checkpoints"]]
+        if baseline and baseline not in names:
+            raise ValueError(f"baseline {baseline!r} is not one of the checkpoints {names}")
 
     @property
     def content(self) -> dict:

@@ -51,7 +51,9 @@ def test_two_of_one_name_are_refused(runs, tmp_path):
 def test_what_a_step_knows(runs, tmp_path):
     (found,) = find_checkpoints(f"{runs}/b/model", "newest", tmp_path)
     assert found.experiment().eval.max_new_tokens == 4
-    assert found.written > 0 and found.as_dict() == {"name": "b-model-3", "path": f"{runs}/b/model", "run": "model", "step": 3, "kind": "jax"}
+    assert found.written > 0 and found.as_dict() == {"name": "b-model-3", "path": f"{runs}/b/model", "run": "model", "step": 3, "kind": "jax", "quantize": ""}
+    (small,) = find_checkpoints(f"{runs}/b/model", "newest", tmp_path, "int8")
+    assert (small.name, small.run, small.quantize, small.workdir) == ("b-model-3-int8", "model-int8", "int8", found.workdir)
 
 
 def test_pytorch_weights_are_converted_once(runs, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -15,7 +16,7 @@ from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.evaluators.predictions import read_rows
 from medplib_jax.experiment import SweepConfig, from_config_dict
 from medplib_jax.report.sweep import write_sweep_report
-from medplib_jax.sweep import run_sweep
+from medplib_jax.sweep import LoadedModel, run_sweep
 from medplib_jax.tasks import folder_tasks
 from tests.evaluators import fake_spice, tiny
 
@@ -111,6 +112,27 @@ def test_what_is_not_there_is_said(config, tmp_path):
         run_sweep(dataclasses.replace(config, checkpoints="nowhere/*"), tmp_path)
     with pytest.raises(ValueError, match="baseline 'other' is not one of the checkpoints .'runs-tiny-3'."):
         run_sweep(dataclasses.replace(config, baseline="other"), tmp_path)
+
+
+def test_answers_with_weights_of_8_bits_stand_beside_the_others(config, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    loaded = []
+    monkeypatch.setattr(sweep, "LoadedModel", lambda *arguments: loaded.append(LoadedModel(*arguments)) or loaded[-1])
+    small = dataclasses.replace(config, quantize="int8", baseline="runs-tiny-3", limit=3)
+    result = run_sweep(small, tmp_path)
+    assert {"int8", "float32"} <= {str(leaf.dtype) for leaf in jax.tree.leaves(loaded[0].params)}
+    before = files(whole[0])
+    assert {name: content for name, content in files(tmp_path).items() if "-int8/" not in name and name != "sweep.json"} == {
+        name: content for name, content in before.items() if name != "sweep.json"
+    }
+    assert result["baseline"] == "runs-tiny-3" and [(c["name"], c["quantize"]) for c in result["checkpoints"]] == [("runs-tiny-3", ""), ("runs-tiny-3-int8", "int8")]
+    plain, _, quantized = ([tmp_path / path for path in cell["predictions"]] for cell in result["cells"])
+    header = json.loads(quantized[0].read_text().splitlines()[0])
+    assert header["quantize"] == "int8" and [row["record"] for row in read_rows(quantized[0])] == [0, 1, 2]
+    assert "step 3, int8 weights" in write_sweep_report(tmp_path).read_text()
+    shutil.copyfile(plain[0], quantized[0])
+    with pytest.raises(ValueError, match="predictions of another run .different checkpoint, quantize"):
+        run_sweep(small, tmp_path)
 
 
 def test_captions_are_scored_by_spice_or_it_is_said_why_not(config, folder, tmp_path, monkeypatch, caplog):

@@ -26,6 +26,7 @@ class Checkpoint:
     run: str = ""
     step: int | None = None
     kind: str = "jax"
+    quantize: str = ""  # int8: it answered with weights of 8 bits
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,7 +167,8 @@ class Tables:
                 continue
             entries = tuple(figure and entry(figure, figure.value == self._best[key]) for figure, key in zip(figures, keys, strict=True))
             steps = "" if checkpoint.step is None else f"step {checkpoint.step:,}"
-            note = ", ".join(filter(None, [steps, checkpoint.kind if checkpoint.kind != "jax" else ""]))
+            weights = f"{checkpoint.quantize} weights" if checkpoint.quantize else ""
+            note = ", ".join(filter(None, [steps, checkpoint.kind if checkpoint.kind != "jax" else "", weights]))
             rows.append(Row(checkpoint.name, note, entries, checkpoint.run, checkpoint.name == self.sweep.baseline))
         return tuple(rows)
 
