@@ -95,10 +95,9 @@ def chunk_shape(shape: tuple[int, ...], stacked: int, parts: tuple[int, ...], it
 
 def open_arrays(directory: pathlib.Path, parts: tuple[str, ...]) -> dict[str, Params]:
     """The named subtrees of an Orbax item, with an open `tensorstore.TensorStore` for each array."""
-    reader = handler()
-    saved = reader.metadata(directory).tree
+    saved = ocp.PyTreeCheckpointHandler().metadata(directory).tree  # knows the types of arrays that training saved, too
     wanted = {part: saved.get(part) or {} for part in parts}
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     args = ocp.args.PyTreeRestore(item=jax.tree.map(lambda _: 0, wanted), restore_args=restore_args, partial_restore=True)
-    with ocp.Checkpointer(reader) as checkpointer:
+    with ocp.Checkpointer(handler()) as checkpointer:
         return checkpointer.restore(directory, args=args)

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.experiment import MeshConfig
 from medplib_jax.models.lora import merge_lora
 from medplib_jax.optim import flatten
+from medplib_jax.types import TrainState
 from tests.convert.conftest import LORA, TINY, TOKENIZER, bits, load, random_tensors, save, write_folder
 
 DENSE = dataclasses.replace(TINY, moe=MoeConfig())
@@ -69,6 +71,19 @@ def test_training_layout_with_adapters(tmp_path, dtype, file_format):
     assert convert(tmp_path / "jax", source, kind="lora", lora_alpha=LORA.alpha) == ADAPTED
     to_torch.convert(tmp_path / "jax", tmp_path / "lora", file_format, layout="lora")
     assert_same(without_rotary(load(tmp_path / "lora")), unmerged)
+
+
+def test_what_training_saved_is_written_alike(tmp_path):
+    tensors = random_tensors(TINY)
+    convert(tmp_path / "jax", write_folder(tmp_path / "source", TINY, tensors))
+    experiment, params, tokenizer = checkpoint.load_params(str(tmp_path / "jax"))
+    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, tokenizer=tokenizer))
+    state = TrainState(step=jnp.asarray(1), trainable=jax.tree.map(jnp.asarray, params), frozen={}, opt_state={})
+    with checkpoint.make_manager(str(tmp_path / "run"), keep=1) as manager:
+        checkpoint.save(manager, state, experiment, total_steps=1, loss=1.0)
+        manager.wait_until_finished()
+    to_torch.convert(tmp_path / "run", tmp_path / "torch")
+    assert_same(without_rotary(load(tmp_path / "torch")), tensors)
 
 
 def test_merging_adds_the_adapters(tmp_path):
