@@ -1,7 +1,6 @@
 """Answers to a stream of prompts, as they end: slots are refilled, and several lanes of slots run at once."""
 
 import itertools
-import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,10 +33,10 @@ def stream_answers(
 
 
 def lanes_for(params: Params, slots: int) -> int:
-    """How many lanes `slots` answers in the making are best spread over: on a CPU one per core for a model so small that its steps keep
-    but one core busy, else one."""
+    """How many lanes `slots` answers in the making are best spread over: one, but on a CPU several for a model so small that its steps keep
+    only one core busy. Not a matter of how many cores there are, so that every machine runs the same programs and gets the same answers."""
     small = sum(leaf.nbytes for leaf in jax.tree.leaves(params["llm"])) <= CACHED_WEIGHTS
-    return max(1, min(os.cpu_count() or 1, slots // ROWS_PER_LANE)) if small and jax.default_backend() == "cpu" else 1
+    return max(1, slots // ROWS_PER_LANE) if small and jax.default_backend() == "cpu" else 1
 
 
 class Lane:
