@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medplib_jax.config import ModelConfig
 from medplib_jax.experiment import ExperimentConfig, ShardingConfig
 from medplib_jax.losses import divisors, total_loss
-from medplib_jax.models.layers import abstract_module, bind, draw_params, logical_axes, params_of
+from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.multihost import wait_for_others
 from medplib_jax.optim import combine, partition
@@ -30,11 +30,6 @@ Metrics = dict[str, Array]
 def abstract_model(config: ModelConfig) -> MedPLIB:
     """The model with shapes in place of arrays; read-only, because equal configs share it."""
     return abstract_module(lambda rngs: MedPLIB(config, rngs))
-
-
-def init_params(config: ExperimentConfig, shardings: Params) -> Params:
-    """Random float32 parameters from `train.seed`, placed where they belong."""
-    return place(draw_params(abstract_model(config.model), config.train.seed), shardings)
 
 
 def place(params: Params, shardings: Params) -> Params:

@@ -6,7 +6,9 @@ import numpy as np
 
 from medplib_jax.config import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
 from medplib_jax.experiment import DataConfig, ExperimentConfig, LossConfig, OptimConfig
-from medplib_jax.types import Batch
+from medplib_jax.models.layers import draw_params
+from medplib_jax.train_step import abstract_model, place
+from medplib_jax.types import Batch, Params
 
 MODEL = ModelConfig(
     clip=ClipConfig(image_size=28, patch_size=14, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=32),
@@ -30,6 +32,11 @@ def tiny_experiment(**sections) -> ExperimentConfig:
         loss=LossConfig(ce=1.0, dice=0.5, bce=2.0, focal=1.0, iou=0.5),
     )
     return dataclasses.replace(base, **sections)
+
+
+def init_params(config: ExperimentConfig, shardings: Params) -> Params:
+    """Random float32 parameters from `train.seed`, placed where they belong."""
+    return place(draw_params(abstract_model(config.model), config.train.seed), shardings)
 
 
 def random_batch(config: ExperimentConfig, length: int = 16, seed: int = 0) -> Batch:

@@ -14,8 +14,8 @@ from medplib_jax.experiment import ExperimentConfig, MeshConfig, OptimConfig, fr
 from medplib_jax.mesh import make_mesh
 from medplib_jax.optim import flatten
 from medplib_jax.sharding import put_batch
-from medplib_jax.train_step import CompiledStep, abstract_model, init_params, make_state, make_train_step, model_shardings, state_shardings
-from tests.helpers import MODEL, random_batch, tiny_experiment
+from medplib_jax.train_step import CompiledStep, abstract_model, make_state, make_train_step, model_shardings, state_shardings
+from tests.helpers import MODEL, init_params, random_batch, tiny_experiment
 
 STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe")
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 2, 4))  # data x fsdp x expert x tensor

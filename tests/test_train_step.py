@@ -13,8 +13,8 @@ from medplib_jax.mesh import make_mesh
 from medplib_jax.models.layers import params_of
 from medplib_jax.optim import flatten, make_optimizer, make_schedule, partition
 from medplib_jax.sharding import put_batch
-from medplib_jax.train_step import CompiledStep, abstract_model, init_params, make_state, make_train_step, model_shardings, state_shardings, split_batch
-from tests.helpers import random_batch, tiny_experiment
+from medplib_jax.train_step import CompiledStep, abstract_model, make_state, make_train_step, model_shardings, state_shardings, split_batch
+from tests.helpers import init_params, random_batch, tiny_experiment
 
 
 def setup(config, mesh):

@@ -11,7 +11,8 @@ from flax import nnx
 from medplib_jax.config import LlmConfig, LoraConfig, ModelConfig, MoeConfig
 from medplib_jax.models.layers import Linear, abstract_module, bind, params_of
 from medplib_jax.models.llm import Llama
-from medplib_jax.models.lora import fill_base, has_lora, lora_paths, merge_lora
+from medplib_jax.models.lora import merge_lora
+from medplib_jax.optim import flatten
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "lora.npz")
 LORA = LoraConfig(rank=4, alpha=16.0, targets=("q", "v", "gate", "up", "down"))
@@ -86,26 +87,11 @@ def test_merge_refuses_another_rank():
 
 
 def test_paths():
+    def adapted(params):
+        return {path.rpartition("/")[0] for path in flatten(params) if path.endswith(("/lora_a", "/lora_b"))}
+
     params = llama_with_adapters()
-    assert has_lora(params) and not has_lora(merge_lora(params, LORA))
-    assert set(lora_paths(params)) == {
+    assert not adapted(merge_lora(params, LORA))
+    assert adapted(params) == {
         "layers/attn/q", "layers/attn/v", *(f"{part}/{name}" for part in ("mlp", "moe/experts", "moe/residual") for name in ("gate", "up", "down"))
     }
-
-
-def test_fill_base_keeps_fresh_adapters():
-    base = params_of(Llama(without_adapters(), nnx.Rngs(7)))
-    fresh = llama_with_adapters()
-    filled = fill_base(fresh, base)
-    assert filled["mlp"]["gate"]["lora_a"] is fresh["mlp"]["gate"]["lora_a"]
-    assert filled["mlp"]["gate"]["kernel"] is base["mlp"]["gate"]["kernel"]
-    del base["mlp"]["gate"]
-    with pytest.raises(ValueError, match="mlp/: expected .*'gate'.* found"):
-        fill_base(fresh, base)
-
-
-def test_fill_base_names_a_wrong_shape():
-    base = params_of(Llama(without_adapters(), nnx.Rngs(7)))
-    base["head"]["kernel"] = base["head"]["kernel"][:, :-1]
-    with pytest.raises(ValueError, match=r"head/kernel: expected shape \(32, 31\), found \(32, 30\)"):
-        fill_base(llama_with_adapters(), base)

@@ -1,14 +1,13 @@
 """Boxes as text, in Med-GRIT's form: `<box>(x1,y1),(x2,y2)</box>`, integers 0-999 on the image stretched to a square."""
 
-import re
-
 CELLS = 1000
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1; of pixels: x1 and y1 lie outside
-_BOX = re.compile(r"<box>\s*\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)\s*</box>")
 
 
 def to_grid(box: Box, size: tuple[int, int]) -> Box:
-    """The grid box of a pixel box in a picture of that size (h, w). It is never empty: a thinner one is a cell wide."""
+    """The grid box of a pixel box in a picture of that size (h, w). The last line is the picture's border.
+
+    It is never empty: a thinner one is a cell wide."""
     x0, x1 = _interval(box[0], box[2], size[1])
     y0, y1 = _interval(box[1], box[3], size[0])
     return x0, y0, x1, y1
@@ -19,17 +18,6 @@ def _interval(start: int, stop: int, length: int) -> tuple[int, int]:
     return (first, last) if last > first else (min(first, CELLS - 2), min(first, CELLS - 2) + 1)
 
 
-def from_grid(box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The pixel box, not rounded; the grid's last line is the picture's border."""
-    height, width = size
-    return tuple((1.0 if value == CELLS - 1 else value / CELLS) * length for value, length in zip(box, (width, height) * 2, strict=True))
-
-
 def box_text(box: Box) -> str:
     """Text of a grid box."""
     return "<box>({},{}),({},{})</box>".format(*box)
-
-
-def find_boxes(text: str) -> list[Box]:
-    """Grid boxes in a text, in order."""
-    return [tuple(map(int, match)) for match in _BOX.findall(text)]

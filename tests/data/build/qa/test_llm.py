@@ -14,8 +14,8 @@ from medplib_jax.data.build import write_qa
 from medplib_jax.data.build.audit import audit
 from medplib_jax.data.build.qa import chat, llm, llm_answers, llm_prompts
 from medplib_jax.data.build.qa.folder import read_facts, scan
-from medplib_jax.data.build.qa.grid import find_boxes
 from medplib_jax.data.sources import MecovqaSource
+from medplib_jax.metrics import parse_boxes
 from tests.data.build.qa.folders import SHAPES, make_pairs
 from tests.data.build.qa.server import describe, is_description, names_of, questions, sensible, serve
 
@@ -59,7 +59,7 @@ def test_both_forms_are_written_and_can_be_read(tmp_path, pairs):
     report, _ = audit(str(tmp_path / "out"))
     assert report["usable"] == report["records"] and set(report["finding_counts"]) <= {"question asked twice"}
     mia = [turn for path in (tmp_path / "out/grit").rglob("MIA.json") for record in json.loads(path.read_text()) for turn in record["conversations"]]
-    assert len(mia) == 3 and all(len(find_boxes(answer)) == 4 and answer.count("<ref>") == 3 for _, answer in mia)
+    assert len(mia) == 3 and all(len(parse_boxes(answer)) == 4 and answer.count("<ref>") == 3 for _, answer in mia)
 
 
 def test_a_second_run_pays_nothing_and_writes_the_same(tmp_path, pairs):
@@ -288,7 +288,7 @@ def test_the_longest_name_in_a_phrase_is_meant(tmp_path):
     pairs = make_pairs(tmp_path / "pairs", 1, {"kidney": (2, 2, 8, 8), "left_kidney": (12, 12, 18, 18)})
     one, _ = read_facts(scan(pairs)[0][0], str(tmp_path / "out"))
     assert llm_answers.meant("the left kidney", one.targets).name == "left kidney" and llm_answers.meant("Kidneys", one.targets) is None
-    assert find_boxes(llm_answers.with_boxes("<ref>the kidney</ref>", one)) == [(62, 83, 250, 333)]
+    assert parse_boxes(llm_answers.with_boxes("<ref>the kidney</ref>", one)).tolist() == [[62, 83, 250, 333]]
 
 
 def test_requests_name_their_structures():

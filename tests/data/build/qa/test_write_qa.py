@@ -18,6 +18,7 @@ from medplib_jax.data.build.qa.folder import read_facts, scan
 from medplib_jax.data.build.qa.records import KINDS, Turn, leaks
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.sources import MASK, MecovqaSource
+from medplib_jax.metrics import parse_boxes
 from tests.data.build.qa.folders import SHAPES, SIZE, make_pairs
 
 
@@ -86,7 +87,7 @@ def test_every_instance_has_its_box_and_the_answer_its_union(made):
     for path in (out / "grit").rglob("VG.json"):
         for record in json.loads(path.read_text()):
             ((question, answer),) = record["conversations"]
-            assert question.startswith("Picture 1: <img>images/ct_00--") and len(grid.find_boxes(answer)) == (2 if "cyst" in answer else 1)
+            assert question.startswith("Picture 1: <img>images/ct_00--") and len(parse_boxes(answer)) == (2 if "cyst" in answer else 1)
     cysts = [record for record in records(out, "grounding") if "the cyst" in record.turns[0][1]]
     assert len(cysts) == 12
     for record in cysts:
@@ -94,13 +95,19 @@ def test_every_instance_has_its_box_and_the_answer_its_union(made):
         assert mask.sum() == 2 * 4 * 4  # both instances
 
 
+def from_grid(box, size):
+    """The pixel box, not rounded; the grid's last line is the picture's border."""
+    height, width = size
+    return [(1.0 if value == grid.CELLS - 1 else value / grid.CELLS) * length for value, length in zip(box, (width, height) * 2, strict=True)]
+
+
 def test_boxes_lie_around_their_masks(made, tmp_path):
     out, _ = made
     found = [record for path in (out / "grit").rglob("VG.json") for record in json.loads(path.read_text())]
     (record,) = [record for record in found if record["id"].startswith("ct_00--A--case_0-") and "liver" in str(record)]
-    (box,) = grid.find_boxes(record["conversations"][0][1])
+    (box,) = parse_boxes(record["conversations"][0][1])
     top, left, bottom, right = SHAPES["liver"]
-    np.testing.assert_allclose(grid.from_grid(box, SIZE), (left, top, right, bottom), atol=0.02)
+    np.testing.assert_allclose(from_grid(box, SIZE), (left, top, right, bottom), atol=0.02)
 
 
 def test_complete_masks_prove_absence(tmp_path):
@@ -160,8 +167,8 @@ def test_a_grid_box_lies_at_its_pixels(height, width, data):
     box = (x0, y0, data.draw(st.integers(x0 + 1, width)), data.draw(st.integers(y0 + 1, height)))
     cells = grid.to_grid(box, (height, width))
     assert all(0 <= cell <= 999 for cell in cells) and cells[0] < cells[2] and cells[1] < cells[3]
-    assert grid.find_boxes(grid.box_text(cells)) == [cells]
-    np.testing.assert_array_less(np.abs(np.subtract(grid.from_grid(cells, (height, width)), box)) / (width, height, width, height), 0.0021)
+    assert parse_boxes(grid.box_text(cells)).tolist() == [list(cells)]
+    np.testing.assert_array_less(np.abs(np.subtract(from_grid(cells, (height, width)), box)) / (width, height, width, height), 0.0021)
 
 
 @pytest.mark.parametrize(
