@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from medplib_jax.compilation import use_cache
 from medplib_jax.experiment import SweepConfig, from_config_dict
 from medplib_jax.mesh import initialize_distributed
-from medplib_jax.multihost import abort_together
+from medplib_jax.multihost import abort_together, wait_for_others
 from medplib_jax.report.sweep import write_sweep_report
 from medplib_jax.sweep import run_sweep
 
@@ -44,9 +44,10 @@ def main() -> None:
         initialize_distributed()
         with abort_together():
             result = run_sweep(from_config_dict(config.value, SweepConfig), workdir.value)
-        if jax.process_index() == 0:
-            print_summary(result)
-            print(f"\nReport: {write_sweep_report(workdir.value)}")
+            if jax.process_index() == 0:
+                print_summary(result)
+                print(f"\nReport: {write_sweep_report(workdir.value)}")
+            wait_for_others("reported")  # for one that leaves, the others must follow in minutes
         return 0
 
     app.run(run)

@@ -9,10 +9,14 @@ import faulthandler
 import json
 import logging
 import os
+import secrets
+import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,6 +28,7 @@ log = logging.getLogger(__name__)
 RESTART = 75
 ABORT_KEY = "medplib_jax/abort"
 POLL_SECONDS = 1.0
+SHARED_DISK_SECONDS = 10
 LAST_WORDS_SECONDS = 10  # how long the process that failed waits for the others to read why
 
 
@@ -49,6 +54,33 @@ def of_every_process(name: str, value: str) -> list[str]:
     _client().key_value_set(f"medplib_jax/{name}/{jax.process_index()}", json.dumps(value))
     keys = [f"medplib_jax/{name}/{process}" for process in range(jax.process_count())]
     return [json.loads(_client().blocking_key_value_get(key, 3_600_000)) for key in keys]
+
+
+def require_shared(folder: Path) -> None:
+    """Raises ValueError in every process unless all of them see the file that process 0 writes into its `folder`, which may be mounted elsewhere."""
+    if jax.process_count() == 1:
+        return
+    name = f".seen-by-all-{secrets.token_hex(8)}"
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    mark = folder / of_process_0(f"shared", name)
+    answers = of_every_process(f"shared/seen", "" if _appears(mark) else f"{socket.gethostname()}:{folder}")
+    if jax.process_index() == 0:
+        mark.unlink()
+    blind = [f"process {process} ({place})" for process, place in enumerate(answers) if place]
+    if blind:
+        raise ValueError(f"{folder}: expected one folder that all processes see; {', '.join(blind)} does not see what process 0 writes")
+
+
+def _appears(path: Path) -> bool:
+    """Whether the file is there within the time that a shared disk may need to show what another host has written."""
+    deadline = time.monotonic() + SHARED_DISK_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
 
 
 class Agreement:

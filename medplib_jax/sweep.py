@@ -36,7 +36,7 @@ from medplib_jax.evaluators.vqa import VqaEvaluator
 from medplib_jax.experiment import ExperimentConfig, SweepConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models.lora import merge_lora
-from medplib_jax.multihost import of_every_process, wait_for_others
+from medplib_jax.multihost import of_every_process, require_shared, wait_for_others
 from medplib_jax.stream import lanes_for, stream_answers
 from medplib_jax.tasks import Task, find_tasks
 from medplib_jax.train_step import abstract_model, model_shardings
@@ -143,9 +143,10 @@ def run_sweep(config: SweepConfig, workdir: str | os.PathLike) -> dict:
     left_out: metric -> why it was not computed.
 
     Raises FileNotFoundError for checkpoints that are not there, ValueError for tasks that are not or for predictions that were made from
-    something else under the same names, DataError for a bad record unless `on_error` is skip.
+    something else under the same names or a workdir that not all processes see, DataError for a bad record unless `on_error` is skip.
     """
     workdir = Path(workdir).absolute()
+    require_shared(workdir)
     found = find_checkpoints(config.checkpoints, config.steps, workdir / "converted", config.quantize)
     tasks = find_tasks(config.selected, config.limit, config.on_error, config.missing)
     experiments = {checkpoint.name: checkpoint.experiment() for checkpoint in found}

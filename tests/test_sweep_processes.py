@@ -64,6 +64,13 @@ def test_any_number_of_processes_and_devices_writes_the_same(processes, devices,
     assert (tmp_path / "report.html").exists()
 
 
+def test_a_workdir_of_each_process_is_refused(folder, run, tmp_path, capfd):
+    words = " ".join(command(folder, run, f"{tmp_path}/$JAX_PROCESS_ID/sweep"))
+    assert local_multiprocess.run(["bash", "-c", f"exec {words}"], 2, 1, 0) == 1
+    assert f"{tmp_path}/1/sweep) does not see what process 0 writes" in capfd.readouterr().out
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_files(folder, run, tmp_path):
     records = json.loads((folder / "test" / "grounding.json").read_text())
