@@ -64,8 +64,8 @@ def require_shared(folder: Path) -> None:
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    mark = folder / of_process_0(f"shared", name)
-    answers = of_every_process(f"shared/seen", "" if _appears(mark) else f"{socket.gethostname()}:{folder}")
+    mark = folder / of_process_0("shared", name)
+    answers = of_every_process("shared/seen", "" if _appears(mark) else f"{socket.gethostname()}:{folder}")
     if jax.process_index() == 0:
         mark.unlink()
     blind = [f"process {process} ({place})" for process, place in enumerate(answers) if place]
