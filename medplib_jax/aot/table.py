@@ -13,8 +13,8 @@ COLUMNS = ("program", "topology", "mesh", "batch", "HBM GB at peak", "spare", "e
 
 
 def markdown(reports: dict[str, dict[str, Any]]) -> str:
-    """{what is compiled: report} as a table; the mesh is data x fsdp x expert x tensor."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *(_row(name, report) for name, report in reports.items())]
+    """{"PROGRAM on TOPOLOGY": report} as a table; the mesh is data x fsdp x expert x tensor."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(_row(name.partition(" on ")[0], report) for name, report in reports.items())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
