@@ -4,13 +4,17 @@ import functools
 import re
 import sys
 import types
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 from nltk.stem.porter import PorterStemmer
 from nltk.translate.bleu_score import sentence_bleu
 from nltk.translate.meteor_score import single_meteor_score
 from rouge_score.rouge_scorer import RougeScorer
+from scipy import sparse
+
+_CHUNK = 4_000_000  # numbers in a matrix of answers and candidates, which bounds the memory
 
 # Normalisation of answers: the VQA challenge's rules and word lists (Antol et al. 2015), as in model/eval/glossary.py.
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -30,6 +34,7 @@ _CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _CONTRACTED for i in
 _CONTRACTIONS["somebody'd"] = "somebodyd"  # the list's own slip
 
 
+@functools.lru_cache(100_000)  # all checkpoints are asked the same questions
 def normalise_answer(text: str) -> str:
     """Lower case, no punctuation, no articles, digits for number words, apostrophes put back (model/eval/glossary.py normalize_word).
 
@@ -146,15 +151,22 @@ def candidate_hits(predictions: Sequence[str], truths: Sequence[str], candidates
     takes whichever its set yields first). `exact`: a prediction that shares no word with any candidate has no nearest one.
     """
     texts = [normalise_answer(candidate) for candidate in sorted(set(candidates))]
-    sizes = [len(set(text.split())) for text in texts]
-    with_word = defaultdict(list)
-    for number, text in enumerate(texts):
-        for word in set(text.split()):
-            with_word[word].append(number)
-    hits = []
-    for prediction, truth in zip(predictions, truths, strict=True):
-        predicted, true = (normalise_answer(text.lower()) for text in (prediction, truth))
-        shared = Counter(number for word in set(predicted.split()) for number in with_word.get(word, ()))
-        nearest = min(shared, key=lambda number: (-shared[number] / sizes[number], number), default=0 if protocol == "reference" else None)
-        hits.append(float(predicted == true or (nearest is not None and texts[nearest] == true)))
+    predicted, true = ([normalise_answer(text.lower()) for text in side] for side in (predictions, truths))
+    column_of = {word: column for column, word in enumerate(dict.fromkeys(word for text in texts for word in text.split()))}
+    said_NxW, wanted_CxW = _occurrences(predicted, column_of), _occurrences(texts, column_of)
+    sizes_C = np.maximum(wanted_CxW.sum(1), 1)
+    hits, rows = [], max(1, _CHUNK // max(len(texts), 1))
+    for start in range(0, len(predicted), rows):
+        share_NxC = (said_NxW[start : start + rows] @ wanted_CxW.T).toarray() / sizes_C
+        for i, (nearest, share) in enumerate(zip(share_NxC.argmax(1), share_NxC.max(1), strict=True), start):
+            has_nearest = share > 0 or protocol == "reference"
+            hits.append(float(predicted[i] == true[i] or (has_nearest and texts[nearest] == true[i])))
     return hits
+
+
+def _occurrences(texts: Sequence[str], column_of: Mapping[str, int]) -> sparse.csr_array:
+    """1 where a text [N] holds a word [W]; words without a column are left out."""
+    columns = [[column_of[word] for word in set(text.split()) if word in column_of] for text in texts]
+    ends = np.cumsum([0, *map(len, columns)])
+    flat = np.array([column for row in columns for column in row], np.int32)
+    return sparse.csr_array((np.ones(len(flat), np.int32), flat, ends), shape=(len(texts), len(column_of)))
