@@ -91,30 +91,58 @@ def count_changed(folder: pathlib.Path) -> int:
     return sum(tensor.read().tobytes() != synthetic(name, tensor.shape).tobytes() for name, tensor in tensors.items())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", required=True, type=pathlib.Path, help="where to work; it must not exist yet")
-    parser.add_argument("--layers", type=int, default=4)
-    arguments = parser.parse_args()
-    work, python = arguments.folder, (sys.executable, "-m")
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """`results`: of a copy, of the way there and back. `changed`: tensors that came back different."""
+
+    layers: int
+    gigabytes: float
+    changed: int
+    results: dict[str, Measured]
+
+    @property
+    def title(self) -> str:
+        largest = self.layers * 2 * 4096 * 11008 * 2 / 1e9
+        return f"{self.layers} layers, {self.gigabytes:.1f} GB, largest stacked parameter {largest:.1f} GB; {self.changed} tensors changed"
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """As COLUMNS says."""
+        copied = self.results["copy"].seconds
+        return [
+            (name, f"{one.seconds:.0f}", f"{one.cpu_seconds:.0f}", f"{self.gigabytes / one.seconds:.2f}", f"{copied / one.seconds:.2f}", f"{one.peak_gb:.2f}")
+            for name, one in self.results.items()
+        ]
+
+
+COLUMNS = ("", "seconds", "of them on a CPU", "GB/s", "speed of the copy", "peak GB")
+
+
+def compare(work: pathlib.Path, layers: int) -> Comparison:
+    """Converts there and back below `work`, which must not exist yet and is removed again."""
+    python = (sys.executable, "-m")
     work.mkdir(parents=True)
     try:
         source, copy, jax, back = (work / name for name in ("source", "copy", "jax", "torch"))
-        gigabytes = write_source(source, arguments.layers) / 1e9
+        gigabytes = write_source(source, layers) / 1e9
         results = {"copy": measure(source, copy, "cp", "-r", str(source), str(copy))}
         shutil.rmtree(copy)
         results["from_torch"] = measure(source, jax, *python, "convert.from_torch", "--source", str(source), "--out", str(jax))
         shutil.rmtree(source)
         results["to_torch"] = measure(jax, back, *python, "convert.to_torch", "--checkpoint", str(jax), "--out", str(back))
-        changed = count_changed(back)
+        return Comparison(layers, gigabytes, count_changed(back), results)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    largest = arguments.layers * 2 * 4096 * 11008 * 2 / 1e9
-    print(f"{arguments.layers} layers, {gigabytes:.1f} GB, largest stacked parameter {largest:.1f} GB; {changed} tensors changed")
-    print("| | seconds | of them on a CPU | GB/s | speed of the copy | peak GB |\n|---|---|---|---|---|---|")
-    for name, result in results.items():
-        rate, share = gigabytes / result.seconds, results["copy"].seconds / result.seconds
-        print(f"| {name} | {result.seconds:.0f} | {result.cpu_seconds:.0f} | {rate:.2f} | {share:.2f} | {result.peak_gb:.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True, type=pathlib.Path, help="where to work; it must not exist yet")
+    parser.add_argument("--layers", type=int, default=4)
+    arguments = parser.parse_args()
+    found = compare(arguments.folder, arguments.layers)
+    print(found.title)
+    for row in (COLUMNS, ("---",) * len(COLUMNS), *found.rows()):
+        print("| " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":

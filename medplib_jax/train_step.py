@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from medplib_jax.compilation import release_memory
 from medplib_jax.config import ModelConfig
 from medplib_jax.experiment import ExperimentConfig, ShardingConfig
 from medplib_jax.losses import divisors, total_loss
@@ -133,6 +134,7 @@ class CompiledStep:
             start = time.perf_counter()
             self._compiled[length] = self._jitted.lower(state, batch).compile()
             self.compile_seconds[length] = time.perf_counter() - start
+            release_memory()
             wait_for_others(f"compiled_{length}")
             log.info("compiled the step for length %d in %.1f s (%d so far)", length, self.compile_seconds[length], len(self._compiled))
         return self._compiled[length](state, batch)

@@ -9,62 +9,92 @@ tpu      bounds of stage IV at 7B on v5e, v5p and v6e by the TPU's compiler; nee
 data     whether the input keeps up with a rate (--rate); with --data also time per record beside a PyTorch DataLoader
 convert  speed and memory of the conversion
 
-Prints tables; `--json` writes their figures flat. `--against torch` measures a PyTorch program of the same sizes in the same run.
+Prints tables; `--json` writes their figures flat. `--against torch` measures a PyTorch program of the same sizes in the same run; `--only moe,memory`
+measures these parts of a suite.
 README.md beside this file has what came out and how.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import logging
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from convert import benchmark
 from medplib_jax.benchmarks import accelerator, data_pipeline, decoding, feeding, memory, parts, roofline, startup, training, workload
 from medplib_jax.benchmarks.measure import Table
 from medplib_jax.compilation import use_cache
+from medplib_jax.config import ModelConfig
 
 
-def cpu(options: argparse.Namespace) -> Iterator[Table]:
+# Each suite says which parts it has: {name: what measures it}.
+Parts = dict[str, Callable[[], Iterable[Table]]]
+
+
+def cpu(options: argparse.Namespace) -> Parts:
     config = workload.experiment(workload.MODELS[options.size], options.batch or 2)
-    yield training.compare(config, _peers(options), options.rounds)
-    yield training.moe_over_dense(config, options.rounds)
-    yield parts.measure(config, options.rounds)
-    yield memory.compare(options.size, options.against == "torch")
-    yield startup.measure()
+    return {
+        "train_step": lambda: [training.compare(config, _peers(options), options.rounds)],
+        "moe": lambda: [training.moe_over_dense(config, options.rounds)],
+        "parts": lambda: [parts.measure(config, options.rounds)],
+        "memory": lambda: [memory.compare(options.size, options.against == "torch")],
+        "startup": lambda: [startup.measure()],
+    }
 
 
-def decode(options: argparse.Namespace) -> Iterator[Table]:
-    for rows in (options.batch,) if options.batch else (1, 16):
+def decode(options: argparse.Namespace) -> Parts:
+    def answers(rows: int) -> list[Table]:
         config = workload.merged(workload.experiment(workload.MODELS[options.size], rows))
-        yield from decoding.compare(config, options.against == "torch", options.rounds, options.new_tokens)
+        return decoding.compare(config, options.against == "torch", options.rounds, options.new_tokens)
+
+    return {f"batch_{rows}": functools.partial(answers, rows) for rows in ((options.batch,) if options.batch else (1, 16))}
 
 
-def gpu(options: argparse.Namespace) -> Iterator[Table]:
+def gpu(options: argparse.Namespace) -> Parts:
     model = workload.wide(options.layers) if options.size == "7b" else workload.MODELS[options.size]
-    yield from accelerator.measure(model, options.batch or 8, options.against == "torch", options.rounds, options.new_tokens, options.device)
+    config = workload.experiment(model, options.batch or 8)
+    return {
+        "rates": lambda: [accelerator.machine_rates(model.llm.hidden_size)],
+        **{f"stage_{stage}": functools.partial(_step_on_accelerator, options, model, stage) for stage in ("IV", "III")},
+        "moe": lambda: [training.moe_over_dense(config, options.rounds)],
+        "parts": lambda: [parts.measure(config, options.rounds)],
+        "decode": lambda: accelerator.answers(model, options.against == "torch", options.rounds, options.new_tokens, options.device),
+    }
 
 
-def tpu(options: argparse.Namespace) -> Iterator[Table]:
-    yield roofline.measure()
+def _step_on_accelerator(options: argparse.Namespace, model: ModelConfig, stage: str) -> list[Table]:
+    config = workload.experiment(model, options.batch or 8, stage)
+    return [accelerator.training_step(config, stage, _peers(options), options.rounds, options.device)]
 
 
-def data(options: argparse.Namespace) -> Iterator[Table]:
-    yield feeding.measure(options.rate, options.workers, options.seconds)
-    if options.data:
-        times = data_pipeline.compare(data_pipeline.config(str(options.data), str(options.tokenizer)), options.rounds)
-        rows = [(name, f"{value:.2f}", f"{times['PyTorch DataLoader'] / value:.1f}") for name, value in times.items()]
-        flat = {f"data.{name.replace(' ', '_').replace(',', '')}.ms": value for name, value in times.items()}
-        yield Table("Reading records", ("", "ms per record and core", "times PyTorch's rate"), rows, flat)
+def tpu(options: argparse.Namespace) -> Parts:
+    return {"roofline": lambda: [roofline.measure()]}
 
 
-def convert(options: argparse.Namespace) -> Iterator[Table]:
+def data(options: argparse.Namespace) -> Parts:
+    found: Parts = {"input": lambda: [feeding.measure(options.rate, options.workers, options.seconds)]}
+    return found | ({"records": lambda: [_records(options)]} if options.data else {})
+
+
+def _records(options: argparse.Namespace) -> Table:
+    times = data_pipeline.compare(data_pipeline.config(str(options.data), str(options.tokenizer)), options.rounds)
+    rows = [(name, f"{value:.2f}", f"{times['PyTorch DataLoader'] / value:.1f}") for name, value in times.items()]
+    flat = {f"data.{name.replace(' ', '_').replace(',', '')}.ms": value for name, value in times.items()}
+    return Table("Reading records", ("", "ms per record and core", "times PyTorch's rate"), rows, flat)
+
+
+def convert(options: argparse.Namespace) -> Parts:
+    return {"convert": lambda: [_conversion(options.layers)]}
+
+
+def _conversion(layers: int) -> Table:
     with tempfile.TemporaryDirectory() as folder:
-        command = (sys.executable, "-m", "convert.benchmark", "--folder", str(Path(folder) / "work"), "--layers", str(options.layers))
-        print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    yield from ()
+        found = benchmark.compare(Path(folder) / "work", layers)
+    flat = {f"convert.{name}.{figure}": value for name, measured in found.results.items() for figure, value in dataclasses.asdict(measured).items()}
+    return Table(found.title, benchmark.COLUMNS, found.rows(), flat | {"convert.tensors_changed": found.changed})
 
 
 SUITES = {suite.__name__: suite for suite in (cpu, decode, gpu, tpu, data, convert)}
@@ -78,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="medplib_jax.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, required=True)
     parser.add_argument("--against", choices=("torch",))
+    parser.add_argument("--only", metavar="PART,...", help="parts of the suite, by default all")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved runs, of which the median counts")
     parser.add_argument("--size", choices=(*workload.MODELS, "7b"), help="default: small, 7b for gpu")
@@ -97,12 +128,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--data needs --tokenizer")
     if options.size == "7b" and options.suite != "gpu":
         parser.error("--size 7b is for the suite gpu")
+    suite = SUITES[options.suite](options)
+    chosen = options.only.split(",") if options.only else list(suite)
+    if unknown := set(chosen) - set(suite):
+        parser.error(f"--only: {', '.join(sorted(unknown))}: --suite {options.suite} has {', '.join(suite)}")
     use_cache()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     flat: dict[str, float] = {}
-    for table in SUITES[options.suite](options):
-        print(f"{table}\n", flush=True)
-        flat |= table.flat
+    for part in chosen:
+        for table in suite[part]():
+            print(f"{table}\n", flush=True)
+            flat |= table.flat
     if options.json:
         options.json.write_text(json.dumps(flat, indent=1) + "\n")
 

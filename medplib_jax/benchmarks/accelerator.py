@@ -1,12 +1,14 @@
 """What one accelerator is used for: its measured rates, model FLOPs utilisation of the step, share of the memory bandwidth in decoding."""
 
+import functools
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from medplib_jax.aot.flops import model_flops
-from medplib_jax.benchmarks import decoding, parts, training, workload
+from medplib_jax.benchmarks import decoding, training, workload
 from medplib_jax.benchmarks.measure import Table
 from medplib_jax.config import ModelConfig
 from medplib_jax.experiment import ExperimentConfig
@@ -15,30 +17,32 @@ from medplib_jax.optim import flatten
 from medplib_jax.train_step import abstract_model
 
 
-def measure(model: ModelConfig, batch: int, against: bool, rounds: int, new_tokens: int, device: str) -> list[Table]:
-    """Stage IV and III beside the peer with MFU, mixture beside MLP, parts of the step, and answers at batch 1 and 16."""
-    rates = machine_rates(width=model.llm.hidden_size)
-    tables = [rates]
-    for stage in ("IV", "III"):
-        config = workload.experiment(model, batch, stage)
-        name = f"train_step.stage_{stage}"
-        table = training.compare(config, ("torch eager", "torch compile") if against else (), rounds, device, name)
-        flops = model_flops("train", config, jax.devices()[0], batch, config.data.bucket_lengths[-1])
-        table.flat[f"{name}.mfu"] = flops / table.flat[f"{name}.ours.seconds"] / rates.flat["machine.matmul_flops"]
-        table.title += f", stage {stage}: {100 * table.flat[f'{name}.mfu']:.0f} % of the measured matmul rate"
-        tables.append(table)
-    config = workload.experiment(model, batch)
-    tables += [training.moe_over_dense(config, rounds), parts.measure(config, rounds)]
+def training_step(config: ExperimentConfig, stage: str, sides: Sequence[str], rounds: int, device: str) -> Table:
+    """The step beside the peer's, with its model FLOPs utilisation: of the measured rate, not of what the maker names."""
+    name = f"train_step.stage_{stage}"
+    table = training.compare(config, sides, rounds, device, name)
+    flops = model_flops("train", config, jax.devices()[0], config.data.batch_size, config.data.bucket_lengths[-1])
+    rate = machine_rates(config.model.llm.hidden_size).flat["machine.matmul_flops"]
+    table.flat[f"{name}.mfu"] = flops / table.flat[f"{name}.ours.seconds"] / rate
+    table.title += f", stage {stage}: {100 * table.flat[f'{name}.mfu']:.0f} % of the measured matmul rate"
+    return table
+
+
+def answers(model: ModelConfig, against: bool, rounds: int, new_tokens: int, device: str) -> list[Table]:
+    """Answers at batch 1 and 16; of one answer also the share of the memory's bandwidth that reading the active weights takes."""
+    tables = []
     for rows in (1, 16):
         config = workload.merged(workload.experiment(model, rows))
-        first, answers = decoding.compare(config, against, rounds, new_tokens, device=device)
+        tables += decoding.compare(config, against, rounds, new_tokens, device=device)
         if rows == 1:
-            step = (answers.flat["decode.batch_1.ours.seconds"] - first.flat["first_token.batch_1.ours.seconds"]) / max(new_tokens - 1, 1)
-            answers.flat["decode.batch_1.bandwidth_share"] = active_bytes(config) / rates.flat["machine.bytes_per_second"] / step
-        tables += [first, answers]
+            first, whole = tables
+            step = (whole.flat["decode.batch_1.ours.seconds"] - first.flat["first_token.batch_1.ours.seconds"]) / max(new_tokens - 1, 1)
+            rate = machine_rates(model.llm.hidden_size).flat["machine.bytes_per_second"]
+            whole.flat["decode.batch_1.bandwidth_share"] = active_bytes(config) / rate / step
     return tables
 
 
+@functools.cache
 def machine_rates(width: int) -> Table:
     """The rate of one large bfloat16 product, and of a copy, which is what decoding is bound by."""
     matrix, array = jnp.ones((2 * width, 4 * width), jnp.bfloat16), jnp.ones(2**14 * width, jnp.bfloat16)

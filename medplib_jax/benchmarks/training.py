@@ -7,10 +7,12 @@ import optax
 
 from medplib_jax.benchmarks.measure import Table, interleave, side_by_side
 from medplib_jax.benchmarks.workload import dense, example_batch
+from medplib_jax.compilation import release_memory
 from medplib_jax.experiment import ExperimentConfig
 from medplib_jax.models.layers import draw_params, params_of
 from medplib_jax.optim import make_optimizer, partition
 from medplib_jax.train_step import abstract_model, make_state, make_train_step
+
 
 def compare(config: ExperimentConfig, sides: Sequence[str], rounds: int, device: str = "cpu", name: str = "train_step") -> Table:
     """Our step beside the peer's, `sides` among "torch eager" and "torch compile"."""
@@ -44,6 +46,7 @@ class JaxStep:
         self.batch = jax.device_put(example_batch(config))
         self.compiled = jax.jit(make_train_step(model, config, tx, schedule), donate_argnums=0).lower(state, self.batch).compile()
         self.state = state
+        release_memory()  # as `train_step.CompiledStep` does
 
     def __call__(self) -> float:
         self.state, metrics = self.compiled(self.state, self.batch)

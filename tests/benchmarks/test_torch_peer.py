@@ -64,4 +64,4 @@ def test_answers_are_the_same():
 def test_a_table_names_the_speedup():
     table = side_by_side("Step", "train_step", {"ours": Samples([2.0, 1.0, 3.0], [4.0] * 3), "torch eager": Samples([5.0, 6.0, 7.0], [8.0] * 3)}, "step")
     assert table.flat["train_step.speedup"] == 3.0 and table.flat["train_step.ours.spread"] == 0.5
-    assert "| torch eager | 6.000 | 17 % | 8.000 | 3.00 |" in str(table)
+    assert "| torch eager | 6.000 | 17 % | 8.000 | 3.00 | 5.00 |" in str(table)
