@@ -6,7 +6,7 @@ import numpy as np
 
 from configs import stage3_grounding, stage4_moe
 from medplib_jax.config import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
-from medplib_jax.experiment import DataConfig, ExperimentConfig
+from medplib_jax.experiment import DataConfig, ExperimentConfig, LossConfig
 from medplib_jax.types import Batch
 
 TEXT = 64  # positions of text; the rest of a row is the picture
@@ -38,13 +38,15 @@ def wide(layers: int) -> ModelConfig:
 
 
 def experiment(model: ModelConfig, batch_size: int, stage: str = "IV") -> ExperimentConfig:
-    """Stage III or IV of the published recipe (what trains, which losses) with this model's sizes."""
+    """Stage III or IV of the published recipe (what trains, which losses) with this model's sizes; the chunks of logits that suit a TPU's
+    matrix unit for its bfloat16 only."""
     config = {"III": stage3_grounding, "IV": stage4_moe}[stage].large()
     model = dataclasses.replace(model, moe=config.model.moe, lora=config.model.lora)
     length = model.clip.num_patches + TEXT
     data = DataConfig(bucket_lengths=(length,), batch_size=batch_size, max_regions=1, max_masks=1, mask_canvas=model.mask.image_size)
     optim = dataclasses.replace(config.optim, frozen_dtype=model.dtype)
-    return dataclasses.replace(config, model=model, data=data, optim=optim, init=type(config.init)())
+    loss = config.loss if model.dtype == "bfloat16" else dataclasses.replace(config.loss, ce_chunk=LossConfig.ce_chunk)
+    return dataclasses.replace(config, model=model, data=data, optim=optim, loss=loss, init=type(config.init)())
 
 
 def dense(config: ExperimentConfig) -> ExperimentConfig:

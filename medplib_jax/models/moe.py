@@ -120,8 +120,8 @@ class ExpertLinear(nnx.Module):
             return y
         # All experts' adapters at once: a dense product of width E * r, masked to each row's expert, costs less than sorting.
         low = jnp.einsum("sd,edr->ser", dropout(x_SxD, self.lora_dropout, rng), self.lora_a[...].astype(y.dtype))
-        low = jnp.where(member_SxE[:, :, None], low, 0)
-        return y + self.lora_scale * jnp.einsum("ser,erf->sf", low, self.lora_b[...].astype(y.dtype))
+        low = self.lora_scale * jnp.where(member_SxE[:, :, None], low, 0)  # scaled while it is narrow
+        return y + jnp.einsum("ser,erf->sf", low, self.lora_b[...].astype(y.dtype))
 
     def every_expert(self, x_ExSxD: Array, rng: Array | None) -> Array:
         """[E, S, in] -> [E, S, out]."""
@@ -180,7 +180,9 @@ class Experts(nnx.Module):
         else:
             y_NxD = self._sorted(x_NxD, expert_N, rngs)
         y_NxD = checkpoint_name(y_NxD, "experts")
-        return (y_NxD.reshape(S, k, -1) * routing.weight[:, :, None].astype(y_NxD.dtype)).sum(1)
+        # The barrier keeps the weight's gradient, a sum over the width, from being computed for every expert.
+        weight_Sxk = jax.lax.optimization_barrier(routing.weight).astype(y_NxD.dtype)
+        return (y_NxD.reshape(S, k, -1) * weight_Sxk[:, :, None]).sum(1)
 
     def _few(self, x_SxD, routing, rngs):
         num_experts = self.gate.kernel.shape[0]
