@@ -16,7 +16,7 @@ BATCH = 16
 
 
 def measure(rate: float, workers: int, seconds: float, examples: int = 200) -> Table:
-    """Batches at MedPLIB-7B's sizes from generated pictures, taken every BATCH / rate seconds by a step that only sleeps.
+    """Batches at MedPLIB-7B's sizes from generated pictures, taken every BATCH / rate seconds by steps that only sleep.
 
     A row per case: one reader as fast as it can, which gives the rows that one core prepares, then `workers` processes at the given
     rate (rows per second).
@@ -42,14 +42,17 @@ def measure(rate: float, workers: int, seconds: float, examples: int = 200) -> T
 
 
 def _consume(batches, rate: float, seconds: float) -> tuple[float, int, float]:
-    """(seconds waited, rows taken, seconds in all) of steps of BATCH / rate seconds each; the first batch, which starts the workers, is free."""
+    """(seconds that steps of BATCH / rate seconds waited, rows taken, seconds in all). As in `train.py` a batch is read while the step
+    before runs, and no further ahead. The first batch, which starts the workers, is free."""
     next(batches)
-    begin, waited, taken = time.perf_counter(), 0.0, 0
-    while time.perf_counter() - begin < seconds:
-        asked = time.perf_counter()
+    begin = now = done = time.perf_counter()  # done: when the step that was started last ends
+    waited, taken = 0.0, 0
+    while now - begin < seconds:
         next(batches)
-        waited += time.perf_counter() - asked
+        now = time.perf_counter()
+        waited += max(now - done, 0.0)
         taken += BATCH
-        time.sleep(BATCH / rate)
+        running, done = done, max(now, done) + BATCH / rate
+        time.sleep(max(running - now, 0.0))
     batches.close()
-    return waited, taken, time.perf_counter() - begin
+    return waited, taken, now - begin
