@@ -130,7 +130,7 @@ def main() -> int:
     arguments = vars(parser.parse_args())
     with_sweep = arguments.pop("sweep")
     demo = Demo(**arguments)
-    absl.logging.set_verbosity(absl.logging.WARNING)
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
     logging.getLogger("medplib_jax").setLevel(logging.INFO)
     demo.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((demo.out / "compiled").resolve()))

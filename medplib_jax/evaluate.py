@@ -38,7 +38,7 @@ def main() -> None:
     flags.mark_flags_as_required(["config", "workdir"])
 
     def run(_) -> int:
-        absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax reports every file
+        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
         logging.getLogger("medplib_jax").setLevel(logging.INFO)
         use_cache()
         initialize_distributed()
