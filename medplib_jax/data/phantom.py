@@ -21,7 +21,7 @@ from medplib_jax.data import phantom_text as text
 from medplib_jax.data.build.processes import make_pool
 from medplib_jax.data.phantom_draw import MODALITIES, Scene, draw_scene
 
-VERSION = 3  # raise it when the same arguments give other files
+VERSION = 4  # raise it when the same arguments give other files
 LABELS = tuple(modality.label for modality in MODALITIES)
 FILES = {
     "train": {"align": "train/align.json", "complex": "train/MeCoVQA-Complex.json",

@@ -202,14 +202,15 @@ def _absent_names(facts, rng, count):
 
 
 def grounding_turns(facts, rng):
-    """Requests for masks: up to two single targets, often one pair in one answer, one or two names that are not there; at most 4 masks."""
+    """Requests for masks: up to two single targets, often one pair in one answer, two names that are not there; at most 4 masks. With
+    fewer absent names a model draws what is usually there."""
     targets = sample(rng, facts.targets)
     turns = []
     if len(targets) > 2 and rng.random() < 0.6 or len(targets) == 2 and rng.random() < 0.3:
         first, second, *targets = targets
         turns.append(double_turn(facts, rng, first, second))
     turns += [single_turn(facts, rng, target) for target in targets[:2]]
-    turns += [absent_turn(facts, rng, name) for name in _absent_names(facts, rng, 1 + int(rng.random() < 0.5))]
+    turns += [absent_turn(facts, rng, name) for name in _absent_names(facts, rng, 2)]
     return sample(rng, turns)
 
 
