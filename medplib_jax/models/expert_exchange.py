@@ -1,7 +1,7 @@
 """Rows on their way to experts: sorting them, and carrying them to the devices where their experts live and back.
 
 The exchange is an all-to-all inside `shard_map`. How many rows go where is known at run time only, so a device keeps room for the worst
-case, all rows of all its peers: rows times the number of peers. The grouped matmul kernel skips the part that stays empty. On a TPU only
+case, all rows of all its peers: rows times the number of peers. The grouped matmul kernel skips the part that stays empty. On most TPUs only
 the rows that there are travel (`ragged_all_to_all`); elsewhere blocks padded to the worst case do.
 """
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medplib_jax.models.grouped_matmul import is_for_tpu
+from medplib_jax.models.grouped_matmul import is_for_tpu, target_device
 from medplib_jax.types import Array
 
 
@@ -58,11 +58,16 @@ def with_exchange(compute: Callable[[Array, Array], Array], x_NxD: Array, expert
     # sizes[i, j, e]: rows that peer i sends to expert e of peer j. Everything else follows from it on every device.
     sizes = jax.lax.all_gather(member.sum(0, dtype=jnp.int32), axes).reshape(peers, peers, here)
     counts = sizes.sum(-1)
-    carry = _ragged if is_for_tpu(x_NxD) else _padded
+    carry = _ragged if carries_ragged(x_NxD) else _padded
     arrived, expert, give_back = carry(sorted_NxD, sizes, counts, axes)
     y_NxD = give_back(compute(arrived, expert))
     kept = jnp.arange(N) < counts[jax.lax.axis_index(axes)].sum()
     return permute_rows(jnp.where(kept[:, None], y_NxD, 0), inverse, order)
+
+
+def carries_ragged(x: Array) -> bool:
+    """Whether the devices can exchange unequal numbers of rows. The links of v5e slices beyond 4x4 cannot: the compiler refuses."""
+    return is_for_tpu(x) and not (target_device(x).device_kind == "TPU v5 lite" and jax.typeof(x).sharding.mesh.size > 16)
 
 
 def _starts(counts: Array, axis: int = -1) -> Array:

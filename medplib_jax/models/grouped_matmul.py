@@ -45,19 +45,17 @@ def _multiply(x, w, sizes, *, transpose):
     return (_multiply_tpu if is_for_tpu(x) else _multiply_blocks)(x, w, sizes, transpose)
 
 
+def target_device(x: Array):
+    """What the program that is being traced will run on; has `platform` and `device_kind`."""
+    return jax.typeof(x).sharding.mesh.abstract_device or jax.devices()[0]
+
+
 def is_for_tpu(x: Array) -> bool:
-    """Whether the program that is being traced will run on a TPU."""
-    return _platform(x) == "tpu"
+    return target_device(x).platform == "tpu"
 
 
 def is_for_gpu(x: Array) -> bool:
-    """Whether the program that is being traced will run on a GPU."""
-    return _platform(x) == "gpu"
-
-
-def _platform(x: Array) -> str:
-    device = jax.typeof(x).sharding.mesh.abstract_device
-    return device.platform if device else jax.default_backend()
+    return target_device(x).platform == "gpu"
 
 
 # ---- blocks of rows ----

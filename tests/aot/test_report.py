@@ -16,6 +16,7 @@ from medplib_jax.aot.report import Request, as_text, examine
 from medplib_jax.aot.sweep import as_table, candidates
 from medplib_jax.experiment import MeshConfig
 from medplib_jax.mesh import make_mesh
+from medplib_jax.models.expert_exchange import carries_ragged, with_exchange
 from tests.helpers import MODEL, random_batch, tiny_experiment
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra tpu) is not installed")
@@ -45,6 +46,22 @@ def test_a_training_step_for_four_chips():
     assert report["full_rematerialisations"] == []
     assert report["bound_by"] in report["roofline_seconds"] and report["tokens_per_second_per_chip"] > 0
     assert "fits" in as_text(json.loads(json.dumps(report)))
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("topology", "ragged"), [("v5e:4x4", True), ("v5e:4x8", False), ("v6e:4x8", True)])
+def test_rows_travel_to_their_experts_on_every_network(topology, ragged):
+    mesh = make_mesh(MeshConfig(data=-1, expert=2), chips.devices_of(topology))
+    rows = NamedSharding(mesh, PartitionSpec(("data", "expert")))
+    x = jax.ShapeDtypeStruct((16 * mesh.size, 128), jnp.bfloat16, sharding=rows)
+    expert = jax.ShapeDtypeStruct((16 * mesh.size,), jnp.int32, sharding=rows)
+
+    def exchange(x, expert):
+        assert carries_ragged(x) == ragged
+        return with_exchange(lambda rows, _: 2 * rows, x, expert, 2, ("expert",))
+
+    run = jax.shard_map(exchange, mesh=mesh, in_specs=rows.spec, out_specs=rows.spec, check_vma=False)
+    assert ("ragged-all-to-all" in jax.jit(run).lower(x, expert).compile().as_text()) == ragged
 
 
 def test_programs_have_the_shapes_of_real_batches():
