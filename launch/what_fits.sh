@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The table "What fits where" of README.md: compiles every program of it for its TPUs, without one. About two minutes each.
+# The table "What fits where" of README.md: compiles every program of it for its TPUs, without one. A few minutes each.
 # usage: bash launch/what_fits.sh FOLDER    (reports that lie there already are kept)
 set -euo pipefail
-[ $# -eq 1 ] || { sed -n '2,3s/^# //p' "$0" >&2; exit 2; }
+[ $# -eq 1 ] && [ "$1" != --help ] || { sed -n '2,3s/^# //p' "$0" >&2; exit 2; }
+folder="$(realpath -m "$1")"
 cd "$(dirname "$0")/.."
-folder="$1"
+source launch/venv.sh launch/requirements-test.txt # with the TPU's compiler
 mkdir -p "$folder"
 
 examine() { # NAME TOPOLOGY CONFIG FLAGS...

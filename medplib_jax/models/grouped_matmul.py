@@ -51,10 +51,12 @@ def target_device(x: Array):
 
 
 def is_for_tpu(x: Array) -> bool:
+    """Whether the program that is being traced will run on a TPU."""
     return target_device(x).platform == "tpu"
 
 
 def is_for_gpu(x: Array) -> bool:
+    """Whether the program that is being traced will run on a GPU."""
     return target_device(x).platform == "gpu"
 
 
