@@ -1,9 +1,9 @@
 """Products of groups of rows with one matrix per group: what a token costs does not depend on the number of groups.
 
 `grouped_matmul(x, w, sizes)`: the first sizes[0] rows of x times w[0], the next sizes[1] rows times w[1], ...; rows beyond the
-groups give zero. For a TPU it is the megablox kernel that ships with JAX, elsewhere loops over blocks of rows whose trip
-counts follow the group sizes. The choice is made when the program is traced: by the mesh that x lives on (so that compiling
-for a TPU works without one), else by the default backend.
+groups give zero. For a TPU it is the megablox kernel that ships with JAX, for a GPU our own (`grouped_matmul_gpu.py`), elsewhere
+loops over blocks of rows whose trip counts follow the group sizes. The choice is made when the program is traced: by the mesh
+that x lives on (so that compiling for a TPU or GPU works without one), else by the default backend.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from medplib_jax.models import grouped_matmul_gpu as gpu
 from medplib_jax.types import Array
 
 # Rows per block, descending. A group takes as many blocks of each size as fit, so that large products run at full speed and
@@ -33,8 +34,7 @@ def _forward(x_SxD, w_ExDxF, sizes_E):
 def _backward(residuals, dy_SxF):
     x_SxD, w_ExDxF, sizes_E = residuals
     dx_SxD = _multiply(dy_SxF, w_ExDxF, sizes_E, transpose=True)
-    weight_gradient = _weight_gradient_tpu if is_for_tpu(x_SxD) else _weight_gradient_blocks
-    dw_ExDxF = weight_gradient(x_SxD, dy_SxF, sizes_E).astype(w_ExDxF.dtype)
+    dw_ExDxF = _weight_gradient(x_SxD, w_ExDxF, dy_SxF, sizes_E).astype(w_ExDxF.dtype)
     return dx_SxD, dw_ExDxF, np.zeros(sizes_E.shape, jax.dtypes.float0)
 
 
@@ -42,7 +42,15 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 def _multiply(x, w, sizes, *, transpose):
+    if is_for_gpu(x) and gpu.suits_triton(x.shape[0], w):
+        return gpu.multiply(x, w, sizes, transpose=transpose, device=target_device(x))
     return (_multiply_tpu if is_for_tpu(x) else _multiply_blocks)(x, w, sizes, transpose)
+
+
+def _weight_gradient(x, w, dy, sizes):
+    if is_for_gpu(x) and gpu.suits_triton(x.shape[0], w):
+        return gpu.weight_gradient(x, dy, sizes, device=target_device(x))
+    return (_weight_gradient_tpu if is_for_tpu(x) else _weight_gradient_blocks)(x, dy, sizes)
 
 
 def target_device(x: Array):
