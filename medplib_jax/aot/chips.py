@@ -1,30 +1,13 @@
-"""TPU chips as their data sheets have them, and topologies that programs can be compiled for without a chip at hand."""
+"""TPU chips and NVIDIA GPUs as their data sheets have them."""
 
-import atexit
 import dataclasses
-import importlib.util
-import os
-import pathlib
-import re
-import shutil
-import tempfile
-
-import jax
 
 GB = 1e9
-
-# What libtpu asks of the machine it runs on; without an answer it waits for a cloud's metadata server.
-QUIET = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak rates of one chip, per second. `ici` adds up what all its links can receive at once."""
+    """Peak rates of one chip, per second. `ici_rate` adds up what all its links to its neighbours can receive at once."""
 
     flops: float  # bfloat16
     hbm_bytes: float
@@ -33,7 +16,7 @@ class Chip:
 
 
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; one way, over the links of all torus dimensions.
-CHIPS = {
+TPUS = {
     "v4": Chip(275e12, 32 * 2**30, 1.23e12, 6 * 45e9),
     "v5e": Chip(197e12, 16 * 2**30, 0.82e12, 4 * 45e9),
     "v5p": Chip(459e12, 95 * 2**30, 2.77e12, 6 * 90e9),
@@ -41,38 +24,24 @@ CHIPS = {
     "tpu7x": Chip(2307e12, 192 * 2**30, 7.4e12, 6 * 90e9),
 }
 
+# NVIDIA's data sheets of the A100 80GB SXM, the H100 SXM5 and the H200 SXM: FLOPs without sparsity, half of NVLink's two-way rate.
+# HBM bytes are those that CUDA reports of such a GPU.
+GPUS = {
+    "a100": Chip(312e12, 85_100_068_864, 2.039e12, 300e9),
+    "h100": Chip(989e12, 84_942_979_072, 3.352e12, 450e9),
+    "h200": Chip(989e12, 151_397_597_184, 4.8e12, 450e9),
+}
+GPUS_PER_NODE = 8  # at most, joined by NVLink
+
+CHIPS = TPUS | GPUS
+
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as v5e:8x8. ValueError names the kinds that are known."""
+    """The chip of a topology such as v5e:8x8 or h200:8. ValueError names the kinds that are known, and how many GPUs a node may have."""
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS or not shape:
-        raise ValueError(f"topology {topology!r} is not KIND:SHAPE such as v5e:8x8 or v5p:4x4x4; kinds: {', '.join(CHIPS)}")
+        examples = "KIND:SHAPE such as v5e:8x8 or v5p:4x4x4, nor KIND:NUMBER such as h200:8"
+        raise ValueError(f"topology {topology!r} is not {examples}; kinds: {', '.join(TPUS)}; GPUs: {', '.join(GPUS)}")
+    if kind in GPUS and shape not in map(str, range(1, GPUS_PER_NODE + 1)):
+        raise ValueError(f"topology {topology!r}: a node has 1 to {GPUS_PER_NODE} GPUs; config.mesh.dcn_data is the number of nodes")
     return CHIPS[kind]
-
-
-def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The chips of `slices` slices of a topology, to compile for. Needs libtpu, no TPU.
-
-    Raises ModuleNotFoundError without libtpu, ValueError for a topology that libtpu does not know.
-    """
-    chip_of(topology)
-    if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError("compiling for a TPU needs libtpu, which comes with the extra: pip install 'medplib_jax[tpu]'")
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    if "TPU_LOG_DIR" not in os.environ:
-        os.environ["TPU_LOG_DIR"] = tempfile.mkdtemp(prefix="tpu_logs_")
-        atexit.register(shutil.rmtree, os.environ["TPU_LOG_DIR"], ignore_errors=True)
-    from jax.experimental import topologies
-
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"topology {topology!r}: {error}") from error
-
-
-def full_rematerialisations() -> list[str]:
-    """What this process's compiler has said so far about arrays that it had to collect on every chip to shard them anew: bad shardings."""
-    logs = pathlib.Path(os.environ["TPU_LOG_DIR"]).glob(f"*.WARNING.*.{os.getpid()}")
-    text = "".join(path.read_text(errors="replace") for path in logs)
-    return re.findall(r"nvoluntary full rematerialization\. (.*)", text)

@@ -20,6 +20,8 @@ from medplib_jax.mesh import make_mesh
 from medplib_jax.models.attention import splash_block
 from medplib_jax.models.grouped_matmul import TPU_ROW_TILE
 
+CUDNN_BLOCK = 128  # side of the blocks of scores in cuDNN's flash attention
+
 
 def model_flops(kind: str, config: ExperimentConfig, chip: jax.Device, rows: int, length: int) -> float:
     """FLOPs of one call of the program for the whole batch, whatever the mesh."""
@@ -47,6 +49,9 @@ def _equation_flops(eqn, loop_trips: int) -> float:
         return 2.0 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[out_axis]
     if name == "pallas_call":
         return _kernel_flops(eqn)
+    if name.startswith("dot_product_attention"):
+        q = eqn.invars[0].aval
+        return attention_flops(q.size, q.shape[1], backward="bwd" in name)
     if name == "cond":
         return max(count_flops(branch.jaxpr, loop_trips) for branch in params["branches"])
     times = {"scan": params.get("length"), "while": loop_trips}.get(name, 1)
@@ -61,14 +66,16 @@ def _kernel_flops(eqn) -> float:
 
 
 def executed_kernel_flops(name: str, operands: Sequence[Shape]) -> float:
-    """FLOPs of one kernel call in the TPU's program. Attention by its blocks; a grouped product by its tiles of rows, of which one that
+    """FLOPs of one kernel call in a chip's program. Attention by its blocks; a grouped product by its tiles of rows, of which one that
     lies across the border of two groups is worked on twice. Rows that belong to no group count, though the kernel skips them.
 
     Raises ValueError for a kernel it does not know.
     """
-    floating = [shape.dims for shape in operands if shape.dtype in ("bf16", "f32")]
+    floating = [shape.dims for shape in operands if shape.dtype in ("bf16", "f16", "f32")]
     if "splash" in name:
         return splash_flops(name, floating, needed=False)
+    if "fmha" in name:
+        return attention_flops(math.prod(floating[0]), floating[0][1], backward="Backward" in name, block=CUDNN_BLOCK)
     if "gmm" in name:
         groups = next(shape.size for shape in operands if shape.dtype == "s32" and len(shape.dims) == 1) - 2  # their borders, and the rest
         (rows, inner), outer = floating[0], math.prod(floating[1]) // (floating[0][0] if "tgmm" in name else groups * floating[0][1])
@@ -77,10 +84,18 @@ def executed_kernel_flops(name: str, operands: Sequence[Shape]) -> float:
 
 
 def splash_flops(name: str, floating_operands: Sequence[tuple[int, ...]], needed: bool) -> float:
-    """Of causal splash attention on q [..., H, L, K] (its first operand): 2 products forward, 4 backward of half the scores are `needed`;
-    executed are all blocks that hold one of them, and backward the scores once more."""
+    """Of splash attention on q [..., H, L, K], the first operand of as many axes."""
     q = next(shape for shape in floating_operands if len(shape) >= 3)
-    products = 2 if "fwd" in name else 4 if needed else 5
-    blocks = q[-2] // splash_block(q[-2])
-    share = 0.5 if needed else (blocks + 1) / (2 * blocks)
-    return products * 2.0 * math.prod(q) * q[-2] * share
+    return attention_flops(math.prod(q), q[-2], backward="fwd" not in name, block=None if needed else splash_block(q[-2]))
+
+
+def attention_flops(size: int, length: int, backward: bool, block: int | None = None) -> float:
+    """Of causal attention among `length` positions on queries of `size` values: 2 products forward, 4 backward of half the scores are
+    needed. With `block`, what a kernel executes: all blocks of scores of that side that hold one of them, and backward the scores once more.
+    """
+    if block is None:
+        products, share = 4 if backward else 2, 0.5
+    else:
+        blocks = -(-length // block)
+        products, share = 5 if backward else 2, blocks * (blocks + 1) / 2 * (block / length) ** 2
+    return products * 2.0 * size * length * share

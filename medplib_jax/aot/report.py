@@ -8,15 +8,13 @@ from typing import Any
 
 import jax
 
-from medplib_jax.aot.chips import GB, Chip, chip_of, devices_of, full_rematerialisations
+from medplib_jax.aot.chips import GB, Chip, chip_of
 from medplib_jax.aot.flops import executed_kernel_flops, model_flops
-from medplib_jax.aot.hlo import Collective, Usage, read_usage
 from medplib_jax.aot.programs import Program, make_program
+from medplib_jax.aot.topologies import COMPILER_OPTIONS, devices_of, full_rematerialisations
+from medplib_jax.aot.usage import Collective, Usage, read_usage
 from medplib_jax.experiment import ExperimentConfig
 from medplib_jax.mesh import make_mesh
-
-# Weaving collectives into products changes neither what they do nor, much, what they need, but takes the compiler minutes.
-QUICK = {"xla_tpu_enable_async_collective_fusion": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +50,37 @@ def examine(request: Request) -> dict[str, Any]:
         "hbm_gb_per_chip": chip.hbm_bytes / GB,
     }
     try:
-        compiled = lowered.compile(compiler_options=QUICK)
+        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS[devices[0].platform])
     except jax.errors.JaxRuntimeError as error:
-        return head | _does_not_fit(str(error), chip)
+        return head | _refused(str(error), chip)
     head["compile_seconds"] = time.perf_counter() - start
     head["full_rematerialisations"] = full_rematerialisations()[said_before:]
-    return head | _memory(compiled, chip) | _work(program, _usage(compiled, program), needed, chip, mesh.size)
+    memory = compiled.memory_analysis()
+    peak = memory.peak_memory_in_bytes if devices[0].platform == "tpu" else _allotted(memory)
+    if peak > chip.hbm_bytes:  # the compiler for GPUs does not refuse such a program
+        return head | _does_not_fit(peak / GB, chip, "arguments, results and temporaries are more than the GPU's memory")
+    return head | _memory(memory, peak, chip) | _work(program, _usage(compiled, program), needed, chip, mesh.size)
 
 
-def _does_not_fit(message: str, chip: Chip) -> dict[str, Any]:
+def _refused(message: str, chip: Chip) -> dict[str, Any]:
     if "RESOURCE_EXHAUSTED" not in message:
         raise RuntimeError(message)
     wanted = re.search(r"\(?([\d.]+)([GM])\)? exceeds|Used ([\d.]+)([GM]) of", message)
     size, unit = [group for group in wanted.groups() if group] if wanted else (None, None)
-    needs = float(size) * {"G": 2**30, "M": 2**20}[unit] / GB if wanted else None
+    return _does_not_fit(float(size) * {"G": 2**30, "M": 2**20}[unit] / GB if wanted else None, chip, message)
+
+
+def _does_not_fit(needs: float | None, chip: Chip, message: str) -> dict[str, Any]:
+    """`needs`: GB, where known."""
     return {"fits": False, "peak_hbm_gb_per_chip": needs, "spare_share": None if needs is None else 1 - needs * GB / chip.hbm_bytes, "message": message}
 
 
-def _memory(compiled, chip: Chip) -> dict[str, Any]:
-    memory = compiled.memory_analysis()
-    peak = memory.peak_memory_in_bytes
+def _allotted(memory) -> int:
+    """Bytes that a GPU's program takes. Its temporaries are one piece of memory, gaps included, which the compiler's own peak leaves out."""
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+
+
+def _memory(memory, peak: int, chip: Chip) -> dict[str, Any]:
     return {
         "fits": True,
         "argument_gb_per_chip": memory.argument_size_in_bytes / GB,
@@ -143,7 +152,7 @@ def _work_lines(report: dict[str, Any]) -> list[str]:
         f"HBM traffic         {report['hbm_traffic_gb_per_chip']:8.1f} GB per chip and step",
         "collectives         GB received per chip and step (executions)",
         *(f"  {kind:18}{total['gb']:8.3f} GB ({total['count']:.0f})" for kind, total in report["collectives"].items()),
-        "Pallas kernels      calls per step",
+        "kernels             calls per step",
         *(f"  {name:42}{kernel['calls']:8.0f}" for name, kernel in report["kernels"].items()),
         "roofline            seconds per step, each with perfect overlap",
         *(f"  {name:18}{value:8.3f} s" for name, value in seconds.items()),

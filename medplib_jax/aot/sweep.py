@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medplib_jax.aot.chips import devices_of
+from medplib_jax.aot.topologies import devices_of
 from medplib_jax.aot.report import Request, examine
 from medplib_jax.experiment import MeshConfig
 

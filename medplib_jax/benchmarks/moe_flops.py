@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags
 from jax.sharding import NamedSharding, PartitionSpec
 
-from medplib_jax.aot.chips import devices_of
+from medplib_jax.aot.topologies import devices_of
 from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.experiment import MeshConfig
 from medplib_jax.mesh import make_mesh

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from medplib_jax.aot import chips
 from medplib_jax.aot.programs import abstract_batch, make_program
 from medplib_jax.aot.report import Request, as_text, examine
 from medplib_jax.aot.sweep import as_table, candidates
+from medplib_jax.aot.topologies import CUDA_PLUGINS, devices_of, full_rematerialisations
 from medplib_jax.experiment import MeshConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models.expert_exchange import carries_ragged, with_exchange
@@ -51,7 +51,7 @@ def test_a_training_step_for_four_chips():
 @needs_libtpu
 @pytest.mark.parametrize(("topology", "ragged"), [("v5e:4x4", True), ("v5e:4x8", False), ("v6e:4x8", True)])
 def test_rows_travel_to_their_experts_on_every_network(topology, ragged):
-    mesh = make_mesh(MeshConfig(data=-1, expert=2), chips.devices_of(topology))
+    mesh = make_mesh(MeshConfig(data=-1, expert=2), devices_of(topology))
     rows = NamedSharding(mesh, PartitionSpec(("data", "expert")))
     x = jax.ShapeDtypeStruct((16 * mesh.size, 128), jnp.bfloat16, sharding=rows)
     expert = jax.ShapeDtypeStruct((16 * mesh.size,), jnp.int32, sharding=rows)
@@ -79,38 +79,38 @@ def test_programs_have_the_shapes_of_real_batches():
 
 def test_what_is_missing_or_misspelt_is_said(monkeypatch):
     with pytest.raises(ValueError, match="topology 'v5e-16' is not KIND:SHAPE"):
-        chips.devices_of("v5e-16")
+        devices_of("v5e-16")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install 'medplib_jax\\[tpu\\]'"):
-        chips.devices_of("v5e:2x2")
+        devices_of("v5e:2x2")
 
 
 @needs_libtpu
 def test_bad_shardings_are_heard_of():
-    devices = np.array(chips.devices_of("v5e:2x4")).reshape(2, 4)
-    mesh, before = Mesh(devices, ("x", "y"), axis_types=(AxisType.Auto,) * 2), len(chips.full_rematerialisations())
+    devices = np.array(devices_of("v5e:2x4")).reshape(2, 4)
+    mesh, before = Mesh(devices, ("x", "y"), axis_types=(AxisType.Auto,) * 2), len(full_rematerialisations())
 
     def reshard(a):
         a = jax.lax.with_sharding_constraint(jnp.sin(a), NamedSharding(mesh, PartitionSpec("x", None, "y")))
         return jax.lax.with_sharding_constraint(a + 1, NamedSharding(mesh, PartitionSpec(None, ("y", "x"))))
 
     jax.jit(reshard).lower(jax.ShapeDtypeStruct((16, 8, 8), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("x", "y")))).compile()
-    assert len(chips.full_rematerialisations()) > before
+    assert len(full_rematerialisations()) > before
 
 
 @needs_libtpu
 def test_an_unknown_shape_is_refused():
     with pytest.raises(ValueError, match="topology 'v5e:3x5'"):
-        chips.devices_of("v5e:3x5")
+        devices_of("v5e:3x5")
 
 
 @needs_libtpu
 def test_slices_become_the_outer_part_of_the_data_axis():
-    mesh = make_mesh(MeshConfig(data=1, fsdp=-1, dcn_data=2), chips.devices_of("v5e:2x2", slices=2))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1, dcn_data=2), devices_of("v5e:2x2", slices=2))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
     assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}]
     with pytest.raises(ValueError, match="mesh.dcn_data is 1, but the devices form 2 slices"):
-        make_mesh(MeshConfig(data=2, fsdp=-1), chips.devices_of("v5e:2x2", slices=2))
+        make_mesh(MeshConfig(data=2, fsdp=-1), devices_of("v5e:2x2", slices=2))
 
 
 def test_candidates_of_a_sweep():

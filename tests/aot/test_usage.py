@@ -2,7 +2,7 @@
 
 import pytest
 
-from medplib_jax.aot.hlo import read_usage
+from medplib_jax.aot.usage import read_usage
 
 MODULE = """HloModule jit_f, is_scheduled=true
 
