@@ -19,6 +19,7 @@ from medplib_jax.experiment import ExperimentConfig, MeshConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models.attention import splash_block
 from medplib_jax.models.grouped_matmul import TPU_ROW_TILE
+from medplib_jax.models.grouped_matmul_gpu import DEPTH_BYTES, ROWS
 
 CUDNN_BLOCK = 128  # side of the blocks of scores in cuDNN's flash attention
 
@@ -66,8 +67,7 @@ def _kernel_flops(eqn) -> float:
 
 
 def executed_kernel_flops(name: str, operands: Sequence[Shape]) -> float:
-    """FLOPs of one kernel call in a chip's program. Attention by its blocks; a grouped product by its tiles of rows, of which one that
-    lies across the border of two groups is worked on twice. Rows that belong to no group count, though the kernel skips them.
+    """FLOPs of one kernel call in a chip's program. Attention by its blocks, a grouped product by its tiles of rows.
 
     Raises ValueError for a kernel it does not know.
     """
@@ -77,10 +77,21 @@ def executed_kernel_flops(name: str, operands: Sequence[Shape]) -> float:
     if "fmha" in name:
         return attention_flops(math.prod(floating[0]), floating[0][1], backward="Backward" in name, block=CUDNN_BLOCK)
     if "gmm" in name:
-        groups = next(shape.size for shape in operands if shape.dtype == "s32" and len(shape.dims) == 1) - 2  # their borders, and the rest
-        (rows, inner), outer = floating[0], math.prod(floating[1]) // (floating[0][0] if "tgmm" in name else groups * floating[0][1])
-        return 2.0 * (rows + TPU_ROW_TILE * (groups - 1)) * inner * outer
+        integers = next(shape.size for shape in operands if shape.dtype == "s32" and len(shape.dims) == 1)
+        return _grouped_flops(name, integers, *floating[:2])
     raise ValueError(f"kernel {name} is not one whose FLOPs are known")
+
+
+def _grouped_flops(name: str, integers: int, first: tuple[int, ...], second: tuple[int, ...]) -> float:
+    """Of rows `first` [S, D] with `second`, matrices or other rows. Tiles that some sizes of the groups need count, though others leave them out."""
+    (rows, inner), outer = first, second[-1] if "tgmm" in name else math.prod(second) // (second[0] * first[1])
+    if name.startswith("tgmm_triton"):
+        rows += integers * (DEPTH_BYTES // 2)  # every group has steps of its own; as many integers as groups
+    elif name.startswith("gmm_triton"):
+        rows = (integers - 1) * ROWS  # as many integers as tiles, one of which holds rows of no group
+    else:
+        rows += (integers - 3) * TPU_ROW_TILE  # a tile across the border of two groups is worked on twice; the groups' borders, and the rest's
+    return 2.0 * rows * inner * outer
 
 
 def splash_flops(name: str, floating_operands: Sequence[tuple[int, ...]], needed: bool) -> float:

@@ -39,13 +39,14 @@ def multiply(x_SxD: Array, w_ExDxF: Array, sizes_E: Array, *, transpose: bool, d
     group_T, start_T, stop_T = row_tiles(sizes_E, rows)
     tiles = (len(group_T), outer // columns)
     kernel = functools.partial(_multiply_kernel, tiles=tiles, depth=depth, columns=columns, transpose=transpose)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((rows, outer), x_SxD.dtype),
         grid=(math.prod(tiles),),
         name="gmm_triton",
         **_how(device, 2 * rows * inner * outer),
-    )(group_T, start_T, stop_T, x_SxD, w_ExDxF)
+    )
+    return _bind(call, group_T, start_T, stop_T, x_SxD, w_ExDxF)
 
 
 def weight_gradient(x_SxD: Array, dy_SxF: Array, sizes_E: Array, *, device) -> Array:
@@ -55,13 +56,14 @@ def weight_gradient(x_SxD: Array, dy_SxF: Array, sizes_E: Array, *, device) -> A
     height, columns = tile_of(inner, ROWS), tile_of(outer, 256)
     stop_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
     kernel = functools.partial(_weight_gradient_kernel, height=height, columns=columns, depth=DEPTH_BYTES // x_SxD.dtype.itemsize)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((len(sizes_E), inner, outer), jnp.float32),
         grid=(inner // height, outer // columns, len(sizes_E)),
         name="tgmm_triton",
         **_how(device, 2 * rows * inner * outer),
-    )(stop_E - sizes_E.astype(jnp.int32), stop_E, x_SxD, dy_SxF)
+    )
+    return _bind(call, stop_E - sizes_E.astype(jnp.int32), stop_E, x_SxD, dy_SxF)
 
 
 def row_tiles(sizes_E: Array, rows: int) -> tuple[Array, Array, Array]:
@@ -87,6 +89,13 @@ def _largest_tile(device):
 def _how(device, flops: int) -> dict:
     cost = pl.CostEstimate(flops=flops, bytes_accessed=0, transcendentals=0)
     return {"compiler_params": plgpu.CompilerParams(num_warps=8, num_stages=STAGES), "interpret": device.platform != "gpu", "cost_estimate": cost}
+
+
+def _bind(call, *args: Array) -> Array:
+    """Jitted: a call that nobody reads (experts may be frozen) is dropped from a program, a kernel is not. In the mesh of the rows: the
+    result says by its mesh what the program is for, as they do."""
+    with jax.sharding.use_abstract_mesh(jax.typeof(args[-2]).sharding.mesh):
+        return jax.jit(call)(*args)
 
 
 def _multiply_kernel(group_ref, start_ref, stop_ref, x_ref, w_ref, y_ref, *, tiles, depth, columns, transpose):

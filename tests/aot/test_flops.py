@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-
 import pytest
 
 from medplib_jax.aot.flops import count_flops, executed_kernel_flops, splash_flops
 from medplib_jax.aot.hlo import Shape
+from medplib_jax.models import attention
 from medplib_jax.models.attention import splash_block
 
 
@@ -59,3 +59,31 @@ def test_grouped_products_execute_tiles_on_a_border_twice():
     assert executed_kernel_flops("tgmm.1", [*sizes, rows, wide]) == expected
     with pytest.raises(ValueError, match="kernel mystery.1 is not one"):
         executed_kernel_flops("mystery.1", [])
+
+
+def test_grouped_products_of_a_gpu_execute_tiles_of_every_group():
+    tiles, groups = (Shape("s32", (number,), False) for number in (2000 // 128 + 3, 2))  # two groups and the rest
+    rows, wide, weights = (Shape("bf16", dims, False) for dims in ((2000, 512), (2000, 768), (2, 512, 768)))
+    assert executed_kernel_flops("gmm_triton", [tiles, tiles, tiles, rows, weights]) == 2 * 17 * 128 * 512 * 768
+    assert executed_kernel_flops("gmm_triton", [tiles, tiles, tiles, wide, weights]) == 2 * 17 * 128 * 512 * 768  # with the weights transposed
+    assert executed_kernel_flops("tgmm_triton", [groups, groups, rows, wide]) == 2 * (2000 + 2 * 64) * 512 * 768
+
+
+def test_cudnn_needs_what_splash_needs(monkeypatch):
+    """Traced as for a GPU and as for a TPU; there is none here to run it."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda *_: False)
+    queries, keys = (jax.ShapeDtypeStruct((2, 1024, heads, 128), jnp.bfloat16) for heads in (4, 2))
+
+    def loss(q, k, v):
+        return attention.attend_within(q, k, v, jnp.ones((2, 1024), bool)).astype(jnp.float32).sum()
+
+    def counted(platform):
+        for name in ("gpu", "tpu"):
+            monkeypatch.setattr(attention, f"is_for_{name}", lambda _, name=name: name == platform)
+        return count_flops(jax.jit(jax.grad(loss, (0, 1, 2))).trace(queries, keys, keys).jaxpr.jaxpr)
+
+    assert counted("gpu") == (2 + 4) * 2 * 2 * 4 * 1024 * 1024 * 128 / 2
+    assert counted("gpu") == pytest.approx(counted("tpu"), rel=1e-3)  # which has sums of products with dy outside the kernel
