@@ -161,6 +161,7 @@ def _group_size(attributes: str) -> int:
 
 # ---- memory traffic ----
 
+_SLICING = ("dynamic-slice", "gather", "slice")
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written into the first one
 _NAMES_OPERANDS = ("all-gather-start", "reduce-scatter-start", "all-to-all-start", "collective-permute-start")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "iota", "partition-id")
@@ -174,7 +175,7 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
     fusion = computations.get(instruction.called[0]) if instruction.opcode == "fusion" and instruction.called else None
     if fusion:
         return sum(_fusion_traffic(fusion, instruction.shapes))
-    if instruction.opcode in ("dynamic-slice", "gather", "slice"):
+    if instruction.opcode in _SLICING:
         return 2.0 * _hbm(instruction.shapes)
     if instruction.opcode in _IN_PLACE:
         return 2.0 * _hbm(operands[_IN_PLACE[instruction.opcode]])
@@ -211,14 +212,14 @@ def _fusion_traffic(fusion: Computation, results: tuple[Shape, ...]) -> Iterator
 
 def _read(source: Instruction, users: dict[str, list[Instruction]], fusion: Computation) -> float:
     """Bytes of an array inside a fusion that are read, or written when the fusion updates it in place."""
-    total = 0.0
+    total, whole = 0.0, float(sum(shape.bytes for shape in source.shapes))
     for user in users[source.name]:
         if user.opcode == "bitcast":
             total += _read(user, users, fusion)
-        elif user.opcode == "dynamic-slice" and user.operands[0] == source.name:
+        elif user.opcode in _SLICING and user.operands[0] == source.name:
             total += sum(shape.bytes for shape in user.shapes)
         elif user.opcode in _IN_PLACE and user.operands[0] == source.name:
             total += sum(shape.bytes for shape in fusion[user.operands[_IN_PLACE[user.opcode]]].shapes)
         else:
-            return float(sum(shape.bytes for shape in source.shapes))
-    return total
+            return whole
+    return min(total, whole)
