@@ -1,11 +1,11 @@
-"""Compiles a program for a TPU topology on any machine and prints what it needs.
+"""Compiles a program for a TPU topology or for nodes of NVIDIA GPUs on any machine and prints what it needs.
 
 COMMAND
-    python -m medplib_jax.aot --config=configs/stage4_moe.py:7b --topology=v5e:8x8 [--program=train|eval|decode] [--json=FILE]
+    python -m medplib_jax.aot --config=configs/stage4_moe.py:7b --topology=v5e:8x8|h200:8 [--program=train|eval|decode] [--json=FILE]
         [--length=1024] [--rows=128] [--sweep] [--config.mesh.fsdp=32 --config.mesh.dcn_data=2 ...]
 
-Memory, FLOPs, collectives, kernels and a roofline of one step; no TPU is needed, only libtpu (the extra `tpu`). A program at
-7B compiles for about a minute. `--sweep` tries batch sizes, remat policies and meshes and lists those that fit, best first.
+Memory, FLOPs, collectives, kernels and a roofline of one step; no TPU or GPU is needed, only its compiler: libtpu (the extra `tpu`)
+or JAX's CUDA plugin (the extra `gpu`). A program at 7B compiles for about a minute. `--sweep` tries batch sizes, remat policies and meshes and lists those that fit, best first.
 """
 
 import json
@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: a TPU of this machine is not needed
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: a TPU or GPU of this machine is not needed
 
 import jax  # noqa: E402
 from absl import app, flags  # noqa: E402
@@ -25,7 +25,9 @@ from medplib_jax.aot.sweep import as_table, sweep  # noqa: E402
 from medplib_jax.experiment import from_config_dict  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:SIZE")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "KIND:SHAPE, such as v5e:8x8, v5p:4x4x4, v6e:16x16; config.mesh.dcn_data such slices")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "TPUs KIND:SHAPE, such as v5e:8x8, v5p:4x4x4, v6e:16x16, GPUs KIND:NUMBER, such as h200:8; config.mesh.dcn_data such slices or nodes"
+)
 _PROGRAM = flags.DEFINE_enum("program", "train", PROGRAMS, "what to compile")
 _LENGTH = flags.DEFINE_integer("length", None, "positions per row; default: the longest of data.bucket_lengths")
 _ROWS = flags.DEFINE_integer("rows", None, "global batch; default: data.batch_size, for eval and decode eval.batch_size")

@@ -87,11 +87,11 @@ def _executed(computations: dict[str, Computation], entry: str, loop_trips: int)
         for instruction in computations[name].values():
             if instruction.opcode.removesuffix("-start") in _ELEMENTWISE_CALLERS:
                 continue  # what they call works on single elements
-            is_loop = instruction.opcode == "while"
+            is_loop, called = instruction.opcode == "while", [name for name in instruction.called if name in computations]
             trips = _trips(instruction, computations, loop_trips) if is_loop else 1
-            for called in instruction.called:
-                if called in computations:
-                    pending.append((called, times * trips, in_loop or is_loop, fused or instruction.opcode == "fusion"))
+            if instruction.opcode == "conditional":
+                trips = 1 / len(called)  # which branch runs is not known: each counts in part
+            pending += [(name, times * trips, in_loop or is_loop, fused or instruction.opcode == "fusion") for name in called]
 
 
 def _trips(loop: Instruction, computations: dict[str, Computation], unknown: int) -> int:
@@ -107,11 +107,15 @@ def _trips(loop: Instruction, computations: dict[str, Computation], unknown: int
     for computation in (condition, *fused):
         for compare in (i for i in computation.values() if i.opcode == "compare"):
             sides = [computation[name] for name in compare.operands]
-            bounds = [int(side.literal) for side in sides if side.opcode == "constant" and side.shapes[0].dtype in ("s32", "u32")]
+            bounds = [int(side.literal) for side in sides if side.opcode == "constant" and _is_counter(side.shapes[0])]
             counters = [re.search(r"index=(\d+)", side.attributes) for side in sides if side.opcode == "get-tuple-element"]
             step = _step(body, int(counters[0].group(1))) if counters else 1
             trips += [-(-bound // step) for bound in bounds]
     return max(trips) or unknown
+
+
+def _is_counter(shape: Shape) -> bool:
+    return shape.dtype in ("s32", "u32") and not shape.dims
 
 
 def _step(body: Computation, place: int) -> int:

@@ -32,7 +32,10 @@ MODULE = r"""HloModule jit_f, is_scheduled=true
   %bound = s32[] constant(3)
   %lt = pred[] compare(%p0, %bound), direction=LT
   %p1 = s32[] parameter(1)
-  %other = pred[] compare(%p0, %p1), direction=LT
+  %row = s32[1]{0} bitcast(%p1)
+  %end = s32[1]{0} constant({9})
+  %going = pred[1]{0} compare(%row, %end), direction=NE
+  %other = pred[] bitcast(%going)
   ROOT %and = pred[] and(%lt, %other)
 }
 

@@ -109,6 +109,28 @@ def test_a_loop_without_a_bound_runs_as_often_as_it_is_said_to():
     assert read_usage(unbounded, lambda name, operands: float(operands[0].size), loop_trips=7).flops == 7 * 2 * 16 * 64 * 32 + kernels
 
 
+def test_one_branch_of_a_conditional_runs():
+    calls = (
+        "custom-call(%q, %q, %q), custom_call_target=\"tpu_custom_call\"",
+        "conditional(%which, %q, %q), branch_computations={%scaled, %same}",
+        "conditional(%which, %q, %q), true_computation=%scaled, false_computation=%same",
+    )
+    branches = """%scaled (p.1: bf16[2,256,128]) -> bf16[2,256,128] {
+  %p.1 = bf16[2,256,128]{2,1,0} parameter(0)
+  ROOT %scale.1 = bf16[2,256,128]{2,1,0} custom-call(%p.1), custom_call_target="tpu_custom_call"
+}
+
+%same (p.2: bf16[2,256,128]) -> bf16[2,256,128] {
+  ROOT %p.2 = bf16[2,256,128]{2,1,0} parameter(0)
+}
+
+"""
+    module = MODULE.replace("ENTRY", branches + "ENTRY").replace("%zero =", "%which = pred[] constant(true)\n  %zero =")
+    for conditional in calls[1:]:
+        kernels = read_usage(module.replace(calls[0], conditional), lambda name, operands: 6.0).kernels
+        assert kernels == {"scale": (0.5, 3.0)}
+
+
 def test_what_is_not_hlo_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         read_usage("func.func @main", lambda *_: 0.0)
