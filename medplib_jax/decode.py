@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from medplib_jax.config import ModelConfig
-from medplib_jax.decode_layout import decoding_model, is_laid_out, lay_out, one_device
+from medplib_jax.decode_layout import compiler_options, decoding_model, is_laid_out, lay_out, one_device
 from medplib_jax.models.attention import KVCache
 from medplib_jax.models.layers import bind
 from medplib_jax.models.llm import init_cache
@@ -185,9 +185,9 @@ class Generator:
         self.params = params if is_laid_out(params) else lay_out(config, params, self.mesh, quantize)
         self._rows = batch_sharding(self.mesh)
         self._dispatch = threading.Lock()  # of programs that several threads ask for, so that each is compiled once
-        slots = self._slot_shardings()
-        self._prefill = jax.jit(decoder.prefill, static_argnames="room", out_shardings=slots)
-        self._decode = jax.jit(decoder.decode, donate_argnums=1, out_shardings=slots)
+        slots, options = self._slot_shardings(), compiler_options(self.mesh)
+        self._prefill = jax.jit(decoder.prefill, static_argnames="room", out_shardings=slots, compiler_options=options)
+        self._decode = jax.jit(decoder.decode, donate_argnums=1, out_shardings=slots, compiler_options=options)
         self._insert = jax.jit(_insert, donate_argnums=0, out_shardings=slots)
         self._empty = jax.jit(decoder.empty, static_argnums=(1, 2), out_shardings=slots)
         self._prompts = jax.jit(decoder.prompts)

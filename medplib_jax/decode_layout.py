@@ -53,6 +53,12 @@ def lay_out(config: ModelConfig, params: Params, mesh: Mesh | None = None, quant
     return jax.jit(arrange, out_shardings=param_shardings(logical_axes(model), params_of(model), mesh))(params)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, int]:
+    """For the programs that decode. On a GPU: products with the same factor stay apart, for which XLA would else copy the other factors (the
+    kernels of queries, keys and values) side by side, anew for every token."""
+    return {"xla_gpu_dot_merger_threshold_mb": 0} if _is_gpu(mesh) else {}
+
+
 def is_laid_out(params: Params) -> bool:
     return "0" in params["llm"]["layers"]
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medplib_jax.config import LoraConfig, ModelConfig
 from medplib_jax.decode import Decoder, Sampling
-from medplib_jax.decode_layout import decoding_model
+from medplib_jax.decode_layout import compiler_options, decoding_model
 from medplib_jax.experiment import DataConfig, ExperimentConfig
 from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import bind, params_of
@@ -92,7 +92,8 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Pro
 
     batch = abstract_batch(config.data, config.model, mesh, rows, length - new_tokens)
     seed = _placed(jax.ShapeDtypeStruct((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
-    return Program(answer, (_evaluated(model, config, mesh), batch, batch.record, seed), {}, rows * new_tokens, new_tokens)
+    args = _evaluated(model, config, mesh), batch, batch.record, seed
+    return Program(answer, args, {"compiler_options": compiler_options(mesh)}, rows * new_tokens, new_tokens)
 
 
 def _for_evaluation(config: ExperimentConfig) -> ExperimentConfig:
