@@ -222,7 +222,8 @@ class Experts(nnx.Module):
         order, inverse, member = sort_by_expert(expert_N, self.gate.kernel.shape[0])
         sizes = member.sum(0, dtype=jnp.int32)
         x = permute_rows(x_NxD, order, inverse)
-        h = jax.nn.silu(self.gate.sorted_rows(x, sizes, member, rngs[0])) * self.up.sorted_rows(x, sizes, member, rngs[1])
+        gate = checkpoint_name(self.gate.sorted_rows(x, sizes, member, rngs[0]), "gate")
+        h = jax.nn.silu(gate) * checkpoint_name(self.up.sorted_rows(x, sizes, member, rngs[1]), "up")
         return permute_rows(self.down.sorted_rows(h, sizes, member, rngs[2]), inverse, order)
 
 
@@ -253,7 +254,8 @@ class SwiGlu(nnx.Module):
 
     def __call__(self, x: Array, rng: Array | None = None) -> Array:
         gate_rng, up_rng, down_rng = split_rng(rng, 3)
-        return self.down(jax.nn.silu(self.gate(x, rng=gate_rng)) * self.up(x, rng=up_rng), rng=down_rng)
+        gate, up = checkpoint_name(self.gate(x, rng=gate_rng), "gate"), checkpoint_name(self.up(x, rng=up_rng), "up")
+        return self.down(jax.nn.silu(gate) * up, rng=down_rng)
 
 
 class ExpertsApart(nnx.Module):
