@@ -29,10 +29,13 @@ TINY = ModelConfig(
 
 
 MODELS = {"small": SMALL, "tiny": TINY}
+SIZES = (*MODELS, "7b")
 
 
-def wide(layers: int) -> ModelConfig:
-    """MedPLIB-7B with fewer decoder layers, as many as fit one device beside the peer."""
+def model(size: str, layers: int) -> ModelConfig:
+    """One of SIZES. "7b" is MedPLIB-7B with fewer decoder layers, as many as fit one device beside the peer."""
+    if size in MODELS:
+        return MODELS[size]
     large = ModelConfig(dtype="bfloat16", remat="products", scan_unroll=layers)  # a loop copies what its steps keep, as on a CPU
     return dataclasses.replace(large, llm=dataclasses.replace(large.llm, num_layers=layers))
 

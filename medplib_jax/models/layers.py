@@ -1,8 +1,10 @@
 """The few layers that every model is made of, how layers are stacked for scan, and the bridge to plain parameter trees."""
 
 import math
+import os
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -234,7 +236,9 @@ def draw_params(module: nnx.Module, seed: int) -> Params:
         rng = np.random.default_rng([seed, zlib.crc32("/".join(map(str, path)).encode())])
         return variable.std * rng.standard_normal(variable.shape, np.float32)
 
-    values = {path: draw(path, variable) for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    variables = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy draws without holding the interpreter
+        values = dict(zip(variables, pool.map(draw, variables, variables.values())))
     return _string_keys(nnx.traversals.unflatten_mapping(values))
 
 
