@@ -20,6 +20,7 @@ from PIL import Image
 from convert import from_torch, to_torch
 from convert.torch_reference import TorchReference
 from medplib_jax.decode import Generator
+from medplib_jax.decode_layout import laid_out_model
 from medplib_jax.models.clip import normalise_clip
 from medplib_jax.models.layers import abstract_module, bind
 from medplib_jax.models.medplib import MedPLIB
@@ -57,7 +58,7 @@ def compare(
     stored = to_torch.open_checkpoint(workdir)
     config, tokenizer = dataclasses.replace(stored.config, dtype=dtype), Tokenizer.load(str(stored.tokenizer))
     reference = TorchReference(from_torch.read_sources(torch_source), config)
-    model = abstract_module(lambda rngs: MedPLIB(config, rngs, stacked=False))  # as the predictor's parameters lie
+    model = laid_out_model(config)  # as the predictor's parameters lie
     predictor = Predictor(workdir, max_new_tokens=max_new_tokens)
     params = predictor.params
     generator = Generator(config, params, eos_id=tokenizer.eos_id, seg_id=tokenizer.seg_id, max_new_tokens=max_new_tokens, max_masks=0)

@@ -25,7 +25,7 @@ TORCH_FILES = ("*.safetensors", "*.bin", "*.pth")
 class Checkpoint:
     """One complete step. `path` is what was asked for, `workdir` where the step lies (of PyTorch weights: converted).
 
-    quantize: how its weights are kept while it answers, see `decode.decoding_model`; a part of name and run, so that both stand side by side.
+    quantize: how its weights are kept while it answers, see `decode_layout.decoding_model`; a part of name and run, so that both stand side by side.
     """
 
     name: str

@@ -6,7 +6,6 @@ record's own key, and all shapes are fixed, so the answer is the same whatever s
 """
 
 import dataclasses
-import functools
 import threading
 
 import flax.struct
@@ -17,19 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from medplib_jax.config import ModelConfig
-from medplib_jax.experiment import MeshConfig
-from medplib_jax.mesh import make_mesh
+from medplib_jax.decode_layout import compiler_options, decoding_model, is_laid_out, lay_out, one_device
 from medplib_jax.models.attention import KVCache
-from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
-from medplib_jax.models.llm import init_cache, unstack
+from medplib_jax.models.layers import bind
+from medplib_jax.models.llm import init_cache
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.models.quantize import quantize_module, quantize_params
 from medplib_jax.routing import count_choices, token_kinds
-from medplib_jax.sharding import BATCH_AXES, axis_size, batch_sharding, mesh_axes, param_shardings
+from medplib_jax.sharding import BATCH_AXES, axis_size, batch_sharding, mesh_axes
 from medplib_jax.types import Array, Batch, Params
-
-
-QUANTIZE = ("", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +170,7 @@ class Generator:
     `max_masks` is the number of masks drawn per answer; a `<SEG>` beyond it stays in the text without a mask. With `original_masks` one
     mask is drawn as the original does (model/MedPLIB.py evaluate): from the first `<SEG>` of prompt and answer, and where there is none
     from the second last state. `params` are a checkpoint's, or laid out already (`lay_out`). `mesh`: devices of
-    this process that share the work (its data and fsdp axes) and hold the parameters. `quantize`: see `decoding_model`.
+    this process that share the work (its data and fsdp axes) and hold the parameters. `quantize`: see `decode_layout.decoding_model`.
     """
 
     def __init__(
@@ -185,15 +179,15 @@ class Generator:
     ):  # fmt: skip
         if original_masks and max_masks != 1:
             raise ValueError(f"the original draws one mask per answer, not {max_masks}")
-        model = decoding_model(config, quantize)
+        self.mesh = mesh or one_device()
+        model = decoding_model(config, quantize, self.mesh)
         self._decoder = decoder = Decoder(model, eos_id, seg_id, max_new_tokens, max_masks, sampling, original_masks)
-        self.mesh = mesh or _one_device()
-        self.params = params if _is_laid_out(params) else lay_out(config, params, self.mesh, quantize)
+        self.params = params if is_laid_out(params) else lay_out(config, params, self.mesh, quantize)
         self._rows = batch_sharding(self.mesh)
         self._dispatch = threading.Lock()  # of programs that several threads ask for, so that each is compiled once
-        slots = self._slot_shardings()
-        self._prefill = jax.jit(decoder.prefill, static_argnames="room", out_shardings=slots)
-        self._decode = jax.jit(decoder.decode, donate_argnums=1, out_shardings=slots)
+        slots, options = self._slot_shardings(), compiler_options(self.mesh)
+        self._prefill = jax.jit(decoder.prefill, static_argnames="room", out_shardings=slots, compiler_options=options)
+        self._decode = jax.jit(decoder.decode, donate_argnums=1, out_shardings=slots, compiler_options=options)
         self._insert = jax.jit(_insert, donate_argnums=0, out_shardings=slots)
         self._empty = jax.jit(decoder.empty, static_argnums=(1, 2), out_shardings=slots)
         self._prompts = jax.jit(decoder.prompts)
@@ -246,31 +240,6 @@ class Generator:
 
     def _put(self, tree):
         return jax.device_put(tree, self._rows)
-
-
-def lay_out(config: ModelConfig, params: Params, mesh: Mesh | None = None, quantize: str = "") -> Params:
-    """A checkpoint's parameters as decoding reads them, layers and experts apart, on the devices of the mesh. Several generators may share them."""
-    model = decoding_model(config, quantize)
-    arrange = (lambda params: quantize_params(unstack(params))) if quantize else unstack
-    return jax.jit(arrange, out_shardings=param_shardings(logical_axes(model), params_of(model), mesh or _one_device()))(params)
-
-
-def _is_laid_out(params: Params) -> bool:
-    return "0" in params["llm"]["layers"]
-
-
-def decoding_model(config: ModelConfig, quantize: str = "") -> MedPLIB:
-    """The abstract model for decoding: layers apart, experts without a capacity, which would let a token's expert depend on the rest of
-    the batch; with `quantize` "int8" its linear layers have weights of 8 bits."""
-    if quantize not in QUANTIZE:
-        raise ValueError(f"quantize {quantize!r} is not one of {QUANTIZE}")
-    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dropless"))
-    model = abstract_module(functools.partial(MedPLIB, config, stacked=False))
-    return quantize_module(model) if quantize else model
-
-
-def _one_device() -> Mesh:
-    return make_mesh(MeshConfig(), jax.local_devices()[:1])
 
 
 def draw_token(logits_BxV: Array, key_B: Array | None, sampling: Sampling) -> Array:

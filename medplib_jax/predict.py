@@ -25,7 +25,8 @@ from medplib_jax.data.images import load_image
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.sources import Record
 from medplib_jax.data.tokenizer import Tokenizer
-from medplib_jax.decode import QUANTIZE, Generator, Sampling
+from medplib_jax.decode import Generator, Sampling
+from medplib_jax.decode_layout import QUANTIZE
 from medplib_jax.evaluators.common import mask_drawer
 from medplib_jax.report import PALETTE, overlay
 from medplib_jax.types import Batch, Params

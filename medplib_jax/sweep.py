@@ -25,7 +25,8 @@ from medplib_jax.config import LoraConfig
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import Loader, eval_batches
 from medplib_jax.data.tokenizer import Tokenizer
-from medplib_jax.decode import Generator, lay_out
+from medplib_jax.decode import Generator
+from medplib_jax.decode_layout import lay_out
 from medplib_jax.evaluators import refer_box, reference, router, spice
 from medplib_jax.evaluators.common import Evaluator, mask_drawer
 from medplib_jax.evaluators.grounding import GroundingEvaluator

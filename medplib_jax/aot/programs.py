@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medplib_jax.config import LoraConfig, ModelConfig
-from medplib_jax.decode import Decoder, Sampling, decoding_model
+from medplib_jax.decode import Decoder, Sampling
+from medplib_jax.decode_layout import compiler_options, decoding_model
 from medplib_jax.experiment import DataConfig, ExperimentConfig
 from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import bind, params_of
@@ -77,7 +78,7 @@ def _eval(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Progr
 def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
     """Prompt to answer and masks, every answer as long as it may be."""
     config = _for_evaluation(config)
-    model, new_tokens = decoding_model(config.model), config.eval.max_new_tokens
+    model, new_tokens = decoding_model(config.model, mesh=mesh), config.eval.max_new_tokens
     if length <= new_tokens:
         raise ValueError(f"length {length} leaves no room for a prompt: eval.max_new_tokens is {new_tokens}")
     ends = {"eos_id": 2, "seg_id": config.model.llm.vocab_size - 1}  # any will do: values do not change the program
@@ -91,7 +92,8 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Pro
 
     batch = abstract_batch(config.data, config.model, mesh, rows, length - new_tokens)
     seed = _placed(jax.ShapeDtypeStruct((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
-    return Program(answer, (_evaluated(model, config, mesh), batch, batch.record, seed), {}, rows * new_tokens, new_tokens)
+    args = _evaluated(model, config, mesh), batch, batch.record, seed
+    return Program(answer, args, {"compiler_options": compiler_options(mesh)}, rows * new_tokens, new_tokens)
 
 
 def _for_evaluation(config: ExperimentConfig) -> ExperimentConfig:

@@ -4,7 +4,8 @@
 
 cpu      a training step, a mixture beside one MLP, parts of the step, peak memory, start-up
 decode   time to the first token and tokens per second, batch 1 and 16, also with weights of 8 bits
-gpu      stage IV and III at 7B's width with as many layers as fit (--layers), MFU, parts, answers; needs one accelerator
+gpu      memory, stage IV and III at 7B's width with as many layers as fit (--layers), MFU, parts, answers, input at the steps' rate; needs
+         one accelerator
 tpu      bounds of stage IV at 7B on v5e, v5p and v6e by the TPU's compiler; needs libtpu, no TPU
 data     whether the input keeps up with a rate (--rate); with --data also time per record beside a PyTorch DataLoader
 convert  speed and memory of the conversion
@@ -19,15 +20,15 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from convert import benchmark
 from medplib_jax.benchmarks import accelerator, data_pipeline, decoding, feeding, memory, parts, roofline, startup, training, workload
 from medplib_jax.benchmarks.measure import Table
 from medplib_jax.compilation import use_cache
-from medplib_jax.config import ModelConfig
 
 
 # Each suite says which parts it has: {name: what measures it}.
@@ -40,7 +41,7 @@ def cpu(options: argparse.Namespace) -> Parts:
         "train_step": lambda: [training.compare(config, _peers(options), options.rounds)],
         "moe": lambda: [training.moe_over_dense(config, options.rounds)],
         "parts": lambda: [parts.measure(config, options.rounds)],
-        "memory": lambda: [memory.compare(options.size, options.against == "torch")],
+        "memory": lambda: [memory.compare(options.size, options.batch or 2, options.layers, options.against == "torch")],
         "startup": lambda: [startup.measure()],
     }
 
@@ -54,20 +55,29 @@ def decode(options: argparse.Namespace) -> Parts:
 
 
 def gpu(options: argparse.Namespace) -> Parts:
-    model = workload.wide(options.layers) if options.size == "7b" else workload.MODELS[options.size]
-    config = workload.experiment(model, options.batch or 8)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs its share of the memory
+    model, rows = workload.model(options.size, options.layers), options.batch or 8
+    config = workload.experiment(model, rows)
+    measured: dict[str, float] = {}
+
+    def step(stage: str) -> Iterator[Table]:
+        table = accelerator.training_step(workload.experiment(model, rows, stage), stage, _peers(options), options.rounds, options.device)
+        measured[stage] = rows / table.flat[f"train_step.stage_{stage}.ours.seconds"]
+        yield table
+
+    def keeps_up() -> Iterator[Table]:
+        """The input at the fastest of the rates that the steps have reached."""
+        yield feeding.measure(max(measured.values(), default=options.rate), options.workers, options.seconds)
+
     return {
+        "memory": lambda: [memory.compare(options.size, rows, options.layers, options.against == "torch")],  # first: it has the device for itself
         "rates": lambda: [accelerator.machine_rates(model.llm.hidden_size)],
-        **{f"stage_{stage}": functools.partial(_step_on_accelerator, options, model, stage) for stage in ("IV", "III")},
+        **{f"stage_{stage}": functools.partial(step, stage) for stage in ("IV", "III")},
         "moe": lambda: [training.moe_over_dense(config, options.rounds)],
         "parts": lambda: [parts.measure(config, options.rounds)],
         "decode": lambda: accelerator.answers(model, options.against == "torch", options.rounds, options.new_tokens, options.device),
+        "input": keeps_up,
     }
-
-
-def _step_on_accelerator(options: argparse.Namespace, model: ModelConfig, stage: str) -> list[Table]:
-    config = workload.experiment(model, options.batch or 8, stage)
-    return [accelerator.training_step(config, stage, _peers(options), options.rounds, options.device)]
 
 
 def tpu(options: argparse.Namespace) -> Parts:
@@ -111,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", metavar="PART,...", help="parts of the suite, by default all")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved runs, of which the median counts")
-    parser.add_argument("--size", choices=(*workload.MODELS, "7b"), help="default: small, 7b for gpu")
+    parser.add_argument("--size", choices=workload.SIZES, help="default: small, 7b for gpu")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (gpu, convert)")
     parser.add_argument("--batch", type=int, help="rows (cpu: 2, gpu: 8, decode: 1 and 16)")
     parser.add_argument("--new-tokens", type=int, default=64)

@@ -50,7 +50,7 @@ def agreement(checkpoint: str, sources: list[str], limit: int) -> dict[str, tupl
 def bytes_of(model: ModelConfig, dtype) -> tuple[int, int]:
     """Bytes of all parameters, kept in `dtype` and with weights of 8 bits; nothing is allocated."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params_of(abstract_module(lambda rngs: MedPLIB(model, rngs))))
-    return num_bytes(shapes), num_bytes(jax.eval_shape(lambda params: quantize_params(unstack(params)), shapes))
+    return num_bytes(shapes), num_bytes(jax.eval_shape(lambda params: quantize_params(unstack(params, experts_apart=True)), shapes))
 
 
 def main() -> None:

@@ -40,9 +40,9 @@ def torch_generate(config: ExperimentConfig, new_tokens: int, device: str = "cpu
     """The peer's answers to the same batch."""
     import torch
 
-    from medplib_jax.benchmarks.torch_peer import Peer, to_torch
+    from medplib_jax.benchmarks.torch_peer import loaded, to_torch
 
     dtype = getattr(torch, config.model.dtype)
-    peer = Peer(config.model).load(draw_params(abstract_model(config.model), 0)).eval().to(device, dtype)
+    peer = loaded(config.model, draw_params(abstract_model(config.model), 0)).eval().to(device, dtype)
     inputs = to_torch(example_batch(config), device, dtype)
     return lambda: peer.generate(inputs, new_tokens).cpu().numpy()

@@ -57,10 +57,10 @@ def torch_step(config: ExperimentConfig, device: str = "cpu", compiled: bool = F
     """The peer's step, parameters and data as in `JaxStep`, all in the config's type (ours keeps trainable parameters in float32)."""
     import torch
 
-    from medplib_jax.benchmarks.torch_peer import Peer, to_torch
+    from medplib_jax.benchmarks.torch_peer import loaded, to_torch
 
     dtype = getattr(torch, config.model.dtype)
-    peer = Peer(config.model).load(draw_params(abstract_model(config.model), 0), config.optim.trainable).train().to(device, dtype)
+    peer = loaded(config.model, draw_params(abstract_model(config.model), 0), config.optim.trainable).train().to(device, dtype)
     trainable = peer.trainable()
     optimizer = torch.optim.AdamW(trainable, config.optim.lr, (config.optim.b1, config.optim.b2), config.optim.eps, config.optim.weight_decay)
     inputs = to_torch(example_batch(config), device, dtype)

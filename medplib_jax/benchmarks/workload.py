@@ -29,23 +29,26 @@ TINY = ModelConfig(
 
 
 MODELS = {"small": SMALL, "tiny": TINY}
+SIZES = (*MODELS, "7b")
 
 
-def wide(layers: int) -> ModelConfig:
-    """MedPLIB-7B with fewer decoder layers, as many as fit one device."""
-    large = ModelConfig(dtype="bfloat16", remat="dots_no_batch")
+def model(size: str, layers: int) -> ModelConfig:
+    """One of SIZES. "7b" is MedPLIB-7B with fewer decoder layers, as many as fit one device beside the peer."""
+    if size in MODELS:
+        return MODELS[size]
+    large = ModelConfig(dtype="bfloat16", remat="products", scan_unroll=layers)  # a loop copies what its steps keep, as on a CPU
     return dataclasses.replace(large, llm=dataclasses.replace(large.llm, num_layers=layers))
 
 
 def experiment(model: ModelConfig, batch_size: int, stage: str = "IV") -> ExperimentConfig:
-    """Stage III or IV of the published recipe (what trains, which losses) with this model's sizes; the chunks of logits that suit a TPU's
-    matrix unit for its bfloat16 only."""
+    """Stage III or IV of the published recipe (what trains, which losses) with this model's sizes, and logits in smaller chunks than suit
+    a TPU's matrix unit."""
     config = {"III": stage3_grounding, "IV": stage4_moe}[stage].large()
     model = dataclasses.replace(model, moe=config.model.moe, lora=config.model.lora)
     length = model.clip.num_patches + TEXT
     data = DataConfig(bucket_lengths=(length,), batch_size=batch_size, max_regions=1, max_masks=1, mask_canvas=model.mask.image_size)
     optim = dataclasses.replace(config.optim, frozen_dtype=model.dtype)
-    loss = config.loss if model.dtype == "bfloat16" else dataclasses.replace(config.loss, ce_chunk=LossConfig.ce_chunk)
+    loss = dataclasses.replace(config.loss, ce_chunk=LossConfig.ce_chunk)
     return dataclasses.replace(config, model=model, data=data, optim=optim, loss=loss, init=type(config.init)())
 
 

@@ -113,7 +113,7 @@ def _multiply_kernel(group_ref, start_ref, stop_ref, x_ref, w_ref, y_ref, *, til
             k = i * depth + jnp.arange(depth)
             x = x_ref[inside, k[None, :]]
             w = w_ref[group, column[None, :], k[:, None]] if transpose else w_ref[group, k[:, None], column[None, :]]
-            return total + pl.dot(x, w)
+            return total + jnp.dot(x, w, preferred_element_type=jnp.float32)
 
         trips = has_matrix.astype(jnp.int32) * (x_ref.shape[1] // depth)
         y = jax.lax.fori_loop(0, trips, step, jnp.zeros((ROWS, columns), jnp.float32))
@@ -138,7 +138,7 @@ def _weight_gradient_kernel(start_ref, stop_ref, x_ref, dy_ref, dw_ref, *, heigh
         inside, keep = jnp.minimum(row, x_ref.shape[0] - 1), row < stop
         x = plgpu.load(x_ref.at[inside[None, :], inner[:, None]], mask=keep[None, :], other=0)
         dy = plgpu.load(dy_ref.at[inside[:, None], column[None, :]], mask=keep[:, None], other=0)
-        return total + pl.dot(x, dy)
+        return total + jnp.dot(x, dy, preferred_element_type=jnp.float32)
 
     trips = jax.lax.div(stop - start + depth - 1, depth)
     dw_ref[group, inner[:, None], column[None, :]] = jax.lax.fori_loop(0, trips, step, jnp.zeros((height, columns), jnp.float32))

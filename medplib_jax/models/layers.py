@@ -1,8 +1,10 @@
 """The few layers that every model is made of, how layers are stacked for scan, and the bridge to plain parameter trees."""
 
 import math
+import os
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ class Linear(nnx.Module):
     ):  # fmt: skip
         self.kernel = param(rngs, (in_dim, out_dim), axes, std=gain / math.sqrt(in_dim))
         self.kernel_scale = None  # of an 8-bit kernel, see quantize.py
+        self.by_output = False  # the kernel is [out, in], see decode_layout.py
         self.bias = param(rngs, (out_dim,), (axes[1],)) if bias else None
         self.lora_scale, self.lora_dropout = (lora.scale, lora.dropout) if lora_rank else (0.0, 0.0)
         axis_a, axis_b = adapter_axes(axes)
@@ -44,12 +47,16 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array, *, rng: Array | None = None) -> Array:
         """x [..., in] -> [..., out]. `rng` turns on the adapter's dropout."""
-        y = matmul(x, self.kernel[...])
-        y = y if self.kernel_scale is None else y * self.kernel_scale[...].astype(y.dtype)
+        y = self.product(x)
         if self.lora_a is not None:
             low = matmul(dropout(x, self.lora_dropout, rng), self.lora_a[...])
             y = y + self.lora_scale * matmul(low, self.lora_b[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def product(self, x: Array, dtype=None) -> Array:
+        """x @ kernel alone, in `dtype` (default: x's)."""
+        y = (matmul_by_output if self.by_output else matmul)(x, self.kernel[...], dtype)
+        return y if self.kernel_scale is None else y * self.kernel_scale[...].astype(y.dtype)
 
 
 def adapter_axes(axes: tuple[str | None, str | None]) -> tuple[str | None, ...]:
@@ -58,10 +65,29 @@ def adapter_axes(axes: tuple[str | None, str | None]) -> tuple[str | None, ...]:
     return tuple("lora_embed" if axis == "embed" else axis for axis in axes)
 
 
-def matmul(x: Array, kernel: Array) -> Array:
-    """x [..., in] @ kernel [in, out] in x's dtype, as one product of two matrices: with batch axes left apart, the gradient with
-    respect to the kernel takes twice as long on a CPU."""
-    return (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
+def matmul(x: Array, kernel: Array, dtype=None) -> Array:
+    """x [..., in] @ kernel [in, out] in x's dtype, the result in `dtype` (default: x's). As one product of two matrices: with batch axes
+    left apart, the gradient with respect to the kernel takes twice as long on a CPU."""
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype), preferred_element_type=dtype or x.dtype)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def matmul_by_output(x: Array, kernel: Array, dtype=None) -> Array:
+    """`matmul` with a kernel [out, in], in which what an output sums over lies together, for decoding on a GPU.
+
+    One row is written as the sums it is: of that XLA for GPUs makes a kernel that reads each weight once, in the type in which it is
+    stored, with whatever comes before and after. As a product it would be a library's, for which XLA copies the weights of several
+    products side by side, or widens them to float32, anew for every token.
+    """
+    if x.size > x.shape[-1]:
+        return matmul(x, kernel.swapaxes(-1, -2), dtype)
+    y = vector_matmul(x.reshape(-1), kernel).astype(dtype or x.dtype)
+    return y.reshape(*x.shape[:-1], kernel.shape[0])
+
+
+def vector_matmul(x: Array, kernel: Array) -> Array:
+    """kernel [out, in] @ x [in] -> float32 [out], read once."""
+    return (x.astype(jnp.float32) * kernel.astype(jnp.float32)).sum(-1)
 
 
 def dropout(x: Array, rate: float, rng: Array | None) -> Array:
@@ -210,7 +236,9 @@ def draw_params(module: nnx.Module, seed: int) -> Params:
         rng = np.random.default_rng([seed, zlib.crc32("/".join(map(str, path)).encode())])
         return variable.std * rng.standard_normal(variable.shape, np.float32)
 
-    values = {path: draw(path, variable) for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    variables = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy draws without holding the interpreter
+        values = dict(zip(variables, pool.map(draw, variables, variables.values())))
     return _string_keys(nnx.traversals.unflatten_mapping(values))
 
 

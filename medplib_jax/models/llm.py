@@ -41,18 +41,18 @@ class DecoderLayer(nnx.Module):
 class Llama(nnx.Module):
     """LLaMA (Touvron et al. 2023) with MedPLIB's mixture of experts in the layers `config.moe_layers`.
 
-    `stacked=False`: each layer has parameters of its own (see `unstack`), which is what decoding wants. A loop over stacked layers
-    inside the loop over tokens would copy all weights for every token.
+    `layers_apart`: each layer has parameters of its own (see `unstack`), which is what decoding wants. A loop over stacked layers inside
+    the loop over tokens would copy all weights for every token. `experts_apart`: so do the experts of a layer.
     """
 
-    def __init__(self, config: ModelConfig, rngs: Rngs, stacked: bool = True):
+    def __init__(self, config: ModelConfig, rngs: Rngs, layers_apart: bool = False, experts_apart: bool = False):
         llm, num_layers, num_moe = config.llm, config.llm.num_layers, len(config.moe_layers)
         self.config = config
         self.embed = Embedding(llm.vocab_size, llm.hidden_size, config.dtype, rngs)
-        several = stack_layers if stacked else list_layers
+        several = list_layers if layers_apart else stack_layers
         self.layers = several(lambda r: DecoderLayer(config, r), num_layers, rngs)
         self.mlp = several(lambda r: SwiGlu(llm, config.lora, r), num_layers - num_moe, rngs) if num_moe < num_layers else None
-        self.moe = several(lambda r: MoeMlp(llm, config.moe, config.lora, r, stacked), num_moe, rngs) if num_moe else None
+        self.moe = several(lambda r: MoeMlp(llm, config.moe, config.lora, r, experts_apart), num_moe, rngs) if num_moe else None
         self.final_norm = RmsNorm(llm.hidden_size, eps=llm.rms_norm_eps, rngs=rngs)
         self.head = Linear(llm.hidden_size, llm.vocab_size, axes=("embed", "vocab"), bias=False, rngs=rngs)
 
@@ -134,8 +134,7 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> float32 [..., V]."""
-        logits = jnp.matmul(hidden, self.head.kernel[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return logits if self.head.kernel_scale is None else logits * self.head.kernel_scale[...]
+        return self.head.product(hidden, jnp.float32)
 
 
 class _LayerStep:
@@ -179,11 +178,11 @@ class _LayerStep:
         return shard_rows(x + y), out, buffers
 
 
-def unstack(params: Params) -> Params:
-    """The whole model's parameters with the decoder's layers and their experts apart, for a model of `stacked=False`."""
+def unstack(params: Params, experts_apart: bool) -> Params:
+    """The whole model's parameters with the decoder's layers, and perhaps their experts, apart, for a model that has them so."""
     llm = params["llm"]
     apart = {name: _each(llm[name]) for name in ("layers", "mlp", "moe") if name in llm}
-    for layer in apart.get("moe", {}).values():
+    for layer in apart.get("moe", {}).values() if experts_apart else ():
         layer["experts"] = {"each": _each(layer["experts"])}
     return params | {"llm": llm | apart}
 

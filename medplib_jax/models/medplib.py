@@ -17,15 +17,15 @@ from medplib_jax.types import Array, Batch, ModelOutput
 
 
 class MedPLIB(nnx.Module):
-    """The whole model. All indices come from the host in `Batch`; nothing here has a data-dependent shape. `stacked`: see `Llama`."""
+    """The whole model. All indices come from the host in `Batch`; nothing here has a data-dependent shape. What is `apart`: see `Llama`."""
 
-    def __init__(self, config: ModelConfig, rngs: Rngs, stacked: bool = True):
+    def __init__(self, config: ModelConfig, rngs: Rngs, layers_apart: bool = False, experts_apart: bool = False):
         width = config.llm.hidden_size
         self.config = config
         self.clip = ClipVisionTower(config.clip, rngs)
         self.projector = Mlp(config.clip.hidden_size, width, width, gelu, rngs=rngs)
         self.region = RegionEncoder(config.region, config.clip, width, rngs)
-        self.llm = Llama(config, rngs, stacked)
+        self.llm = Llama(config, rngs, layers_apart, experts_apart)
         self.seg_mlp = Mlp(width, width, config.mask.out_dim, jax.nn.relu, rngs=rngs)
         self.sam = SamMed2d(config.mask, rngs)
 

@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float, Int
 
 from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.models.expert_exchange import axis_product, permute_rows, sort_by_expert, with_exchange
-from medplib_jax.models.grouped_matmul import grouped_matmul, is_for_tpu
-from medplib_jax.models.layers import Linear, Rngs, abstract_module, adapter_axes, bind, dropout, logical_axes, param, params_of
+from medplib_jax.models.grouped_matmul import grouped_matmul, grouped_matmul_transposed, is_for_tpu
+from medplib_jax.models.layers import Linear, Rngs, abstract_module, adapter_axes, bind, dropout, logical_axes, param, params_of, vector_matmul
 from medplib_jax.models.quantize import dequantize_params
 from medplib_jax.sharding import axis_size, mesh_axes, partition_spec, row_axes
 from medplib_jax.types import Array
@@ -49,7 +49,7 @@ def expert_capacity(num_tokens: int, num_experts: int, factor: float, min_capaci
 
 def route_dropless(probs_SxE: Array, top_k: int) -> Routing:
     """The k likeliest experts, none dropped. k = 1: weight is the probability itself; k > 1: probabilities renormalised over k."""
-    _, expert = jax.lax.top_k(probs_SxE, top_k)
+    expert = probs_SxE.argmax(-1, keepdims=True).astype(jnp.int32) if top_k == 1 else jax.lax.top_k(probs_SxE, top_k)[1]
     weight = _pick(probs_SxE, expert)
     if top_k > 1:
         weight = weight / weight.sum(-1, keepdims=True)
@@ -107,6 +107,8 @@ class ExpertLinear(nnx.Module):
 
     def __init__(self, num_experts: int, in_dim: int, out_dim: int, axes: tuple[str, str], lora: LoraConfig, lora_rank: int, rngs: Rngs):
         self.kernel = param(rngs, (num_experts, in_dim, out_dim), ("expert", *axes), std=1 / math.sqrt(in_dim))
+        self.kernel_scale = None  # of an 8-bit kernel, see quantize.py
+        self.by_output = False  # the kernel is [E, out, in], see decode_layout.py
         self.lora_scale, self.lora_dropout = lora.scale, lora.dropout
         shape_a, shape_b = (num_experts, in_dim, lora_rank), (num_experts, lora_rank, out_dim)
         axis_a, axis_b = adapter_axes(axes)
@@ -115,6 +117,8 @@ class ExpertLinear(nnx.Module):
 
     def sorted_rows(self, x_SxD: Array, sizes_E: Array, member_SxE: Array, rng: Array | None) -> Array:
         """Rows sorted by expert, `sizes_E` of each; `member_SxE` says the same row by row. [S, in] -> [S, out]."""
+        if self.by_output:
+            return grouped_matmul_transposed(x_SxD, self._plain_kernel(x_SxD.dtype), sizes_E)
         y = checkpoint_name(grouped_matmul(x_SxD, self.kernel[...], sizes_E), "grouped_matmul")
         if self.lora_a is None:
             return y
@@ -125,11 +129,22 @@ class ExpertLinear(nnx.Module):
 
     def every_expert(self, x_ExSxD: Array, rng: Array | None) -> Array:
         """[E, S, in] -> [E, S, out]."""
-        y = x_ExSxD @ self.kernel[...].astype(x_ExSxD.dtype)
+        kernel = self._plain_kernel(x_ExSxD.dtype)
+        y = x_ExSxD @ (kernel.swapaxes(1, 2) if self.by_output else kernel)
         if self.lora_a is None:
             return y
         low = dropout(x_ExSxD, self.lora_dropout, rng) @ self.lora_a[...].astype(y.dtype)
         return y + self.lora_scale * (low @ self.lora_b[...].astype(y.dtype))
+
+    def of_expert(self, x_1xD: Array, expert: Array) -> Array:
+        """One row through one expert, in a decoding model for a GPU. [1, in] -> [1, out]."""
+        y = vector_matmul(x_1xD[0], self.kernel[...][expert])
+        return (y if self.kernel_scale is None else y * self.kernel_scale[...][expert]).astype(x_1xD.dtype)[None]
+
+    def _plain_kernel(self, dtype) -> Array:
+        if self.kernel_scale is None:
+            return self.kernel[...].astype(dtype)
+        return (self.kernel[...] * jnp.expand_dims(self.kernel_scale[...], 2 if self.by_output else 1)).astype(dtype)
 
 
 class Experts(nnx.Module):
@@ -169,6 +184,8 @@ class Experts(nnx.Module):
     def _local(self, x_SxD, routing, rng, exchanged):
         """On one device's tokens. `exchanged`: mesh axes over which the experts are spread, none when all of them are here."""
         rngs = split_rng(rng, 3)
+        if x_SxD.shape[0] == 1 and self.gate.by_output and not exchanged:
+            return self._one(x_SxD, routing)
         if x_SxD.shape[0] <= _few_tokens(x_SxD) and not exchanged:
             return self._few(x_SxD, routing, rngs)
         S, k = routing.expert.shape
@@ -184,6 +201,15 @@ class Experts(nnx.Module):
         weight_Sxk = jax.lax.optimization_barrier(routing.weight).astype(y_NxD.dtype)
         return (y_NxD.reshape(S, k, -1) * weight_Sxk[:, :, None]).sum(1)
 
+    def _one(self, x_1xD, routing):
+        """One token of an answer on a GPU: nothing but its experts' weights is read."""
+
+        def run(expert):
+            return self.down.of_expert(jax.nn.silu(self.gate.of_expert(x_1xD, expert)) * self.up.of_expert(x_1xD, expert), expert)
+
+        weight_k = routing.weight[0].astype(x_1xD.dtype)
+        return sum(weight_k[i] * run(routing.expert[0, i]) for i in range(len(weight_k)))
+
     def _few(self, x_SxD, routing, rngs):
         num_experts = self.gate.kernel.shape[0]
         x_ExSxD = jnp.broadcast_to(x_SxD, (num_experts, *x_SxD.shape))
@@ -196,7 +222,8 @@ class Experts(nnx.Module):
         order, inverse, member = sort_by_expert(expert_N, self.gate.kernel.shape[0])
         sizes = member.sum(0, dtype=jnp.int32)
         x = permute_rows(x_NxD, order, inverse)
-        h = jax.nn.silu(self.gate.sorted_rows(x, sizes, member, rngs[0])) * self.up.sorted_rows(x, sizes, member, rngs[1])
+        gate = checkpoint_name(self.gate.sorted_rows(x, sizes, member, rngs[0]), "gate")
+        h = jax.nn.silu(gate) * checkpoint_name(self.up.sorted_rows(x, sizes, member, rngs[1]), "up")
         return permute_rows(self.down.sorted_rows(h, sizes, member, rngs[2]), inverse, order)
 
 
@@ -227,7 +254,8 @@ class SwiGlu(nnx.Module):
 
     def __call__(self, x: Array, rng: Array | None = None) -> Array:
         gate_rng, up_rng, down_rng = split_rng(rng, 3)
-        return self.down(jax.nn.silu(self.gate(x, rng=gate_rng)) * self.up(x, rng=up_rng), rng=down_rng)
+        gate, up = checkpoint_name(self.gate(x, rng=gate_rng), "gate"), checkpoint_name(self.up(x, rng=up_rng), "up")
+        return self.down(jax.nn.silu(gate) * up, rng=down_rng)
 
 
 class ExpertsApart(nnx.Module):
@@ -255,10 +283,10 @@ class ExpertsApart(nnx.Module):
 class MoeMlp(nnx.Module):
     """The MLP of a decoder layer as a mixture of experts (paper section 3.3; DeepSpeed `moe.layer.MoE`)."""
 
-    def __init__(self, llm: LlmConfig, moe: MoeConfig, lora: LoraConfig, rngs: Rngs, stacked: bool = True):
+    def __init__(self, llm: LlmConfig, moe: MoeConfig, lora: LoraConfig, rngs: Rngs, experts_apart: bool = False):
         self.moe = moe
         self.router = Linear(llm.hidden_size, moe.num_experts, axes=("embed", None), bias=False, rngs=rngs)
-        self.experts = (Experts if stacked else ExpertsApart)(moe.num_experts, llm, lora, rngs)
+        self.experts = (ExpertsApart if experts_apart else Experts)(moe.num_experts, llm, lora, rngs)
         self.residual = SwiGlu(llm, lora, rngs) if moe.residual else None
         self.coefficient = Linear(llm.hidden_size, 2, axes=("embed", None), rngs=rngs) if moe.residual else None
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from medplib_jax.models.layers import Linear
 from medplib_jax.types import Params
 
 PARTS = ("llm", "clip", "projector")
@@ -17,9 +16,9 @@ KEPT = ("router", "coefficient")  # decide where a token goes: tiny, and in floa
 
 
 def quantize_module(model: nnx.Module) -> nnx.Module:
-    """The abstract model (of `stacked=False`) with 8-bit kernels in its linear layers; changes and returns it."""
+    """The abstract model with 8-bit kernels in its linear layers; changes and returns it."""
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear) and path[0] in PARTS and path[-1] not in KEPT:
+        if hasattr(module, "kernel_scale") and path[0] in PARTS and path[-1] not in KEPT:
             kernel = module.kernel
             scale_shape, scale_axes = (*kernel.shape[:-2], kernel.shape[-1]), (*kernel.axes[:-2], kernel.axes[-1])
             module.kernel_scale = nnx.data(nnx.Param(jax.ShapeDtypeStruct(scale_shape, jnp.float32), axes=scale_axes))

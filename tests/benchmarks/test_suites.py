@@ -37,9 +37,10 @@ def test_answers(tmp_path):
 
 @pytest.mark.slow
 def test_the_accelerator_suite_runs_on_a_cpu(tmp_path):
-    arguments = ("--size", "tiny", "--device", "cpu", "--batch", "1", "--new-tokens", "3")
+    arguments = ("--size", "tiny", "--device", "cpu", "--batch", "1", "--new-tokens", "24", "--workers", "1", "--seconds", "2")
     flat = figures(tmp_path, "--suite", "gpu", *arguments)
     assert flat["machine.matmul_flops"] > 0 and flat["decode.batch_1.bandwidth_share"] > 0
+    assert flat["memory.measured_over_predicted"] > 0 and 0 <= flat["input.waiting_share"] <= 1
     assert 0 < flat["train_step.stage_III.mfu"] < 1 and 0 < flat["train_step.stage_IV.mfu"] < 1
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from medplib_jax.benchmarks import workload
 from medplib_jax.benchmarks.measure import Samples, side_by_side
-from medplib_jax.benchmarks.torch_peer import Peer, to_torch
+from medplib_jax.benchmarks.torch_peer import loaded, to_torch
 from medplib_jax.decode import Generator
 from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import bind, draw_params
@@ -31,7 +31,7 @@ def test_the_same_parts_train(stage):
     config = workload.experiment(workload.TINY, 2, stage)
     drawn = draw_params(abstract_model(config.model), 0)
     ours, _ = partition(drawn, config.optim.trainable)
-    theirs = Peer(config.model).load(drawn, config.optim.trainable).trainable()
+    theirs = loaded(config.model, drawn, config.optim.trainable).trainable()
     unused = sum(leaf.size for path, leaf in flatten(ours).items() if "prompt_encoder" in path)
     assert sum(parameter.numel() for parameter in theirs) == sum(leaf.size for leaf in jax.tree.leaves(ours)) - unused > 0
 
@@ -45,7 +45,7 @@ def test_loss_and_gradient_are_the_same():
         return total_loss(output, joined["llm"]["head"]["kernel"], batch, CONFIG.loss, CONFIG.model, divisors(batch))[0]
 
     ours, gradient = jax.jit(jax.value_and_grad(loss))({"head": params()["llm"]["head"]}, params())
-    peer = Peer(CONFIG.model).load(params(), CONFIG.optim.trainable).eval()  # evaluation: no dropout, and room for every token
+    peer = loaded(CONFIG.model, params(), CONFIG.optim.trainable).eval()  # evaluation: no dropout, and room for every token
     theirs = peer(to_torch(batch), {name: getattr(CONFIG.loss, name) for name in ("ce", "dice", "bce")})
     theirs.backward()
     np.testing.assert_allclose(ours, theirs.item(), rtol=1e-5)
@@ -58,7 +58,7 @@ def test_answers_are_the_same():
     ours = draw_params(abstract_model(config.model), 0)
     batch = workload.example_batch(config)
     found = Generator(config.model, ours, eos_id=-1, seg_id=-1, max_new_tokens=4, max_masks=0)(batch).tokens
-    np.testing.assert_array_equal(found, Peer(config.model).load(ours).eval().generate(to_torch(batch), 4))
+    np.testing.assert_array_equal(found, loaded(config.model, ours).eval().generate(to_torch(batch), 4))
 
 
 def test_a_table_names_the_speedup():

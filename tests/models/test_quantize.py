@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medplib_jax.config import LoraConfig
-from medplib_jax.decode import decoding_model, lay_out
+from medplib_jax.decode_layout import decoding_model, lay_out
 from medplib_jax.models.layers import abstract_module, bind, draw_params, params_of
 from medplib_jax.models.llm import unstack
 from medplib_jax.models.medplib import MedPLIB
@@ -26,7 +26,8 @@ def params():
 
 
 def test_kernels_keep_their_values_to_half_a_step(params):
-    plain, quantized = unstack(params), quantize_params(unstack(params))
+    plain = unstack(params, experts_apart=True)
+    quantized = quantize_params(plain)
     back, scales = flatten(dequantize_params(quantized, jnp.float32)), flatten(quantized)
     for path, kernel in flatten(plain).items():
         step = scales.get(path.replace("/kernel", "/kernel_scale")) if path.endswith("/kernel") else None

@@ -1,0 +1,89 @@
+"""How decoding wants a checkpoint's parameters: layers apart, kernels in the order in which the platform reads them, perhaps in 8 bits."""
+
+import dataclasses
+import functools
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from medplib_jax.config import ModelConfig
+from medplib_jax.experiment import MeshConfig
+from medplib_jax.mesh import make_mesh
+from medplib_jax.models.layers import abstract_module, logical_axes, params_of
+from medplib_jax.models.llm import unstack
+from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.models.quantize import quantize_module, quantize_params
+from medplib_jax.sharding import param_shardings
+from medplib_jax.types import Params
+
+QUANTIZE = ("", "int8")
+
+
+def decoding_model(config: ModelConfig, quantize: str = "", mesh: Mesh | None = None) -> MedPLIB:
+    """`laid_out_model` whose experts have no capacity, which would let a token's expert depend on the rest of the batch."""
+    return laid_out_model(dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dropless")), quantize, mesh)
+
+
+def laid_out_model(config: ModelConfig, quantize: str = "", mesh: Mesh | None = None) -> MedPLIB:
+    """The abstract model with parameters as `lay_out` gives them; with `quantize` "int8" its linear layers have weights of 8 bits.
+
+    On a GPU the experts of a layer stay in one array, from which the chosen one is picked while it is read: in order to choose among
+    programs the host would have to wait for the router. The decoder's kernels are turned there (`layers.matmul_by_output`).
+    """
+    if quantize not in QUANTIZE:
+        raise ValueError(f"quantize {quantize!r} is not one of {QUANTIZE}")
+    for_gpu = _is_gpu(mesh)
+    model = abstract_module(functools.partial(MedPLIB, config, layers_apart=True, experts_apart=not for_gpu))
+    model = quantize_module(model) if quantize else model
+    return _turn_module(model) if for_gpu else model
+
+
+def lay_out(config: ModelConfig, params: Params, mesh: Mesh | None = None, quantize: str = "") -> Params:
+    """A checkpoint's parameters as decoding reads them, on the devices of the mesh. Several generators may share them."""
+    mesh = mesh or one_device()
+    model = laid_out_model(config, quantize, mesh)
+
+    def arrange(params: Params) -> Params:
+        for_gpu = _is_gpu(mesh)
+        params = unstack(params, experts_apart=not for_gpu)
+        params = quantize_params(params) if quantize else params
+        return params | {"llm": jax.tree.map_with_path(_turn, params["llm"])} if for_gpu else params
+
+    return jax.jit(arrange, out_shardings=param_shardings(logical_axes(model), params_of(model), mesh))(params)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, int]:
+    """For the programs that decode. On a GPU: products with the same factor stay apart, for which XLA would else copy the other factors (the
+    kernels of queries, keys and values) side by side, anew for every token."""
+    return {"xla_gpu_dot_merger_threshold_mb": 0} if _is_gpu(mesh) else {}
+
+
+def is_laid_out(params: Params) -> bool:
+    return "0" in params["llm"]["layers"]
+
+
+def one_device() -> Mesh:
+    return make_mesh(MeshConfig(), jax.local_devices()[:1])
+
+
+def _is_gpu(mesh: Mesh | None) -> bool:
+    return (mesh or one_device()).devices.flat[0].platform == "gpu"
+
+
+def _turn_module(model: MedPLIB) -> MedPLIB:
+    """Kernels of the decoder become [..., out, in]; changes and returns the abstract model."""
+    for path, module in nnx.iter_modules(model):
+        if path[:1] == ("llm",) and hasattr(module, "by_output"):
+            shape, axes = (_last_two_swapped(x) for x in (module.kernel.shape, module.kernel.axes))
+            module.kernel = nnx.Param(jax.ShapeDtypeStruct(shape, module.kernel.dtype), axes=axes)
+            module.by_output = True
+    return model
+
+
+def _turn(path, array: jax.Array) -> jax.Array:
+    return array.swapaxes(-1, -2) if path[-1].key == "kernel" else array
+
+
+def _last_two_swapped(values: tuple) -> tuple:
+    return (*values[:-2], values[-1], values[-2])

@@ -1,0 +1,73 @@
+"""The layout that decoding has on a GPU, run on the CPU: the same answers, from the same programs but for kernels that are turned."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from medplib_jax import decode_layout
+from medplib_jax.config import LoraConfig
+from medplib_jax.decode import Generator
+from medplib_jax.decode_layout import lay_out, laid_out_model
+from medplib_jax.models.layers import abstract_module, draw_params, logical_axes, params_of
+from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.optim import flatten
+from tests.helpers import MODEL, random_batch, tiny_experiment
+
+MODEL = dataclasses.replace(MODEL, lora=LoraConfig())
+
+
+@pytest.fixture(scope="module")
+def params():
+    return draw_params(abstract_module(functools.partial(MedPLIB, MODEL)), 1)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(decode_layout, "_is_gpu", lambda mesh: True)
+
+
+def answers(model, params, batch, quantize):
+    generator = Generator(model, params, eos_id=2, seg_id=7, max_new_tokens=6, max_masks=1, quantize=quantize)
+    return jax.device_get(generator(batch))
+
+
+@pytest.mark.parametrize("rows, top_k, quantize", [(1, 1, ""), (1, 1, "int8"), (1, 2, ""), (3, 1, "int8")])
+def test_a_gpu_gives_the_same_answers(params, rows, top_k, quantize, request):
+    model = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, top_k=top_k))
+    batch = jax.tree.map(lambda x: x[:rows], random_batch(tiny_experiment(model=MODEL), 16))
+    expected = answers(model, params, batch, quantize)
+    request.getfixturevalue("on_gpu")
+    actual = answers(model, params, batch, quantize)
+    np.testing.assert_array_equal(actual.tokens, expected.tokens)
+    np.testing.assert_array_equal(actual.choices, expected.choices)
+    np.testing.assert_allclose(actual.mask_logits, expected.mask_logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("quantize", decode_layout.QUANTIZE)
+def test_every_parameter_has_its_place_and_shape(params, quantize, on_gpu):
+    shapes, axes = flatten(params_of(laid_out_model(MODEL, quantize))), flatten(logical_axes(laid_out_model(MODEL, quantize)))
+    found = flatten(lay_out(MODEL, params, quantize=quantize))
+    assert {path: (x.shape, x.dtype == jnp.int8) for path, x in found.items()} == {path: (x.shape, x.dtype == jnp.int8) for path, x in shapes.items()}
+    assert all(len(axes[path]) == len(shape.shape) for path, shape in shapes.items())
+    assert axes["llm/moe/0/experts/down/kernel"] == ("expert", "embed", "mlp") and axes["llm/head/kernel"] == ("vocab", "embed")
+
+
+def test_a_token_chooses_no_program(params, on_gpu):
+    generator = Generator(MODEL, params, eos_id=2, seg_id=7, max_new_tokens=6, max_masks=0)
+    batch = jax.tree.map(lambda x: x[:1], random_batch(tiny_experiment(model=MODEL), 16))
+    slots = jax.eval_shape(functools.partial(generator._decoder.prefill, room=6), generator.params, batch, jnp.ones(1, jnp.int32))
+    step = jax.make_jaxpr(generator._decoder.decode)(generator.params, slots, 0, 0)
+    names = {equation.primitive.name for equation in _equations(step.jaxpr)}
+    assert "cond" not in names, "the host would wait for the router"
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from _equations(inner)
