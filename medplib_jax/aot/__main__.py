@@ -5,7 +5,8 @@ COMMAND
         [--length=1024] [--rows=128] [--sweep] [--config.mesh.fsdp=32 --config.mesh.dcn_data=2 ...]
 
 Memory, FLOPs, collectives, kernels and a roofline of one step; no TPU or GPU is needed, only its compiler: libtpu (the extra `tpu`)
-or JAX's CUDA plugin (the extra `gpu`). A program at 7B compiles for about a minute. `--sweep` tries batch sizes, remat policies and meshes and lists those that fit, best first.
+or JAX's CUDA plugin (the extra `gpu`). A program at 7B compiles for about a minute. `--sweep` tries batch sizes, remat policies and
+meshes and lists those that fit, best first.
 """
 
 import json
@@ -26,7 +27,7 @@ from medplib_jax.experiment import from_config_dict  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:SIZE")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "TPUs KIND:SHAPE, such as v5e:8x8, v5p:4x4x4, v6e:16x16, GPUs KIND:NUMBER, such as h200:8; config.mesh.dcn_data such slices or nodes"
+    "topology", None, "TPUs KIND:SHAPE, such as v5e:8x8, v5p:4x4x4; GPUs of a node KIND:NUMBER, such as h200:8; config.mesh.dcn_data such slices or nodes"
 )
 _PROGRAM = flags.DEFINE_enum("program", "train", PROGRAMS, "what to compile")
 _LENGTH = flags.DEFINE_integer("length", None, "positions per row; default: the longest of data.bucket_lengths")

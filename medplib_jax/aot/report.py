@@ -72,7 +72,8 @@ def _refused(message: str, chip: Chip) -> dict[str, Any]:
 
 def _does_not_fit(needs: float | None, chip: Chip, message: str) -> dict[str, Any]:
     """`needs`: GB, where known."""
-    return {"fits": False, "peak_hbm_gb_per_chip": needs, "spare_share": None if needs is None else 1 - needs * GB / chip.hbm_bytes, "message": message}
+    spare = None if needs is None else 1 - needs * GB / chip.hbm_bytes
+    return {"fits": False, "peak_hbm_gb_per_chip": needs, "spare_share": spare, "message": message}
 
 
 def _allotted(memory) -> int:

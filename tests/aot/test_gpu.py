@@ -127,7 +127,8 @@ def test_traffic_counts_neither_workspaces_nor_what_a_collective_names_twice(usa
 
 
 def test_what_is_missing_or_misspelt_is_said(monkeypatch):
-    for misspelt, message in (("b200:8", "GPUs: a100, h100, h200"), ("h200", "nor KIND:NUMBER"), ("h200:16", "a node has 1 to 8 GPUs"), ("h100:2x4", "a node has")):
+    nodes = "a node has 1 to 8 GPUs"
+    for misspelt, message in (("b200:8", "GPUs: a100, h100, h200"), ("h200", "nor KIND:NUMBER"), ("h200:16", nodes), ("h100:2x4", nodes)):
         with pytest.raises(ValueError, match=message):
             topologies.devices_of(misspelt)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
