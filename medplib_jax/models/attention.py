@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from medplib_jax.config import LlmConfig, LoraConfig
 from medplib_jax.models.layers import Linear, Rngs, softmax_average
-from medplib_jax.models.grouped_matmul import is_for_gpu, is_for_tpu
+from medplib_jax.models.grouped_matmul import is_for_gpu, is_for_tpu, target_device
 from medplib_jax.models.moe import split_rng
 from medplib_jax.sharding import mesh_axes, row_axes
 from medplib_jax.types import Array
@@ -34,7 +34,12 @@ def rotary_tables(positions_BxL: Array, head_dim: int, theta: float) -> tuple[Ar
     """cos and sin [B, L, K/2] in float32 of position * theta^(-2i/K) (Su et al. 2021, eq. 15)."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions_BxL[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    tables = jnp.cos(angles), jnp.sin(angles)
+    if target_device(positions_BxL).platform != "cpu":
+        return tables
+    # XLA for CPUs would compute cosines anew for every head of every layer, and heeds no barrier; a product it computes once.
+    identity = jnp.eye(head_dim // 2)
+    return tuple(jnp.matmul(table, identity, precision="highest") for table in tables)
 
 
 def rotate(x_BxLxHxK: Array, tables: tuple[Array, Array]) -> Array:

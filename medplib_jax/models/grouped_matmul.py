@@ -6,7 +6,7 @@ loops over blocks of rows whose trip counts follow the group sizes. The choice i
 that x lives on (so that compiling for a TPU or GPU works without one), else by the default backend.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,14 @@ grouped_matmul.defvjp(_forward, _backward)
 def grouped_matmul_transposed(x_SxD: Array, w_ExFxD: Array, sizes_E: Array) -> Array:
     """`grouped_matmul` with every matrix transposed, without gradients."""
     return _multiply(x_SxD, w_ExFxD, sizes_E, transpose=True)
+
+
+def grouped_matmul_apart(x_SxD: Array, matrices: Sequence[Array], sizes_E: Array) -> Array:
+    """`grouped_matmul` with matrices [D, F] in arrays of their own, in blocks and without gradients."""
+    out = jnp.zeros((x_SxD.shape[0], matrices[0].shape[1]), x_SxD.dtype)
+    for start, size, matrix in zip(jnp.cumsum(sizes_E) - sizes_E, sizes_E, matrices):
+        out = _multiply_group(x_SxD, matrix.astype(x_SxD.dtype), start, size, out, (((1,), (0,)), ((), ())))
+    return out
 
 
 def _multiply(x, w, sizes, *, transpose):
@@ -110,17 +118,21 @@ def _multiply_blocks(x, w, sizes, transpose):
     contract = (((1,), (1 if transpose else 0,)), ((), ()))
 
     def group(e, out):
-        matrix = w[e].astype(x.dtype)
-
-        def block(row, count, keep, out):
-            y = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(x, row, count), matrix, contract)
-            if keep is not None:
-                y = jnp.where(keep, y, jax.lax.dynamic_slice_in_dim(out, row, count))
-            return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
-
-        return _each_block(starts[e], sizes[e], x.shape[0], out, block)
+        return _multiply_group(x, w[e].astype(x.dtype), starts[e], sizes[e], out, contract)
 
     return jax.lax.fori_loop(0, w.shape[0], group, jnp.zeros((x.shape[0], out_dim), x.dtype))
+
+
+def _multiply_group(x, matrix, start, size, out, contract):
+    """`out` with rows [start, start + size) replaced by those of x times the matrix."""
+
+    def block(row, count, keep, out):
+        y = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(x, row, count), matrix, contract)
+        if keep is not None:
+            y = jnp.where(keep, y, jax.lax.dynamic_slice_in_dim(out, row, count))
+        return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
+
+    return _each_block(start, size, x.shape[0], out, block)
 
 
 def _weight_gradient_blocks(x, dy, sizes):

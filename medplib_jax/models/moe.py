@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 
 from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.models.expert_exchange import axis_product, permute_rows, sort_by_expert, with_exchange
-from medplib_jax.models.grouped_matmul import grouped_matmul, grouped_matmul_transposed, is_for_tpu
+from medplib_jax.models.grouped_matmul import grouped_matmul, grouped_matmul_apart, grouped_matmul_transposed, is_for_tpu
 from medplib_jax.models.layers import Linear, Rngs, abstract_module, adapter_axes, bind, dropout, logical_axes, param, params_of, vector_matmul
 from medplib_jax.models.quantize import dequantize_params
 from medplib_jax.sharding import axis_size, mesh_axes, partition_spec, row_axes
@@ -188,18 +188,13 @@ class Experts(nnx.Module):
             return self._one(x_SxD, routing)
         if x_SxD.shape[0] <= _few_tokens(x_SxD) and not exchanged:
             return self._few(x_SxD, routing, rngs)
-        S, k = routing.expert.shape
         num_experts = self.gate.kernel.shape[0] * axis_product(exchanged)
-        expert_N = jnp.where(routing.kept, routing.expert, num_experts).reshape(S * k)  # dropped choices go last, to no expert
-        x_NxD = jnp.repeat(x_SxD, k, axis=0)
+        x_NxD, expert_N = _choices(x_SxD, routing, num_experts)
         if exchanged:
             y_NxD = with_exchange(lambda x, expert: self._sorted(x, expert, rngs), x_NxD, expert_N, num_experts, exchanged)
         else:
             y_NxD = self._sorted(x_NxD, expert_N, rngs)
-        y_NxD = checkpoint_name(y_NxD, "experts")
-        # The barrier keeps the weight's gradient, a sum over the width, from being computed for every expert.
-        weight_Sxk = jax.lax.optimization_barrier(routing.weight).astype(y_NxD.dtype)
-        return (y_NxD.reshape(S, k, -1) * weight_Sxk[:, :, None]).sum(1)
+        return _weighted_sum(checkpoint_name(y_NxD, "experts"), routing)
 
     def _one(self, x_1xD, routing):
         """One token of an answer on a GPU: nothing but its experts' weights is read."""
@@ -225,6 +220,17 @@ class Experts(nnx.Module):
         gate = checkpoint_name(self.gate.sorted_rows(x, sizes, member, rngs[0]), "gate")
         h = jax.nn.silu(gate) * checkpoint_name(self.up.sorted_rows(x, sizes, member, rngs[1]), "up")
         return permute_rows(self.down.sorted_rows(h, sizes, member, rngs[2]), inverse, order)
+
+
+def _choices(x_SxD: Array, routing: Routing, num_experts: int) -> tuple[Array, Array]:
+    """A row per choice, [S * k, D], and its expert; dropped choices go to expert `num_experts`, which is none."""
+    return jnp.repeat(x_SxD, routing.expert.shape[1], axis=0), jnp.where(routing.kept, routing.expert, num_experts).reshape(-1)
+
+
+def _weighted_sum(y_NxD: Array, routing: Routing) -> Array:
+    # The barrier keeps the weight's gradient, a sum over the width, from being computed for every expert.
+    weight_Sxk = jax.lax.optimization_barrier(routing.weight).astype(y_NxD.dtype)
+    return (y_NxD.reshape(*weight_Sxk.shape, -1) * weight_Sxk[:, :, None]).sum(1)
 
 
 def _few_tokens(x_SxD: Array) -> int:
@@ -276,8 +282,23 @@ class ExpertsApart(nnx.Module):
         if here <= _few_tokens(x_SxD):
             weight_SxE = (jax.nn.one_hot(routing.expert, len(self.each)) * routing.weight[:, :, None]).sum(1).astype(x_SxD.dtype)
             return sum(weight_SxE[:, e, None] * mlp(x_SxD, rng) for e, mlp in enumerate(self.each))
+        if mesh.size <= 1 and not is_for_tpu(x_SxD):
+            return self._sorted(x_SxD, routing)
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(dequantize_params(params_of(mlp), x_SxD.dtype) for mlp in self.each))
         return bind(abstract_module(lambda rngs: Experts(*self.sizes, rngs)), stacked)(x_SxD, routing, rng)
+
+    def _sorted(self, x_SxD, routing):
+        """Many tokens, without copying the weights side by side. Adapters have been merged."""
+        x_NxD, expert_N = _choices(x_SxD, routing, len(self.each))
+        order, inverse, member = sort_by_expert(expert_N, len(self.each))
+
+        def product(name, x):
+            kernels = [dequantize_params(params_of(getattr(mlp, name)), x.dtype)["kernel"] for mlp in self.each]
+            return grouped_matmul_apart(x, kernels, member.sum(0, dtype=jnp.int32))
+
+        x = permute_rows(x_NxD, order, inverse)
+        h = jax.nn.silu(product("gate", x)) * product("up", x)
+        return _weighted_sum(permute_rows(product("down", h), inverse, order), routing)
 
 
 class MoeMlp(nnx.Module):
