@@ -150,7 +150,7 @@ def test_a_training_step_for_two_gpus():
     report = examine(Request(config(), "h100:2", "train", rows=8, length=128))
     assert report["fits"] and report["mesh"] == {"data": 1, "fsdp": 2, "expert": 1, "tensor": 1}
     assert 0 < report["argument_gb_per_chip"] <= report["peak_hbm_gb_per_chip"] < report["hbm_gb_per_chip"]
-    assert {"cublas$lt$matmul", "cudnn$fmhaSoftmax", "cudnn$fmhaSoftmaxBackward"} <= report["kernels"].keys()
+    assert {"cublas$lt$matmul", "cudnn$fmhaSoftmax", "cudnn$fmhaSoftmaxBackward", "gmm_triton"} <= report["kernels"].keys()
     assert report["collectives"]["all-gather"]["count"] >= 2  # the compiler joins a layer's
     assert report["full_rematerialisations"] == []
     assert "kernels             calls" in as_text(json.loads(json.dumps(report)))

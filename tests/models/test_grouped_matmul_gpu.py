@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from medplib_jax.aot.flops import count_flops
 from medplib_jax.models import grouped_matmul as dispatch
 from medplib_jax.models import grouped_matmul_gpu as gpu
 from tests.models.test_grouped_matmul import arrays, reference
@@ -70,3 +72,18 @@ def test_a_gpu_gets_the_kernels(monkeypatch):
 
     text = jax.jit(jax.grad(loss, (0, 1))).trace(x, w, sizes).lower(lowering_platforms=("cuda",)).as_text()
     assert "gmm_triton" in text and "tgmm_triton" in text and "stablehlo.while" not in text
+
+
+def test_results_stay_in_the_mesh_and_gradients_of_frozen_weights_are_dropped(monkeypatch):
+    monkeypatch.setattr(dispatch, "target_device", lambda _: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200"))
+    rows = NamedSharding(Mesh(np.array(jax.devices()[:1]), "data"), PartitionSpec())
+    x, w, sizes = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for shape, dtype in (((512, 64), "bfloat16"), ((2, 64, 64), "bfloat16"), ((2,), "int32")))
+
+    def loss(x, w, sizes):
+        y = dispatch.grouped_matmul(x, w, sizes)
+        assert jax.typeof(y).sharding.mesh == jax.typeof(x).sharding.mesh
+        return jnp.square(y.astype(jnp.float32)).sum()
+
+    product = 2 * 512 * 64 * 64
+    assert count_flops(jax.jit(jax.grad(loss, (0, 1))).trace(x, w, sizes).jaxpr.jaxpr) == 3 * product
+    assert count_flops(jax.jit(lambda *args: jax.grad(loss, (0, 1))(*args)[0]).trace(x, w, sizes).jaxpr.jaxpr) == 2 * product
