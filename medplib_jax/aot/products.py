@@ -11,20 +11,20 @@ from medplib_jax.aot.hlo import Computation, Instruction, Shape
 def product_flops(instruction: Instruction, computation: Computation) -> float:
     """FLOPs of one execution: 2 per multiplication that is added up; 0 for what is no product."""
     target = instruction.target
-    if instruction.opcode == "dot" or is_matmul(target):
+    if instruction.opcode == "dot" or _is_matmul(target):
         lhs = computation[instruction.operands[0]].shapes[0].dims
         return 2.0 * instruction.shapes[0].size * math.prod(lhs[axis] for axis in _contracted(instruction.attributes))
-    if instruction.opcode == "convolution" or is_convolution(target):
+    if instruction.opcode == "convolution" or _is_convolution(target):
         return _convolution_flops(instruction, *(computation[operand].shapes[0] for operand in instruction.operands[:2]))
     return 0.0
 
 
-def is_matmul(target: str) -> bool:
+def _is_matmul(target: str) -> bool:
     """Whether a custom call's target is a product of cuBLAS."""
     return target.startswith("__cublas$") and any(name in target for name in ("matmul", "gemm"))
 
 
-def is_convolution(target: str) -> bool:
+def _is_convolution(target: str) -> bool:
     return target.startswith("__cudnn$conv")
 
 
