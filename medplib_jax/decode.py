@@ -120,9 +120,18 @@ class Decoder:
         )
 
     def decode(self, params: Params, slots: Slots, keep: Array, seed: Array) -> Slots:
-        """Draws tokens until no more than `keep` slots are active."""
+        """Draws tokens until no more than `keep` slots are active.
+
+        The cache of a single slot goes round the loop without the axis of slots: XLA drops that axis for products, and what would be written
+        with it and read without it is copied, four times its size per token.
+        """
         model = bind(self.model, params)
-        return jax.lax.while_loop(lambda slots: slots.active.sum() > keep, lambda slots: self._advance(model, slots, seed), slots)
+        fold, unfold = (_without_rows, _with_rows) if len(slots.active) == 1 else (_same, _same)
+
+        def advance(slots: Slots) -> Slots:
+            return fold(self._advance(model, unfold(slots), seed))
+
+        return unfold(jax.lax.while_loop(lambda slots: slots.active.sum() > keep, advance, fold(slots)))
 
     def _advance(self, model: MedPLIB, slots: Slots, seed: Array) -> Slots:
         """Draws one token per active slot and runs it through the decoder."""
@@ -260,6 +269,18 @@ def _keys(seed: Array, slots: Slots) -> Array:
     """A key per row, from its record and the place of the next token."""
     draw = jax.vmap(lambda record, place: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), record), place))
     return draw(slots.records, slots.lengths)
+
+
+def _without_rows(slots: Slots) -> Slots:
+    return slots.replace(cache=slots.cache.replace(k=tuple(k[0] for k in slots.cache.k), v=tuple(v[0] for v in slots.cache.v)))
+
+
+def _with_rows(slots: Slots) -> Slots:
+    return slots.replace(cache=slots.cache.replace(k=tuple(k[None] for k in slots.cache.k), v=tuple(v[None] for v in slots.cache.v)))
+
+
+def _same(slots: Slots) -> Slots:
+    return slots
 
 
 def _at(hidden_BxLxD: Array, position_B: Array) -> Array:

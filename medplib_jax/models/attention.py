@@ -89,9 +89,14 @@ def begin_cache(k_BxLxGxK: Array, v_BxLxGxK: Array, length: int) -> tuple[Array,
 def extend_cache(k_BxGxKxS: Array, v_BxGxSxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, index_BxL: Array) -> tuple[Array, Array]:
     """One layer's cache with the keys and values of L new positions written at `index_BxL`, all heads of a position at once: written
     value by value, sixteen rows take six times as long."""
+    k_BxLxGxK, v_BxLxGxK = k_BxLxGxK.astype(k_BxGxKxS.dtype), v_BxLxGxK.astype(v_BxGxSxK.dtype)
+    if len(k_BxLxGxK) == 1:  # without the axis of rows, see Decoder.decode
+        start, k_GxKxL, v_GxLxK = index_BxL[0, 0], k_BxLxGxK[0].transpose(1, 2, 0), v_BxLxGxK[0].swapaxes(0, 1)
+        k_GxKxS = jax.lax.dynamic_update_slice(k_BxGxKxS[0], k_GxKxL, (0, 0, start))
+        return k_GxKxS[None], jax.lax.dynamic_update_slice(v_BxGxSxK[0], v_GxLxK, (0, start, 0))[None]
     row_Bx1 = jnp.arange(k_BxLxGxK.shape[0])[:, None]
-    k_BxGxKxS = k_BxGxKxS.at[row_Bx1, :, :, index_BxL].set(k_BxLxGxK.astype(k_BxGxKxS.dtype))
-    return k_BxGxKxS, v_BxGxSxK.at[row_Bx1, :, index_BxL].set(v_BxLxGxK.astype(v_BxGxSxK.dtype))
+    k_BxGxKxS = k_BxGxKxS.at[row_Bx1, :, :, index_BxL].set(k_BxLxGxK)
+    return k_BxGxKxS, v_BxGxSxK.at[row_Bx1, :, index_BxL].set(v_BxLxGxK)
 
 
 def attend_cached(q_BxLxHxK: Array, k_BxGxKxS: Array, v_BxGxSxK: Array, query_position_BxL: Array) -> Array:

@@ -56,7 +56,7 @@ def grouped_matmul_apart(x_SxD: Array, matrices: Sequence[Array], sizes_E: Array
 
 def _multiply(x, w, sizes, *, transpose):
     if is_for_gpu(x) and gpu.suits_triton(x.shape[0], w):
-        return _on_device_of(x, gpu.multiply(x, w, sizes, transpose=transpose, device=target_device(x)))
+        return gpu.multiply(x, w, sizes, transpose=transpose, device=target_device(x))
     return (_multiply_tpu if is_for_tpu(x) else _multiply_blocks)(x, w, sizes, transpose)
 
 
@@ -69,12 +69,6 @@ def _weight_gradient(x, w, dy, sizes):
 def target_device(x: Array):
     """What the program that is being traced will run on; has `platform` and `device_kind`."""
     return jax.typeof(x).sharding.mesh.abstract_device or jax.devices()[0]
-
-
-def _on_device_of(x: Array, y: Array) -> Array:
-    """y, of which `target_device` says what it says of x: a kernel's result does not tell where it lives."""
-    sharding = jax.typeof(x).sharding
-    return jax.lax.with_sharding_constraint(y, sharding) if sharding.mesh.size == 1 else y
 
 
 def is_for_tpu(x: Array) -> bool:
