@@ -5,6 +5,7 @@ import logging
 import os
 
 import jax
+from jax.sharding import Mesh
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,17 @@ def release_memory() -> None:
     """Gives back to the system what compiling has freed, half a gigabyte and more that the C library would keep; where it is glibc."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
+
+
+def is_gpu(mesh: Mesh) -> bool:
+    """Whether programs on this mesh are for GPUs."""
+    return mesh.devices.flat[0].platform == "gpu"
+
+
+def compiler_options(mesh: Mesh) -> dict[str, int]:
+    """What XLA is told beside its defaults. On a GPU products with the same factor stay apart, for which it would else copy the other factors
+    (the kernels of queries, keys and values) side by side, anew for every layer and token."""
+    return {"xla_gpu_dot_merger_threshold_mb": 0} if is_gpu(mesh) else {}
 
 
 class Compilations:

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from medplib_jax.compilation import is_gpu
 from medplib_jax.config import ModelConfig
 from medplib_jax.experiment import MeshConfig
 from medplib_jax.mesh import make_mesh
@@ -33,7 +34,7 @@ def laid_out_model(config: ModelConfig, quantize: str = "", mesh: Mesh | None = 
     """
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize {quantize!r} is not one of {QUANTIZE}")
-    for_gpu = _is_gpu(mesh)
+    for_gpu = is_gpu(mesh or one_device())
     model = abstract_module(functools.partial(MedPLIB, config, layers_apart=True, experts_apart=not for_gpu))
     model = quantize_module(model) if quantize else model
     return _turn_module(model) if for_gpu else model
@@ -45,18 +46,12 @@ def lay_out(config: ModelConfig, params: Params, mesh: Mesh | None = None, quant
     model = laid_out_model(config, quantize, mesh)
 
     def arrange(params: Params) -> Params:
-        for_gpu = _is_gpu(mesh)
+        for_gpu = is_gpu(mesh)
         params = unstack(params, experts_apart=not for_gpu)
         params = quantize_params(params) if quantize else params
         return params | {"llm": jax.tree.map_with_path(_turn, params["llm"])} if for_gpu else params
 
     return jax.jit(arrange, out_shardings=param_shardings(logical_axes(model), params_of(model), mesh))(params)
-
-
-def compiler_options(mesh: Mesh) -> dict[str, int]:
-    """For the programs that decode. On a GPU: products with the same factor stay apart, for which XLA would else copy the other factors (the
-    kernels of queries, keys and values) side by side, anew for every token."""
-    return {"xla_gpu_dot_merger_threshold_mb": 0} if _is_gpu(mesh) else {}
 
 
 def is_laid_out(params: Params) -> bool:
@@ -65,10 +60,6 @@ def is_laid_out(params: Params) -> bool:
 
 def one_device() -> Mesh:
     return make_mesh(MeshConfig(), jax.local_devices()[:1])
-
-
-def _is_gpu(mesh: Mesh | None) -> bool:
-    return (mesh or one_device()).devices.flat[0].platform == "gpu"
 
 
 def _turn_module(model: MedPLIB) -> MedPLIB:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from medplib_jax.compilation import release_memory
+from medplib_jax.compilation import compiler_options, release_memory
 from medplib_jax.config import ModelConfig
 from medplib_jax.experiment import ExperimentConfig, ShardingConfig
 from medplib_jax.losses import divisors, total_loss
@@ -124,7 +124,8 @@ class CompiledStep:
     """The training step, compiled ahead once per bucket length; a batch of another shape in the same bucket is an error."""
 
     def __init__(self, step: Callable, shardings: TrainState):
-        self._jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        options = compiler_options(jax.tree.leaves(shardings)[0].mesh)
+        self._jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
         self._compiled: dict[int, Any] = {}
         self.compile_seconds: dict[int, float] = {}  # bucket length -> what compiling it took
 

@@ -28,7 +28,7 @@ def params():
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    monkeypatch.setattr(decode_layout, "_is_gpu", lambda mesh: True)
+    monkeypatch.setattr(decode_layout, "is_gpu", lambda mesh: True)
 
 
 def answers(model, params, batch, quantize):

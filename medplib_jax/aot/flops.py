@@ -24,10 +24,10 @@ from medplib_jax.models.grouped_matmul_gpu import DEPTH_BYTES, ROWS
 CUDNN_BLOCK = 128  # side of the blocks of scores in cuDNN's flash attention
 
 
-def model_flops(kind: str, config: ExperimentConfig, chip: jax.Device, rows: int, length: int) -> float:
-    """FLOPs of one call of the program for the whole batch, whatever the mesh."""
+def model_flops(kind: str, config: ExperimentConfig, chip: jax.Device, rows: int, length: int, labelled: int | None = None) -> float:
+    """FLOPs of one call of the program for the whole batch, whatever the mesh. `labelled`: positions of a row with a label, default all."""
     model = dataclasses.replace(config.model, remat="none")
-    loss = dataclasses.replace(config.loss, ce_chunk=length)  # all positions in one trip
+    loss = dataclasses.replace(config.loss, ce_chunk=labelled or length)  # all of them in one trip
     config = dataclasses.replace(config, model=model, loss=loss)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, expert=1, tensor=1), [chip])
     traced = make_program(kind, config, mesh, rows, length).trace()

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from medplib_jax.compilation import compiler_options
 from medplib_jax.config import LoraConfig, ModelConfig
 from medplib_jax.decode import Decoder, Sampling
-from medplib_jax.decode_layout import compiler_options, decoding_model
+from medplib_jax.decode_layout import decoding_model
 from medplib_jax.experiment import DataConfig, ExperimentConfig
 from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import bind, params_of
@@ -58,7 +59,8 @@ def _train(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Prog
     state = _placed(jax.eval_shape(lambda params: make_state(params, config, tx), params_of(model)), shardings)
     batch = abstract_batch(config.data, config.model, mesh, rows, length)
     step = make_train_step(model, config, tx, schedule)
-    return Program(step, (state, batch), {"donate_argnums": 0, "out_shardings": (shardings, None)}, rows * length)
+    jit = {"donate_argnums": 0, "out_shardings": (shardings, None), "compiler_options": compiler_options(mesh)}
+    return Program(step, (state, batch), jit, rows * length)
 
 
 def _eval(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:

@@ -21,7 +21,8 @@ def training_step(config: ExperimentConfig, stage: str, sides: Sequence[str], ro
     """The step beside the peer's, with its model FLOPs utilisation: of the measured rate, not of what the maker names."""
     name = f"train_step.stage_{stage}"
     table = training.compare(config, sides, rounds, device, name)
-    flops = model_flops("train", config, jax.devices()[0], config.data.batch_size, config.data.bucket_lengths[-1])
+    labelled = int((workload.example_batch(config).loss_weights > 0).sum(1).max())
+    flops = model_flops("train", config, jax.devices()[0], config.data.batch_size, config.data.bucket_lengths[-1], labelled)
     rate = machine_rates(config.model.llm.hidden_size).flat["machine.matmul_flops"]
     table.flat[f"{name}.mfu"] = flops / table.flat[f"{name}.ours.seconds"] / rate
     table.title += f", stage {stage}: {100 * table.flat[f'{name}.mfu']:.0f} % of the measured matmul rate"

@@ -7,7 +7,8 @@ import optax
 
 from medplib_jax.benchmarks.measure import Table, interleave, side_by_side
 from medplib_jax.benchmarks.workload import dense, example_batch
-from medplib_jax.compilation import release_memory
+from medplib_jax.compilation import compiler_options, release_memory
+from medplib_jax.decode_layout import one_device
 from medplib_jax.experiment import ExperimentConfig
 from medplib_jax.models.layers import draw_params, params_of
 from medplib_jax.optim import make_optimizer, partition
@@ -44,7 +45,8 @@ class JaxStep:
         tx = make_optimizer(config.optim, schedule, partition(params_of(model), config.optim.trainable)[0])
         state = jax.jit(lambda params: make_state(params, config, tx))(draw_params(model, 0))
         self.batch = jax.device_put(example_batch(config))
-        self.compiled = jax.jit(make_train_step(model, config, tx, schedule), donate_argnums=0).lower(state, self.batch).compile()
+        step = jax.jit(make_train_step(model, config, tx, schedule), donate_argnums=0, compiler_options=compiler_options(one_device()))
+        self.compiled = step.lower(state, self.batch).compile()
         self.state = state
         release_memory()  # as `train_step.CompiledStep` does
 
