@@ -1,4 +1,5 @@
-"""How decoding wants a checkpoint's parameters: layers apart, kernels in the order in which the platform reads them, perhaps in 8 bits."""
+"""How decoding wants a checkpoint's parameters: adapters merged, layers apart, kernels in the order in which the platform reads them, perhaps
+in 8 bits."""
 
 import dataclasses
 import functools
@@ -8,11 +9,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from medplib_jax.compilation import is_gpu
-from medplib_jax.config import ModelConfig
+from medplib_jax.config import LoraConfig, ModelConfig
 from medplib_jax.experiment import MeshConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models.layers import abstract_module, logical_axes, params_of
 from medplib_jax.models.llm import unstack
+from medplib_jax.models.lora import merge_lora
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import quantize_module, quantize_params
 from medplib_jax.sharding import param_shardings
@@ -35,6 +37,7 @@ def laid_out_model(config: ModelConfig, quantize: str = "", mesh: Mesh | None = 
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize {quantize!r} is not one of {QUANTIZE}")
     for_gpu = is_gpu(mesh or one_device())
+    config = dataclasses.replace(config, lora=LoraConfig())
     model = abstract_module(functools.partial(MedPLIB, config, layers_apart=True, experts_apart=not for_gpu))
     model = quantize_module(model) if quantize else model
     return _turn_module(model) if for_gpu else model
@@ -47,7 +50,7 @@ def lay_out(config: ModelConfig, params: Params, mesh: Mesh | None = None, quant
 
     def arrange(params: Params) -> Params:
         for_gpu = is_gpu(mesh)
-        params = unstack(params, experts_apart=not for_gpu)
+        params = merge_lora(unstack(params, experts_apart=not for_gpu), config.lora)
         params = quantize_params(params) if quantize else params
         return params | {"llm": jax.tree.map_with_path(_turn, params["llm"])} if for_gpu else params
 

@@ -36,7 +36,6 @@ from medplib_jax.evaluators.region import RegionVqaEvaluator
 from medplib_jax.evaluators.vqa import VqaEvaluator
 from medplib_jax.experiment import ExperimentConfig, SweepConfig
 from medplib_jax.mesh import make_mesh
-from medplib_jax.models.lora import merge_lora
 from medplib_jax.multihost import of_every_process, require_shared, wait_for_others
 from medplib_jax.stream import lanes_for, stream_answers
 from medplib_jax.tasks import Task, find_tasks
@@ -119,7 +118,7 @@ class LoadedModel:
         wait_for_others(f"load/{checkpoint.name}")
         _, params, tokenizer = load_params(checkpoint.workdir, checkpoint.step, shardings)
         self.experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, lora=LoraConfig()))
-        self.params: Params = lay_out(self.experiment.model, merge_lora(params, experiment.model.lora), mesh, checkpoint.quantize)
+        self.params: Params = lay_out(experiment.model, params, mesh, checkpoint.quantize)
         self._quantize = checkpoint.quantize
         self.tokenizer, self.mesh = Tokenizer.load(tokenizer), mesh
         self._generators: dict[tuple, Generator] = {}

@@ -14,16 +14,27 @@ from medplib_jax.config import LoraConfig
 from medplib_jax.decode import Generator
 from medplib_jax.decode_layout import lay_out, laid_out_model
 from medplib_jax.models.layers import abstract_module, draw_params, logical_axes, params_of
+from medplib_jax.models.lora import merge_lora
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.optim import flatten
 from tests.helpers import MODEL, random_batch, tiny_experiment
 
+ADAPTED = MODEL
 MODEL = dataclasses.replace(MODEL, lora=LoraConfig())
 
 
 @pytest.fixture(scope="module")
 def params():
     return draw_params(abstract_module(functools.partial(MedPLIB, MODEL)), 1)
+
+
+def test_adapters_are_merged():
+    drawn = draw_params(abstract_module(functools.partial(MedPLIB, ADAPTED)), 1)
+    drawn = jax.tree.map_with_path(lambda path, x: x + 0.5 if path[-1].key == "lora_b" else x, drawn)
+    batch = jax.tree.map(lambda x: x[:2], random_batch(tiny_experiment(model=MODEL), 16))
+    expected = answers(MODEL, merge_lora(drawn, ADAPTED.lora), batch, "")
+    np.testing.assert_array_equal(answers(ADAPTED, drawn, batch, "").tokens, expected.tokens)
+    assert not np.array_equal(answers(MODEL, merge_lora(drawn, dataclasses.replace(ADAPTED.lora, alpha=0.0)), batch, "").tokens, expected.tokens)
 
 
 @pytest.fixture

@@ -14,13 +14,12 @@ import numpy as np
 
 from medplib_jax.checkpoint import load_params
 from medplib_jax.compilation import use_cache
-from medplib_jax.config import LoraConfig, ModelConfig
+from medplib_jax.config import ModelConfig
 from medplib_jax.data.pipeline import Loader, eval_batches
 from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.decode import Generator
 from medplib_jax.models.layers import abstract_module, params_of
 from medplib_jax.models.llm import unstack
-from medplib_jax.models.lora import merge_lora
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import num_bytes, quantize_params
 from medplib_jax.tasks import find_tasks, folder_tasks
@@ -30,8 +29,8 @@ from medplib_jax.types import Batch
 def agreement(checkpoint: str, sources: list[str], limit: int) -> dict[str, tuple[int, int]]:
     """{task: (answers that stayed, answers)}."""
     experiment, params, tokenizer_dir = load_params(checkpoint)
-    params = jax.tree.map(jnp.asarray, merge_lora(params, experiment.model.lora))
-    model, tokenizer = dataclasses.replace(experiment.model, lora=LoraConfig()), Tokenizer.load(tokenizer_dir)
+    params = jax.tree.map(jnp.asarray, params)
+    model, tokenizer = experiment.model, Tokenizer.load(tokenizer_dir)
     options = {"eos_id": tokenizer.eos_id, "seg_id": tokenizer.seg_id, "max_new_tokens": experiment.eval.max_new_tokens, "max_masks": 0}
     generators = [Generator(model, params, **options, quantize=kind) for kind in ("", "int8")]
     found = {}

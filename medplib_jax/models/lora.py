@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from medplib_jax.config import LoraConfig
 from medplib_jax.types import Params
 
+
 def merge_lora(params: Params, lora: LoraConfig) -> Params:
     """The tree without adapters: kernel + alpha / r * lora_a @ lora_b, summed in float32, in the kernel's dtype.
 
