@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The table "What fits where" of README.md: compiles every program of it for its TPUs, without one. A few minutes each.
-# usage: bash launch/what_fits.sh FOLDER    (reports that lie there already are kept)
+# The tables "What fits where" of README.md: compiles every program of one for its TPUs or GPUs, without them. A few minutes each.
+# usage: bash launch/what_fits.sh FOLDER [tpu|gpu]    (reports that lie there already are kept)
 set -euo pipefail
-[ $# -eq 1 ] && [ "$1" != --help ] || { sed -n '2,3s/^# //p' "$0" >&2; exit 2; }
-folder="$(realpath -m "$1")"
+[ $# -ge 1 ] && [ "$1" != --help ] && [[ "${2:-tpu}" =~ ^(tpu|gpu)$ ]] || { sed -n '2,3s/^# //p' "$0" >&2; exit 2; }
+folder="$(realpath -m "$1")" kind="${2:-tpu}"
 cd "$(dirname "$0")/.."
-source launch/venv.sh launch/requirements-test.txt # with the TPU's compiler
+source launch/venv.sh "launch/requirements-$kind.txt" # with the compiler
 mkdir -p "$folder"
 
 examine() { # NAME TOPOLOGY CONFIG FLAGS...
@@ -14,21 +14,36 @@ examine() { # NAME TOPOLOGY CONFIG FLAGS...
   [ -e "$report" ] || python -m medplib_jax.aot --config="configs/$config.py:7b" --topology="$topology" --json="$report" "$@"
 }
 
-stages() { # TOPOLOGY FLAGS...
-  local topology="$1"
-  shift
-  examine "stage II on $topology" "$topology" stage2_vqa --length=2048 "$@"
-  examine "stage III on $topology" "$topology" stage3_grounding --length=1024 "$@"
-  examine "stage IV on $topology" "$topology" stage4_moe --length=1024 "$@"
+stages() { # TOPOLOGY ROWS FLAGS...
+  local topology="$1" rows="$2"
+  shift 2
+  examine "stage II on $topology, $rows rows" "$topology" stage2_vqa --length=2048 --rows="$rows" "$@"
+  examine "stage III on $topology, $rows rows" "$topology" stage3_grounding --length=1024 --rows="$rows" "$@"
+  examine "stage IV on $topology, $rows rows" "$topology" stage4_moe --length=1024 --rows="$rows" "$@"
 }
 
-stages v5e:8x8 --config.mesh.fsdp=64
-stages v5p:2x4x4 --config.mesh.data=2 --config.mesh.fsdp=16
-stages v6e:8x8 --config.mesh.fsdp=64
-stages v5e:4x4 --config.mesh.fsdp=16 --config.optim.accumulate=4
-examine "stage IV, expert axis on v5e:8x8" v5e:8x8 stage4_moe --length=1024 --config.mesh.fsdp=32 --config.mesh.expert=2
-examine "stage IV, everything trains, AdamW on v5p:4x4x4" v5p:4x4x4 stage4_moe --length=1024 --config.mesh.data=4 --config.mesh.fsdp=16 \
-  --config.optim.trainable='("",)' --config.model.lora.rank=0
-examine "generation, 64 new tokens on v5e:2x4" v5e:2x4 stage4_moe --program=decode --rows=32 --length=2048 --config.mesh.fsdp=1 --config.mesh.tensor=8 \
-  --config.eval.max_new_tokens=64
+generation() { # TOPOLOGY ROWS FLAGS...
+  local topology="$1" rows="$2"
+  shift 2
+  examine "generation, 64 new tokens on $topology, $rows rows" "$topology" stage4_moe --program=decode --rows="$rows" --length=2048 --config.mesh.fsdp=1 \
+    --config.eval.max_new_tokens=64 "$@"
+}
+
+if [ "$kind" = tpu ]; then
+  stages v5e:8x8 128 --config.mesh.fsdp=64
+  stages v5p:2x4x4 128 --config.mesh.data=2 --config.mesh.fsdp=16
+  stages v6e:8x8 128 --config.mesh.fsdp=64
+  stages v5e:4x4 128 --config.mesh.fsdp=16 --config.optim.accumulate=4
+  examine "stage IV, expert axis on v5e:8x8" v5e:8x8 stage4_moe --length=1024 --config.mesh.fsdp=32 --config.mesh.expert=2
+  examine "stage IV, everything trains, AdamW on v5p:4x4x4" v5p:4x4x4 stage4_moe --length=1024 --config.mesh.data=4 --config.mesh.fsdp=16 \
+    --config.optim.trainable='("",)' --config.model.lora.rank=0
+  generation v5e:2x4 32 --config.mesh.tensor=8
+else
+  for gpus in h100:8 h200:8; do
+    stages "$gpus" 16 --config.mesh.fsdp=8
+    stages "$gpus" 32 --config.mesh.fsdp=8
+  done
+  generation h200:1 1
+  generation h200:1 32
+fi
 python -m medplib_jax.aot.table "$folder"/*.json
