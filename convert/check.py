@@ -22,7 +22,7 @@ from convert.torch_reference import TorchReference
 from medplib_jax.decode import Generator
 from medplib_jax.decode_layout import laid_out_model
 from medplib_jax.models.clip import normalise_clip
-from medplib_jax.models.layers import abstract_module, bind
+from medplib_jax.models.layers import bind
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.sam import normalise_sam
 from medplib_jax.data.tokenizer import Tokenizer

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 
 from medplib_jax.compilation import compiler_options
 from medplib_jax.config import ModelConfig
-from medplib_jax.decode_layout import decoding_model, is_laid_out, lay_out, one_device
+from medplib_jax.decode_layout import decoding_model, is_laid_out, lay_out
+from medplib_jax.mesh import one_device
 from medplib_jax.models.attention import KVCache
 from medplib_jax.models.layers import bind
 from medplib_jax.models.llm import init_cache

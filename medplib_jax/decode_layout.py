@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 
 from medplib_jax.compilation import is_gpu
 from medplib_jax.config import LoraConfig, ModelConfig
-from medplib_jax.experiment import MeshConfig
-from medplib_jax.mesh import make_mesh
+from medplib_jax.mesh import one_device
 from medplib_jax.models.layers import abstract_module, logical_axes, params_of
 from medplib_jax.models.llm import unstack
 from medplib_jax.models.lora import merge_lora
@@ -44,7 +43,8 @@ def laid_out_model(config: ModelConfig, quantize: str = "", mesh: Mesh | None = 
 
 
 def lay_out(config: ModelConfig, params: Params, mesh: Mesh | None = None, quantize: str = "") -> Params:
-    """A checkpoint's parameters as decoding reads them, on the devices of the mesh. Several generators may share them."""
+    """A checkpoint's parameters as decoding reads them, adapters merged, on the devices of the mesh (default: this process's first device).
+    Several generators may share them. `config` is the checkpoint's, adapters included."""
     mesh = mesh or one_device()
     model = laid_out_model(config, quantize, mesh)
 
@@ -59,10 +59,6 @@ def lay_out(config: ModelConfig, params: Params, mesh: Mesh | None = None, quant
 
 def is_laid_out(params: Params) -> bool:
     return "0" in params["llm"]["layers"]
-
-
-def one_device() -> Mesh:
-    return make_mesh(MeshConfig(), jax.local_devices()[:1])
 
 
 def _turn_module(model: MedPLIB) -> MedPLIB:

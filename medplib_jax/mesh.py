@@ -68,3 +68,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     else:
         grid = np.asarray(devices).reshape(sizes)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def one_device() -> Mesh:
+    """The mesh of this process's first device."""
+    return make_mesh(MeshConfig(), jax.local_devices()[:1])

@@ -121,8 +121,7 @@ def attend_within(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, valid_Bx
     For a TPU by the splash attention kernel and for a GPU by cuDNN's, which never keep scores; the same values, except at padding, which then
     sees other padding too.
     """
-    L, K = q_BxLxHxK.shape[1], q_BxLxHxK.shape[3]
-    if is_for_tpu(q_BxLxHxK) and K % SPLASH_LANES == 0:
+    if is_for_tpu(q_BxLxHxK) and q_BxLxHxK.shape[3] % SPLASH_LANES == 0:
         return _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, valid_BxL.astype(jnp.int32) if segment_BxL is None else segment_BxL)
     if is_for_gpu(q_BxLxHxK) and segment_BxL is None and suits_cudnn(q_BxLxHxK):
         return fused_attention(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, "cudnn")
@@ -158,7 +157,7 @@ def splash_block(length: int) -> int:
 
 def _splash(q, k, v, segment_BxL):
     """Every device works on its rows and heads: the compiler cannot partition a kernel."""
-    length, heads, mesh = q.shape[1], q.shape[2], jax.typeof(q).sharding.mesh
+    length, mesh = q.shape[1], jax.typeof(q).sharding.mesh
     beyond = -length % splash_block(length)
     q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, beyond), (0, 0))) for x in (q * q.shape[3] ** -0.5, k, v))
     segment_BxL = jnp.pad(segment_BxL, ((0, 0), (0, beyond)))
