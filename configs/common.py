@@ -1,7 +1,7 @@
 """What the stages share: model sizes, where data lies, and which parameters a pattern means."""
 
-from medplib_jax.config import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
-from medplib_jax.experiment import DataConfig, MeshConfig, OptimConfig
+from medplib_jax.config.experiment import DataConfig, MeshConfig, OptimConfig
+from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
 
 # MedPLIB-7B: the defaults of ModelConfig, in bfloat16; of what the decoder computes it keeps what no wider than the model is, and recomputes the rest.
 LARGE = ModelConfig(dtype="bfloat16", remat="projections")

@@ -4,7 +4,8 @@ COMMAND
     python -m medplib_jax.evaluate --config=configs/eval_folder.py:data/phantom --workdir=runs/results --config.checkpoints=runs/demo/stage_IV
 """
 
-from medplib_jax.experiment import SweepConfig, to_config_dict
+from medplib_jax.config.base import to_config_dict
+from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.tasks import folder_tasks
 
 

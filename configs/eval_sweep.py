@@ -16,7 +16,8 @@ Where the files come from (below data/, or --config=configs/eval_sweep.py:FOLDER
                             brains have no mask: how often is a mask drawn where there is nothing? Any set with answers without masks does.
 """
 
-from medplib_jax.experiment import SweepConfig, TaskConfig, to_config_dict
+from medplib_jax.config.base import to_config_dict
+from medplib_jax.config.sweep import SweepConfig, TaskConfig
 
 MECOVQA = "MeCoVQA (Huang et al., AAAI 2025)"
 ZERO_SHOT = ("endoscopy", "fundus", "mr", "ultrasound", "xray")

@@ -17,8 +17,9 @@ import dataclasses
 import pathlib
 
 from configs import common
+from medplib_jax.config.base import to_config_dict
+from medplib_jax.config.experiment import DataConfig, ExperimentConfig, LossConfig, TrainConfig
 from medplib_jax.data.build.mecovqa import is_held_out, may_hold_records
-from medplib_jax.experiment import DataConfig, ExperimentConfig, LossConfig, TrainConfig, to_config_dict
 
 
 def _annotations(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -9,7 +9,8 @@ whether it is there.
 """
 
 from configs import common
-from medplib_jax.experiment import DataConfig, ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig, to_config_dict
+from medplib_jax.config.base import to_config_dict
+from medplib_jax.config.experiment import DataConfig, ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig
 
 
 def get_config(size: str = "7b"):

@@ -12,7 +12,8 @@ tiny: also the rest of the language model, which is as new to questions as to th
 import dataclasses
 
 from configs import common
-from medplib_jax.experiment import ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig, to_config_dict
+from medplib_jax.config.base import to_config_dict
+from medplib_jax.config.experiment import ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig
 
 TRAINABLE = (common.LORA, *common.HEAD_AND_EMBEDDINGS, common.LAYER_NORMS, common.PROJECTOR, common.REGION)
 

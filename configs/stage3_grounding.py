@@ -11,7 +11,8 @@ tiny: the whole of SAM trains, because nothing is pretrained, and embeddings and
 import dataclasses
 
 from configs import common
-from medplib_jax.experiment import ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig, to_config_dict
+from medplib_jax.config.base import to_config_dict
+from medplib_jax.config.experiment import ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig
 
 LOSS = LossConfig(ce=1.0, dice=5.0, bce=1.0, focal=1.0, iou=0.0)
 

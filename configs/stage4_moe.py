@@ -11,7 +11,8 @@ all of MeCoVQA. Batch 128, 3 epochs (the released weights: 2), lr 3e-4.
 import dataclasses
 
 from configs import common
-from medplib_jax.experiment import ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig, to_config_dict
+from medplib_jax.config.base import to_config_dict
+from medplib_jax.config.experiment import ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig
 
 TRAINABLE = (common.LORA, common.ROUTER, *common.HEAD_AND_EMBEDDINGS, common.MASK_DECODER, common.SEG_MLP, common.REGION)
 TARGETS = (*common.MLP_LINEAR, "q", "v")

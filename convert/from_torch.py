@@ -29,8 +29,8 @@ from jax.sharding import AbstractMesh
 
 from convert import kinds, mapping, orbax_stream, torch_files, vocabulary
 from medplib_jax import checkpoint
-from medplib_jax.config import ModelConfig
-from medplib_jax.experiment import DataConfig, ExperimentConfig, InitConfig, MeshConfig
+from medplib_jax.config.experiment import DataConfig, ExperimentConfig, InitConfig, MeshConfig
+from medplib_jax.config.model import ModelConfig
 from medplib_jax.models.layers import Mlp, abstract_module, gelu, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.region import RegionEncoder

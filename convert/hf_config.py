@@ -7,7 +7,7 @@ import numpy as np
 
 from convert import vocabulary
 from convert.kinds import Json, read_json
-from medplib_jax.config import ModelConfig
+from medplib_jax.config.model import ModelConfig
 
 # Settings of the released model that no size of ours decides (config.json of MedPLIB-7b-2e).
 _DEFAULTS: Json = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert import mapping
-from medplib_jax.config import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
+from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 Json = dict[str, Any]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from medplib_jax.config import ModelConfig
+from medplib_jax.config.model import ModelConfig
 
 Shape = tuple[int, ...]
 

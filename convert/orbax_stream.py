@@ -19,7 +19,7 @@ import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
 from convert.torch_files import ahead, progress
-from medplib_jax.types import Params
+from medplib_jax.batch import Params
 
 Index = tuple[int, ...]
 MAX_CHUNK_BYTES = 1 << 25

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from convert.torch_files import Tensor
-from medplib_jax.config import ModelConfig
+from medplib_jax.config.model import ModelConfig
 
 _CLIP = "model.vision_tower.vision_tower.vision_model."
 _SAM = "model.visual_model."

@@ -19,11 +19,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from medplib_jax.config import from_dict
-from medplib_jax.experiment import ExperimentConfig
+from medplib_jax.batch import Params, TrainState
+from medplib_jax.config.base import from_dict
+from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.multihost import of_every_process, wait_for_others
 from medplib_jax.optim import combine
-from medplib_jax.types import Params, TrainState
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from medplib_jax.batch import Params
 from medplib_jax.compilation import is_gpu
-from medplib_jax.config import LoraConfig, ModelConfig
+from medplib_jax.config.model import LoraConfig, ModelConfig
 from medplib_jax.mesh import one_device
 from medplib_jax.models.layers import abstract_module, logical_axes, params_of
 from medplib_jax.models.llm import unstack
@@ -17,7 +18,6 @@ from medplib_jax.models.lora import merge_lora
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import quantize_module, quantize_params
 from medplib_jax.sharding import param_shardings
-from medplib_jax.types import Params
 
 QUANTIZE = ("", "int8")
 

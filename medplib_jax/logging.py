@@ -6,7 +6,7 @@ import time
 import jax
 from etils import epath
 
-from medplib_jax.config import ModelConfig
+from medplib_jax.config.model import ModelConfig
 
 # Dense bf16 FLOP/s of one device, from the makers' data sheets; other kinds report no MFU.
 PEAK_FLOPS = {

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from medplib_jax.config import MaskConfig, ModelConfig
-from medplib_jax.experiment import LossConfig
+from medplib_jax.batch import Array, Batch, ModelOutput
+from medplib_jax.config.experiment import LossConfig
+from medplib_jax.config.model import MaskConfig, ModelConfig
 from medplib_jax.models.unpad import resample_to_canvas
 from medplib_jax.sharding import mesh_axes, row_axes
-from medplib_jax.types import Array, Batch, ModelOutput
 
 Pair = tuple[Array, Array]
 

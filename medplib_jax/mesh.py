@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from medplib_jax.experiment import MESH_AXES, MeshConfig
+from medplib_jax.config.experiment import MESH_AXES, MeshConfig
 
 
 def initialize_distributed() -> None:

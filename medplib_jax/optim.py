@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from medplib_jax.experiment import OptimConfig
-from medplib_jax.types import Params
+from medplib_jax.batch import Params
+from medplib_jax.config.experiment import OptimConfig
 
 
 def flatten(params: Params, prefix: str = "") -> dict[str, object]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from medplib_jax.batch import Batch, Params
 from medplib_jax.checkpoint import load_params
 from medplib_jax.compilation import use_cache
 from medplib_jax.data.images import load_image
@@ -29,7 +30,6 @@ from medplib_jax.decode import Generator, Sampling
 from medplib_jax.decode_layout import QUANTIZE
 from medplib_jax.evaluators.common import mask_drawer
 from medplib_jax.report import PALETTE, overlay
-from medplib_jax.types import Batch, Params
 
 _PLACEHOLDER = re.compile(r"<region>(?:\s*</region>)?")
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from medplib_jax.types import Array
+from medplib_jax.batch import Array
 
 TOKEN_KINDS = ("text", "image", "region", "SEG")
 

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from medplib_jax.experiment import ExperimentConfig, ShardingConfig
-from medplib_jax.types import Params
+from medplib_jax.batch import Params
+from medplib_jax.config.experiment import ExperimentConfig, ShardingConfig
 
 BATCH_AXES = ("data", "fsdp", "expert")
 

@@ -19,9 +19,12 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from medplib_jax import metrics
+from medplib_jax.batch import Batch, Params
 from medplib_jax.checkpoint import load_params
 from medplib_jax.checkpoint_list import Checkpoint, find_checkpoints
-from medplib_jax.config import LoraConfig
+from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.config.model import LoraConfig
+from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import Loader, eval_batches
 from medplib_jax.data.tokenizer import Tokenizer
@@ -34,13 +37,11 @@ from medplib_jax.evaluators.predictions import SKIPPED, Shard, read_lines
 from medplib_jax.evaluators.reference import ReferenceLoader
 from medplib_jax.evaluators.region import RegionVqaEvaluator
 from medplib_jax.evaluators.vqa import VqaEvaluator
-from medplib_jax.experiment import ExperimentConfig, SweepConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.multihost import of_every_process, require_shared, wait_for_others
 from medplib_jax.stream import lanes_for, stream_answers
 from medplib_jax.tasks import Task, find_tasks
 from medplib_jax.train_step import abstract_model, model_shardings
-from medplib_jax.types import Batch, Params
 
 log = logging.getLogger(__name__)
 

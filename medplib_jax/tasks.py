@@ -7,10 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from medplib_jax.config.sweep import TASK_PARTS, TaskConfig
 from medplib_jax.data.build.mecovqa import is_held_out, may_hold_records
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.sources import MASK, REGION, MecovqaSource
-from medplib_jax.experiment import TASK_PARTS, TaskConfig
 
 log = logging.getLogger(__name__)
 

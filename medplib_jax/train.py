@@ -36,11 +36,13 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from medplib_jax import checkpoint
+from medplib_jax.batch import Batch, Params, TrainState
 from medplib_jax.compilation import Compilations, use_cache
+from medplib_jax.config.base import from_config_dict
+from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import BatchPlan, Loader, make_loader, train_batches
 from medplib_jax.data.tokenizer import Tokenizer
-from medplib_jax.experiment import ExperimentConfig, from_config_dict
 from medplib_jax.logging import Clock, MetricWriter, mfu, read_metrics, step_flops
 from medplib_jax.mesh import initialize_distributed, make_mesh
 from medplib_jax.models.layers import draw_params, params_of
@@ -49,8 +51,15 @@ from medplib_jax.multihost import RESTART, Agreement, Watchdog, abort_together, 
 from medplib_jax.optim import make_optimizer, make_schedule, partition
 from medplib_jax.sharding import batch_sharding, process_rows, put_batch
 from medplib_jax.stages import hand_over
-from medplib_jax.train_step import CompiledStep, abstract_model, make_state, make_train_step, model_shardings, place, state_shardings
-from medplib_jax.types import Batch, Params, TrainState
+from medplib_jax.train_step import (
+    CompiledStep,
+    abstract_model,
+    make_state,
+    make_train_step,
+    model_shardings,
+    place,
+    state_shardings,
+)
 
 log = logging.getLogger("medplib_jax.train")  # not __name__: the module is also run by python -m
 
@@ -365,7 +374,7 @@ def main() -> None:
         except jax.errors.JaxRuntimeError as error:  # the others do not come, or one of them is still the last attempt's
             log.error("joining the other processes failed: %s", error)
             return exit_code(error)
-        result = train(from_config_dict(config.value), workdir.value)
+        result = train(from_config_dict(config.value, ExperimentConfig), workdir.value)
         log.info("compiled %s", compilations)
         return {None: 0, signal.SIGINT: 130}.get(result["interrupted"], RESTART)
 

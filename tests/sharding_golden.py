@@ -7,7 +7,8 @@ import pathlib
 from jax.sharding import AbstractMesh
 
 from configs import stage4_moe
-from medplib_jax.experiment import MESH_AXES, from_config_dict
+from medplib_jax.config.base import from_config_dict
+from medplib_jax.config.experiment import MESH_AXES, ExperimentConfig
 from medplib_jax.optim import flatten
 from medplib_jax.train_step import abstract_model, model_shardings
 
@@ -17,7 +18,7 @@ MESHES = {"fsdp": (1, 64, 1, 1), "data x fsdp": (4, 16, 1, 1), "fsdp x expert x 
 
 def specs() -> dict[str, dict[str, list]]:
     """{mesh: {parameter: one entry per axis: None, a mesh axis or several}}."""
-    config = from_config_dict(stage4_moe.get_config("7b"))
+    config = from_config_dict(stage4_moe.get_config("7b"), ExperimentConfig)
     model = abstract_model(config.model)
     meshes = {name: AbstractMesh(sizes, MESH_AXES) for name, sizes in MESHES.items()}
     return {

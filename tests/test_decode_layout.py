@@ -10,9 +10,9 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from medplib_jax import decode_layout
-from medplib_jax.config import LoraConfig
+from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode import Generator
-from medplib_jax.decode_layout import lay_out, laid_out_model
+from medplib_jax.decode_layout import laid_out_model, lay_out
 from medplib_jax.models.layers import abstract_module, draw_params, logical_axes, params_of
 from medplib_jax.models.lora import merge_lora
 from medplib_jax.models.medplib import MedPLIB

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from medplib_jax.config import ModelConfig, MoeConfig
+from medplib_jax.config.model import ModelConfig, MoeConfig
 from medplib_jax.logging import Clock, MetricWriter, mfu, read_metrics, step_flops
 
 

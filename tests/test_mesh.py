@@ -3,7 +3,7 @@ import pytest
 from jax.sharding import AxisType
 
 from medplib_jax import mesh as mesh_module
-from medplib_jax.experiment import MeshConfig
+from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.mesh import initialize_distributed, make_mesh, resolve
 
 

@@ -10,11 +10,19 @@ import numpy as np
 import optax
 import pytest
 
-from medplib_jax.experiment import ExperimentConfig, MeshConfig, OptimConfig, from_config_dict
+from medplib_jax.config.base import from_config_dict
+from medplib_jax.config.experiment import ExperimentConfig, MeshConfig, OptimConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.optim import flatten
 from medplib_jax.sharding import put_batch
-from medplib_jax.train_step import CompiledStep, abstract_model, make_state, make_train_step, model_shardings, state_shardings
+from medplib_jax.train_step import (
+    CompiledStep,
+    abstract_model,
+    make_state,
+    make_train_step,
+    model_shardings,
+    state_shardings,
+)
 from tests.helpers import MODEL, init_params, random_batch, tiny_experiment
 
 STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe")
@@ -33,7 +41,7 @@ SELECTED = {
 
 def small(stage: str, dispatch: str) -> ExperimentConfig:
     """What a stage of the 7B model adapts, trains and weighs, on a model of a few thousand parameters."""
-    config = from_config_dict(importlib.import_module(f"configs.{stage}").get_config("7b"))
+    config = from_config_dict(importlib.import_module(f"configs.{stage}").get_config("7b"), ExperimentConfig)
     model = dataclasses.replace(
         MODEL,
         llm=dataclasses.replace(MODEL.llm, num_heads=4, num_kv_heads=4),

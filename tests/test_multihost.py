@@ -15,8 +15,8 @@ import pytest
 
 from medplib_jax import train as train_module
 from medplib_jax.benchmarks import tiny_run
+from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.data.pipeline import make_loader
-from medplib_jax.experiment import MeshConfig
 from medplib_jax.logging import read_metrics
 from medplib_jax.mesh import make_mesh
 from medplib_jax.multihost import RESTART
@@ -26,7 +26,7 @@ TOGETHER = """
 import os, sys, time
 import jax, numpy as np
 from medplib_jax import multihost
-from medplib_jax.experiment import MeshConfig
+from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.mesh import initialize_distributed, make_mesh
 
 initialize_distributed()

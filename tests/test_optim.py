@@ -9,8 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medplib_jax.experiment import OptimConfig
-from medplib_jax.optim import combine, flatten, lr_factors, make_optimizer, make_schedule, partition, unflatten, warmup_steps
+from medplib_jax.config.experiment import OptimConfig
+from medplib_jax.optim import (
+    combine,
+    flatten,
+    lr_factors,
+    make_optimizer,
+    make_schedule,
+    partition,
+    unflatten,
+    warmup_steps,
+)
 
 schedules = json.loads((pathlib.Path(__file__).parent / "golden" / "schedules.json").read_text())
 params = {"llm": {"head": {"kernel": 1.0}, "layers": {"q": {"kernel": 2.0, "lora_a": 3.0}}}, "sam": {"blocks": {"0": {"bias": 4.0}}}}

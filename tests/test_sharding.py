@@ -9,9 +9,16 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from medplib_jax.experiment import MeshConfig, ShardingConfig
+from medplib_jax.config.experiment import MeshConfig, ShardingConfig
 from medplib_jax.mesh import make_mesh
-from medplib_jax.sharding import batch_sharding, optimizer_shardings, param_shardings, process_rows, put_batch, use_rules
+from medplib_jax.sharding import (
+    batch_sharding,
+    optimizer_shardings,
+    param_shardings,
+    process_rows,
+    put_batch,
+    use_rules,
+)
 from medplib_jax.train_step import abstract_model, state_shardings
 from tests import sharding_golden
 from tests.helpers import tiny_experiment

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medplib_jax.config import LoraConfig, MoeConfig
-from medplib_jax.experiment import InitConfig
+from medplib_jax.config.experiment import InitConfig
+from medplib_jax.config.model import LoraConfig, MoeConfig
 from medplib_jax.models.layers import params_of
 from medplib_jax.optim import flatten
 from medplib_jax.stages import hand_over

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch import local_multiprocess
-from medplib_jax.experiment import SweepConfig
+from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.sweep import run_sweep
 from medplib_jax.tasks import folder_tasks
 from tests.evaluators import tiny

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from medplib_jax.config.sweep import TaskConfig
 from medplib_jax.data.errors import DataError
-from medplib_jax.experiment import TaskConfig
 from medplib_jax.tasks import annotation_files, data_root, find_tasks, folder_tasks, read_task
 from tests.evaluators import tiny
 

@@ -15,21 +15,21 @@ import pytest
 
 from medplib_jax import train as train_module
 from medplib_jax.benchmarks import tiny_run
-from medplib_jax.config import LoraConfig, to_json
-from medplib_jax.experiment import TrainConfig
+from medplib_jax.config.experiment import TrainConfig
+from medplib_jax.config.model import LoraConfig
 from medplib_jax.logging import read_metrics
 from medplib_jax.mesh import make_mesh
 from medplib_jax.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 KILLED = """
-import sys
+import json, sys
 from medplib_jax import train
-from medplib_jax.config import from_json
-from medplib_jax.experiment import ExperimentConfig
+from medplib_jax.config.base import from_dict
+from medplib_jax.config.experiment import ExperimentConfig
 from tests.test_train import one_device
 train.make_mesh = one_device
-train.train(from_json(ExperimentConfig, open(sys.argv[1]).read()), sys.argv[2])
+train.train(from_dict(ExperimentConfig, json.load(open(sys.argv[1]))), sys.argv[2])
 """
 
 
@@ -87,7 +87,7 @@ def test_a_run_learns_and_returns_its_last_metrics(uninterrupted):
 
 
 def test_resuming_after_sigkill_gives_the_same_losses(uninterrupted, config, folder, tmp_path):
-    (tmp_path / "config.json").write_text(to_json(config))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "config.json"), str(tmp_path / "run")], env=environment)

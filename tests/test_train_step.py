@@ -8,12 +8,20 @@ import numpy as np
 import optax
 import pytest
 
-from medplib_jax.experiment import MeshConfig, OptimConfig
+from medplib_jax.config.experiment import MeshConfig, OptimConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models.layers import params_of
 from medplib_jax.optim import flatten, make_optimizer, make_schedule, partition
 from medplib_jax.sharding import put_batch
-from medplib_jax.train_step import CompiledStep, abstract_model, make_state, make_train_step, model_shardings, state_shardings, split_batch
+from medplib_jax.train_step import (
+    CompiledStep,
+    abstract_model,
+    make_state,
+    make_train_step,
+    model_shardings,
+    split_batch,
+    state_shardings,
+)
 from tests.helpers import init_params, random_batch, tiny_experiment
 
 

@@ -23,7 +23,8 @@ from ml_collections import config_flags  # noqa: E402
 from medplib_jax.aot.programs import PROGRAMS  # noqa: E402
 from medplib_jax.aot.report import Request, as_text, examine  # noqa: E402
 from medplib_jax.aot.sweep import as_table, sweep  # noqa: E402
-from medplib_jax.experiment import from_config_dict  # noqa: E402
+from medplib_jax.config.base import from_config_dict  # noqa: E402
+from medplib_jax.config.experiment import ExperimentConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:SIZE")
 _TOPOLOGY = flags.DEFINE_string(
@@ -47,7 +48,7 @@ def main(_) -> None:
 
 
 def _request() -> Request:
-    config = from_config_dict(_CONFIG.value)
+    config = from_config_dict(_CONFIG.value, ExperimentConfig)
     rows = config.data.batch_size if _PROGRAM.value == "train" else config.eval.batch_size
     return Request(config, _TOPOLOGY.value, _PROGRAM.value, _ROWS.value or rows, _LENGTH.value or config.data.bucket_lengths[-1])
 

@@ -13,7 +13,7 @@ from medplib_jax.aot.flops import executed_kernel_flops, model_flops
 from medplib_jax.aot.programs import Program, make_program
 from medplib_jax.aot.topologies import COMPILER_OPTIONS, devices_of, full_rematerialisations
 from medplib_jax.aot.usage import Collective, Usage, read_usage
-from medplib_jax.experiment import ExperimentConfig
+from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.mesh import make_mesh
 
 

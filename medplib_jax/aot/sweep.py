@@ -8,9 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medplib_jax.aot.topologies import devices_of
 from medplib_jax.aot.report import Request, examine
-from medplib_jax.experiment import MeshConfig
+from medplib_jax.aot.topologies import devices_of
+from medplib_jax.config.experiment import MeshConfig
 
 log = logging.getLogger(__name__)
 

@@ -26,10 +26,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from convert import benchmark
-from medplib_jax.benchmarks import accelerator, data_pipeline, decoding, feeding, memory, parts, roofline, startup, training, workload
+from medplib_jax.benchmarks import (
+    accelerator,
+    data_pipeline,
+    decoding,
+    feeding,
+    memory,
+    parts,
+    roofline,
+    startup,
+    training,
+    workload,
+)
 from medplib_jax.benchmarks.measure import Table
 from medplib_jax.compilation import use_cache
-
 
 # Each suite says which parts it has: {name: what measures it}.
 Parts = dict[str, Callable[[], Iterable[Table]]]

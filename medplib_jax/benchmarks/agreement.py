@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from medplib_jax.batch import Batch
 from medplib_jax.checkpoint import load_params
 from medplib_jax.compilation import use_cache
-from medplib_jax.config import ModelConfig
+from medplib_jax.config.model import ModelConfig
 from medplib_jax.data.pipeline import Loader, eval_batches
 from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.decode import Generator
@@ -23,7 +24,6 @@ from medplib_jax.models.llm import unstack
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import num_bytes, quantize_params
 from medplib_jax.tasks import find_tasks, folder_tasks
-from medplib_jax.types import Batch
 
 
 def agreement(checkpoint: str, sources: list[str], limit: int) -> dict[str, tuple[int, int]]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from configs import stage4_moe
 from medplib_jax.benchmarks.measure import Table
-from medplib_jax.config import ModelConfig
+from medplib_jax.config.experiment import DataConfig
+from medplib_jax.config.model import ModelConfig
 from medplib_jax.data import phantom
 from medplib_jax.data.build_tokenizer import build_tokenizer
 from medplib_jax.data.pipeline import make_loader, train_batches
-from medplib_jax.experiment import DataConfig
 
 BATCH = 16
 

@@ -14,7 +14,7 @@ import jax
 
 from medplib_jax.benchmarks import training, workload
 from medplib_jax.benchmarks.measure import Table
-from medplib_jax.experiment import ExperimentConfig
+from medplib_jax.config.experiment import ExperimentConfig
 
 GB = 1e9
 SIDES = {"ours": "ours", "torch eager": "torch"}

@@ -19,8 +19,8 @@ from absl import app, flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from medplib_jax.aot.topologies import devices_of
-from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
-from medplib_jax.experiment import MeshConfig
+from medplib_jax.config.experiment import MeshConfig
+from medplib_jax.config.model import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models.grouped_matmul import TPU_ROW_TILE
 from medplib_jax.models.layers import abstract_module, bind, params_of

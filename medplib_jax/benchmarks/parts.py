@@ -9,7 +9,7 @@ import optax
 
 from medplib_jax.benchmarks.measure import Table, interleave
 from medplib_jax.benchmarks.workload import example_batch
-from medplib_jax.experiment import ExperimentConfig
+from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.losses import token_cross_entropy
 from medplib_jax.models.attention import attend_within, rotary_tables
 from medplib_jax.models.clip import normalise_clip

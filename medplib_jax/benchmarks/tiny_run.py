@@ -6,10 +6,11 @@
 import json
 from pathlib import Path
 
-from medplib_jax.config import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig
+from medplib_jax.config.base import to_config_dict
+from medplib_jax.config.experiment import DataConfig, ExperimentConfig, OptimConfig, TrainConfig
+from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig
 from medplib_jax.data.phantom import generate
 from medplib_jax.data.tokenizer import Tokenizer, train_tokenizer
-from medplib_jax.experiment import DataConfig, ExperimentConfig, OptimConfig, TrainConfig, to_config_dict
 
 LENGTH = 384
 

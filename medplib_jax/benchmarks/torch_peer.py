@@ -19,10 +19,10 @@ from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamVisionEncoder
 
 from convert import mapping
-from medplib_jax.config import LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig
+from medplib_jax.batch import Params
+from medplib_jax.config.model import LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig
 from medplib_jax.models import clip, sam
 from medplib_jax.optim import flatten
-from medplib_jax.types import Params
 
 # Names of the original's tensors (`convert.mapping`) -> those of the modules below.
 NAMES = (

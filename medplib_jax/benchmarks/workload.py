@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 
 from configs import stage3_grounding, stage4_moe
-from medplib_jax.config import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
-from medplib_jax.experiment import DataConfig, ExperimentConfig, LossConfig
-from medplib_jax.types import Batch
+from medplib_jax.batch import Batch
+from medplib_jax.config.experiment import DataConfig, ExperimentConfig, LossConfig
+from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
 
 TEXT = 64  # positions of text; the rest of a row is the picture
 

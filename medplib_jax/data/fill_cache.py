@@ -15,11 +15,12 @@ from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from medplib_jax.config import ModelConfig
+from medplib_jax.config.base import from_config_dict
+from medplib_jax.config.experiment import DataConfig, ExperimentConfig
+from medplib_jax.config.model import ModelConfig
 from medplib_jax.data.build.processes import make_pool
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import Loader, make_loader
-from medplib_jax.experiment import DataConfig, from_config_dict
 
 CHUNK = 32  # records per task of a worker process
 log = logging.getLogger("medplib_jax.data")
@@ -68,7 +69,7 @@ def main() -> None:
     flags.mark_flag_as_required("config")
 
     def run(_) -> int:
-        experiment = from_config_dict(config.value)
+        experiment = from_config_dict(config.value, ExperimentConfig)
         try:
             print(fill_cache(experiment.data, experiment.model, workers.value))
         except ValueError as error:  # DataError among them

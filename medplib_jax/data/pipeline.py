@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from medplib_jax.config import ModelConfig
+from medplib_jax.config.experiment import DataConfig
+from medplib_jax.config.model import ModelConfig
 from medplib_jax.data import images, prompts, regions
 from medplib_jax.data.cache import DiskCache, MemoryCache, fingerprint
 from medplib_jax.data.errors import DataError, Notice
@@ -21,7 +22,6 @@ from medplib_jax.data.packing import pack
 from medplib_jax.data.plan import BatchPlan
 from medplib_jax.data.sources import Record, check_images, open_source
 from medplib_jax.data.tokenizer import Tokenizer
-from medplib_jax.experiment import DataConfig
 
 CACHE_BYTES = 2**30  # decoded and resized pixels kept per process
 Arrays = dict[str, np.ndarray]
@@ -32,7 +32,7 @@ class Loader:
     """Reads records into rows of a batch. Pixels, masks and region points are kept in a bounded cache.
 
     sources: sequences of `Record`, such as those of `sources.open_source` or a list of records made on the spot.
-    A batch is a dict with the names, shapes and types of `medplib_jax.types.Batch`. An empty row has record -1, a single valid position,
+    A batch is a dict with the names, shapes and types of `medplib_jax.batch.Batch`. An empty row has record -1, a single valid position,
     no loss weight and no mask. With several images, masks lie on (and the mask head sees) the last one.
     """
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from medplib_jax import metrics
+from medplib_jax.batch import Batch
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.rle import encode_rle
 from medplib_jax.data.sources import Record
 from medplib_jax.decode import Generation
 from medplib_jax.evaluators.predictions import Row
 from medplib_jax.models.unpad import resample_to_canvas
-from medplib_jax.types import Batch
 
 MaskDrawer = Callable[[Batch, Generation], np.ndarray]
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from medplib_jax.batch import Batch
 from medplib_jax.data.sources import REGION, Record
 from medplib_jax.evaluators.vqa import VqaEvaluator
-from medplib_jax.types import Batch
 
 
 class RegionVqaEvaluator(VqaEvaluator):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medplib_jax.config import ModelConfig
+from medplib_jax.config.model import ModelConfig
 from medplib_jax.evaluators.predictions import Row
 from medplib_jax.routing import TOKEN_KINDS
 

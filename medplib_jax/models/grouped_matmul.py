@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from medplib_jax.batch import Array
 from medplib_jax.models import grouped_matmul_gpu as gpu
-from medplib_jax.types import Array
 
 # Rows per block, descending. A group takes as many blocks of each size as fit, so that large products run at full speed and
 # at most ROW_BLOCKS[-1] - 1 rows per group are computed for nothing.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from medplib_jax.types import Array
+from medplib_jax.batch import Array
 
 ROWS = 128  # of a tile
 DEPTH_BYTES = 128  # of a tile's factors along the summed axis, per stage of the pipeline: one line of the cache

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from medplib_jax.batch import Array, Params
 from medplib_jax.models.grouped_matmul import is_for_tpu
-from medplib_jax.types import Array, Params
 
 Rngs = nnx.Rngs
 

@@ -8,13 +8,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from medplib_jax.config import ModelConfig
-from medplib_jax.models.attention import Attention, KVCache, attend_cached, attend_within, begin_cache, extend_cache, rotary_tables, segment_positions
+from medplib_jax.batch import Array, Params
+from medplib_jax.config.model import ModelConfig
+from medplib_jax.models.attention import (
+    Attention,
+    KVCache,
+    attend_cached,
+    attend_within,
+    begin_cache,
+    extend_cache,
+    rotary_tables,
+    segment_positions,
+)
 from medplib_jax.models.layers import Linear, RmsNorm, Rngs, list_layers, param, scan_plan, stack_layers
 from medplib_jax.models.moe import MoeMlp, SwiGlu, split_rng
 from medplib_jax.models.remat import remat
 from medplib_jax.sharding import shard_param, shard_rows
-from medplib_jax.types import Array, Params
 
 
 class Embedding(nnx.Module):

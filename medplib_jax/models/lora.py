@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from medplib_jax.config import LoraConfig
-from medplib_jax.types import Params
+from medplib_jax.batch import Params
+from medplib_jax.config.model import LoraConfig
 
 
 def merge_lora(params: Params, lora: LoraConfig) -> Params:

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from medplib_jax.config import ModelConfig
+from medplib_jax.batch import Array, Batch, ModelOutput
+from medplib_jax.config.model import ModelConfig
 from medplib_jax.models.clip import ClipVisionTower, normalise_clip
 from medplib_jax.models.layers import Mlp, Rngs, gelu
 from medplib_jax.models.llm import Llama
 from medplib_jax.models.region import RegionEncoder
 from medplib_jax.models.sam import SamMed2d, normalise_sam
 from medplib_jax.sharding import shard_rows, shard_width
-from medplib_jax.types import Array, Batch, ModelOutput
 
 
 class MedPLIB(nnx.Module):

@@ -20,13 +20,29 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
-from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
+from medplib_jax.batch import Array
+from medplib_jax.config.model import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.models.expert_exchange import axis_product, permute_rows, sort_by_expert, with_exchange
-from medplib_jax.models.grouped_matmul import grouped_matmul, grouped_matmul_apart, grouped_matmul_transposed, is_for_tpu
-from medplib_jax.models.layers import Linear, Rngs, abstract_module, adapter_axes, bind, dropout, logical_axes, param, params_of, vector_matmul
+from medplib_jax.models.grouped_matmul import (
+    grouped_matmul,
+    grouped_matmul_apart,
+    grouped_matmul_transposed,
+    is_for_tpu,
+)
+from medplib_jax.models.layers import (
+    Linear,
+    Rngs,
+    abstract_module,
+    adapter_axes,
+    bind,
+    dropout,
+    logical_axes,
+    param,
+    params_of,
+    vector_matmul,
+)
 from medplib_jax.models.quantize import dequantize_params
 from medplib_jax.sharding import axis_size, mesh_axes, partition_spec, row_axes
-from medplib_jax.types import Array
 
 # Up to this many tokens every expert runs on every token: reading the weights is then what costs. A TPU multiplies 240 times and more
 # while it reads one weight.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from medplib_jax.types import Params
+from medplib_jax.batch import Params
 
 PARTS = ("llm", "clip", "projector")
 KEPT = ("router", "coefficient")  # decide where a token goes: tiny, and in float32 on purpose

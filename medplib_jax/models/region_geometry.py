@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from medplib_jax.batch import Array
 from medplib_jax.models.layers import LayerNorm, Linear, Rngs
-from medplib_jax.types import Array
 
 NORM_EPS = 1e-5
 

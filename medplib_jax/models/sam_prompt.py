@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from medplib_jax.config import MaskConfig
+from medplib_jax.batch import Array
+from medplib_jax.config.model import MaskConfig
 from medplib_jax.models.layers import LayerNorm, Rngs, gelu, param
 from medplib_jax.models.vision import Conv
-from medplib_jax.types import Array
 
 EPS = 1e-6
 NEGATIVE, POSITIVE, BOX_START, BOX_END = range(4)  # rows of point_embed

@@ -7,7 +7,7 @@ separable, so the whole chain is one matrix per axis and example, built on devic
 import jax.numpy as jnp
 import numpy as np
 
-from medplib_jax.types import Array
+from medplib_jax.batch import Array
 
 
 def resample_to_canvas(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from medplib_jax.batch import Array
 from medplib_jax.models.layers import Rngs, param, softmax_average
-from medplib_jax.types import Array
 
 
 class Conv(nnx.Module):

@@ -14,7 +14,15 @@ import numpy as np
 from PIL import Image
 
 from medplib_jax.data.sources import Record
-from medplib_jax.report.pictures import PALETTE, REGION_COLOUR, format_value, mark_tokens, marked_regions, open_thumbnail, overlay
+from medplib_jax.report.pictures import (
+    PALETTE,
+    REGION_COLOUR,
+    format_value,
+    mark_tokens,
+    marked_regions,
+    open_thumbnail,
+    overlay,
+)
 from medplib_jax.report.plots import Router, draw_curves, draw_router, draw_stages
 
 

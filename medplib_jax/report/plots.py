@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from medplib_jax.report.pictures import PALETTE, readable
 
-
 _INK = "#010203"  # stands for the page's text colour
 
 _STYLE = {

@@ -15,7 +15,16 @@ from medplib_jax.data.images import load_image
 from medplib_jax.data.rle import decode_rle
 from medplib_jax.data.sources import find_file
 from medplib_jax.report.comparisons import ALL, Figure
-from medplib_jax.report.pictures import PALETTE, REGION_COLOUR, THUMBNAIL, mark_tokens, marked_regions, open_thumbnail, outline, overlay
+from medplib_jax.report.pictures import (
+    PALETTE,
+    REGION_COLOUR,
+    THUMBNAIL,
+    mark_tokens,
+    marked_regions,
+    open_thumbnail,
+    outline,
+    overlay,
+)
 from medplib_jax.report.sweep_load import Cell, Sweep, Task, read_rows
 
 PER_GROUP = 3

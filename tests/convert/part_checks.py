@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import from_torch, mapping, to_torch, torch_files
-from medplib_jax.config import LlmConfig, LoraConfig, ModelConfig, MoeConfig
+from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConfig
 from medplib_jax.models.layers import abstract_module, bind, params_of
 from medplib_jax.models.lora import merge_lora
 from medplib_jax.models.moe import MoeMlp, expert_capacity

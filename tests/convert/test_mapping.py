@@ -7,10 +7,11 @@ import pathlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from convert import from_torch, kinds, mapping
-from medplib_jax.experiment import MeshConfig
+from medplib_jax.config.experiment import MeshConfig
 from tests.convert.conftest import LORA, TINY
 
 RECORDED = json.loads(gzip.decompress((pathlib.Path(__file__).parents[1] / "golden" / "keys_7b.json.gz").read_bytes()))

@@ -12,12 +12,12 @@ import pytest
 
 from convert import from_torch, mapping, to_torch, torch_files
 from medplib_jax import checkpoint
-from medplib_jax.config import MoeConfig
+from medplib_jax.batch import TrainState
+from medplib_jax.config.experiment import MeshConfig
+from medplib_jax.config.model import MoeConfig
 from medplib_jax.data.tokenizer import Tokenizer
-from medplib_jax.experiment import MeshConfig
 from medplib_jax.models.lora import merge_lora
 from medplib_jax.optim import flatten
-from medplib_jax.types import TrainState
 from tests.convert.conftest import LORA, TINY, TOKENIZER, bits, load, random_tensors, save, write_folder
 
 DENSE = dataclasses.replace(TINY, moe=MoeConfig())

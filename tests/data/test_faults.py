@@ -11,12 +11,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from medplib_jax.config import ClipConfig, MaskConfig, ModelConfig, RegionConfig
+from medplib_jax.config.experiment import DataConfig
+from medplib_jax.config.model import ClipConfig, MaskConfig, ModelConfig, RegionConfig
 from medplib_jax.data.build.assemble import assemble
 from medplib_jax.data.build.audit import audit
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import make_loader, train_batches
-from medplib_jax.experiment import DataConfig
 from tests.data.faults import NOTED, REFUSED, Faults
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

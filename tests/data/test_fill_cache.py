@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medplib_jax.config import ClipConfig, MaskConfig, ModelConfig, RegionConfig
+from medplib_jax.config.experiment import DataConfig
+from medplib_jax.config.model import ClipConfig, MaskConfig, ModelConfig, RegionConfig
 from medplib_jax.data import images
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.fill_cache import fill_cache
 from medplib_jax.data.pipeline import make_loader
-from medplib_jax.experiment import DataConfig
 from tests.data.build import collection
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

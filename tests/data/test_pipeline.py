@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medplib_jax.config import ClipConfig, MaskConfig, ModelConfig, RegionConfig
+from medplib_jax.batch import Batch
+from medplib_jax.config.experiment import DataConfig
+from medplib_jax.config.model import ClipConfig, MaskConfig, ModelConfig, RegionConfig
 from medplib_jax.data import images
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import BatchPlan, Loader, eval_batches, make_loader, train_batches
-from medplib_jax.experiment import DataConfig
-from medplib_jax.types import Batch
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODEL = ModelConfig(clip=ClipConfig(image_size=28), mask=MaskConfig(image_size=32), region=RegionConfig(max_points=16))
@@ -429,11 +429,11 @@ def test_worker_processes_give_the_same_batches_and_errors(bad_files):
 
 WORKER_SCRIPT = """
 import numpy as np
-from medplib_jax.config import *
+from medplib_jax.config.model import *
 from medplib_jax.data import images
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import make_loader, train_batches
-from medplib_jax.experiment import DataConfig
+from medplib_jax.config.experiment import DataConfig
 
 if __name__ == "__main__":
     loader = make_loader({data!r}, {model!r})

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numpy_arrays
 
 from medplib_jax import metrics
+from medplib_jax.batch import Batch
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.rle import decode_rle, encode_rle
@@ -18,7 +20,6 @@ from medplib_jax.evaluators.common import mask_drawer
 from medplib_jax.evaluators.grounding import GroundingEvaluator
 from medplib_jax.evaluators.region import RegionVqaEvaluator
 from medplib_jax.evaluators.vqa import VqaEvaluator, is_closed
-from medplib_jax.types import Batch
 from tests.evaluators import tiny
 
 KINDS = {"grounding": GroundingEvaluator, "region": RegionVqaEvaluator, "vqa": VqaEvaluator}

@@ -5,15 +5,15 @@ import pathlib
 import numpy as np
 import pytest
 
+from medplib_jax.batch import Batch
+from medplib_jax.config.experiment import DataConfig
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.sources import Record
 from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.decode import Generator
 from medplib_jax.evaluators.common import mask_drawer
 from medplib_jax.evaluators.reference import TEMPLATE, UNPAD, ReferenceLoader
-from medplib_jax.experiment import DataConfig
 from medplib_jax.models.unpad import resample_to_canvas
-from medplib_jax.types import Batch
 from medplib_jax.stream import stream_answers
 from tests.convert.golden_batch import CLIP_MEAN, CLIP_STD, golden_batch
 from tests.convert.test_parity import CONFIG, converted, recorded  # noqa: F401 (fixtures)

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 
+from medplib_jax.batch import Batch
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.data.tokenizer import Tokenizer
@@ -13,7 +14,6 @@ from medplib_jax.evaluators import router
 from medplib_jax.models.layers import abstract_module, bind, draw_params
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.routing import count_choices, token_kinds
-from medplib_jax.types import Batch
 from tests.evaluators import tiny
 
 

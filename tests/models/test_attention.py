@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medplib_jax.experiment import MeshConfig
+from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models import attention
 from medplib_jax.models.attention import attend_within, fused_attention, splash_block, suits_cudnn

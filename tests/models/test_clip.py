@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.models.clip import CLIPVisionConfig, CLIPVisionModel
 
-from medplib_jax.config import ClipConfig
+from medplib_jax.config.model import ClipConfig
 from medplib_jax.models.clip import ClipVisionTower, normalise_clip
 from medplib_jax.models.layers import Rngs, abstract_module, bind, params_of
 from tests.torch_weights import CLIP_NAMES, formula_reader, reader, relative_error, torch_params

@@ -5,7 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from medplib_jax.models.layers import (
-    Mlp, Rngs, abstract_module, bind, draw_params, dropout, gelu, logical_axes, matmul, params_of, scan_layers, softmax_average, stack_layers,
+    Mlp,
+    Rngs,
+    abstract_module,
+    bind,
+    draw_params,
+    dropout,
+    gelu,
+    logical_axes,
+    matmul,
+    params_of,
+    scan_layers,
+    softmax_average,
+    stack_layers,
 )  # fmt: skip
 
 

@@ -11,9 +11,9 @@ import torch
 import transformers
 from flax import nnx
 
-from medplib_jax.config import LlmConfig, LoraConfig, ModelConfig, MoeConfig
-from medplib_jax.models.layers import abstract_module, bind, params_of
+from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConfig
 from medplib_jax.models.attention import QUERY_BLOCK, attend, attend_within
+from medplib_jax.models.layers import abstract_module, bind, params_of
 from medplib_jax.models.llm import Llama, init_cache, scan_plan
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

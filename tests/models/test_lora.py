@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from medplib_jax.config import LlmConfig, LoraConfig, ModelConfig, MoeConfig
+from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConfig
 from medplib_jax.models.layers import Linear, abstract_module, bind, params_of
 from medplib_jax.models.llm import Llama
 from medplib_jax.models.lora import merge_lora

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from medplib_jax.config import LlmConfig, LoraConfig, MoeConfig
-from medplib_jax.experiment import MeshConfig
+from medplib_jax.config.experiment import MeshConfig
+from medplib_jax.config.model import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.mesh import make_mesh
 from medplib_jax.models import expert_exchange
 from medplib_jax.models import moe as moe_module
-from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
 from medplib_jax.models.expert_exchange import sort_by_expert
+from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
 from medplib_jax.models.moe import MoeMlp, Routing, expert_capacity, route_capacity, route_dropless
 from medplib_jax.sharding import batch_sharding, param_shardings
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medplib_jax.config import ClipConfig, RegionConfig
+from medplib_jax.config.model import ClipConfig, RegionConfig
 from medplib_jax.models.layers import Rngs, abstract_module, bind, params_of
 from medplib_jax.models.region import RegionEncoder, point_weights
 from medplib_jax.models.region_geometry import GeometrySampler, farthest_points, nearest_points, repeat_points

@@ -9,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers.models.sam.configuration_sam import SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig
+from transformers.models.sam.configuration_sam import (
+    SamConfig,
+    SamMaskDecoderConfig,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
+)
 from transformers.models.sam.modeling_sam import SamModel
 
-from medplib_jax.config import MaskConfig
+from medplib_jax.config.model import MaskConfig
 from medplib_jax.models.layers import abstract_module, bind, params_of
 from medplib_jax.models.sam import SamMed2d, normalise_sam
 from tests.torch_weights import HF_SAM_NAMES, SAM_NAMES, formula_reader, reader, relative_error, torch_params

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medplib_jax import report
-from medplib_jax.report import pictures, plots
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.sources import parse_record
+from medplib_jax.report import pictures, plots
 from tests.report.tags import Tags
 
 NASTY = "<script>alert('x')</script> & \"quoted\" <img src=x onerror=alert(1)>"

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medplib_jax.report import published as elsewhere, sweep_gallery
+from medplib_jax.report import published as elsewhere
+from medplib_jax.report import sweep_gallery
 from medplib_jax.report.comparisons import FIELDS, Figure, compare
 from medplib_jax.report.published import published
 from medplib_jax.report.sweep import write_sweep_report

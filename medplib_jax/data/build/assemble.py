@@ -34,7 +34,14 @@ from typing import Any
 from tqdm import tqdm
 
 from medplib_jax.data.build import assemble_records, assemble_shards
-from medplib_jax.data.build.mecovqa import is_held_out, may_hold_records, merged_name, read_class_names, read_records, write_json
+from medplib_jax.data.build.mecovqa import (
+    is_held_out,
+    may_hold_records,
+    merged_name,
+    read_class_names,
+    read_records,
+    write_json,
+)
 from medplib_jax.data.build.processes import make_pool
 from medplib_jax.data.errors import DataError
 

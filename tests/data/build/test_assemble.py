@@ -13,14 +13,14 @@ import psutil
 import pytest
 from PIL import Image
 
-from medplib_jax.config import ClipConfig, MaskConfig, ModelConfig, RegionConfig
+from medplib_jax.config.experiment import DataConfig
+from medplib_jax.config.model import ClipConfig, MaskConfig, ModelConfig, RegionConfig
 from medplib_jax.data import images
 from medplib_jax.data.build import assemble as program
 from medplib_jax.data.build.assemble import assemble
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import make_loader
 from medplib_jax.data.sources import open_source
-from medplib_jax.experiment import DataConfig
 from tests.data.build import collection
 from tests.data.build.collection import CT, grounding, record, rectangle, region, vqa, write
 

@@ -6,11 +6,11 @@ import json
 import numpy as np
 
 from medplib_jax import train as train_module
-from medplib_jax.config import LoraConfig, MoeConfig
+from medplib_jax.config.experiment import DataConfig, OptimConfig, TrainConfig
+from medplib_jax.config.model import LoraConfig, MoeConfig
 from medplib_jax.data.build.import_dataset import import_dataset
 from medplib_jax.data.pipeline import make_loader
 from medplib_jax.data.tokenizer import Tokenizer, train_tokenizer
-from medplib_jax.experiment import DataConfig, OptimConfig, TrainConfig
 from medplib_jax.logging import read_metrics
 from tests.data.build import test_importers
 from tests.helpers import MODEL, tiny_experiment

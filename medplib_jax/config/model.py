@@ -4,17 +4,10 @@ Sizes default to MedPLIB-7B. Every dataclass validates itself on construction an
 """
 
 import dataclasses
-import difflib
-import json
-import typing
-from typing import Any
+
+from medplib_jax.config.base import require
 
 MOE_LAYER_SETS = ("dense", "sparse", "first_half", "second_half")
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,26 +196,3 @@ class ModelConfig:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         return self.moe.layer_indices(self.llm.num_layers)
-
-
-def from_dict(cls, values: dict[str, Any], path: str = ""):
-    """Builds a (nested) config dataclass from plain values; an unknown field is a ValueError that names the nearest one."""
-    types = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(cls)}
-    built = {}
-    for name, value in values.items():
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {path}{nearest[0]!r}?" if nearest else f"; known: {sorted(known)}"
-            raise ValueError(f"unknown config field {path}{name!r}{hint}")
-        nested = dataclasses.is_dataclass(types[name]) and isinstance(value, dict)
-        built[name] = from_dict(types[name], value, f"{path}{name}.") if nested else value
-    return cls(**built)
-
-
-def to_json(config) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=1)
-
-
-def from_json(cls, text: str):
-    return from_dict(cls, json.loads(text))

@@ -1,10 +1,10 @@
 """One experiment: the model and everything around it, as frozen dataclasses. `configs/*.py` build one; flags change it."""
 
 import dataclasses
-import fnmatch
 import re
 
-from medplib_jax.config import ModelConfig, require, from_dict
+from medplib_jax.config.base import require
+from medplib_jax.config.model import ModelConfig
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -191,73 +191,6 @@ class EvalConfig:
         require(0.0 < self.mask_threshold < 1.0, f"eval.mask_threshold {self.mask_threshold} is outside (0, 1)")
 
 
-TASK_KINDS = ("grounding", "region", "vqa", "refer_box")
-TASK_PARTS = ("VG", "ROC", "RC", "MIA")  # of Med-GRIT, whose tasks are scored each in its own way
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskConfig:
-    """One annotation file in MeCoVQA's form that a sweep asks."""
-
-    name: str
-    file: str
-    root: str = ""  # folder where the paths inside start; empty: found from where `images` lies
-    kind: str = ""  # of TASK_KINDS; empty: found from the records
-    part: str = ""  # of TASK_PARTS, for refer_box
-    about: str = ""  # where the data is from
-
-    def __post_init__(self):
-        require(self.kind in ("", *TASK_KINDS), f"task {self.name}: kind {self.kind!r} is not one of {TASK_KINDS}")
-        require(self.part in ("", *TASK_PARTS), f"task {self.name}: part {self.part!r} is not one of {TASK_PARTS}")
-        require("/" not in self.name and self.name not in ("", ".", ".."), f"task name {self.name!r} is not a file name")
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepConfig:
-    """Checkpoints x tasks x protocols. Every process takes whole shards of a task's records; its own devices hold the model (`mesh`).
-
-    `checkpoints`: comma-separated paths, `*` allowed: workdirs of training runs, single steps (WORKDIR/checkpoints/STEP), or folders of PyTorch
-    weights. Numbers that are 0 come from each experiment's `eval`.
-    """
-
-    checkpoints: str = ""
-    steps: str = "newest"  # or "all" complete steps of each workdir
-    baseline: str = ""  # name of the checkpoint that the report compares with; empty: none
-    tasks: tuple[TaskConfig, ...] = ()
-    select: str = "*"  # comma-separated patterns of task names
-    protocol: str = "exact"  # or "reference", or "both"
-    limit: int = 0  # usable records per task; 0: all
-    max_new_tokens: int = 0
-    mask_threshold: float = 0.0  # of protocol exact
-    slots: int = 0  # answers in the making per device
-    refill: int = 0  # prompts run at a time per device; 0: half as many as slots
-    shard: int = 128  # records per file of predictions
-    on_error: str = "skip"  # a record that cannot be used; or "raise"
-    missing: str = "skip"  # a task whose file is not there; or "raise"
-    quantize: str = ""  # or "int8": weights of 8 bits
-    mesh: MeshConfig = MeshConfig()
-
-    def __post_init__(self):
-        tasks = tuple(task if isinstance(task, TaskConfig) else from_dict(TaskConfig, dict(task)) for task in self.tasks)
-        object.__setattr__(self, "tasks", tasks)
-        require(self.steps in ("newest", "all"), f"steps {self.steps!r} is neither 'newest' nor 'all'")
-        require(self.protocol in ("exact", "reference", "both"), f"protocol {self.protocol!r} is not 'exact', 'reference' or 'both'")
-        require(self.on_error in ("raise", "skip"), f"on_error {self.on_error!r} is neither 'raise' nor 'skip'")
-        require(self.missing in ("raise", "skip"), f"missing {self.missing!r} is neither 'raise' nor 'skip'")
-        require(self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither '' nor 'int8'")
-        require(self.shard >= 1, f"shard {self.shard} is below 1")
-        require(min(self.limit, self.max_new_tokens, self.slots, self.refill) >= 0, "limit, max_new_tokens, slots and refill must not be negative")
-        require(0.0 <= self.mask_threshold < 1.0, f"mask_threshold {self.mask_threshold} is outside [0, 1)")
-
-    @property
-    def protocols(self) -> tuple[str, ...]:
-        return ("exact", "reference") if self.protocol == "both" else (self.protocol,)
-
-    @property
-    def selected(self) -> tuple[TaskConfig, ...]:
-        return tuple(task for task in self.tasks if any(fnmatch.fnmatch(task.name, pattern) for pattern in self.select.split(",")))
-
-
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """Everything a run reads; saved as JSON beside its checkpoints."""
@@ -275,15 +208,3 @@ class ExperimentConfig:
     def __post_init__(self):
         longest, limit = self.data.bucket_lengths[-1], self.model.llm.max_positions
         require(longest <= limit, f"data.bucket_lengths ends with {longest}, longer than model.llm.max_positions {limit}")
-
-
-def to_config_dict(experiment: ExperimentConfig | SweepConfig):
-    """The experiment (or sweep) as a locked ml_collections.ConfigDict, so that flags can change any field and no other."""
-    import ml_collections  # not needed by data workers
-
-    return ml_collections.ConfigDict(dataclasses.asdict(experiment), type_safe=False).lock()
-
-
-def from_config_dict(config, kind: type = ExperimentConfig):
-    """A validated experiment (or sweep) from the (possibly flag-changed) ConfigDict."""
-    return from_dict(kind, config.to_dict())

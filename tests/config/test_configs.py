@@ -10,7 +10,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from medplib_jax.experiment import ExperimentConfig, from_config_dict
+from medplib_jax.config.base import from_config_dict
+from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.models.layers import params_of
 from medplib_jax.optim import flatten, partition
 from medplib_jax.train_step import abstract_model
@@ -20,7 +21,7 @@ STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe")
 
 
 def experiment(name: str, size: str) -> ExperimentConfig:
-    return from_config_dict(importlib.import_module(f"configs.{name}").get_config(size))
+    return from_config_dict(importlib.import_module(f"configs.{name}").get_config(size), ExperimentConfig)
 
 
 @pytest.mark.parametrize("size", ["tiny", "7b"])
@@ -60,7 +61,7 @@ def parse(monkeypatch):
         values = flags.FlagValues()
         holder = config_flags.DEFINE_config_file("config", flag_values=values)
         values(argv)
-        return from_config_dict(holder.value)
+        return from_config_dict(holder.value, ExperimentConfig)
 
     return parse
 
