@@ -35,7 +35,7 @@ from medplib_jax.models.layers import Mlp, abstract_module, gelu, logical_axes, 
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.region import RegionEncoder
 from medplib_jax.optim import flatten, unflatten
-from medplib_jax.sharding import axis_size, partition_spec
+from medplib_jax.parallel.sharding import axis_size, partition_spec
 
 DTYPES = {"fp32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}
 SIDE_FOLDER = "huggingface"  # the source's own files, for the way back

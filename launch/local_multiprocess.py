@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-RESTART = 75  # medplib_jax.multihost.RESTART, without waiting for jax to be imported
+RESTART = 75  # medplib_jax.parallel.processes.RESTART, without waiting for jax to be imported
 GRACE_SECONDS = 30  # for the others to end by themselves after one has ended; longer than their last words take
 LAST_LINES_SECONDS = 5  # for what a process has printed to come out; longer only when something that it started holds its output open
 POLL_SECONDS = 0.05

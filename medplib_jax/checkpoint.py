@@ -22,8 +22,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from medplib_jax.batch import Params, TrainState
 from medplib_jax.config.base import from_dict
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.multihost import of_every_process, wait_for_others
 from medplib_jax.optim import combine
+from medplib_jax.parallel.processes import of_every_process, wait_for_others
 
 log = logging.getLogger(__name__)
 

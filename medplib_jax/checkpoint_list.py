@@ -14,7 +14,7 @@ from etils import epath
 
 from medplib_jax.checkpoint import FOLDER, complete_steps, make_manager, read_experiment
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.multihost import wait_for_others
+from medplib_jax.parallel.processes import wait_for_others
 
 log = logging.getLogger(__name__)
 

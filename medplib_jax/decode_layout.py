@@ -9,15 +9,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from medplib_jax.batch import Params
-from medplib_jax.compilation import is_gpu
 from medplib_jax.config.model import LoraConfig, ModelConfig
-from medplib_jax.mesh import one_device
 from medplib_jax.models.layers import abstract_module, logical_axes, params_of
 from medplib_jax.models.llm import unstack
 from medplib_jax.models.lora import merge_lora
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import quantize_module, quantize_params
-from medplib_jax.sharding import param_shardings
+from medplib_jax.parallel.compilation import is_gpu
+from medplib_jax.parallel.mesh import one_device
+from medplib_jax.parallel.sharding import param_shardings
 
 QUANTIZE = ("", "int8")
 

@@ -15,11 +15,10 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from medplib_jax.compilation import use_cache
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.sweep import SweepConfig
-from medplib_jax.mesh import initialize_distributed
-from medplib_jax.multihost import abort_together, wait_for_others
+from medplib_jax.parallel.compilation import use_cache
+from medplib_jax.parallel.processes import abort_together, initialize_distributed, wait_for_others
 from medplib_jax.report.sweep import write_sweep_report
 from medplib_jax.sweep import run_sweep
 

@@ -13,7 +13,7 @@ from medplib_jax.batch import Array, Batch, ModelOutput
 from medplib_jax.config.experiment import LossConfig
 from medplib_jax.config.model import MaskConfig, ModelConfig
 from medplib_jax.models.unpad import resample_to_canvas
-from medplib_jax.sharding import mesh_axes, row_axes
+from medplib_jax.parallel.sharding import mesh_axes, row_axes
 
 Pair = tuple[Array, Array]
 

@@ -21,7 +21,6 @@ from PIL import Image
 
 from medplib_jax.batch import Batch, Params
 from medplib_jax.checkpoint import load_params
-from medplib_jax.compilation import use_cache
 from medplib_jax.data.images import load_image
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.sources import Record
@@ -29,6 +28,7 @@ from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.decode import Generator, Sampling
 from medplib_jax.decode_layout import QUANTIZE
 from medplib_jax.evaluators.common import mask_drawer
+from medplib_jax.parallel.compilation import use_cache
 from medplib_jax.report import PALETTE, overlay
 
 _PLACEHOLDER = re.compile(r"<region>(?:\s*</region>)?")

@@ -10,7 +10,7 @@ import numpy as np
 
 from medplib_jax.batch import Batch, Params
 from medplib_jax.decode import Generation, Generator, Slots
-from medplib_jax.sharding import BATCH_AXES, axis_size
+from medplib_jax.parallel.sharding import BATCH_AXES, axis_size
 
 # A lane reads all weights for each of its steps. That costs nothing while a core's cache holds them.
 CACHED_WEIGHTS = 2**25  # bytes

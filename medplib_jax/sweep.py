@@ -37,8 +37,8 @@ from medplib_jax.evaluators.predictions import SKIPPED, Shard, read_lines
 from medplib_jax.evaluators.reference import ReferenceLoader
 from medplib_jax.evaluators.region import RegionVqaEvaluator
 from medplib_jax.evaluators.vqa import VqaEvaluator
-from medplib_jax.mesh import make_mesh
-from medplib_jax.multihost import of_every_process, require_shared, wait_for_others
+from medplib_jax.parallel.mesh import make_mesh
+from medplib_jax.parallel.processes import of_every_process, require_shared, wait_for_others
 from medplib_jax.stream import lanes_for, stream_answers
 from medplib_jax.tasks import Task, find_tasks
 from medplib_jax.train_step import abstract_model, model_shardings

@@ -37,19 +37,28 @@ from tqdm import tqdm
 
 from medplib_jax import checkpoint
 from medplib_jax.batch import Batch, Params, TrainState
-from medplib_jax.compilation import Compilations, use_cache
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import BatchPlan, Loader, make_loader, train_batches
 from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.logging import Clock, MetricWriter, mfu, read_metrics, step_flops
-from medplib_jax.mesh import initialize_distributed, make_mesh
 from medplib_jax.models.layers import draw_params, params_of
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.multihost import RESTART, Agreement, Watchdog, abort_together, exit_code, of_process_0, wait_for_others
 from medplib_jax.optim import make_optimizer, make_schedule, partition
-from medplib_jax.sharding import batch_sharding, process_rows, put_batch
+from medplib_jax.parallel.compilation import Compilations, use_cache
+from medplib_jax.parallel.mesh import make_mesh
+from medplib_jax.parallel.processes import (
+    RESTART,
+    Agreement,
+    Watchdog,
+    abort_together,
+    exit_code,
+    initialize_distributed,
+    of_process_0,
+    wait_for_others,
+)
+from medplib_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from medplib_jax.stages import hand_over
 from medplib_jax.train_step import (
     CompiledStep,

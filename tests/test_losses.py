@@ -1,4 +1,3 @@
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +6,9 @@ import optax
 import pytest
 
 from medplib_jax.losses import mask_losses, token_cross_entropy
+from tests.paths import GOLDEN
 
-golden = np.load(pathlib.Path(__file__).parent / "golden" / "losses.npz")
+golden = np.load(GOLDEN / "losses.npz")
 
 
 def close(actual, expected, tolerance):

@@ -1,5 +1,4 @@
 import json
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +19,9 @@ from medplib_jax.optim import (
     unflatten,
     warmup_steps,
 )
+from tests.paths import GOLDEN
 
-schedules = json.loads((pathlib.Path(__file__).parent / "golden" / "schedules.json").read_text())
+schedules = json.loads((GOLDEN / "schedules.json").read_text())
 params = {"llm": {"head": {"kernel": 1.0}, "layers": {"q": {"kernel": 2.0, "lora_a": 3.0}}}, "sam": {"blocks": {"0": {"bias": 4.0}}}}
 
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +15,8 @@ from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.sweep import run_sweep
 from medplib_jax.tasks import folder_tasks
 from tests.evaluators import tiny
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = {"select": "grounding", "shard": 2, "slots": 2, "refill": 1}
 KILLS = 20
 

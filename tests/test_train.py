@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -18,10 +17,10 @@ from medplib_jax.benchmarks import tiny_run
 from medplib_jax.config.experiment import TrainConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.logging import read_metrics
-from medplib_jax.mesh import make_mesh
+from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.train import train
+from tests.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 KILLED = """
 import json, sys
 from medplib_jax import train

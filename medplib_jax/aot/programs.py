@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medplib_jax.batch import Batch, Params
-from medplib_jax.compilation import compiler_options
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig
 from medplib_jax.config.model import LoraConfig, ModelConfig
 from medplib_jax.decode import Decoder, Sampling
@@ -18,7 +17,8 @@ from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import bind, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.optim import make_optimizer, make_schedule, partition
-from medplib_jax.sharding import row_axes, use_rules
+from medplib_jax.parallel.compilation import compiler_options
+from medplib_jax.parallel.sharding import row_axes, use_rules
 from medplib_jax.train_step import abstract_model, make_state, make_train_step, model_shardings, state_shardings
 
 PROGRAMS = ("train", "eval", "decode")

@@ -14,7 +14,7 @@ from medplib_jax.aot.programs import Program, make_program
 from medplib_jax.aot.topologies import COMPILER_OPTIONS, devices_of, full_rematerialisations
 from medplib_jax.aot.usage import Collective, Usage, read_usage
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.mesh import make_mesh
+from medplib_jax.parallel.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ from medplib_jax.benchmarks import (
     workload,
 )
 from medplib_jax.benchmarks.measure import Table
-from medplib_jax.compilation import use_cache
+from medplib_jax.parallel.compilation import use_cache
 
 # Each suite says which parts it has: {name: what measures it}.
 Parts = dict[str, Callable[[], Iterable[Table]]]

@@ -14,7 +14,6 @@ import numpy as np
 
 from medplib_jax.batch import Batch
 from medplib_jax.checkpoint import load_params
-from medplib_jax.compilation import use_cache
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.data.pipeline import Loader, eval_batches
 from medplib_jax.data.tokenizer import Tokenizer
@@ -23,6 +22,7 @@ from medplib_jax.models.layers import abstract_module, params_of
 from medplib_jax.models.llm import unstack
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import num_bytes, quantize_params
+from medplib_jax.parallel.compilation import use_cache
 from medplib_jax.tasks import find_tasks, folder_tasks
 
 

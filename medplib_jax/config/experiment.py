@@ -2,11 +2,10 @@
 
 import dataclasses
 import re
+from typing import ClassVar
 
 from medplib_jax.config.base import require
 from medplib_jax.config.model import ModelConfig
-
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +92,8 @@ class MeshConfig:
     Rows of a batch are spread over data, fsdp and expert; parameters as `ShardingConfig` says. The data axis goes on over the slices.
     """
 
+    AXES: ClassVar = ("data", "fsdp", "expert", "tensor")
+
     data: int = -1
     fsdp: int = 1
     expert: int = 1
@@ -102,7 +103,7 @@ class MeshConfig:
     def __post_init__(self):
         require(
             all(size == -1 or size >= 1 for size in self.sizes) and self.sizes.count(-1) <= 1,
-            f"mesh sizes {self.sizes} of {', '.join(MESH_AXES)} must be positive, at most one -1",
+            f"mesh sizes {self.sizes} of {', '.join(self.AXES)} must be positive, at most one -1",
         )
         require(self.dcn_data >= 1, f"mesh.dcn_data {self.dcn_data} must be at least 1")
 
@@ -129,8 +130,8 @@ class ShardingConfig:
 
     def __post_init__(self):
         for name, axes in self.rules.items():
-            unknown = [axis for axis in axes if axis not in MESH_AXES]
-            require(not unknown, f"sharding.{name} names {', '.join(unknown)}, but the mesh axes are {', '.join(MESH_AXES)}")
+            unknown = [axis for axis in axes if axis not in MeshConfig.AXES]
+            require(not unknown, f"sharding.{name} names {', '.join(unknown)}, but the mesh axes are {', '.join(MeshConfig.AXES)}")
             require(len(set(axes)) == len(axes), f"sharding.{name} {','.join(axes)!r} names a mesh axis twice")
         require(not self.layers, "sharding.layers must stay empty: a scan over layers needs all of them on every chip")
 

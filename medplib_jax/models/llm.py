@@ -23,7 +23,7 @@ from medplib_jax.models.attention import (
 from medplib_jax.models.layers import Linear, RmsNorm, Rngs, list_layers, param, scan_plan, stack_layers
 from medplib_jax.models.moe import MoeMlp, SwiGlu, split_rng
 from medplib_jax.models.remat import remat
-from medplib_jax.sharding import shard_param, shard_rows
+from medplib_jax.parallel.sharding import shard_param, shard_rows
 
 
 class Embedding(nnx.Module):

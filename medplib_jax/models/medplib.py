@@ -13,7 +13,7 @@ from medplib_jax.models.layers import Mlp, Rngs, gelu
 from medplib_jax.models.llm import Llama
 from medplib_jax.models.region import RegionEncoder
 from medplib_jax.models.sam import SamMed2d, normalise_sam
-from medplib_jax.sharding import shard_rows, shard_width
+from medplib_jax.parallel.sharding import shard_rows, shard_width
 
 
 class MedPLIB(nnx.Module):

@@ -42,7 +42,7 @@ from medplib_jax.models.layers import (
     vector_matmul,
 )
 from medplib_jax.models.quantize import dequantize_params
-from medplib_jax.sharding import axis_size, mesh_axes, partition_spec, row_axes
+from medplib_jax.parallel.sharding import axis_size, mesh_axes, partition_spec, row_axes
 
 # Up to this many tokens every expert runs on every token: reading the weights is then what costs. A TPU multiplies 240 times and more
 # while it reads one weight.

@@ -8,7 +8,7 @@ from medplib_jax.batch import Array
 from medplib_jax.config.model import ClipConfig, RegionConfig
 from medplib_jax.models.layers import Linear, Rngs
 from medplib_jax.models.region_geometry import GeometrySampler, repeat_points
-from medplib_jax.sharding import shard_rows
+from medplib_jax.parallel.sharding import shard_rows
 
 
 def point_weights(points_BxRxSx2: Array, grid: int) -> Array:

@@ -11,7 +11,7 @@ from medplib_jax.aot.flops import executed_kernel_flops
 from medplib_jax.aot.report import Request, as_text, examine
 from medplib_jax.aot.usage import read_usage
 from medplib_jax.config.experiment import MeshConfig
-from medplib_jax.mesh import make_mesh
+from medplib_jax.parallel.mesh import make_mesh
 from tests.aot.test_report import config
 
 needs_cuda = pytest.mark.skipif(

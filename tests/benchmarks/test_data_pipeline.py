@@ -1,15 +1,13 @@
 """The benchmark of the data pipeline: both sides prepare the same records, and a warm cache is faster."""
 
 import dataclasses
-import pathlib
 
 import numpy as np
 
 from medplib_jax.benchmarks import data_pipeline
 from medplib_jax.data import pipeline
 from tests.data.build import collection
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+from tests.paths import GOLDEN
 
 
 def dataset(tmp_path):

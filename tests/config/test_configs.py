@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import pathlib
 import re
 
 import pytest
@@ -15,8 +14,8 @@ from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.models.layers import params_of
 from medplib_jax.optim import flatten, partition
 from medplib_jax.train_step import abstract_model
+from tests.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe")
 
 

@@ -13,8 +13,9 @@ from convert import from_torch, hf_config, mapping
 from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig
 from medplib_jax.models.layers import params_of
 from medplib_jax.optim import flatten
+from tests.paths import GOLDEN
 
-TOKENIZER = pathlib.Path(__file__).parents[1] / "golden" / "tokenizer"
+TOKENIZER = GOLDEN / "tokenizer"
 VOCAB = 667
 
 TINY = ModelConfig(

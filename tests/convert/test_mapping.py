@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from convert import from_torch, kinds, mapping
 from medplib_jax.config.experiment import MeshConfig
 from tests.convert.conftest import LORA, TINY
+from tests.paths import GOLDEN
 
-RECORDED = json.loads(gzip.decompress((pathlib.Path(__file__).parents[1] / "golden" / "keys_7b.json.gz").read_bytes()))
+RECORDED = json.loads(gzip.decompress((GOLDEN / "keys_7b.json.gz").read_bytes()))
 MOE = {key: tuple(shape) for key, shape in RECORDED["moe"].items()}
 LANGUAGE = {"num_attention_heads": 32, "moe": {"top_k_experts": 1}}
 

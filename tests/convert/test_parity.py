@@ -1,7 +1,6 @@
 """A small selection of what `tests.convert.parity` runs: a checkpoint of 16 image tokens against recorded arrays of the original."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -13,9 +12,9 @@ from medplib_jax.optim import flatten
 from tests.convert import checks
 from tests.convert.conftest import write_folder
 from tests.convert.golden_batch import CLIP_MEAN, CLIP_STD
+from tests.paths import GOLDEN
 from tests.torch_weights import formula_reader
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CONFIG = ModelConfig(
     clip=ClipConfig(image_size=56, hidden_size=48, num_layers=3, num_heads=4, mlp_dim=192),
     llm=LlmConfig(vocab_size=667, hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=128),

@@ -15,7 +15,7 @@ from medplib_jax.config.model import MoeConfig
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.phantom import FILES, generate
 from medplib_jax.data.tokenizer import Tokenizer
-from medplib_jax.mesh import make_mesh
+from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.predict import Predictor
 from medplib_jax.sweep import run_sweep
 from medplib_jax.tasks import folder_tasks

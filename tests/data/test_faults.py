@@ -6,7 +6,6 @@ FAULTS=5000 in the environment makes as many of them; the default is a quick sam
 import collections
 import json
 import os
-import pathlib
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ from medplib_jax.data.build.audit import audit
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import make_loader, train_batches
 from tests.data.faults import NOTED, REFUSED, Faults
+from tests.paths import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 COUNT, GOOD = int(os.environ.get("FAULTS", "250")), 40
 MODEL = ModelConfig(clip=ClipConfig(image_size=28), mask=MaskConfig(image_size=32), region=RegionConfig(max_points=16))
 

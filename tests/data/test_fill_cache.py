@@ -14,8 +14,8 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.data.fill_cache import fill_cache
 from medplib_jax.data.pipeline import make_loader
 from tests.data.build import collection
+from tests.paths import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODEL = ModelConfig(clip=ClipConfig(image_size=28), mask=MaskConfig(image_size=32), region=RegionConfig(max_points=16))
 
 

@@ -1,6 +1,5 @@
 """Pixels against the original's, every kind of picture file, and files that must be refused."""
 
-import pathlib
 
 import numpy as np
 import pytest
@@ -8,9 +7,10 @@ from PIL import Image
 
 from medplib_jax.data import images
 from medplib_jax.data.errors import DataError
+from tests.paths import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "preprocess"
-ARRAYS = np.load(GOLDEN / "arrays.npz")
+PREPROCESS = GOLDEN / "preprocess"
+ARRAYS = np.load(PREPROCESS / "arrays.npz")
 
 
 def inside(canvas, box):
@@ -20,13 +20,13 @@ def inside(canvas, box):
 
 @pytest.mark.parametrize("name", ["synth_wide", "synth_large"])
 def test_pixels_equal_the_originals(name):
-    rgb = images.load_image(str(GOLDEN / f"{name}.png"))
+    rgb = images.load_image(str(PREPROCESS / f"{name}.png"))
     sam, box = images.sam_pixels(rgb, 256)
     np.testing.assert_array_equal(inside(sam, box), ARRAYS[f"{name}_sam_resized_u8"])
     np.testing.assert_array_equal(box[2:], ARRAYS[f"{name}_resize"])
     clip, box = images.clip_pixels(rgb, 336)
     np.testing.assert_array_equal(inside(clip, box), ARRAYS[f"{name}_clip_resized_u8"])
-    mask = images.load_mask(str(GOLDEN / f"{name}_mask.png"), rgb.shape[:2])
+    mask = images.load_mask(str(PREPROCESS / f"{name}_mask.png"), rgb.shape[:2])
     np.testing.assert_array_equal(mask, ARRAYS[f"{name}_gt_mask"])
 
 

@@ -20,8 +20,8 @@ from medplib_jax.models.layers import bind, draw_params
 from medplib_jax.train_step import abstract_model
 from tests.data.build import collection
 from tests.helpers import MODEL
+from tests.paths import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 LENGTH = 448
 costs_of = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 2), st.integers(0, 2), st.booleans()), min_size=1, max_size=200)
 

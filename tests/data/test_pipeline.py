@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import pickle
 import subprocess
 import sys
@@ -20,11 +19,11 @@ from medplib_jax.config.model import ClipConfig, MaskConfig, ModelConfig, Region
 from medplib_jax.data import images
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import BatchPlan, Loader, eval_batches, make_loader, train_batches
+from tests.paths import GOLDEN, ROOT
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODEL = ModelConfig(clip=ClipConfig(image_size=28), mask=MaskConfig(image_size=32), region=RegionConfig(max_points=16))
 BUCKETS = (128, 160, 256)
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 some = settings(max_examples=25, deadline=None)
 lengths_of_sources = st.lists(st.lists(st.integers(1, 100), min_size=1, max_size=40), min_size=1, max_size=3)
 

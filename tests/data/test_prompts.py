@@ -1,7 +1,6 @@
 """Token ids, labels and indices of spliced features against the original's."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -10,8 +9,8 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.data.prompts import encode_conversation, encode_question
 from medplib_jax.data.sources import Record
 from medplib_jax.data.tokenizer import Tokenizer
+from tests.paths import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "conversation.json").read_text())
 IMAGE, REGION, IGNORED = -200, -300, -100  # the original's ids
 

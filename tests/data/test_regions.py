@@ -1,6 +1,5 @@
 """Regions against the original's grid, and properties that hold for any region."""
 
-import pathlib
 
 import numpy as np
 import pytest
@@ -11,17 +10,18 @@ from scipy import ndimage
 from medplib_jax.data import regions
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.images import load_image, load_mask
+from tests.paths import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "preprocess"
-ARRAYS = np.load(GOLDEN / "arrays.npz")
+PREPROCESS = GOLDEN / "preprocess"
+ARRAYS = np.load(PREPROCESS / "arrays.npz")
 sides = st.integers(1, 90)
 some = settings(max_examples=25, deadline=None)
 
 
 @pytest.mark.parametrize("name", ["synth_wide", "synth_large"])
 def test_cells_equal_the_originals(name):
-    size = load_image(str(GOLDEN / f"{name}.png")).shape[:2]
-    cells = regions.grid_cells(load_mask(str(GOLDEN / f"{name}_region.png"), size))
+    size = load_image(str(PREPROCESS / f"{name}.png")).shape[:2]
+    cells = regions.grid_cells(load_mask(str(PREPROCESS / f"{name}_region.png"), size))
     np.testing.assert_array_equal(cells, ARRAYS[f"{name}_region_24"])
 
 

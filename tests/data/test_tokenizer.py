@@ -1,15 +1,14 @@
 """The tokenizer against the original's ids and texts, and its files."""
 
 import json
-import pathlib
 import pickle
 import shutil
 
 import pytest
 
 from medplib_jax.data.tokenizer import ADDED_TOKENS, Tokenizer, train_tokenizer
+from tests.paths import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TOKENIZER = GOLDEN / "tokenizer"
 
 

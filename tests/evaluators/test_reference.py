@@ -1,6 +1,5 @@
 """The protocol `reference` against what the original program computed: its prompts, its answers, and the mask it draws in each case."""
 
-import pathlib
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from medplib_jax.models.unpad import resample_to_canvas
 from medplib_jax.stream import stream_answers
 from tests.convert.golden_batch import CLIP_MEAN, CLIP_STD, golden_batch
 from tests.convert.test_parity import CONFIG, converted, recorded  # noqa: F401 (fixtures)
+from tests.paths import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 GROUNDING = ("<image>\nPlease segment the liver in this image.", "Sure, it is <SEG>.<mask>a_mask.png</mask>")
 REGION = ("<image>\nDescribe <region>c_mask.png</region> in this image, please.", "The region shows a mass with irregular border.")
 

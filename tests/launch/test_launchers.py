@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from launch import jobset
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 TRAIN = ["python", "-m", "medplib_jax.train", "--config=configs/stage4_moe.py:7b", "--workdir=/mnt/bucket/a run"]
 # The flags that the launchers may use, as `gcloud ... --help` (SDK 528) and `xpk workload create --help` (1.16) list them.
 GCLOUD = {

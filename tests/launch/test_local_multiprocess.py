@@ -1,19 +1,18 @@
-"""The launcher with commands that need no jax; what it does for a training run is tested in tests/test_multihost.py."""
+"""The launcher with commands that need no jax; what it does for a training run is tested in tests/parallel/test_processes.py."""
 
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
 
 from launch import local_multiprocess
-from medplib_jax import multihost
+from medplib_jax.parallel import processes as multihost
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 COUNT = "import os, pathlib, signal, sys; me = os.environ['JAX_PROCESS_ID']; n = len(list(pathlib.Path('{}').glob(me + '.*'))); pathlib.Path('{}', f'{{me}}.{{n}}').touch(); "
 
 

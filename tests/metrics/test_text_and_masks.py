@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import sentence_bleu
 
 from medplib_jax import metrics
+from tests.paths import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PAIRS = json.loads((GOLDEN / "metrics.json").read_text())["pairs"]
 SEG = json.loads((GOLDEN / "metrics.json").read_text())["seg"]
 WORDS = st.lists(st.sampled_from("left right lung mass of in".split()), max_size=12)

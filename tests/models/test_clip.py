@@ -1,6 +1,5 @@
 """CLIP's vision tower against transformers and against the original program's features."""
 
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,9 @@ from transformers.models.clip import CLIPVisionConfig, CLIPVisionModel
 from medplib_jax.config.model import ClipConfig
 from medplib_jax.models.clip import ClipVisionTower, normalise_clip
 from medplib_jax.models.layers import Rngs, abstract_module, bind, params_of
+from tests.paths import GOLDEN
 from tests.torch_weights import CLIP_NAMES, formula_reader, reader, relative_error, torch_params
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CONFIG = ClipConfig(image_size=56, patch_size=14, hidden_size=48, num_layers=3, num_heads=4, mlp_dim=192)
 
 

@@ -1,7 +1,6 @@
 """The decoder against transformers' LLaMA and the original's MoE decoder; cache, scan and remat against the plain forward pass."""
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,8 @@ from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConf
 from medplib_jax.models.attention import QUERY_BLOCK, attend, attend_within
 from medplib_jax.models.layers import abstract_module, bind, params_of
 from medplib_jax.models.llm import Llama, init_cache, scan_plan
+from tests.paths import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TINY = LlmConfig(vocab_size=61, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, mlp_dim=48)
 
 

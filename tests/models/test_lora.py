@@ -1,6 +1,5 @@
 """Adapters merged into the weights, against PEFT's arithmetic and our own un-merged forward pass."""
 
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,9 @@ from medplib_jax.models.layers import Linear, abstract_module, bind, params_of
 from medplib_jax.models.llm import Llama
 from medplib_jax.models.lora import merge_lora
 from medplib_jax.optim import flatten
+from tests.paths import GOLDEN
 
-GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "lora.npz")
+golden = np.load(GOLDEN / "lora.npz")
 LORA = LoraConfig(rank=4, alpha=16.0, targets=("q", "v", "gate", "up", "down"))
 CONFIG = ModelConfig(
     llm=LlmConfig(vocab_size=31, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=48),
@@ -35,22 +35,22 @@ def without_adapters():
 
 
 def test_peft_linear():
-    params = {"kernel": GOLDEN["q_proj_base"].T, "lora_a": GOLDEN["q_proj_A"].T, "lora_b": GOLDEN["q_proj_B"].T}
+    params = {"kernel": golden["q_proj_base"].T, "lora_a": golden["q_proj_A"].T, "lora_b": golden["q_proj_B"].T}
     layer = abstract_module(lambda rngs: Linear(64, 64, axes=(None, None), bias=False, rngs=rngs, lora=LORA, lora_rank=4))
-    np.testing.assert_allclose(bind(layer, params)(jnp.asarray(GOLDEN["x"])), GOLDEN["q_proj_y"], atol=1e-5)
+    np.testing.assert_allclose(bind(layer, params)(jnp.asarray(golden["x"])), golden["q_proj_y"], atol=1e-5)
     merged = merge_lora(params, LORA)
     assert set(merged) == {"kernel"} and set(params) == {"kernel", "lora_a", "lora_b"}
-    np.testing.assert_allclose(merged["kernel"].T, GOLDEN["q_proj_merged"], atol=1e-6)
+    np.testing.assert_allclose(merged["kernel"].T, golden["q_proj_merged"], atol=1e-6)
 
 
 def test_original_merge_of_experts():
     names = [f"mlp.experts.{e}.gate_proj" for e in (0, 1)]
 
     def stacked(part):
-        return np.stack([GOLDEN[f"before/{name}.{part}.weight"].T for name in names])[None]
+        return np.stack([golden[f"before/{name}.{part}.weight"].T for name in names])[None]
 
     params = {"gate": {"kernel": stacked("base_layer"), "lora_a": stacked("lora_A.default"), "lora_b": stacked("lora_B.default")}}
-    expected = np.stack([GOLDEN[f"after/{name}.weight"].T for name in names])[None]
+    expected = np.stack([golden[f"after/{name}.weight"].T for name in names])[None]
     np.testing.assert_allclose(merge_lora(params, LORA)["gate"]["kernel"], expected, atol=1e-6)
 
 

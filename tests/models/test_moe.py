@@ -1,6 +1,5 @@
 """The experts against DeepSpeed 0.13.1's arithmetic, and the ways of computing them against each other."""
 
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +9,15 @@ from flax import nnx
 
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.config.model import LlmConfig, LoraConfig, MoeConfig
-from medplib_jax.mesh import make_mesh
 from medplib_jax.models import expert_exchange
 from medplib_jax.models import moe as moe_module
 from medplib_jax.models.expert_exchange import sort_by_expert
 from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
 from medplib_jax.models.moe import MoeMlp, Routing, expert_capacity, route_capacity, route_dropless
-from medplib_jax.sharding import batch_sharding, param_shardings
+from medplib_jax.parallel.mesh import make_mesh
+from medplib_jax.parallel.sharding import batch_sharding, param_shardings
+from tests.paths import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 UNIT = np.load(GOLDEN / "moe_unit.npz")
 CASES = {
     "a": MoeConfig(num_experts=2, capacity_factor=1.5, eval_capacity_factor=2.0),

@@ -1,6 +1,5 @@
 """Region tokens against the original program, for both samplers."""
 
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,9 @@ from medplib_jax.config.model import ClipConfig, RegionConfig
 from medplib_jax.models.layers import Rngs, abstract_module, bind, params_of
 from medplib_jax.models.region import RegionEncoder, point_weights
 from medplib_jax.models.region_geometry import GeometrySampler, farthest_points, nearest_points, repeat_points
+from tests.paths import GOLDEN
 from tests.torch_weights import relative_error
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CLIP = ClipConfig(image_size=56, patch_size=14, hidden_size=48, num_layers=3, num_heads=4, mlp_dim=192)
 
 

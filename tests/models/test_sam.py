@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,9 @@ from transformers.models.sam.modeling_sam import SamModel
 from medplib_jax.config.model import MaskConfig
 from medplib_jax.models.layers import abstract_module, bind, params_of
 from medplib_jax.models.sam import SamMed2d, normalise_sam
+from tests.paths import GOLDEN
 from tests.torch_weights import HF_SAM_NAMES, SAM_NAMES, formula_reader, reader, relative_error, torch_params
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TINY = MaskConfig(hidden_size=48, num_layers=4, num_heads=4, global_layers=(1, 3), out_dim=64, decoder_mlp_dim=128, iou_head_dim=64)
 SMALL = MaskConfig(
     image_size=32, patch_size=4, hidden_size=16, num_layers=2, num_heads=2, window_size=3, global_layers=(1,), adapter=False,

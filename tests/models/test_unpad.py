@@ -1,6 +1,5 @@
 """Masks back at original size: against the original program and against chains of PyTorch's interpolate."""
 
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medplib_jax.models.unpad import resample_to_canvas
+from tests.paths import GOLDEN
 from tests.torch_weights import relative_error
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SAM = 64
 RESAMPLE = jax.jit(resample_to_canvas, static_argnames=("canvas", "sam_size", "mode"))
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -23,10 +22,7 @@ from medplib_jax.data.pipeline import make_loader
 from medplib_jax.data.sources import open_source
 from tests.data.build import collection
 from tests.data.build.collection import CT, grounding, record, rectangle, region, vqa, write
-
-ROOT = pathlib.Path(__file__).parents[3]
-GOLDEN = ROOT / "tests/golden"
-
+from tests.paths import GOLDEN, ROOT
 
 KILLED = """
 import os, psutil, signal, sys

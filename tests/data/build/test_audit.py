@@ -1,7 +1,6 @@
 """Every check finds what is planted and nothing else; the report's fields and page."""
 
 import json
-import pathlib
 import sys
 
 import numpy as np
@@ -15,8 +14,8 @@ from medplib_jax.data.build.mecovqa import is_held_out
 from medplib_jax.data.errors import DataError
 from tests.data.build import collection
 from tests.data.build.collection import CT, SIZE, grounding, record, rectangle, region, vqa, write
+from tests.paths import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 NAME = CT.format(0, 0)
 LIVER, KIDNEY = f"masks/{NAME}--liver.png", f"masks/{NAME}--left_kidney.png"
 

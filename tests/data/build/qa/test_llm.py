@@ -18,8 +18,8 @@ from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.metrics import parse_boxes
 from tests.data.build.qa.folders import SHAPES, make_pairs
 from tests.data.build.qa.server import describe, is_description, names_of, questions, sensible, serve
+from tests.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[4]
 NAMES = ("liver", "left kidney", "cyst")
 
 

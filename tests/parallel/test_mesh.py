@@ -2,9 +2,10 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from medplib_jax import mesh as mesh_module
 from medplib_jax.config.experiment import MeshConfig
-from medplib_jax.mesh import initialize_distributed, make_mesh, resolve
+from medplib_jax.parallel import mesh as mesh_module
+from medplib_jax.parallel.mesh import make_mesh, resolve
+from medplib_jax.parallel.processes import initialize_distributed
 
 
 def test_axes_are_named_and_auto():

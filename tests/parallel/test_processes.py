@@ -18,16 +18,16 @@ from medplib_jax.benchmarks import tiny_run
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.data.pipeline import make_loader
 from medplib_jax.logging import read_metrics
-from medplib_jax.mesh import make_mesh
-from medplib_jax.multihost import RESTART
+from medplib_jax.parallel.mesh import make_mesh
+from medplib_jax.parallel.processes import RESTART
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 TOGETHER = """
 import os, sys, time
 import jax, numpy as np
-from medplib_jax import multihost
+from medplib_jax.parallel import processes as multihost
 from medplib_jax.config.experiment import MeshConfig
-from medplib_jax.mesh import initialize_distributed, make_mesh
+from medplib_jax.parallel.mesh import initialize_distributed, make_mesh
 
 initialize_distributed()
 me = jax.process_index()

@@ -1,7 +1,6 @@
 """The device mesh: axes data, fsdp, expert, tensor. One device is a mesh too, so that every run takes the same way."""
 
 import math
-import os
 from collections.abc import Sequence
 
 import jax
@@ -9,31 +8,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from medplib_jax.config.experiment import MESH_AXES, MeshConfig
+from medplib_jax.config.experiment import MeshConfig
 
-
-def initialize_distributed() -> None:
-    """Joins the other processes of the run; to be called before anything asks for devices. A process on its own needs nothing.
-
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are. Without them JAX finds out: on Cloud TPU VMs, on
-    GKE nodes with TPUs (one slice or several), and for the tasks of one SLURM step.
-    """
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"]))
-    elif on_tpu_vm() or in_slurm_step():
-        jax.distributed.initialize()
-
-
-def on_tpu_vm() -> bool:
-    """Whether this host has TPU chips that the program is to use."""
-    from jax._src import cloud_tpu_init  # has no public name; set when jax is imported
-
-    return cloud_tpu_init.running_in_cloud_tpu_vm and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
-
-
-def in_slurm_step() -> bool:
-    """Whether srun started several tasks; an interactive shell is one task, and uses all GPUs that it sees."""
-    return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+MESH_AXES = MeshConfig.AXES
 
 
 def resolve(config: MeshConfig, num_devices: int) -> tuple[int, ...]:

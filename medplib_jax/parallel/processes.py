@@ -32,6 +32,30 @@ SHARED_DISK_SECONDS = 10
 LAST_WORDS_SECONDS = 10  # how long the process that failed waits for the others to read why
 
 
+def initialize_distributed() -> None:
+    """Joins the other processes of the run; to be called before anything asks for devices. A process on its own needs nothing.
+
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are. Without them JAX finds out: on Cloud TPU VMs, on
+    GKE nodes with TPUs (one slice or several), and for the tasks of one SLURM step.
+    """
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize(num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"]))
+    elif on_tpu_vm() or in_slurm_step():
+        jax.distributed.initialize()
+
+
+def on_tpu_vm() -> bool:
+    """Whether this host has TPU chips that the program is to use."""
+    from jax._src import cloud_tpu_init  # has no public name; set when jax is imported
+
+    return cloud_tpu_init.running_in_cloud_tpu_vm and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
+
+
+def in_slurm_step() -> bool:
+    """Whether srun started several tasks; an interactive shell is one task, and uses all GPUs that it sees."""
+    return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
 def wait_for_others(name: str) -> None:
     """A barrier of all processes that needs no device: where they talk through gloo, one that comes 30 s late ends the run."""
     if jax.process_count() > 1:

@@ -1,18 +1,19 @@
-"""The PartitionSpec of every 7B parameter on three meshes. `python -m tests.sharding_golden` writes the file that the test reads."""
+"""The PartitionSpec of every 7B parameter on three meshes. `python -m tests.parallel.sharding_golden` writes the file that the test reads."""
 
 import gzip
 import json
-import pathlib
 
 from jax.sharding import AbstractMesh
 
 from configs import stage4_moe
 from medplib_jax.config.base import from_config_dict
-from medplib_jax.config.experiment import MESH_AXES, ExperimentConfig
+from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.optim import flatten
+from medplib_jax.parallel.mesh import MESH_AXES
 from medplib_jax.train_step import abstract_model, model_shardings
+from tests.paths import GOLDEN
 
-FILE = pathlib.Path(__file__).parent / "golden" / "sharding_7b.json.gz"
+FILE = GOLDEN / "sharding_7b.json.gz"
 MESHES = {"fsdp": (1, 64, 1, 1), "data x fsdp": (4, 16, 1, 1), "fsdp x expert x tensor": (1, 16, 2, 2)}
 
 

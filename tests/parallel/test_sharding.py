@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from medplib_jax.config.experiment import MeshConfig, ShardingConfig
-from medplib_jax.mesh import make_mesh
-from medplib_jax.sharding import (
+from medplib_jax.parallel.mesh import make_mesh
+from medplib_jax.parallel.sharding import (
     batch_sharding,
     optimizer_shardings,
     param_shardings,
@@ -20,8 +20,8 @@ from medplib_jax.sharding import (
     use_rules,
 )
 from medplib_jax.train_step import abstract_model, state_shardings
-from tests import sharding_golden
 from tests.helpers import tiny_experiment
+from tests.parallel import sharding_golden
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_rows_of_a_batch(mesh):
 
 
 def test_every_parameter_of_the_7b_model_lies_where_it_did():
-    """A change of rules or logical axes shows here; when it is meant, `python -m tests.sharding_golden` writes the file anew."""
+    """A change of rules or logical axes shows here; when it is meant, `python -m tests.parallel.sharding_golden` writes the file anew."""
     golden = json.loads(gzip.decompress(sharding_golden.FILE.read_bytes()))
     current = json.loads(json.dumps(sharding_golden.specs()))
     assert current.keys() == golden.keys()

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
-from medplib_jax.compilation import Compilations, use_cache
+from medplib_jax.parallel.compilation import Compilations, use_cache
 
 
 def test_a_second_compilation_comes_from_the_cache(tmp_path):
