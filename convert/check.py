@@ -23,10 +23,10 @@ from medplib_jax.batch import Batch
 from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.decode import Generator
 from medplib_jax.decode_layout import laid_out_model
-from medplib_jax.models.clip import normalise_clip
 from medplib_jax.models.layers import bind
+from medplib_jax.models.masks.sam import normalise_sam
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.models.sam import normalise_sam
+from medplib_jax.models.vision.clip import normalise_clip
 from medplib_jax.predict import Predictor
 
 QUESTIONS = ("Please segment the lesion in this image.", "What modality is used to take this image?")

@@ -33,7 +33,7 @@ from medplib_jax.config.experiment import DataConfig, ExperimentConfig, InitConf
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.models.layers import Mlp, abstract_module, gelu, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.models.region import RegionEncoder
+from medplib_jax.models.region.encoder import RegionEncoder
 from medplib_jax.optim import flatten, unflatten
 from medplib_jax.parallel.sharding import axis_size, partition_spec
 

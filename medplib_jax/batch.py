@@ -43,16 +43,6 @@ class Batch:
 
 
 @flax.struct.dataclass
-class ModelOutput:
-    """What a forward pass returns. `aux` holds named intermediates and MoE metrics."""
-
-    hidden: Float[Array, "B L D"]  # last hidden state, after the final norm
-    mask_logits: Float[Array, "B M h w"] | None  # None when the batch has no mask slots (M == 0)
-    predicted_iou: Float[Array, "B M"] | None
-    aux: dict[str, Any]
-
-
-@flax.struct.dataclass
 class TrainState:
     """Everything that a training step reads and writes. Frozen parameters have no optimizer state."""
 

@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 from medplib_jax.batch import Array, Batch, Params
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.decode_layout import decoding_model, is_laid_out, lay_out
-from medplib_jax.models.attention import KVCache
+from medplib_jax.models.language.attention import KVCache
+from medplib_jax.models.language.llama import init_cache
 from medplib_jax.models.layers import bind
-from medplib_jax.models.llm import init_cache
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.parallel.compilation import compiler_options
 from medplib_jax.parallel.mesh import one_device

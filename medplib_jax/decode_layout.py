@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from medplib_jax.batch import Params
 from medplib_jax.config.model import LoraConfig, ModelConfig
+from medplib_jax.models.language.llama import unstack
+from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import abstract_module, logical_axes, params_of
-from medplib_jax.models.llm import unstack
-from medplib_jax.models.lora import merge_lora
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import quantize_module, quantize_params
 from medplib_jax.parallel.compilation import is_gpu

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from medplib_jax.batch import Array, Batch, ModelOutput
+from medplib_jax.batch import Array, Batch
 from medplib_jax.config.experiment import LossConfig
 from medplib_jax.config.model import MaskConfig, ModelConfig
-from medplib_jax.models.unpad import resample_to_canvas
+from medplib_jax.models.masks.unpad import resample_to_canvas
+from medplib_jax.models.medplib import ModelOutput
 from medplib_jax.parallel.sharding import mesh_axes, row_axes
 
 Pair = tuple[Array, Array]

@@ -9,7 +9,7 @@ import numpy as np
 from medplib_jax.batch import Params
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import ModelConfig
-from medplib_jax.models.lora import merge_lora
+from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.optim import flatten, unflatten
 
 NAMES = {0: "fine-tuning", 1: "align", 2: "visual-language expert", 3: "grounding expert", 4: "mixture of experts"}

@@ -13,8 +13,8 @@ from medplib_jax import decode_layout
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode import Generator
 from medplib_jax.decode_layout import laid_out_model, lay_out
+from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import abstract_module, draw_params, logical_axes, params_of
-from medplib_jax.models.lora import merge_lora
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.optim import flatten
 from tests.helpers import MODEL, random_batch, tiny_experiment

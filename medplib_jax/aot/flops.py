@@ -16,9 +16,9 @@ from jax.interpreters import partial_eval as pe
 from medplib_jax.aot.hlo import Shape
 from medplib_jax.aot.programs import make_program
 from medplib_jax.config.experiment import ExperimentConfig, MeshConfig
-from medplib_jax.models.attention import splash_block
-from medplib_jax.models.grouped_matmul import TPU_ROW_TILE
-from medplib_jax.models.grouped_matmul_gpu import DEPTH_BYTES, ROWS
+from medplib_jax.models.kernels.grouped_matmul import TPU_ROW_TILE
+from medplib_jax.models.kernels.grouped_matmul_gpu import DEPTH_BYTES, ROWS
+from medplib_jax.models.language.attention import splash_block
 from medplib_jax.parallel.mesh import make_mesh
 
 CUDNN_BLOCK = 128  # side of the blocks of scores in cuDNN's flash attention

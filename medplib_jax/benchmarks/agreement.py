@@ -18,8 +18,8 @@ from medplib_jax.config.model import ModelConfig
 from medplib_jax.data.pipeline import Loader, eval_batches
 from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.decode import Generator
+from medplib_jax.models.language.llama import unstack
 from medplib_jax.models.layers import abstract_module, params_of
-from medplib_jax.models.llm import unstack
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import num_bytes, quantize_params
 from medplib_jax.parallel.compilation import use_cache

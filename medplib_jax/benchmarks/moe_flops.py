@@ -21,9 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from medplib_jax.aot.topologies import devices_of
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.config.model import LlmConfig, LoraConfig, MoeConfig
-from medplib_jax.models.grouped_matmul import TPU_ROW_TILE
+from medplib_jax.models.kernels.grouped_matmul import TPU_ROW_TILE
+from medplib_jax.models.language.moe import MoeMlp, SwiGlu
 from medplib_jax.models.layers import abstract_module, bind, params_of
-from medplib_jax.models.moe import MoeMlp, SwiGlu
 from medplib_jax.parallel.mesh import make_mesh
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU topology to compile for, such as v5e:4x4; default: run on this machine")

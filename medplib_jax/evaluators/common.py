@@ -15,7 +15,7 @@ from medplib_jax.data.rle import encode_rle
 from medplib_jax.data.sources import Record
 from medplib_jax.decode import Generation
 from medplib_jax.evaluators.predictions import Row
-from medplib_jax.models.unpad import resample_to_canvas
+from medplib_jax.models.masks.unpad import resample_to_canvas
 
 MaskDrawer = Callable[[Batch, Generation], np.ndarray]
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from medplib_jax.batch import Array, Params
-from medplib_jax.models.grouped_matmul import is_for_tpu
+from medplib_jax.models.rng import dropout
 
 Rngs = nnx.Rngs
 
@@ -88,22 +88,6 @@ def matmul_by_output(x: Array, kernel: Array, dtype=None) -> Array:
 def vector_matmul(x: Array, kernel: Array) -> Array:
     """kernel [out, in] @ x [in] -> float32 [out], read once."""
     return (x.astype(jnp.float32) * kernel.astype(jnp.float32)).sum(-1)
-
-
-def dropout(x: Array, rate: float, rng: Array | None) -> Array:
-    """Inverted dropout; the identity without an rng or at rate 0. The rate is rounded to 16 bits: drawing is what costs on a CPU, and
-    a word serves two values."""
-    if rng is None or rate == 0.0:
-        return x
-    dropped = round(rate * 2**16)
-    return jnp.where(_sixteen_bits(rng, x) >= dropped, x * (2**16 / (2**16 - dropped)), 0).astype(x.dtype)
-
-
-def _sixteen_bits(rng: Array, x: Array) -> Array:
-    if is_for_tpu(x):  # where drawing is cheap and taking words apart moves them through memory
-        return jax.random.bits(rng, x.shape, jnp.uint16)
-    words = jax.random.bits(rng, (*x.shape[:-1], -(-x.shape[-1] // 2)), jnp.uint32)
-    return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
 
 
 class LayerNorm(nnx.Module):

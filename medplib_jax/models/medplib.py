@@ -2,18 +2,30 @@
 
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
-from medplib_jax.batch import Array, Batch, ModelOutput
+from medplib_jax.batch import Array, Batch
 from medplib_jax.config.model import ModelConfig
-from medplib_jax.models.clip import ClipVisionTower, normalise_clip
+from medplib_jax.models.language.llama import Llama
 from medplib_jax.models.layers import Mlp, Rngs, gelu
-from medplib_jax.models.llm import Llama
-from medplib_jax.models.region import RegionEncoder
-from medplib_jax.models.sam import SamMed2d, normalise_sam
+from medplib_jax.models.masks.sam import SamMed2d, normalise_sam
+from medplib_jax.models.region.encoder import RegionEncoder
+from medplib_jax.models.vision.clip import ClipVisionTower, normalise_clip
 from medplib_jax.parallel.sharding import shard_rows, shard_width
+
+
+@flax.struct.dataclass
+class ModelOutput:
+    """What a forward pass returns. `aux` holds named intermediates and MoE metrics."""
+
+    hidden: Float[Array, "B L D"]  # last hidden state, after the final norm
+    mask_logits: Float[Array, "B M h w"] | None  # None when the batch has no mask slots (M == 0)
+    predicted_iou: Float[Array, "B M"] | None
+    aux: dict[str, Any]
 
 
 class MedPLIB(nnx.Module):

@@ -6,8 +6,8 @@ import pytest
 
 from medplib_jax.aot.flops import count_flops, executed_kernel_flops, splash_flops
 from medplib_jax.aot.hlo import Shape
-from medplib_jax.models import attention
-from medplib_jax.models.attention import splash_block
+from medplib_jax.models.language import attention
+from medplib_jax.models.language.attention import splash_block
 
 
 def flops(function, *args, **options):

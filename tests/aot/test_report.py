@@ -15,7 +15,7 @@ from medplib_jax.aot.report import Request, as_text, examine
 from medplib_jax.aot.sweep import as_table, candidates
 from medplib_jax.aot.topologies import devices_of, full_rematerialisations
 from medplib_jax.config.experiment import MeshConfig
-from medplib_jax.models.expert_exchange import carries_ragged, with_exchange
+from medplib_jax.models.language.expert_exchange import carries_ragged, with_exchange
 from medplib_jax.parallel.mesh import make_mesh
 from tests.helpers import MODEL, random_batch, tiny_experiment
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from medplib_jax.batch import Batch
-from medplib_jax.models.sam import MEAN, STD
+from medplib_jax.models.masks.sam import MEAN, STD
 
 IMAGE, REGION, IGNORED = -200, -300, -100
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

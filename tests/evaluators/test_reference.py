@@ -12,7 +12,7 @@ from medplib_jax.data.tokenizer import Tokenizer
 from medplib_jax.decode import Generator
 from medplib_jax.evaluators.common import mask_drawer
 from medplib_jax.evaluators.reference import TEMPLATE, UNPAD, ReferenceLoader
-from medplib_jax.models.unpad import resample_to_canvas
+from medplib_jax.models.masks.unpad import resample_to_canvas
 from medplib_jax.stream import stream_answers
 from tests.convert.golden_batch import CLIP_MEAN, CLIP_STD, golden_batch
 from tests.convert.test_parity import CONFIG, converted, recorded  # noqa: F401 (fixtures)

@@ -10,7 +10,6 @@ from medplib_jax.models.layers import (
     abstract_module,
     bind,
     draw_params,
-    dropout,
     gelu,
     logical_axes,
     matmul,
@@ -19,6 +18,7 @@ from medplib_jax.models.layers import (
     softmax_average,
     stack_layers,
 )  # fmt: skip
+from medplib_jax.models.rng import dropout
 
 
 def make(rngs):

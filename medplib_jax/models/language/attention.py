@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 
 from medplib_jax.batch import Array
 from medplib_jax.config.model import LlmConfig, LoraConfig
-from medplib_jax.models.grouped_matmul import is_for_gpu, is_for_tpu, target_device
 from medplib_jax.models.layers import Linear, Rngs, softmax_average
-from medplib_jax.models.moe import split_rng
+from medplib_jax.models.rng import split_rng
+from medplib_jax.models.target import is_for_gpu, is_for_tpu, target_device
 from medplib_jax.parallel.sharding import mesh_axes, row_axes
 
 HIDDEN = -1e30  # added to the score of a key that a query may not see; absorbs any score

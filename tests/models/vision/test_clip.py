@@ -9,8 +9,8 @@ import torch
 from transformers.models.clip import CLIPVisionConfig, CLIPVisionModel
 
 from medplib_jax.config.model import ClipConfig
-from medplib_jax.models.clip import ClipVisionTower, normalise_clip
 from medplib_jax.models.layers import Rngs, abstract_module, bind, params_of
+from medplib_jax.models.vision.clip import ClipVisionTower, normalise_clip
 from tests.paths import GOLDEN
 from tests.torch_weights import CLIP_NAMES, formula_reader, reader, relative_error, torch_params
 

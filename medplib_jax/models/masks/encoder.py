@@ -10,7 +10,7 @@ from flax import nnx
 from medplib_jax.batch import Array
 from medplib_jax.config.model import MaskConfig
 from medplib_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, gelu, matmul, param, scan_plan
-from medplib_jax.models.vision import Conv, ConvTranspose, softmax_attention
+from medplib_jax.models.vision.transformer import Conv, ConvTranspose, softmax_attention
 
 EPS = 1e-6
 ADAPTER_EPS = 1e-5  # the adapter alone keeps PyTorch's default

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from medplib_jax.config.experiment import MeshConfig
-from medplib_jax.models import attention
-from medplib_jax.models.attention import attend_within, fused_attention, splash_block, suits_cudnn
+from medplib_jax.models.language import attention
+from medplib_jax.models.language.attention import attend_within, fused_attention, splash_block, suits_cudnn
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.sharding import batch_sharding
 

@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConfig
+from medplib_jax.models.language.llama import Llama
+from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import Linear, abstract_module, bind, params_of
-from medplib_jax.models.llm import Llama
-from medplib_jax.models.lora import merge_lora
 from medplib_jax.optim import flatten
 from tests.paths import GOLDEN
 

@@ -7,7 +7,7 @@ from flax import nnx
 from medplib_jax.batch import Array
 from medplib_jax.config.model import MaskConfig
 from medplib_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, gelu, param
-from medplib_jax.models.vision import ConvTranspose, merge_heads, softmax_attention, split_heads
+from medplib_jax.models.vision.transformer import ConvTranspose, merge_heads, softmax_attention, split_heads
 
 EPS = 1e-5
 UPSCALE_EPS = 1e-6

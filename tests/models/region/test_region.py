@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from medplib_jax.config.model import ClipConfig, RegionConfig
 from medplib_jax.models.layers import Rngs, abstract_module, bind, params_of
-from medplib_jax.models.region import RegionEncoder, point_weights
-from medplib_jax.models.region_geometry import GeometrySampler, farthest_points, nearest_points, repeat_points
+from medplib_jax.models.region.encoder import RegionEncoder, point_weights
+from medplib_jax.models.region.geometry import GeometrySampler, farthest_points, nearest_points, repeat_points
 from tests.paths import GOLDEN
 from tests.torch_weights import relative_error
 

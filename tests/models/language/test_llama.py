@@ -11,9 +11,9 @@ import transformers
 from flax import nnx
 
 from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConfig
-from medplib_jax.models.attention import QUERY_BLOCK, attend, attend_within
+from medplib_jax.models.language.attention import QUERY_BLOCK, attend, attend_within
+from medplib_jax.models.language.llama import Llama, init_cache, scan_plan
 from medplib_jax.models.layers import abstract_module, bind, params_of
-from medplib_jax.models.llm import Llama, init_cache, scan_plan
 from tests.paths import GOLDEN
 
 TINY = LlmConfig(vocab_size=61, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, mlp_dim=48)

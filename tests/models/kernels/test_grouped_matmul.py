@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from medplib_jax.models import grouped_matmul as module
-from medplib_jax.models.grouped_matmul import grouped_matmul
+from medplib_jax.models.kernels import grouped_matmul as module
+from medplib_jax.models.kernels.grouped_matmul import grouped_matmul
 
 
 def reference(x, w, dy, sizes):

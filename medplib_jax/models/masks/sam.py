@@ -7,9 +7,9 @@ from flax import nnx
 from medplib_jax.batch import Array
 from medplib_jax.config.model import MaskConfig
 from medplib_jax.models.layers import Rngs
-from medplib_jax.models.sam_decoder import MaskDecoder
-from medplib_jax.models.sam_encoder import ImageEncoder
-from medplib_jax.models.sam_prompt import PromptEncoder
+from medplib_jax.models.masks.decoder import MaskDecoder
+from medplib_jax.models.masks.encoder import ImageEncoder
+from medplib_jax.models.masks.prompt import PromptEncoder
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)

@@ -18,7 +18,7 @@ from transformers.models.sam.modeling_sam import SamModel
 
 from medplib_jax.config.model import MaskConfig
 from medplib_jax.models.layers import abstract_module, bind, params_of
-from medplib_jax.models.sam import SamMed2d, normalise_sam
+from medplib_jax.models.masks.sam import SamMed2d, normalise_sam
 from tests.paths import GOLDEN
 from tests.torch_weights import HF_SAM_NAMES, SAM_NAMES, formula_reader, reader, relative_error, torch_params
 

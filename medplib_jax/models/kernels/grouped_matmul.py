@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from medplib_jax.batch import Array
-from medplib_jax.models import grouped_matmul_gpu as gpu
+from medplib_jax.models.kernels import grouped_matmul_gpu as gpu
+from medplib_jax.models.target import is_for_gpu, is_for_tpu, target_device
 
 # Rows per block, descending. A group takes as many blocks of each size as fit, so that large products run at full speed and
 # at most ROW_BLOCKS[-1] - 1 rows per group are computed for nothing.
@@ -64,21 +65,6 @@ def _weight_gradient(x, w, dy, sizes):
     if is_for_gpu(x) and gpu.suits_triton(x.shape[0], w):
         return gpu.weight_gradient(x, dy, sizes, device=target_device(x))
     return (_weight_gradient_tpu if is_for_tpu(x) else _weight_gradient_blocks)(x, dy, sizes)
-
-
-def target_device(x: Array):
-    """What the program that is being traced will run on; has `platform` and `device_kind`."""
-    return jax.typeof(x).sharding.mesh.abstract_device or jax.devices()[0]
-
-
-def is_for_tpu(x: Array) -> bool:
-    """Whether the program that is being traced will run on a TPU."""
-    return target_device(x).platform == "tpu"
-
-
-def is_for_gpu(x: Array) -> bool:
-    """Whether the program that is being traced will run on a GPU."""
-    return target_device(x).platform == "gpu"
 
 
 # ---- blocks of rows ----

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medplib_jax.aot.flops import count_flops
-from medplib_jax.models import grouped_matmul as dispatch
-from medplib_jax.models import grouped_matmul_gpu as gpu
-from tests.models.test_grouped_matmul import arrays, reference
+from medplib_jax.models import target
+from medplib_jax.models.kernels import grouped_matmul as dispatch
+from medplib_jax.models.kernels import grouped_matmul_gpu as gpu
+from tests.models.kernels.test_grouped_matmul import arrays, reference
 
 CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")  # on which kernels are interpreted
 
@@ -64,7 +65,8 @@ def test_what_tiles_do_not_cover_goes_to_blocks():
 
 def test_a_gpu_gets_the_kernels(monkeypatch):
     """As far as the program that is sent to it; there is none here to run it."""
-    monkeypatch.setattr(dispatch, "target_device", lambda _: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200"))
+    for module in (dispatch, target):
+        monkeypatch.setattr(module, "target_device", lambda _: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200"))
     x, w, sizes = jax.ShapeDtypeStruct((512, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 64, 128), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
 
     def loss(x, w, sizes):
@@ -75,7 +77,8 @@ def test_a_gpu_gets_the_kernels(monkeypatch):
 
 
 def test_results_stay_in_the_mesh_and_gradients_of_frozen_weights_are_dropped(monkeypatch):
-    monkeypatch.setattr(dispatch, "target_device", lambda _: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200"))
+    for module in (dispatch, target):
+        monkeypatch.setattr(module, "target_device", lambda _: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200"))
     rows = NamedSharding(Mesh(np.array(jax.devices()[:1]), "data"), PartitionSpec())
     x, w, sizes = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for shape, dtype in (((512, 64), "bfloat16"), ((2, 64, 64), "bfloat16"), ((2,), "int32")))
 

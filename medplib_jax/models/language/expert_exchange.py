@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medplib_jax.batch import Array
-from medplib_jax.models.grouped_matmul import is_for_tpu, target_device
+from medplib_jax.models.target import is_for_tpu, target_device
 
 
 def sort_by_expert(expert_N: Array, num_experts: int) -> tuple[Array, Array, Array]:

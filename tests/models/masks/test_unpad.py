@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medplib_jax.models.unpad import resample_to_canvas
+from medplib_jax.models.masks.unpad import resample_to_canvas
 from tests.paths import GOLDEN
 from tests.torch_weights import relative_error
 

@@ -8,7 +8,7 @@ from flax import nnx
 from medplib_jax.batch import Array
 from medplib_jax.config.model import MaskConfig
 from medplib_jax.models.layers import LayerNorm, Rngs, gelu, param
-from medplib_jax.models.vision import Conv
+from medplib_jax.models.vision.transformer import Conv
 
 EPS = 1e-6
 NEGATIVE, POSITIVE, BOX_START, BOX_END = range(4)  # rows of point_embed

@@ -9,11 +9,11 @@ from flax import nnx
 
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.config.model import LlmConfig, LoraConfig, MoeConfig
-from medplib_jax.models import expert_exchange
-from medplib_jax.models import moe as moe_module
-from medplib_jax.models.expert_exchange import sort_by_expert
+from medplib_jax.models.language import expert_exchange
+from medplib_jax.models.language import moe as moe_module
+from medplib_jax.models.language.expert_exchange import sort_by_expert
+from medplib_jax.models.language.moe import MoeMlp, Routing, expert_capacity, route_capacity, route_dropless
 from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
-from medplib_jax.models.moe import MoeMlp, Routing, expert_capacity, route_capacity, route_dropless
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.sharding import batch_sharding, param_shardings
 from tests.paths import GOLDEN

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from medplib_jax.batch import Array, Params
 from medplib_jax.config.model import ModelConfig
-from medplib_jax.models.attention import (
+from medplib_jax.models.language.attention import (
     Attention,
     KVCache,
     attend_cached,
@@ -20,9 +20,10 @@ from medplib_jax.models.attention import (
     rotary_tables,
     segment_positions,
 )
+from medplib_jax.models.language.moe import MoeMlp, SwiGlu
 from medplib_jax.models.layers import Linear, RmsNorm, Rngs, list_layers, param, scan_plan, stack_layers
-from medplib_jax.models.moe import MoeMlp, SwiGlu, split_rng
 from medplib_jax.models.remat import remat
+from medplib_jax.models.rng import split_rng
 from medplib_jax.parallel.sharding import shard_param, shard_rows
 
 

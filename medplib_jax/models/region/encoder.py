@@ -7,7 +7,7 @@ from flax import nnx
 from medplib_jax.batch import Array
 from medplib_jax.config.model import ClipConfig, RegionConfig
 from medplib_jax.models.layers import Linear, Rngs
-from medplib_jax.models.region_geometry import GeometrySampler, repeat_points
+from medplib_jax.models.region.geometry import GeometrySampler, repeat_points
 from medplib_jax.parallel.sharding import shard_rows
 
 

@@ -22,26 +22,22 @@ from jaxtyping import Bool, Float, Int
 
 from medplib_jax.batch import Array
 from medplib_jax.config.model import LlmConfig, LoraConfig, MoeConfig
-from medplib_jax.models.expert_exchange import axis_product, permute_rows, sort_by_expert, with_exchange
-from medplib_jax.models.grouped_matmul import (
-    grouped_matmul,
-    grouped_matmul_apart,
-    grouped_matmul_transposed,
-    is_for_tpu,
-)
+from medplib_jax.models.kernels.grouped_matmul import grouped_matmul, grouped_matmul_apart, grouped_matmul_transposed
+from medplib_jax.models.language.expert_exchange import axis_product, permute_rows, sort_by_expert, with_exchange
 from medplib_jax.models.layers import (
     Linear,
     Rngs,
     abstract_module,
     adapter_axes,
     bind,
-    dropout,
     logical_axes,
     param,
     params_of,
     vector_matmul,
 )
 from medplib_jax.models.quantize import dequantize_params
+from medplib_jax.models.rng import dropout, split_rng
+from medplib_jax.models.target import is_for_tpu
 from medplib_jax.parallel.sharding import axis_size, mesh_axes, partition_spec, row_axes
 
 # Up to this many tokens every expert runs on every token: reading the weights is then what costs. A TPU multiplies 240 times and more
@@ -369,8 +365,3 @@ def _load(routing: Routing, valid_S: Array, num_experts: int) -> dict[str, Array
         "expert_load": (jax.nn.one_hot(routing.expert, num_experts) * share[:, :, None]).sum((0, 1)),
         "dropped": jnp.sum(~routing.kept * share),
     }
-
-
-def split_rng(rng: Array | None, count: int):
-    """`count` keys, or as many Nones when there is no key."""
-    return [None] * count if rng is None else jax.random.split(rng, count)

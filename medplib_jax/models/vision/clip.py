@@ -8,7 +8,7 @@ from flax import nnx
 from medplib_jax.batch import Array
 from medplib_jax.config.model import ClipConfig
 from medplib_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, param, quick_gelu, scan_layers, stack_layers
-from medplib_jax.models.vision import Conv, merge_heads, softmax_attention, split_heads
+from medplib_jax.models.vision.transformer import Conv, merge_heads, softmax_attention, split_heads
 
 # Initial values for a tower that starts from nothing: patches first keep to themselves, attention looks at few of them, and a patch's
 # place counts as much as its pixels. With all of these it learns what is visible from a third of the images.
