@@ -73,7 +73,7 @@ def mecovqa(*names: str, **settings) -> DataConfig:
 
 
 def phantom(*names: str, **settings) -> DataConfig:
-    """The generated dataset of `python -m medplib_jax.data.phantom --out data/phantom`, with the tokenizer trained on it."""
+    """The generated dataset of `python -m medplib_jax.datasets.phantom.generate --out data/phantom`, with the tokenizer trained on it."""
     return DataConfig(
         sources=tuple(f"data/phantom/train/{name}.json" for name in names), root="data/phantom", tokenizer="data/phantom/tokenizer",
         batch_size=8, mask_canvas=160, workers=0, **settings,

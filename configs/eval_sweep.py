@@ -9,8 +9,8 @@ once. protocol: `exact`, or `reference` to evaluate with the original program's 
 0.1, one mask whether it says <SEG> or not, un-padding slip), so that its published figures can be compared; `both` for both.
 
 Where the files come from (below data/, or --config=configs/eval_sweep.py:FOLDER); a task without its file is named and left out:
-    MeCoVQA-*, zeroshot-*   the published MeCoVQA files, put together with SA-Med2D-20M by `medplib_jax.data.build.assemble`
-    VQA-RAD ... OmniMedVQA  the public datasets, imported by `medplib_jax.data.build.import_dataset --dataset NAME --out data/NAME`
+    MeCoVQA-*, zeroshot-*   the published MeCoVQA files, put together with SA-Med2D-20M by `medplib_jax.datasets.assemble.dataset`
+    VQA-RAD ... OmniMedVQA  the public datasets, imported by `medplib_jax.datasets.import_dataset --dataset NAME --out data/NAME`
     Med-GRIT-*              Med-GRIT-270k's test files, imported one task at a time by `import_dataset --dataset med_grit`
     BRISC                   BRISC 2025's classification test set as grounding questions ("Please segment the tumor."), of which those about healthy
                             brains have no mask: how often is a mask drawn where there is nothing? Any set with answers without masks does.

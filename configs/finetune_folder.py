@@ -1,7 +1,7 @@
 """Training on a folder of your own, in MeCoVQA's form: annotation files *.json, with image and mask paths relative to the folder.
 
 COMMAND
-    python -m medplib_jax.data.build_tokenizer --sources path/to/folder/*.json --out runs/mine/tokenizer
+    python -m medplib_jax.datasets.train_tokenizer --sources path/to/folder/*.json --out runs/mine/tokenizer
     python -m medplib_jax.train --config=configs/finetune_folder.py:path/to/folder --workdir=runs/mine/model \
         --config.data.tokenizer=runs/mine/tokenizer --config.model.llm.vocab_size=<as printed by the first command>
     python -m medplib_jax.evaluate --config=configs/eval_folder.py:path/to/folder --workdir=runs/mine/evaluation \
@@ -19,7 +19,7 @@ import pathlib
 from configs import common
 from medplib_jax.config.base import to_config_dict
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, LossConfig, TrainConfig
-from medplib_jax.data.build.mecovqa import is_held_out, may_hold_records
+from medplib_jax.data.splits import is_held_out, may_hold_records
 
 
 def _annotations(folder: pathlib.Path) -> list[pathlib.Path]:

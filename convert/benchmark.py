@@ -22,7 +22,7 @@ import numpy as np
 
 from convert import from_torch, hf_config, mapping, torch_files
 from medplib_jax.config.model import LlmConfig, ModelConfig, MoeConfig
-from medplib_jax.data.tokenizer import train_tokenizer
+from medplib_jax.data.tokenizers import train_tokenizer
 from medplib_jax.models.layers import params_of
 from medplib_jax.optim import flatten
 

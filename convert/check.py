@@ -20,7 +20,7 @@ from PIL import Image
 from convert import from_torch, to_torch
 from convert.torch_reference import TorchReference
 from medplib_jax.batch import Batch
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode import Generator
 from medplib_jax.decode_layout import laid_out_model
 from medplib_jax.models.layers import bind

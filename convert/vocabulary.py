@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 
 from medplib_jax import checkpoint
-from medplib_jax.data.tokenizer import ADDED_FILE, ADDED_TOKENS, MODEL_FILE, Tokenizer
+from medplib_jax.data.tokenizers import ADDED_FILE, ADDED_TOKENS, MODEL_FILE, Tokenizer
 
 GROWING = ("llm/embed/embedding", "llm/head/kernel")  # parameters with a vocabulary axis
 

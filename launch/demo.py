@@ -25,11 +25,11 @@ from configs import stage1_align, stage2_vqa, stage3_grounding, stage4_moe
 from medplib_jax import report
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.sweep import SweepConfig, TaskConfig
-from medplib_jax.data import phantom
-from medplib_jax.data.build_tokenizer import build_tokenizer
 from medplib_jax.data.images import load_image
 from medplib_jax.data.rle import decode_rle
 from medplib_jax.data.sources import MecovqaSource
+from medplib_jax.datasets.phantom import generate as phantom
+from medplib_jax.datasets.train_tokenizer import build_tokenizer
 from medplib_jax.evaluators.predictions import read_rows
 from medplib_jax.logging import read_metrics
 from medplib_jax.report.sweep import write_sweep_report

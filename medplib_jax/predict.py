@@ -23,8 +23,8 @@ from medplib_jax.batch import Batch, Params
 from medplib_jax.checkpoint import load_params
 from medplib_jax.data.images import load_image
 from medplib_jax.data.pipeline import Loader
-from medplib_jax.data.sources import Record
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.records import Record
+from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode import Generator, Sampling
 from medplib_jax.decode_layout import QUANTIZE
 from medplib_jax.evaluators.common import mask_drawer

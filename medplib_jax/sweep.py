@@ -27,7 +27,7 @@ from medplib_jax.config.model import LoraConfig
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import Loader, eval_batches
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode import Generator
 from medplib_jax.decode_layout import lay_out
 from medplib_jax.evaluators import refer_box, reference, router, spice

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medplib_jax.config.sweep import TASK_PARTS, TaskConfig
-from medplib_jax.data.build.mecovqa import is_held_out, may_hold_records
 from medplib_jax.data.errors import DataError
-from medplib_jax.data.sources import MASK, REGION, MecovqaSource
+from medplib_jax.data.records import MASK, REGION
+from medplib_jax.data.sources import MecovqaSource
+from medplib_jax.data.splits import is_held_out, may_hold_records
 
 log = logging.getLogger(__name__)
 

@@ -41,7 +41,7 @@ from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import BatchPlan, Loader, make_loader, train_batches
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.logging import Clock, MetricWriter, mfu, read_metrics, step_flops
 from medplib_jax.models.layers import draw_params, params_of
 from medplib_jax.models.medplib import MedPLIB

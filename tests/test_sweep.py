@@ -14,7 +14,7 @@ from configs import eval_sweep
 from medplib_jax import decode, sweep
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.sweep import SweepConfig
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.evaluators.predictions import read_rows
 from medplib_jax.report.sweep import write_sweep_report
 from medplib_jax.sweep import LoadedModel, run_sweep

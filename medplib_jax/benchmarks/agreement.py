@@ -16,7 +16,7 @@ from medplib_jax.batch import Batch
 from medplib_jax.checkpoint import load_params
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.data.pipeline import Loader, eval_batches
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode import Generator
 from medplib_jax.models.language.llama import unstack
 from medplib_jax.models.layers import abstract_module, params_of

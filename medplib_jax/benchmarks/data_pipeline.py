@@ -25,8 +25,8 @@ from scipy import ndimage
 from medplib_jax.config.experiment import DataConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.data import pipeline
-from medplib_jax.data.build.assemble import assemble
 from medplib_jax.data.prompts import encode_conversation
+from medplib_jax.datasets.assemble.dataset import assemble
 
 _DATA = flags.DEFINE_string("data", None, "folder with annotation files, paths relative to it", required=True)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "folder of a tokenizer", required=True)

@@ -8,9 +8,9 @@ from configs import stage4_moe
 from medplib_jax.benchmarks.measure import Table
 from medplib_jax.config.experiment import DataConfig
 from medplib_jax.config.model import ModelConfig
-from medplib_jax.data import phantom
-from medplib_jax.data.build_tokenizer import build_tokenizer
 from medplib_jax.data.pipeline import make_loader, train_batches
+from medplib_jax.datasets.phantom import generate as phantom
+from medplib_jax.datasets.train_tokenizer import build_tokenizer
 
 BATCH = 16
 

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from medplib_jax.benchmarks.measure import Table
-from medplib_jax.data import phantom
-from medplib_jax.data.build_tokenizer import build_tokenizer
+from medplib_jax.datasets.phantom import generate as phantom
+from medplib_jax.datasets.train_tokenizer import build_tokenizer
 
 
 def measure() -> Table:

@@ -9,8 +9,8 @@ from pathlib import Path
 from medplib_jax.config.base import to_config_dict
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, OptimConfig, TrainConfig
 from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig
-from medplib_jax.data.phantom import generate
-from medplib_jax.data.tokenizer import Tokenizer, train_tokenizer
+from medplib_jax.data.tokenizers import Tokenizer, train_tokenizer
+from medplib_jax.datasets.phantom.generate import generate
 
 LENGTH = 384
 

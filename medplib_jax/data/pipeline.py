@@ -20,8 +20,9 @@ from medplib_jax.data.cache import DiskCache, MemoryCache, fingerprint
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.packing import pack
 from medplib_jax.data.plan import BatchPlan
-from medplib_jax.data.sources import Record, check_images, open_source
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.records import Record, check_images
+from medplib_jax.data.sources import open_source
+from medplib_jax.data.tokenizers import Tokenizer
 
 CACHE_BYTES = 2**30  # decoded and resized pixels kept per process
 Arrays = dict[str, np.ndarray]

@@ -9,8 +9,8 @@ import dataclasses
 
 import numpy as np
 
-from medplib_jax.data.sources import MASK, REGION, Record
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.records import MASK, REGION, Record
+from medplib_jax.data.tokenizers import Tokenizer
 
 _SYSTEM = (
     "A chat between a curious {who} and an artificial intelligence assistant. "

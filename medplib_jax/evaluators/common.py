@@ -11,8 +11,8 @@ import numpy as np
 from medplib_jax import metrics
 from medplib_jax.batch import Batch
 from medplib_jax.data.pipeline import Loader
+from medplib_jax.data.records import Record
 from medplib_jax.data.rle import encode_rle
-from medplib_jax.data.sources import Record
 from medplib_jax.decode import Generation
 from medplib_jax.evaluators.predictions import Row
 from medplib_jax.models.masks.unpad import resample_to_canvas

@@ -6,7 +6,7 @@ import numpy as np
 
 from medplib_jax.data import prompts
 from medplib_jax.data.pipeline import Loader
-from medplib_jax.data.sources import Record
+from medplib_jax.data.records import Record
 
 TEMPLATE = "v1"
 MASK_THRESHOLD = 0.1

@@ -3,7 +3,7 @@
 import numpy as np
 
 from medplib_jax.batch import Batch
-from medplib_jax.data.sources import REGION, Record
+from medplib_jax.data.records import REGION, Record
 from medplib_jax.evaluators.vqa import VqaEvaluator
 
 

@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from medplib_jax.data.sources import Record
+from medplib_jax.data.records import Record
 from medplib_jax.report.pictures import (
     PALETTE,
     REGION_COLOUR,

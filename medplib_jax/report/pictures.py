@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from medplib_jax.data import images, regions
-from medplib_jax.data.sources import REGION
+from medplib_jax.data.records import REGION
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito: told apart by colour-blind readers
 REGION_COLOUR = "#00e5ff"

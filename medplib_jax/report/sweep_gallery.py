@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.images import load_image
+from medplib_jax.data.records import find_file
 from medplib_jax.data.rle import decode_rle
-from medplib_jax.data.sources import find_file
 from medplib_jax.report.comparisons import ALL, Figure
 from medplib_jax.report.pictures import (
     PALETTE,

@@ -6,7 +6,7 @@ import numpy as np
 
 from medplib_jax.benchmarks import data_pipeline
 from medplib_jax.data import pipeline
-from tests.data.build import collection
+from tests.datasets import collection
 from tests.paths import GOLDEN
 
 

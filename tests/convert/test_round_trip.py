@@ -15,7 +15,7 @@ from medplib_jax import checkpoint
 from medplib_jax.batch import TrainState
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.config.model import MoeConfig
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.optim import flatten
 from tests.convert.conftest import LORA, TINY, TOKENIZER, bits, load, random_tensors, save, write_folder

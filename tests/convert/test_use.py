@@ -13,8 +13,8 @@ from medplib_jax import train as train_module
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, InitConfig, OptimConfig, TrainConfig
 from medplib_jax.config.model import MoeConfig
 from medplib_jax.config.sweep import SweepConfig
-from medplib_jax.data.phantom import FILES, generate
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.datasets.phantom.generate import FILES, generate
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.predict import Predictor
 from medplib_jax.sweep import run_sweep

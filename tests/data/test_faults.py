@@ -12,10 +12,10 @@ import pytest
 
 from medplib_jax.config.experiment import DataConfig
 from medplib_jax.config.model import ClipConfig, MaskConfig, ModelConfig, RegionConfig
-from medplib_jax.data.build.assemble import assemble
-from medplib_jax.data.build.audit import audit
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import make_loader, train_batches
+from medplib_jax.datasets.assemble.dataset import assemble
+from medplib_jax.datasets.audit.collect import audit
 from tests.data.faults import NOTED, REFUSED, Faults
 from tests.paths import GOLDEN
 

@@ -18,7 +18,7 @@ from medplib_jax.losses import token_cross_entropy
 from medplib_jax.models.language.attention import segment_positions
 from medplib_jax.models.layers import bind, draw_params
 from medplib_jax.train_step import abstract_model
-from tests.data.build import collection
+from tests.datasets import collection
 from tests.helpers import MODEL
 from tests.paths import GOLDEN
 

@@ -7,8 +7,8 @@ import pytest
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.prompts import encode_conversation, encode_question
-from medplib_jax.data.sources import Record
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.records import Record
+from medplib_jax.data.tokenizers import Tokenizer
 from tests.paths import GOLDEN
 
 CASES = json.loads((GOLDEN / "conversation.json").read_text())

@@ -7,7 +7,8 @@ import pickle
 import pytest
 
 from medplib_jax.data.errors import DataError
-from medplib_jax.data.sources import MecovqaSource, modality, parse_record
+from medplib_jax.data.records import modality, parse_record
+from medplib_jax.data.sources import MecovqaSource
 
 
 def conversation(question="<image>\nWhat is it?", answer="A liver."):

@@ -12,9 +12,10 @@ from medplib_jax import metrics
 from medplib_jax.batch import Batch
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import Loader
+from medplib_jax.data.records import MASK
 from medplib_jax.data.rle import decode_rle, encode_rle
-from medplib_jax.data.sources import MASK, MecovqaSource
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.sources import MecovqaSource
+from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode import Generation
 from medplib_jax.evaluators.common import mask_drawer
 from medplib_jax.evaluators.grounding import GroundingEvaluator

@@ -7,8 +7,8 @@ import pytest
 from medplib_jax.batch import Batch
 from medplib_jax.config.experiment import DataConfig
 from medplib_jax.data.pipeline import Loader
-from medplib_jax.data.sources import Record
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.records import Record
+from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode import Generator
 from medplib_jax.evaluators.common import mask_drawer
 from medplib_jax.evaluators.reference import TEMPLATE, UNPAD, ReferenceLoader

@@ -8,7 +8,7 @@ import pytest
 from medplib_jax.batch import Batch
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.sources import MecovqaSource
-from medplib_jax.data.tokenizer import Tokenizer
+from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode import Generator
 from medplib_jax.evaluators import router
 from medplib_jax.models.layers import abstract_module, bind, draw_params

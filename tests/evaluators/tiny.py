@@ -11,7 +11,7 @@ from medplib_jax import checkpoint
 from medplib_jax.batch import TrainState
 from medplib_jax.config.experiment import DataConfig, EvalConfig, ExperimentConfig
 from medplib_jax.config.model import ClipConfig, LlmConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
-from medplib_jax.data.tokenizer import ADDED_TOKENS, train_tokenizer
+from medplib_jax.data.tokenizers import ADDED_TOKENS, train_tokenizer
 from medplib_jax.models.layers import abstract_module, draw_params
 from medplib_jax.models.medplib import MedPLIB
 

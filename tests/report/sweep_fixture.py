@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from medplib_jax import metrics
-from medplib_jax.data import images, phantom
+from medplib_jax.data import images
+from medplib_jax.data.records import MASK
 from medplib_jax.data.rle import encode_rle
-from medplib_jax.data.sources import MASK, MecovqaSource
+from medplib_jax.data.sources import MecovqaSource
+from medplib_jax.datasets.phantom import generate as phantom
 from medplib_jax.report.sweep import write_sweep_report
 
 # name, run, step, how good it is (0 to 1)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from medplib_jax import report
 from medplib_jax.data.errors import DataError
-from medplib_jax.data.sources import parse_record
+from medplib_jax.data.records import parse_record
 from medplib_jax.report import pictures, plots
 from tests.report.tags import Tags
 

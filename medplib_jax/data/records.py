@@ -1,0 +1,161 @@
+"""One record in MeCoVQA's form: a conversation about images, with references to masks and regions.
+
+A record that cannot be used is a `DataError`, never a silent guess.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Mapping
+
+from medplib_jax.data.errors import DataError
+from medplib_jax.data.images import Blob
+
+MASK = re.compile(r"<mask>(.*?)</mask>")
+REGION = re.compile(r"<region>(.*?)</region>")
+ROLES = ("human", "gpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One conversation about one image (or several, or none). References are as written in the file, relative to `root`."""
+
+    file: str  # the annotation file, for messages
+    index: int
+    root: str
+    images: tuple[str, ...]
+    turns: tuple[tuple[str, str], ...]  # (role, text); roles alternate, the first is human
+    answer_type: str = ""  # open, closed or empty
+    contents: Mapping[str, bytes] | None = dataclasses.field(default=None, repr=False)  # of the references, where they are no files
+
+    def error(self, what: str, expected: str = "", found: str = "") -> DataError:
+        return DataError(self.file, self.index, what, expected, found)
+
+    def path(self, reference: str) -> str:
+        """The file that a reference names. DataError when it is missing or lies (through a link, too) outside the root.
+
+        Some of MeCoVQA's references lack their ".png"; it is tried.
+        """
+        try:
+            return find_file(self.root, reference)
+        except DataError as error:
+            raise self.error(error.what, error.expected, error.found) from error
+
+    def find(self, reference: str) -> str | Blob:
+        """What `images` can open: the reference's file (see `path`) or its content, where the source carries it."""
+        if self.contents is None:
+            return self.path(reference)
+        if reference not in self.contents:
+            raise self.error("file is missing", reference, "not in the dataset")
+        return Blob(f"{self.root}/{reference}", self.contents[reference])
+
+    @property
+    def modality(self) -> str:
+        return modality(self.images[0]) if self.images else ""
+
+
+def find_file(root: str, reference: str) -> str:
+    """The real path of the file that a reference names, looked up below `root`; a missing ".png" is tried.
+
+    DataError when it is missing or lies (through a link, too) outside the root.
+    """
+    if "\0" in reference:
+        raise DataError(root, None, "not a path", "no zero byte", repr(reference))
+    root = _real_root(root)
+    joined = os.path.join(root, reference)
+    path = joined if os.path.isfile(joined) else joined + ".png"
+    real = os.path.realpath(path)
+    if os.path.commonpath([root, real]) != root:
+        raise DataError(root, None, "path leaves the data folder", f"a file below {root}", reference)
+    if not os.path.isfile(real):
+        raise DataError(root, None, "file is missing", joined, "no such file")
+    return real
+
+
+@functools.lru_cache(maxsize=64)
+def _real_root(root: str) -> str:
+    return os.path.realpath(root)
+
+
+def modality(image: str) -> str:
+    """Imaging modality from a file name: the text before "_00--", else before the first "_". x and x_ray are both "x_ray"."""
+    name = os.path.splitext(os.path.basename(image))[0]
+    prefix = name.split("_00--")[0] if "_00--" in name else name.split("_")[0]
+    return "x_ray" if prefix == "x" else prefix
+
+
+def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
+    """A checked `Record`, or DataError. Files that it refers to are not opened here."""
+
+    def fail(what, expected="", found=""):
+        raise DataError(file, index, what, expected, found)
+
+    if not isinstance(raw, dict):
+        fail("not a record", "an object", type(raw).__name__)
+    conversations = raw.get("conversations")
+    if not isinstance(conversations, list) or not conversations:
+        fail("record without conversations", "a list of turns", repr(conversations))
+    images = raw.get("image")
+    images = () if images is None else tuple(images) if isinstance(images, list | tuple) else (images,)
+    if not all(isinstance(image, str) and image and _is_unicode(image) for image in images):
+        fail("image is not a path", "a path or a list of paths", repr(raw["image"]))
+
+    turns = []
+    for turn in conversations:
+        role, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        if role not in ROLES:
+            fail("unknown role", " or ".join(ROLES), repr(role))
+        if not isinstance(value, str | int | float) or isinstance(value, bool) or value != value:
+            fail("turn without text", "a string", repr(value))
+        if not _is_unicode(str(value)):
+            fail("text is not Unicode", "no half of a surrogate pair", ascii(value))
+        turns.append((role, str(value)))
+    if turns[0][0] == "gpt":  # a greeting before the first question, which the original leaves out, too
+        turns = turns[1:]
+    for position, (role, text) in enumerate(turns):
+        if role != ROLES[position % 2]:
+            fail("roles do not alternate", f"{ROLES[position % 2]} in turn {position}", role)
+        _check_turn(role, text, fail)
+    if not turns:
+        fail("record without a question", "a human turn", "none")
+    answer_type = raw.get("answer_type")
+    if not isinstance(answer_type, str | None):
+        fail("unknown answer type", "a string", repr(answer_type))
+    return Record(file, index, root, images, tuple(turns), answer_type or "")
+
+
+def _is_unicode(text: str) -> bool:
+    """False for what JSON can write with escapes and UTF-8 cannot: half of a surrogate pair."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def check_complete(record: Record) -> None:
+    """DataError when the conversation has no answer, or its `<image>` do not pair up with its images."""
+    if record.turns[-1][0] != "gpt":
+        raise record.error("conversation without an answer", "a gpt turn at the end", record.turns[-1][1])
+    check_images(record)
+
+
+def check_images(record: Record) -> None:
+    """DataError when there are not as many `<image>` as images."""
+    named = sum(text.count("<image>") for _, text in record.turns)
+    if named != len(record.images):
+        raise record.error("images and <image> do not pair up", f"{len(record.images)} <image>", str(named))
+
+
+def _check_turn(role: str, text: str, fail) -> None:
+    for pattern, tag in ((MASK, "mask"), (REGION, "region")):
+        if not len(pattern.findall(text)) == text.count(f"<{tag}>") == text.count(f"</{tag}>"):
+            fail(f"<{tag}> is not closed", f"<{tag}>...</{tag}>", text)
+    masks, segs = len(MASK.findall(text)), text.count("<SEG>")
+    if role == "human" and masks:
+        fail("mask in a question", "masks in answers only", text)
+    if role == "gpt" and "<image>" in text:
+        fail("image in an answer", "<image> in questions only", text)
+    if role == "gpt" and masks != segs:
+        fail("<SEG> and masks do not pair up", f"{segs} <mask> for {segs} <SEG>", str(masks))
+    if not MASK.sub("", text).strip():
+        fail("empty answer" if role == "gpt" else "empty question", "some text", repr(text))
+    if any(not reference.strip() for reference in REGION.findall(text) + MASK.findall(text)):
+        fail("region or mask without a reference", "a path or coordinates", repr(text))

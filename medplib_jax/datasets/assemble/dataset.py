@@ -1,0 +1,277 @@
+"""MeCoVQA from its published annotation files and the SA-Med2D-20M images.
+
+
+Takes the JSON files as they are published: adds missing suffixes, unites the masks of a class where the annotations ask for
+masks_merged/ (which SA-Med2D-20M does not have), and leaves out what cannot be used, each record by name. Writes
+
+    OUT/mecovqa/CONFIG/1.0.0/    TFDS dataset in ArrayRecord shards; configs complex, region, grounding, zeroshot
+    OUT/masks_merged/            the united masks
+    OUT/manifest.json            counts by config, split and reason; how to read the dataset
+    OUT/problems.jsonl           every record that was left out or repaired, by name
+    OUT/missing.txt              every file that was not there
+
+Every example holds its picture, so the dataset takes the space of as many pictures as there are records.
+Read it with `tfds.data_source("mecovqa/grounding", data_dir=OUT)`, or train on it with data.sources=("OUT/mecovqa/grounding/1.0.0#train",).
+The same command again continues an interrupted run, and takes in images that were missing before. Annotation files with other names are
+sorted by what they hold: answers with masks are grounding, questions with regions are region, others complex.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from medplib_jax.data.errors import DataError
+from medplib_jax.data.splits import is_held_out, may_hold_records
+from medplib_jax.datasets.assemble import records as assemble_records
+from medplib_jax.datasets.assemble import shards as assemble_shards
+from medplib_jax.datasets.mecovqa import merged_name, read_class_names, read_records, write_json
+from medplib_jax.datasets.processes import make_pool
+
+PUBLISHED = {
+    "train/MeCoVQA-Complex.json": ("complex", "train"),
+    "train/MeCoVQA-Complex_local+Region.json": ("region", "train"),
+    "train/MeCoVQA-Grounding.json": ("grounding", "train"),
+    "test/MeCoVQA_Complex_VQA_test.json": ("complex", "test"),
+    "test/MeCoVQA_Region_VQA_test.json": ("region", "test"),
+    "test/MeCoVQA_Grounding_test.json": ("grounding", "test"),
+} | {f"zeroshot4grounding/{name}.json": ("zeroshot", name) for name in ("endoscopy", "fundus", "mr", "pet", "ultrasound", "xray")}
+RECORDS_PER_SHARD = 1000
+_MERGED = re.compile(r"masks_merged[/\\][^<>\"]+")
+_INSTANCE = re.compile(r"(.+)_[0-9]{3}\.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The records of one shard, with all that a worker process needs."""
+
+    config: str
+    split: str
+    shard: int
+    file: str  # of the annotations, relative to their folder
+    first: int  # index of the first record in the file
+    records: list[Any]
+    root: str
+    out: str
+    instances: dict[str, tuple[str, ...]]
+    names: dict[tuple[str, int], str]
+
+    @property
+    def path(self) -> str:
+        """The shard before it is published; beside it lies a note of what became of its records (`.json`)."""
+        return os.path.join(self.out, ".shards", f"{self.config}-{self.split}-{self.shard:05d}.array_record")
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the shard would have to be written anew for another reason than files that were missing."""
+        content = json.dumps([self.records, sorted(self.instances.items()), self.file, self.first, self.root])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def assemble(annotations: str, images: str, out: str, workers: int) -> dict[str, Any]:
+    """Does what the module says, and returns the manifest. DataError when an annotation file or the image folder cannot be read."""
+    root = find_collection(images)
+    files = find_annotations(annotations)
+    loaded = {file: read_records(os.path.join(annotations, file)) for file in tqdm(files, desc="annotations", unit=" files")}
+    plan = {file: PUBLISHED.get(file) or guess(file, loaded[file]) for file in files}
+    instances = find_instances(root, loaded.values())
+    for partial in pathlib.Path(out, ".shards").glob("*.tmp"):  # of a run that was killed
+        partial.unlink()
+    tasks = list(make_tasks(plan, loaded, root, os.path.abspath(out), instances, read_class_names(root)))
+    notes = run(tasks, workers)
+    shards = collections.defaultdict(lambda: collections.defaultdict(list))
+    for task, note in zip(tasks, notes, strict=True):
+        if note["written"]:
+            shards[task.config][task.split].append((task.path, note["written"]))
+    folders = {config: assemble_shards.publish(out, config, splits) for config, splits in shards.items()}
+    absent = [file for file in PUBLISHED if file not in plan] if any(file in PUBLISHED for file in plan) else []
+    return write_manifest(out, tasks, notes, folders, absent)
+
+
+def find_collection(images: str) -> str:
+    """The folder that holds images/: the one given, or SAMed2Dv1/ in it. DataError when there is none."""
+    for root in (images, os.path.join(images, "SAMed2Dv1")):
+        if os.path.isdir(os.path.join(root, "images")):
+            return os.path.realpath(root)
+    raise DataError(images, None, "not a folder of images", "images/ or SAMed2Dv1/images/ in it", "neither")
+
+
+def find_annotations(folder: str) -> list[str]:
+    """Annotation files below the folder; JSON of other kinds is left out. DataError when there is none."""
+    found = [
+        os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
+        for place, folders, names in os.walk(folder)
+        for name in names
+        if name.endswith((".json", ".jsonl"))
+    ]
+    found = [file for file in found if file in PUBLISHED or may_hold_records(os.path.join(folder, file))]
+    if not found:
+        raise DataError(folder, None, "no annotation file", "*.json in it or below", "none")
+    return sorted(found)
+
+
+def guess(file: str, records: list[Any]) -> tuple[str, str]:
+    """Config and split of a file with an unknown name."""
+    text = json.dumps(records[:1000])
+    config = "grounding" if "<mask>" in text else "region" if "<region>" in text else "complex"
+    return config, "test" if is_held_out(file) else "train"
+
+
+def find_instances(root: str, files: Iterable[list[Any]]) -> dict[str, tuple[str, ...]]:
+    """For every masks_merged/ that the annotations name: its instances' names in masks/. One pass over that folder."""
+    wanted = {merged_name(match) for records in files for text in _texts(records) for match in _MERGED.findall(text)}
+    found = collections.defaultdict(list)
+    if wanted and os.path.isdir(os.path.join(root, "masks")):
+        with os.scandir(os.path.join(root, "masks")) as entries:
+            for entry in tqdm(entries, desc="masks", unit=" files", mininterval=1.0):
+                match = _INSTANCE.fullmatch(entry.name)
+                if match and (name := f"masks_merged/{match[1]}_merged.png") in wanted:
+                    found[name].append(entry.name)
+    return {name: tuple(sorted(names)) for name, names in found.items()}
+
+
+def _texts(records: list[Any]) -> Iterator[str]:
+    for record in records:
+        turns = record.get("conversations") if isinstance(record, dict) else None
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict) and isinstance(turn.get("value"), str):
+                yield turn["value"]
+
+
+def make_tasks(plan, loaded, root: str, out: str, instances, names) -> Iterator[Task]:
+    """The shards, in the order of files and records."""
+    counts = collections.Counter()
+    for file, (config, split) in plan.items():
+        for first in range(0, len(loaded[file]), RECORDS_PER_SHARD):
+            records = loaded[file][first : first + RECORDS_PER_SHARD]
+            wanted = {merged_name(match) for text in _texts(records) for match in _MERGED.findall(text)}
+            own = {name: instances[name] for name in sorted(wanted & instances.keys())}
+            yield Task(config, split, counts[config, split], file, first, records, root, out, own, names)
+            counts[config, split] += 1
+
+
+def run(tasks: list[Task], workers: int) -> list[dict[str, Any]]:
+    """The note of each shard, in order; shards that are there already are not written again."""
+    notes = [finished(task) for task in tasks]
+    todo = [i for i, note in enumerate(notes) if note is None]
+    total, left = (sum(len(task.records) for task in some) for some in (tasks, [tasks[i] for i in todo]))
+    with tqdm(total=total, initial=total - left, desc="assemble", unit=" records") as bar:
+        for i, note in _build([tasks[i] for i in todo], workers):
+            notes[todo[i]] = note
+            bar.update(len(tasks[todo[i]].records))
+    return notes
+
+
+def _build(tasks: list[Task], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Index and note of each shard as it is finished."""
+    if not workers:
+        yield from enumerate(map(build_shard, tasks))
+        return
+    with make_pool(workers) as pool:
+        futures = {pool.submit(build_shard, task): i for i, task in enumerate(tasks)}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:  # Ctrl-C, too: the shards under way are finished, no other is begun
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def finished(task: Task) -> dict[str, Any] | None:
+    """The note of a shard that need not be written again: same input, and nothing that was missing has come since."""
+    try:
+        with open(task.path + ".json", encoding="utf-8") as file:
+            note = json.load(file)
+    except (OSError, ValueError):
+        return None
+    came = any(os.path.exists(os.path.join(task.root, name)) for name in note["missing"])
+    there = os.path.exists(task.path) or not note["written"]
+    return note if note["fingerprint"] == task.fingerprint and there and not came else None
+
+
+def build_shard(task: Task) -> dict[str, Any]:
+    """Writes the shard and the note of what became of its records."""
+    files = assemble_records.Files(task.root, task.out, task.instances, task.names)
+    written, problems = 0, []
+    with assemble_shards.ShardWriter(task.path) as writer:
+        for index, raw in enumerate(task.records, task.first):
+            try:
+                example, repairs = assemble_records.prepare(raw, task.file, index, files)
+            except DataError as error:
+                problems.append({"action": "left out", **error.as_dict()})
+                continue
+            writer.write(example)
+            written += 1
+            problems += [{"action": "repaired", "file": task.file, "record": index, "what": what} for what in dict.fromkeys(repairs)]
+    note = {"fingerprint": task.fingerprint, "written": written, "problems": problems, "missing": sorted(files.missing)}
+    write_json(task.path + ".json", note)
+    return note
+
+
+def write_manifest(out: str, tasks, notes, folders: dict[str, str], absent: list[str]) -> dict[str, Any]:
+    splits = collections.defaultdict(collections.Counter)
+    actions = {"left out": collections.Counter(), "repaired": collections.Counter()}
+    for task, note in zip(tasks, notes, strict=True):
+        counts = splits[f"{task.config}/{task.split}"]
+        left_out = [problem for problem in note["problems"] if problem["action"] == "left out"]
+        counts.update(records=len(task.records), written=note["written"], left_out=len(left_out))
+        for problem in note["problems"]:
+            actions[problem["action"]][_kind(problem["what"])] += 1
+    missing = sorted({name for note in notes for name in note["missing"]})
+    manifest = {
+        "records": sum(counts["records"] for counts in splits.values()),
+        "written": sum(counts["written"] for counts in splits.values()),
+        "splits": {name: dict(counts) for name, counts in splits.items()},
+        "left_out": dict(actions["left out"].most_common()),
+        "repaired": dict(actions["repaired"].most_common()),
+        "missing_files": len(missing),
+        "missing_by_folder": dict(collections.Counter(_place(name) for name in missing).most_common()),
+        "annotation_files_absent": absent,
+        "sources": [f"{folder}#{split}" for config, folder in folders.items() for split in _splits_of(config, splits)],
+    }
+    write_json(os.path.join(out, "manifest.json"), manifest)
+    _write_lines(os.path.join(out, "missing.txt"), missing)
+    _write_lines(os.path.join(out, "problems.jsonl"), [json.dumps(problem) for note in notes for problem in note["problems"]])
+    return manifest
+
+
+def _splits_of(config: str, splits) -> list[str]:
+    return [name.split("/")[1] for name, counts in splits.items() if name.startswith(f"{config}/") and counts["written"]]
+
+
+def _kind(what: str) -> str:
+    """The problem without the name of the file."""
+    return what.split(" (")[0]
+
+
+def _place(name: str) -> str:
+    """Folder and collection of a missing file, such as "images/ct_00--AbdomenCT1K"."""
+    return "--".join(name.split("--")[:2]) if "--" in name else os.path.dirname(name)
+
+
+def _write_lines(path: str, lines: list[str]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+def describe(manifest: dict[str, Any], out: str) -> str:
+    """What a person wants to know at the end of a run."""
+    lines = [f"{name:24} {counts['written']:>8} of {counts['records']} records" for name, counts in manifest["splits"].items()]
+    for title in ("repaired", "left_out"):
+        lines += [f"{title.replace('_', ' '):10} {count:>8}  {what}" for what, count in manifest[title].items()]
+    if manifest["missing_files"]:
+        lines.append(
+            f"{manifest['missing_files']} files are missing; they are listed in {os.path.join(out, 'missing.txt')}. By collection:"
+        )
+        lines += [f"  {count:>8}  {place}" for place, count in list(manifest["missing_by_folder"].items())[:20]]
+        lines.append("When they are there, the same command takes them in.")
+    lines += [f"annotation file absent: {file}" for file in manifest["annotation_files_absent"]]
+    return "\n".join(lines + [f"train on: {source}" for source in manifest["sources"]])

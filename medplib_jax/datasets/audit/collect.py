@@ -1,0 +1,143 @@
+"""What is in a dataset, and what is wrong with it, record by record.
+
+
+DIR is a folder of annotation files in MeCoVQA's form (paths start at DIR) or one that `data.build.assemble` made. Counts records by split,
+modality, task and answer type, measures texts and masks, and names every suspicious record: files missing or unreadable, masks of another
+size, empty, full or tiny, masks elsewhere than the text says, left and right swapped, masks with two names or of another class than
+named, questions asked twice, answers that stand in their question, held-out pictures or patients that are in the training data, too.
+Everything whose split, folder or file name does not say test, val or zeroshot counts as training data.
+
+The process ends with 0 whatever is found; --json holds the figures to decide upon. Lengths are in words without --tokenizer (the folder of
+a checkpoint's tokenizer).
+"""
+
+import collections
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from medplib_jax.data.errors import DataError
+from medplib_jax.data.records import Record
+from medplib_jax.data.sources import open_source
+from medplib_jax.data.splits import is_held_out, may_hold_records
+from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.datasets.assemble.shards import DATASET, dataset_folder
+from medplib_jax.datasets.audit.facts import Facts, Reader, plain
+from medplib_jax.datasets.audit.findings import Finding, find
+from medplib_jax.datasets.mecovqa import read_class_names
+from medplib_jax.datasets.processes import make_pool
+
+CHUNK = 200  # records per task of a worker process
+AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the picture
+
+
+def audit(folder: str, tokenizer: str = "", workers: int = 0) -> tuple[dict[str, Any], list[Facts]]:
+    """The report (see `summarize`) and the facts of every record. DataError when the folder holds no dataset or a file cannot be read."""
+    facts = collect(find_sources(folder), folder, tokenizer, workers)
+    return summarize(facts, find(facts), "tokens" if tokenizer else "words"), facts
+
+
+def find_sources(folder: str) -> list[str]:
+    """Names for `open_source`: splits of an assembled dataset, or annotation files below the folder. DataError when there are none."""
+    assembled = os.path.join(folder, DATASET)
+    if os.path.isdir(assembled):
+        import tensorflow_datasets as tfds
+
+        places = [dataset_folder(folder, config) for config in sorted(os.listdir(assembled))]
+        return [f"{place}#{split}" for place in places for split in tfds.builder_from_directory(place).info.splits]
+    files = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name.endswith(".json")]
+    beside = tuple(os.path.join(folder, name, "") for name in ("grit", "answers"))  # what `write_qa` puts there in other forms
+    found = [file for file in files if not file.startswith(beside) and may_hold_records(file)]
+    if not found:
+        raise DataError(folder, None, "no dataset", f"annotation files *.json, or {DATASET}/ of an assembled one", "neither")
+    return sorted(found)
+
+
+def collect(sources: Sequence[str], folder: str, tokenizer: str, workers: int) -> list[Facts]:
+    """Facts of every record of the sources, in order."""
+    chunks = []
+    for source in sources:
+        count = len(open_source(source, folder))
+        chunks += [(source, range(first, min(first + CHUNK, count))) for first in range(0, count, CHUNK)]
+    if not chunks:
+        raise DataError(folder, None, "no records", "at least one", "none")
+    read = functools.partial(_read_chunk, folder, tokenizer)
+    with tqdm(total=sum(len(indices) for _, indices in chunks), desc="audit", unit=" records") as bar:
+        if not workers:
+            return [one for chunk in chunks for one in _counted(read(chunk), bar)]
+        with make_pool(workers) as pool:
+            return [one for facts in pool.map(read, chunks) for one in _counted(facts, bar)]
+
+
+def _counted(facts: list[Facts], bar: tqdm) -> list[Facts]:
+    bar.update(len(facts))
+    return facts
+
+
+def _read_chunk(folder: str, tokenizer: str, chunk: tuple[str, Iterable[int]]) -> list[Facts]:
+    source, indices = chunk
+    reader = _reader(folder, tokenizer, source)
+    return [reader.facts(index) for index in indices]
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(folder: str, tokenizer: str, source: str) -> Reader:
+    name = os.path.relpath(source, folder).replace(os.sep, "/")
+    return Reader(open_source(source, folder), name, is_held_out(name), _measure(tokenizer), read_class_names(folder))
+
+
+def _measure(tokenizer: str):
+    if not tokenizer:
+        return lambda record: len(_words(record))
+    encode = Tokenizer.load(tokenizer).encode
+    return lambda record: sum(len(encode(plain(text))) for _, text in record.turns)
+
+
+def _words(record: Record) -> list[str]:
+    return [word for _, text in record.turns for word in plain(text).split()]
+
+
+def summarize(facts: Sequence[Facts], findings: Sequence[Finding], unit: str) -> dict[str, Any]:
+    """The report: `records`, `usable`, `pictures`, `suspicious` (with findings), counts, lengths, areas, and `findings` by name."""
+    usable = [one for one in facts if one.problem is None]
+    areas = [mask.area for one in usable for mask in one.masks]
+    counts, _ = np.histogram(areas, AREA_EDGES)
+    return {
+        "records": len(facts),
+        "usable": len(usable),
+        "pictures": len({one.picture_hash for one in usable} - {""}),
+        "suspicious": len({(finding.source, finding.record) for finding in findings}),
+        "by_source": _count(one.source for one in facts),
+        "by_split": _count("held out" if one.held_out else "training" for one in facts),
+        "by_modality": _count(one.modality or "unknown" for one in usable),
+        "by_task": _count(one.task for one in usable),
+        "by_answer_type": _count(one.answer_type or "not stated" for one in usable),
+        "lengths": {"unit": unit, **_spread([one.length for one in usable])},
+        "mask_areas": {"unit": "share of the picture", **_spread(areas), "edges": AREA_EDGES, "counts": counts.tolist()},
+        "finding_counts": _count(finding.kind for finding in findings),
+        "findings": [finding.as_dict() for finding in findings],
+    }
+
+
+def _count(values: Iterable[str]) -> dict[str, int]:
+    return dict(collections.Counter(values).most_common())
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    names = ("min", "p5", "median", "p95", "max")
+    return dict(zip(names, map(float, np.quantile(values, (0, 0.05, 0.5, 0.95, 1))), strict=True))
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report in a few lines."""
+    lines = [f"{report['records']} records, {report['usable']} usable, {report['pictures']} pictures, {report['suspicious']} suspicious"]
+    for title in ("by_split", "by_modality", "by_task"):
+        lines.append(f"{title.replace('_', ' '):12} " + ", ".join(f"{name} {count}" for name, count in report[title].items()))
+    lines += [f"{count:>8}  {kind}" for kind, count in report["finding_counts"].items()]
+    return "\n".join(lines)
