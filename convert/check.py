@@ -21,13 +21,13 @@ from convert import from_torch, to_torch
 from convert.torch_reference import TorchReference
 from medplib_jax.batch import Batch
 from medplib_jax.data.tokenizers import Tokenizer
-from medplib_jax.decode import Generator
-from medplib_jax.decode_layout import laid_out_model
+from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.layout import laid_out_model
+from medplib_jax.decode.predictor import Predictor
 from medplib_jax.models.layers import bind
 from medplib_jax.models.masks.sam import normalise_sam
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.vision.clip import normalise_clip
-from medplib_jax.predict import Predictor
 
 QUESTIONS = ("Please segment the lesion in this image.", "What modality is used to take this image?")
 # Largest relative difference of logits and masks, and largest KL divergence (nats), by compute type.

@@ -28,10 +28,12 @@ from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import Loader, eval_batches
 from medplib_jax.data.tokenizers import Tokenizer
-from medplib_jax.decode import Generator
-from medplib_jax.decode_layout import lay_out
+from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.layout import lay_out
+from medplib_jax.decode.masks import mask_drawer
+from medplib_jax.decode.stream import lanes_for, stream_answers
 from medplib_jax.evaluators import refer_box, reference, router, spice
-from medplib_jax.evaluators.common import Evaluator, mask_drawer
+from medplib_jax.evaluators.common import Evaluator
 from medplib_jax.evaluators.grounding import GroundingEvaluator
 from medplib_jax.evaluators.predictions import SKIPPED, Shard, read_lines
 from medplib_jax.evaluators.reference import ReferenceLoader
@@ -39,7 +41,6 @@ from medplib_jax.evaluators.region import RegionVqaEvaluator
 from medplib_jax.evaluators.vqa import VqaEvaluator
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import of_every_process, require_shared, wait_for_others
-from medplib_jax.stream import lanes_for, stream_answers
 from medplib_jax.tasks import Task, find_tasks
 from medplib_jax.train_step import abstract_model, model_shardings
 

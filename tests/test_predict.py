@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medplib_jax import decode, predict
+from medplib_jax import predict
 from medplib_jax.data.errors import DataError
+from medplib_jax.decode import generator as decode
 from tests.evaluators import tiny
 
 

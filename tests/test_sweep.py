@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from configs import eval_sweep
-from medplib_jax import decode, sweep
+from medplib_jax import sweep
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.decode import generator as decode
 from medplib_jax.evaluators.predictions import read_rows
 from medplib_jax.report.sweep import write_sweep_report
 from medplib_jax.sweep import LoadedModel, run_sweep

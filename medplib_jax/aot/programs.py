@@ -11,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medplib_jax.batch import Batch, Params
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig
 from medplib_jax.config.model import LoraConfig, ModelConfig
-from medplib_jax.decode import Decoder, Sampling
-from medplib_jax.decode_layout import decoding_model
+from medplib_jax.decode.generator import Decoder
+from medplib_jax.decode.layout import decoding_model
+from medplib_jax.decode.sampling import Sampling
 from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import bind, params_of
 from medplib_jax.models.medplib import MedPLIB

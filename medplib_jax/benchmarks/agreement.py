@@ -17,7 +17,7 @@ from medplib_jax.checkpoint import load_params
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.data.pipeline import Loader, eval_batches
 from medplib_jax.data.tokenizers import Tokenizer
-from medplib_jax.decode import Generator
+from medplib_jax.decode.generator import Generator
 from medplib_jax.models.language.llama import unstack
 from medplib_jax.models.layers import abstract_module, params_of
 from medplib_jax.models.medplib import MedPLIB

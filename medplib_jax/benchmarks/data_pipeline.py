@@ -4,7 +4,7 @@
     python -m medplib_jax.benchmarks.data_pipeline --data DIR --tokenizer FOLDER --memory 50000   # MB of a worker over that many records
 
 DIR holds annotation files in MeCoVQA's form and images/. All variants read the same records in this process, in turns, and the fastest round
-counts; "assembled" reads what `data.build.assemble` made of DIR. CPU time, not wall time, so that other work on the machine matters little.
+counts; "assembled" reads what `datasets.assemble` made of DIR. CPU time, not wall time, so that other work on the machine matters little.
 Expect at least 3 times the samples per core of PyTorch from assembled data, and later epochs with a cache at least 10 times faster than the
 first without.
 """
@@ -136,7 +136,7 @@ def milliseconds(make: Callable[[], Iterator], records: int) -> float:
 
 
 def assembled(data: DataConfig, out: str) -> DataConfig:
-    """The same data as `data.build.assemble` writes them. ValueError when it leaves records out, because the comparison would be uneven."""
+    """The same data as `datasets.assemble` writes them. ValueError when it leaves records out, because the comparison would be uneven."""
     manifest = assemble(data.root, data.root, out, workers=0)
     if manifest["left_out"]:
         raise ValueError(f"{data.root}: expected records that can all be assembled, found {manifest['left_out']}")

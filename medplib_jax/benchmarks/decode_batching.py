@@ -18,10 +18,10 @@ import numpy as np
 
 from configs import common
 from medplib_jax.batch import Batch
-from medplib_jax.decode import Generator
+from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.stream import lanes_for, stream_answers
 from medplib_jax.models.layers import abstract_module, draw_params
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.stream import lanes_for, stream_answers
 
 NEVER = -1  # no token: answers end at their limit
 WAYS = {"one at a time": (1, 1), "static batches": (16, 16), "refilled slots": (16, 8)}  # (slots, refill)

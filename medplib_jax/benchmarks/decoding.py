@@ -8,7 +8,7 @@ import numpy as np
 from medplib_jax.benchmarks.measure import Table, interleave, side_by_side
 from medplib_jax.benchmarks.workload import example_batch
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.decode import Generator
+from medplib_jax.decode.generator import Generator
 from medplib_jax.models.layers import draw_params
 from medplib_jax.train_step import abstract_model
 

@@ -42,7 +42,7 @@ class MecovqaSource:
 
 
 class TfdsSource:
-    """Records of one split of a dataset made by `data.build.assemble`, with their pictures. `name`: dataset folder # split ("train")."""
+    """Records of one split of a dataset made by `datasets.assemble`, with their pictures. `name`: dataset folder # split ("train")."""
 
     def __init__(self, name: str):
         self.file = name

@@ -2,10 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from medplib_jax import metrics
@@ -13,11 +10,9 @@ from medplib_jax.batch import Batch
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.records import Record
 from medplib_jax.data.rle import encode_rle
-from medplib_jax.decode import Generation
+from medplib_jax.decode.masks import MaskDrawer
+from medplib_jax.decode.slots import Generation
 from medplib_jax.evaluators.predictions import Row
-from medplib_jax.models.masks.unpad import resample_to_canvas
-
-MaskDrawer = Callable[[Batch, Generation], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +72,3 @@ class Evaluator(abc.ABC):
         }
         row |= self.score(answer) | drawn
         return row if generation.choices is None else row | {"router": generation.choices[0].tolist()}
-
-
-def mask_drawer(sam_size: int, unpad: str, canvas: int, threshold: float) -> MaskDrawer:
-    """A function of prompts and generation: bool masks [B, M, canvas, canvas] of probability over `threshold`, picture at the top left."""
-
-    @jax.jit
-    def on_canvas(mask_logits, sam_box, mask_size):
-        logits, _ = resample_to_canvas(mask_logits, sam_box, mask_size, canvas=(canvas, canvas), sam_size=sam_size, mode=unpad)
-        return metrics.binarise(logits, threshold)
-
-    return lambda prompts, generation: np.asarray(on_canvas(jnp.asarray(generation.mask_logits), prompts.sam_box, prompts.mask_size))

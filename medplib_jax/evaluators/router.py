@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from medplib_jax.config.model import ModelConfig
+from medplib_jax.decode.token_kinds import TOKEN_KINDS
 from medplib_jax.evaluators.predictions import Row
-from medplib_jax.routing import TOKEN_KINDS
 
 
 def summarise(rows: Sequence[Row], config: ModelConfig) -> dict:

@@ -6,7 +6,7 @@ of scores, `resampling` says how sure they are.
 
 from medplib_jax.metrics.boxes import box_iou, parse_boxes, recall_at_iou, roc_hit
 from medplib_jax.metrics.captions import MissingExtra, mia_scores, spice
-from medplib_jax.metrics.masks import SURFACE_TOLERANCE, binarise, dice, iou, mask_scores, overlap, surface_dice
+from medplib_jax.metrics.masks import SURFACE_TOLERANCE, dice, iou, mask_scores, overlap, surface_dice
 from medplib_jax.metrics.protocol import PROTOCOLS, check_protocol
 from medplib_jax.metrics.summary import Statistic, by_modality, mask_statistics, statistics, values
 from medplib_jax.metrics.text import (
@@ -28,7 +28,6 @@ __all__ = [
     "MissingExtra",
     "Statistic",
     "answer_words",
-    "binarise",
     "bleu",
     "box_iou",
     "by_modality",

@@ -9,11 +9,6 @@ from scipy import ndimage
 SURFACE_TOLERANCE = 0.01  # of the picture's diagonal
 
 
-def binarise(logits: np.ndarray, threshold: float) -> np.ndarray:
-    """True where sigmoid(logits) > threshold, without computing the sigmoid. threshold in (0, 1)."""
-    return logits > math.log(threshold / (1 - threshold))
-
-
 def overlap(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
     """(intersection, union) in pixels of two boolean masks of one shape. Raises ValueError when the shapes differ."""
     if prediction.shape != truth.shape:

@@ -1,7 +1,6 @@
 """Reports: `page` shows one run, `sweep` many checkpoints on many tasks."""
 
 from medplib_jax.report.page import Example, ReportData, region_masks, write_report
-from medplib_jax.report.pictures import PALETTE, overlay
 from medplib_jax.report.plots import Router
 
-__all__ = ["PALETTE", "Example", "ReportData", "Router", "overlay", "region_masks", "write_report"]
+__all__ = ["Example", "ReportData", "Router", "region_masks", "write_report"]

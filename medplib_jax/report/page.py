@@ -13,16 +13,9 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from medplib_jax.data.overlay import PALETTE, overlay
 from medplib_jax.data.records import Record
-from medplib_jax.report.pictures import (
-    PALETTE,
-    REGION_COLOUR,
-    format_value,
-    mark_tokens,
-    marked_regions,
-    open_thumbnail,
-    overlay,
-)
+from medplib_jax.report.pictures import REGION_COLOUR, format_value, mark_tokens, marked_regions, open_thumbnail
 from medplib_jax.report.plots import Router, draw_curves, draw_router, draw_stages
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import markupsafe
@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from medplib_jax.data import images, regions
+from medplib_jax.data.overlay import PALETTE, rgb
 from medplib_jax.data.records import REGION
 
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito: told apart by colour-blind readers
 REGION_COLOUR = "#00e5ff"
 THUMBNAIL = 224  # pixels of the longest side
 
@@ -36,40 +36,6 @@ def open_thumbnail(path: str | Path) -> np.ndarray:
     scale = THUMBNAIL / max(picture.size)
     size = tuple(max(1, round(side * scale)) for side in picture.size)
     return np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
-
-
-def overlay(picture: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[str], opacity: float = 0.4) -> np.ndarray:
-    """`picture` uint8 [H, W, 3] under translucent masks with solid outlines; masks bool [h, w] are stretched to it (nearest)."""
-    shown = picture.astype(np.float32)
-    for number, mask in enumerate(masks):
-        colour = rgb(colours[number % len(colours)])
-        inside = _stretched(mask, picture.shape[:2])
-        shown[inside] += opacity * (colour - shown[inside])
-        shown[inside & ~_eroded(inside)] = colour
-    return np.round(shown).astype(np.uint8)
-
-
-def outline(picture: np.ndarray, masks: Sequence[np.ndarray], colour: str = "#ffffff") -> np.ndarray:
-    """`picture` with a thin line around each mask, as `overlay` stretches them."""
-    shown = picture.copy()
-    for mask in masks:
-        inside = _stretched(mask, picture.shape[:2])
-        shown[inside & ~_eroded(inside, steps=1)] = rgb(colour)
-    return shown
-
-
-def _stretched(mask, size):
-    """The mask at the picture's size (h, w), by nearest neighbours."""
-    rows, columns = (np.arange(to) * have // to for to, have in zip(size, mask.shape, strict=True))
-    return np.asarray(mask, bool)[rows[:, None], columns]
-
-
-def _eroded(mask, steps=2):
-    """The mask without its outermost `steps` pixels (4-neighbours; beyond the picture counts as outside)."""
-    for _ in range(steps):
-        padded = np.pad(mask, 1)
-        mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return mask
 
 
 def marked_regions(question: str, find: Callable[[str], str], size: tuple[int, int]) -> list[np.ndarray]:
@@ -99,8 +65,3 @@ def mark_tokens(text: str) -> markupsafe.Markup:
 def readable(background):
     """Black or white, whichever stands out more."""
     return "black" if np.dot(rgb(background), (0.299, 0.587, 0.114)) > 127 else "white"
-
-
-def rgb(colour):
-    """The bytes of "#rrggbb", float32 [3]."""
-    return np.frombuffer(bytes.fromhex(colour[1:]), np.uint8).astype(np.float32)

@@ -10,7 +10,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from medplib_jax.report.pictures import PALETTE, readable
+from medplib_jax.data.overlay import PALETTE
+from medplib_jax.report.pictures import readable
 
 _INK = "#010203"  # stands for the page's text colour
 

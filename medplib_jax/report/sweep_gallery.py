@@ -12,19 +12,11 @@ from tqdm import tqdm
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.images import load_image
+from medplib_jax.data.overlay import PALETTE, outline, overlay
 from medplib_jax.data.records import find_file
 from medplib_jax.data.rle import decode_rle
 from medplib_jax.report.comparisons import ALL, Figure
-from medplib_jax.report.pictures import (
-    PALETTE,
-    REGION_COLOUR,
-    THUMBNAIL,
-    mark_tokens,
-    marked_regions,
-    open_thumbnail,
-    outline,
-    overlay,
-)
+from medplib_jax.report.pictures import REGION_COLOUR, THUMBNAIL, mark_tokens, marked_regions, open_thumbnail
 from medplib_jax.report.sweep_load import Cell, Sweep, Task, read_rows
 
 PER_GROUP = 3

@@ -9,7 +9,7 @@ import pytest
 from medplib_jax.benchmarks import workload
 from medplib_jax.benchmarks.measure import Samples, side_by_side
 from medplib_jax.benchmarks.torch_peer import loaded, to_torch
-from medplib_jax.decode import Generator
+from medplib_jax.decode.generator import Generator
 from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import bind, draw_params
 from medplib_jax.optim import flatten, partition

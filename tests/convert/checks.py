@@ -16,7 +16,7 @@ from medplib_jax.batch import Batch
 from medplib_jax.config.experiment import LossConfig, OptimConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.data.tokenizers import Tokenizer
-from medplib_jax.decode import Generator
+from medplib_jax.decode.generator import Generator
 from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.language.llama import init_cache
 from medplib_jax.models.layers import bind

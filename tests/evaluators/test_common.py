@@ -16,8 +16,8 @@ from medplib_jax.data.records import MASK
 from medplib_jax.data.rle import decode_rle, encode_rle
 from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.data.tokenizers import Tokenizer
-from medplib_jax.decode import Generation
-from medplib_jax.evaluators.common import mask_drawer
+from medplib_jax.decode.masks import mask_drawer
+from medplib_jax.decode.slots import Generation
 from medplib_jax.evaluators.grounding import GroundingEvaluator
 from medplib_jax.evaluators.region import RegionVqaEvaluator
 from medplib_jax.evaluators.vqa import VqaEvaluator, is_closed

@@ -9,11 +9,11 @@ from medplib_jax.config.experiment import DataConfig
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.records import Record
 from medplib_jax.data.tokenizers import Tokenizer
-from medplib_jax.decode import Generator
-from medplib_jax.evaluators.common import mask_drawer
+from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.masks import mask_drawer
+from medplib_jax.decode.stream import stream_answers
 from medplib_jax.evaluators.reference import TEMPLATE, UNPAD, ReferenceLoader
 from medplib_jax.models.masks.unpad import resample_to_canvas
-from medplib_jax.stream import stream_answers
 from tests.convert.golden_batch import CLIP_MEAN, CLIP_STD, golden_batch
 from tests.convert.test_parity import CONFIG, converted, recorded  # noqa: F401 (fixtures)
 from tests.paths import GOLDEN

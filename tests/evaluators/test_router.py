@@ -9,11 +9,11 @@ from medplib_jax.batch import Batch
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.data.tokenizers import Tokenizer
-from medplib_jax.decode import Generator
+from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.token_kinds import count_choices, token_kinds
 from medplib_jax.evaluators import router
 from medplib_jax.models.layers import abstract_module, bind, draw_params
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.routing import count_choices, token_kinds
 from tests.evaluators import tiny
 
 

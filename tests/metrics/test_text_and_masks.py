@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import sentence_bleu
 
 from medplib_jax import metrics
+from medplib_jax.decode.masks import binarise
 from tests.paths import GOLDEN
 
 PAIRS = json.loads((GOLDEN / "metrics.json").read_text())["pairs"]
@@ -29,7 +30,7 @@ def golden():
 @pytest.fixture(scope="module")
 def masks():
     arrays = np.load(GOLDEN / "metrics_seg.npz")
-    return [(metrics.binarise(arrays[f"{i}_logits"], 0.1), arrays[f"{i}_gt"] > 0) for i in range(len(SEG))]
+    return [(binarise(arrays[f"{i}_logits"], 0.1), arrays[f"{i}_gt"] > 0) for i in range(len(SEG))]
 
 
 def test_normalisation_equals_golden(golden):
@@ -136,7 +137,7 @@ def test_mask_summary_equals_golden(masks, golden):
 def test_threshold_equals_the_sigmoid():
     logits = np.linspace(-6, 6, 1001)
     for threshold in (0.1, 0.5, 0.9):
-        np.testing.assert_array_equal(metrics.binarise(logits, threshold), 1 / (1 + np.exp(-logits)) > threshold)
+        np.testing.assert_array_equal(binarise(logits, threshold), 1 / (1 + np.exp(-logits)) > threshold)
 
 
 FULL, EMPTY = np.ones((4, 5), bool), np.zeros((4, 5), bool)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medplib_jax.config.model import LoraConfig
-from medplib_jax.decode_layout import decoding_model, lay_out
+from medplib_jax.decode.layout import decoding_model, lay_out
 from medplib_jax.models.language.llama import unstack
 from medplib_jax.models.layers import abstract_module, bind, draw_params, params_of
 from medplib_jax.models.medplib import MedPLIB

@@ -1,7 +1,7 @@
 """What is in a dataset, and what is wrong with it, record by record.
 
 
-DIR is a folder of annotation files in MeCoVQA's form (paths start at DIR) or one that `data.build.assemble` made. Counts records by split,
+DIR is a folder of annotation files in MeCoVQA's form (paths start at DIR) or one that `datasets.assemble` made. Counts records by split,
 modality, task and answer type, measures texts and masks, and names every suspicious record: files missing or unreadable, masks of another
 size, empty, full or tiny, masks elsewhere than the text says, left and right swapped, masks with two names or of another class than
 named, questions asked twice, answers that stand in their question, held-out pictures or patients that are in the training data, too.

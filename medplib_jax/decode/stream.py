@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from medplib_jax.batch import Batch, Params
-from medplib_jax.decode import Generation, Generator, Slots
+from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.slots import Generation, Slots
 from medplib_jax.parallel.sharding import BATCH_AXES, axis_size
 
 # A lane reads all weights for each of its steps. That costs nothing while a core's cache holds them.

@@ -8,16 +8,27 @@ record's own key, and all shapes are fixed, so the answer is the same whatever s
 import dataclasses
 import threading
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Int
 
 from medplib_jax.batch import Array, Batch, Params
 from medplib_jax.config.model import ModelConfig
-from medplib_jax.decode_layout import decoding_model, is_laid_out, lay_out
+from medplib_jax.decode.layout import decoding_model, is_laid_out, lay_out
+from medplib_jax.decode.sampling import Sampling, draw_token
+from medplib_jax.decode.slots import (
+    Generation,
+    Slots,
+    fill_batch,
+    insert_rows,
+    row_keys,
+    take_at,
+    unchanged,
+    with_rows,
+    without_rows,
+)
+from medplib_jax.decode.token_kinds import count_choices, token_kinds
 from medplib_jax.models.language.attention import KVCache
 from medplib_jax.models.language.llama import init_cache
 from medplib_jax.models.layers import bind
@@ -25,50 +36,6 @@ from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.parallel.compilation import compiler_options
 from medplib_jax.parallel.mesh import one_device
 from medplib_jax.parallel.sharding import BATCH_AXES, axis_size, batch_sharding, mesh_axes
-from medplib_jax.routing import count_choices, token_kinds
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. temperature 0 is greedy; top_p keeps the smallest set of tokens with that probability."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is negative")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} is outside (0, 1]")
-
-
-@flax.struct.dataclass
-class Generation:
-    """Answers of a batch. Tokens after the end (and the end token itself) are 0 and not counted in `lengths`."""
-
-    tokens: Int[Array, "B T"]
-    lengths: Int[Array, "B"]
-    mask_valid: Bool[Array, "B M"]  # the m-th <SEG> of the answer exists
-    mask_logits: Float[Array, "B M h w"] | None  # None when no mask slots were asked for
-    predicted_iou: Float[Array, "B M"] | None
-    choices: Int[Array, "B n kinds E"] | None = None  # tokens of each kind (`routing.TOKEN_KINDS`) per expert and MoE layer; None without experts
-
-
-@flax.struct.dataclass
-class Slots:
-    """Answers in the making, one per slot."""
-
-    cache: KVCache
-    hidden: Float[Array, "S D"]  # state that predicts the next token
-    previous: Float[Array, "S D"]  # the state before that; of an answer that ended, before the one that predicted its last token
-    active: Bool[Array, "S"]
-    limits: Int[Array, "S"]  # most tokens of the answer
-    records: Int[Array, "S"]  # of which the random draws depend
-    tokens: Int[Array, "S T"]
-    lengths: Int[Array, "S"]
-    seg_hidden: Float[Array, "S M D"]
-    seg_count: Int[Array, "S"]
-    choices: Int[Array, "S n kinds E"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +68,7 @@ class Decoder:
         if self.original_masks:
             said_BxL = batch.tokens == self.seg_id
             seg_count = said_BxL.any(-1).astype(jnp.int32)
-            seg_hidden = seg_hidden.at[:, 0].set(_at(hidden_BxLxD, jnp.maximum(said_BxL.argmax(-1) - 1, 0)))
+            seg_hidden = seg_hidden.at[:, 0].set(take_at(hidden_BxLxD, jnp.maximum(said_BxL.argmax(-1) - 1, 0)))
         choices = None
         if model.config.moe_layers:
             num_image_features = batch.clip_pixels.shape[1] * model.config.clip.num_patches
@@ -109,8 +76,8 @@ class Decoder:
             choices = count_choices(out["expert_index"], kinds_BxL, model.config.moe.num_experts)
         return Slots(
             cache=out["cache"],
-            hidden=_at(hidden_BxLxD, last_B),
-            previous=_at(hidden_BxLxD, jnp.maximum(last_B - 1, 0)),
+            hidden=take_at(hidden_BxLxD, last_B),
+            previous=take_at(hidden_BxLxD, jnp.maximum(last_B - 1, 0)),
             active=(batch.record >= 0) & (limits_B > 0),
             limits=limits_B,
             records=batch.record,
@@ -128,7 +95,7 @@ class Decoder:
         with it and read without it is copied, four times its size per token.
         """
         model = bind(self.model, params)
-        fold, unfold = (_without_rows, _with_rows) if len(slots.active) == 1 else (_same, _same)
+        fold, unfold = (without_rows, with_rows) if len(slots.active) == 1 else (unchanged, unchanged)
 
         def advance(slots: Slots) -> Slots:
             return fold(self._advance(model, unfold(slots), seed))
@@ -137,7 +104,7 @@ class Decoder:
 
     def _advance(self, model: MedPLIB, slots: Slots, seed: Array) -> Slots:
         """Draws one token per active slot and runs it through the decoder."""
-        token_S = draw_token(model.llm.logits(slots.hidden), _keys(seed, slots) if self.sampling.temperature else None, self.sampling)
+        token_S = draw_token(model.llm.logits(slots.hidden), row_keys(seed, slots) if self.sampling.temperature else None, self.sampling)
         drawn_S = slots.active & (token_S != self.eos_id)
         token_S = jnp.where(drawn_S, token_S, 0)
         rows, place = jnp.arange(len(token_S)), jnp.minimum(slots.lengths, self.max_new_tokens - 1)
@@ -199,7 +166,7 @@ class Generator:
         slots, options = self._slot_shardings(), compiler_options(self.mesh)
         self._prefill = jax.jit(decoder.prefill, static_argnames="room", out_shardings=slots, compiler_options=options)
         self._decode = jax.jit(decoder.decode, donate_argnums=1, out_shardings=slots, compiler_options=options)
-        self._insert = jax.jit(_insert, donate_argnums=0, out_shardings=slots)
+        self._insert = jax.jit(insert_rows, donate_argnums=0, out_shardings=slots)
         self._empty = jax.jit(decoder.empty, static_argnums=(1, 2), out_shardings=slots)
         self._prompts = jax.jit(decoder.prompts)
         self._draw = jax.jit(decoder.draw)
@@ -214,7 +181,7 @@ class Generator:
     def __call__(self, batch: Batch, seed: int = 0) -> Generation:
         """The answers to a batch of prompts, all of them drawn before any is returned."""
         rows = len(batch.record)
-        batch = _fill(batch, -rows % axis_size(self.mesh, BATCH_AXES))
+        batch = fill_batch(batch, -rows % axis_size(self.mesh, BATCH_AXES))
         limits = np.full(len(batch.record), self._decoder.max_new_tokens, np.int32)
         slots = self._prefill(self.params, self._put(batch), self._put(limits), room=self._decoder.max_new_tokens)
         slots = self._decode(self.params, slots, 0, seed)
@@ -251,60 +218,3 @@ class Generator:
 
     def _put(self, tree):
         return jax.device_put(tree, self._rows)
-
-
-def draw_token(logits_BxV: Array, key_B: Array | None, sampling: Sampling) -> Array:
-    """The next token per row, int32[B]: argmax at temperature 0, else nucleus sampling (Holtzman et al., 2020) with each row's own key."""
-    if sampling.temperature == 0.0:
-        return logits_BxV.argmax(-1).astype(jnp.int32)
-    logits_BxV = logits_BxV / sampling.temperature
-    if sampling.top_p < 1.0:
-        descending = jnp.flip(jnp.sort(logits_BxV, axis=-1), axis=-1)
-        probabilities = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # probability of everything likelier; 0 for the likeliest
-        smallest_kept = jnp.where(before < sampling.top_p, descending, jnp.inf).min(-1, keepdims=True)
-        logits_BxV = jnp.where(logits_BxV >= smallest_kept, logits_BxV, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(key_B, logits_BxV).astype(jnp.int32)
-
-
-def _keys(seed: Array, slots: Slots) -> Array:
-    """A key per row, from its record and the place of the next token."""
-    draw = jax.vmap(lambda record, place: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), record), place))
-    return draw(slots.records, slots.lengths)
-
-
-def _without_rows(slots: Slots) -> Slots:
-    return slots.replace(cache=slots.cache.replace(k=tuple(k[0] for k in slots.cache.k), v=tuple(v[0] for v in slots.cache.v)))
-
-
-def _with_rows(slots: Slots) -> Slots:
-    return slots.replace(cache=slots.cache.replace(k=tuple(k[None] for k in slots.cache.k), v=tuple(v[None] for v in slots.cache.v)))
-
-
-def _same(slots: Slots) -> Slots:
-    return slots
-
-
-def _at(hidden_BxLxD: Array, position_B: Array) -> Array:
-    return jnp.take_along_axis(hidden_BxLxD, position_B[:, None, None], axis=1)[:, 0]
-
-
-def _insert(slots: Slots, new: Slots, index_DxR: Array) -> Slots:
-    """Row r of device d of `new` into that device's slot `index[d, r]`; an index beyond its slots: nowhere. The rows of `new` may be shorter."""
-
-    def put(old, rows):
-        corner = tuple(slice(size) for size in rows.shape[1:])
-        place = jax.vmap(lambda old, rows, index: old.at[index, *corner].set(rows, mode="drop"))
-        apart = (x.reshape(len(index_DxR), len(x) // len(index_DxR), *x.shape[1:]) for x in (old, rows))
-        return place(*apart, index_DxR).reshape(old.shape)
-
-    return jax.tree.map(put, slots, new)
-
-
-def _fill(batch: Batch, extra: int) -> Batch:
-    """The batch with filler rows behind it."""
-    if not extra:
-        return batch
-    padded = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], extra, axis=0)]), batch)
-    padded.record[len(batch.record) :] = -1
-    return padded

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from medplib_jax import decode_layout
 from medplib_jax.config.model import LoraConfig
-from medplib_jax.decode import Generator
-from medplib_jax.decode_layout import laid_out_model, lay_out
+from medplib_jax.decode import layout as layout
+from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.layout import laid_out_model, lay_out
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import abstract_module, draw_params, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
@@ -39,7 +39,7 @@ def test_adapters_are_merged():
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    monkeypatch.setattr(decode_layout, "is_gpu", lambda mesh: True)
+    monkeypatch.setattr(layout, "is_gpu", lambda mesh: True)
 
 
 def answers(model, params, batch, quantize):
@@ -59,7 +59,7 @@ def test_a_gpu_gives_the_same_answers(params, rows, top_k, quantize, request):
     np.testing.assert_allclose(actual.mask_logits, expected.mask_logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("quantize", decode_layout.QUANTIZE)
+@pytest.mark.parametrize("quantize", layout.QUANTIZE)
 def test_every_parameter_has_its_place_and_shape(params, quantize, on_gpu):
     shapes, axes = flatten(params_of(laid_out_model(MODEL, quantize))), flatten(logical_axes(laid_out_model(MODEL, quantize)))
     found = flatten(lay_out(MODEL, params, quantize=quantize))

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.config.model import LoraConfig
-from medplib_jax.decode import Generator, Sampling, draw_token
+from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.sampling import Sampling, draw_token
+from medplib_jax.decode.stream import stream_answers
 from medplib_jax.models.layers import abstract_module, bind, draw_params
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.parallel.mesh import make_mesh
-from medplib_jax.stream import stream_answers
 from tests.helpers import MODEL, random_batch, tiny_experiment
 
 MODEL = dataclasses.replace(MODEL, lora=LoraConfig())

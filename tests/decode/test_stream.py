@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from medplib_jax.stream import merge
+from medplib_jax.decode.stream import merge
 
 
 def test_merging_loses_nothing():

@@ -1,0 +1,82 @@
+"""Answers in the making: a fixed number of slots, each with its part of a static KV cache."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from medplib_jax.batch import Array, Batch
+from medplib_jax.models.language.attention import KVCache
+
+
+@flax.struct.dataclass
+class Generation:
+    """Answers of a batch. Tokens after the end (and the end token itself) are 0 and not counted in `lengths`."""
+
+    tokens: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    mask_valid: Bool[Array, "B M"]  # the m-th <SEG> of the answer exists
+    mask_logits: Float[Array, "B M h w"] | None  # None when no mask slots were asked for
+    predicted_iou: Float[Array, "B M"] | None
+    choices: Int[Array, "B n kinds E"] | None = None  # tokens of each kind (`routing.TOKEN_KINDS`) per expert and MoE layer; None without experts
+
+
+@flax.struct.dataclass
+class Slots:
+    """Answers in the making, one per slot."""
+
+    cache: KVCache
+    hidden: Float[Array, "S D"]  # state that predicts the next token
+    previous: Float[Array, "S D"]  # the state before that; of an answer that ended, before the one that predicted its last token
+    active: Bool[Array, "S"]
+    limits: Int[Array, "S"]  # most tokens of the answer
+    records: Int[Array, "S"]  # of which the random draws depend
+    tokens: Int[Array, "S T"]
+    lengths: Int[Array, "S"]
+    seg_hidden: Float[Array, "S M D"]
+    seg_count: Int[Array, "S"]
+    choices: Int[Array, "S n kinds E"] | None
+
+
+def row_keys(seed: Array, slots: Slots) -> Array:
+    """A key per row, from its record and the place of the next token."""
+    draw = jax.vmap(lambda record, place: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), record), place))
+    return draw(slots.records, slots.lengths)
+
+
+def without_rows(slots: Slots) -> Slots:
+    return slots.replace(cache=slots.cache.replace(k=tuple(k[0] for k in slots.cache.k), v=tuple(v[0] for v in slots.cache.v)))
+
+
+def with_rows(slots: Slots) -> Slots:
+    return slots.replace(cache=slots.cache.replace(k=tuple(k[None] for k in slots.cache.k), v=tuple(v[None] for v in slots.cache.v)))
+
+
+def unchanged(slots: Slots) -> Slots:
+    return slots
+
+
+def take_at(hidden_BxLxD: Array, position_B: Array) -> Array:
+    return jnp.take_along_axis(hidden_BxLxD, position_B[:, None, None], axis=1)[:, 0]
+
+
+def insert_rows(slots: Slots, new: Slots, index_DxR: Array) -> Slots:
+    """Row r of device d of `new` into that device's slot `index[d, r]`; an index beyond its slots: nowhere. The rows of `new` may be shorter."""
+
+    def put(old, rows):
+        corner = tuple(slice(size) for size in rows.shape[1:])
+        place = jax.vmap(lambda old, rows, index: old.at[index, *corner].set(rows, mode="drop"))
+        apart = (x.reshape(len(index_DxR), len(x) // len(index_DxR), *x.shape[1:]) for x in (old, rows))
+        return place(*apart, index_DxR).reshape(old.shape)
+
+    return jax.tree.map(put, slots, new)
+
+
+def fill_batch(batch: Batch, extra: int) -> Batch:
+    """The batch with filler rows behind it."""
+    if not extra:
+        return batch
+    padded = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], extra, axis=0)]), batch)
+    padded.record[len(batch.record) :] = -1
+    return padded
