@@ -21,10 +21,10 @@ import ml_dtypes
 import numpy as np
 
 from convert import from_torch, hf_config, mapping, torch_files
+from medplib_jax.batch import flatten
 from medplib_jax.config.model import LlmConfig, ModelConfig, MoeConfig
 from medplib_jax.data.tokenizers import train_tokenizer
 from medplib_jax.models.layers import params_of
-from medplib_jax.optim import flatten
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5 << 30

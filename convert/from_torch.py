@@ -29,12 +29,12 @@ from jax.sharding import AbstractMesh
 
 from convert import kinds, mapping, orbax_stream, torch_files, vocabulary
 from medplib_jax import checkpoint
+from medplib_jax.batch import flatten, unflatten
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, InitConfig, MeshConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.models.layers import Mlp, abstract_module, gelu, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.region.encoder import RegionEncoder
-from medplib_jax.optim import flatten, unflatten
 from medplib_jax.parallel.sharding import axis_size, partition_spec
 
 DTYPES = {"fp32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}

@@ -17,8 +17,8 @@ import numpy as np
 from convert import hf_config, mapping, orbax_stream, torch_files
 from convert.from_torch import SIDE_FOLDER, staged
 from medplib_jax import checkpoint
+from medplib_jax.batch import combine, flatten
 from medplib_jax.config.model import ModelConfig
-from medplib_jax.optim import combine, flatten
 
 SHARD_BYTES = 2 << 30
 LAYOUTS = ("merged", "lora")

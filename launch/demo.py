@@ -31,10 +31,10 @@ from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.datasets.phantom import generate as phantom
 from medplib_jax.datasets.train_tokenizer import build_tokenizer
 from medplib_jax.evaluators.predictions import read_rows
-from medplib_jax.logging import read_metrics
 from medplib_jax.report.sweep import write_sweep_report
 from medplib_jax.sweep import run_sweep
-from medplib_jax.train import train
+from medplib_jax.train.loop import train
+from medplib_jax.train.metrics_log import read_metrics
 
 STAGES = {"I align": stage1_align, "II visual-language": stage2_vqa, "III grounding": stage3_grounding, "IV mixture": stage4_moe}
 # Which test files each stage's model answers: what it was trained for, and what the next stage is to improve.

@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.struct
 import jax
+from flax import traverse_util
 from jaxtyping import Bool, Float, Int, UInt8
 
 Params = dict[str, Any]  # nested dict of arrays, keyed like the module attributes
@@ -42,11 +43,19 @@ class Batch:
     segment: Int[Array, "B L"] | None = None  # conversation of the row: 1, 2, ..., 0 at padding; None: one conversation a row
 
 
-@flax.struct.dataclass
-class TrainState:
-    """Everything that a training step reads and writes. Frozen parameters have no optimizer state."""
+def flatten(params: Params) -> dict[str, Any]:
+    """{"a/b/c": leaf}, in the order of insertion."""
+    return traverse_util.flatten_dict(params, sep="/")
 
-    step: Int[Array, ""]
-    trainable: Params
-    frozen: Params
-    opt_state: Any
+
+def unflatten(flat: dict[str, Any]) -> Params:
+    """Inverse of `flatten`."""
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def combine(first: Params, second: Params) -> Params:
+    """The union of two trees that share no leaf, such as trainable and frozen parameters. ValueError where both hold the same one."""
+    first, second = flatten(first), flatten(second)
+    if shared := sorted(first.keys() & second.keys()):
+        raise ValueError(f"parameter {shared[0]} is in both trees")
+    return unflatten(first | second)

@@ -19,13 +19,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from medplib_jax.batch import Params, TrainState
+from medplib_jax.batch import Params, combine
 from medplib_jax.config.base import from_dict
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.optim import combine
 from medplib_jax.parallel.processes import of_every_process, wait_for_others
 
 log = logging.getLogger(__name__)
+
+State = Any  # a dataclass of parameter trees with a field `step`: train.state.TrainState
 
 FOLDER, DAMAGED = "checkpoints", "damaged"
 ITEMS = ("state", "experiment", "tokenizer")
@@ -79,7 +80,7 @@ def _loss(metrics: dict[str, float]) -> float:
     return metrics["loss"]
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, config: ExperimentConfig, total_steps: int, loss: float) -> None:
+def save(manager: ocp.CheckpointManager, state: State, config: ExperimentConfig, total_steps: int, loss: float) -> None:
     """Starts saving `state` as step `state.step`, with the mean training `loss` since the last one; returns once the arrays are
     copied off the device."""
     began, tree = time.perf_counter(), _as_dict(state)
@@ -112,11 +113,11 @@ def _sums(leaves: list) -> list:
     return [leaf.view(f"uint{8 * leaf.dtype.itemsize}").sum(dtype="uint32") for leaf in leaves]
 
 
-def _as_dict(state: TrainState) -> dict[str, Any]:
+def _as_dict(state: State) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
-def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+def restore(manager: ocp.CheckpointManager, step: int, like: State) -> State:
     """Step `step` with the structure, dtypes and shardings of `like` (jax.ShapeDtypeStruct leaves), whatever mesh wrote it.
 
     Raises ValueError when an array that keeps its dtype is not the one that was saved, and what Orbax raises when it cannot read one.
@@ -126,10 +127,10 @@ def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Trai
     args = ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
     restored = ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args)
     check_bits(folder, restored)
-    return TrainState(**restored)
+    return type(like)(**restored)
 
 
-def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[int, TrainState]:
+def restore_newest(manager: ocp.CheckpointManager, like: State) -> tuple[int, State]:
     """(step, state) of the newest step that every process can read and that holds what was saved.
 
     Newer ones are named in a warning and moved to <workdir>/damaged, so that their numbers are free. ValueError when no step is good;

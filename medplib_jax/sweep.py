@@ -42,7 +42,7 @@ from medplib_jax.evaluators.vqa import VqaEvaluator
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import of_every_process, require_shared, wait_for_others
 from medplib_jax.tasks import Task, find_tasks
-from medplib_jax.train_step import abstract_model, model_shardings
+from medplib_jax.train.step import abstract_model, model_shardings
 
 log = logging.getLogger(__name__)
 

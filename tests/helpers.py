@@ -8,7 +8,7 @@ from medplib_jax.batch import Batch, Params
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, LossConfig, OptimConfig
 from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
 from medplib_jax.models.layers import draw_params
-from medplib_jax.train_step import abstract_model, place
+from medplib_jax.train.step import abstract_model, place
 
 MODEL = ModelConfig(
     clip=ClipConfig(image_size=28, patch_size=14, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=32),

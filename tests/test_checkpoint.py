@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from medplib_jax import checkpoint
-from medplib_jax.batch import TrainState
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, MeshConfig
 from medplib_jax.parallel.mesh import make_mesh
+from medplib_jax.train.state import TrainState
 
 
 @pytest.fixture

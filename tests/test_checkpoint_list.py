@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from medplib_jax import checkpoint, checkpoint_list
-from medplib_jax.batch import TrainState
 from medplib_jax.checkpoint_list import find_checkpoints
+from medplib_jax.train.state import TrainState
 from tests.evaluators import tiny
 
 

@@ -14,13 +14,13 @@ from medplib_jax.config.model import LoraConfig, ModelConfig
 from medplib_jax.decode.generator import Decoder
 from medplib_jax.decode.layout import decoding_model
 from medplib_jax.decode.sampling import Sampling
-from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import bind, params_of
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.optim import make_optimizer, make_schedule, partition
 from medplib_jax.parallel.compilation import compiler_options
 from medplib_jax.parallel.sharding import row_axes, use_rules
-from medplib_jax.train_step import abstract_model, make_state, make_train_step, model_shardings, state_shardings
+from medplib_jax.train.losses import divisors, total_loss
+from medplib_jax.train.optim import make_optimizer, make_schedule, partition
+from medplib_jax.train.step import abstract_model, make_state, make_train_step, model_shardings, state_shardings
 
 PROGRAMS = ("train", "eval", "decode")
 STEPS = 1000  # of the schedule; no program depends on how many

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from medplib_jax.aot.flops import model_flops
+from medplib_jax.batch import flatten
 from medplib_jax.benchmarks import decoding, training, workload
 from medplib_jax.benchmarks.measure import Table
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.models.layers import params_of
-from medplib_jax.optim import flatten
-from medplib_jax.train_step import abstract_model
+from medplib_jax.train.step import abstract_model
 
 
 def training_step(config: ExperimentConfig, stage: str, sides: Sequence[str], rounds: int, device: str) -> Table:

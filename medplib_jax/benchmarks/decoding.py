@@ -10,7 +10,7 @@ from medplib_jax.benchmarks.workload import example_batch
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.decode.generator import Generator
 from medplib_jax.models.layers import draw_params
-from medplib_jax.train_step import abstract_model
+from medplib_jax.train.step import abstract_model
 
 NO_TOKEN = -1  # as end and <SEG>: every answer has full length, and no masks are drawn
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from medplib_jax.benchmarks import tiny_run
-from medplib_jax.logging import read_metrics
+from medplib_jax.train.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 COMPILE_FAST = "--xla_backend_optimization_level=0"

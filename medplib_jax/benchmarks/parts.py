@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from medplib_jax.batch import combine
 from medplib_jax.benchmarks.measure import Table, interleave
 from medplib_jax.benchmarks.workload import example_batch
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.losses import token_cross_entropy
 from medplib_jax.models.language.attention import attend_within, rotary_tables
 from medplib_jax.models.layers import bind, draw_params, scan_layers
 from medplib_jax.models.remat import remat
 from medplib_jax.models.vision.clip import normalise_clip
-from medplib_jax.optim import combine, make_optimizer, partition
-from medplib_jax.train_step import abstract_model
+from medplib_jax.train.losses import token_cross_entropy
+from medplib_jax.train.optim import make_optimizer, partition
+from medplib_jax.train.step import abstract_model
 
 
 def measure(config: ExperimentConfig, rounds: int) -> Table:

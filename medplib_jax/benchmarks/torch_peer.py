@@ -19,11 +19,10 @@ from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamVisionEncoder
 
 from convert import mapping
-from medplib_jax.batch import Params
+from medplib_jax.batch import Params, flatten
 from medplib_jax.config.model import LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig
 from medplib_jax.models.masks import sam
 from medplib_jax.models.vision import clip
-from medplib_jax.optim import flatten
 
 # Names of the original's tensors (`convert.mapping`) -> those of the modules below.
 NAMES = (

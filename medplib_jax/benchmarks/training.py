@@ -9,10 +9,10 @@ from medplib_jax.benchmarks.measure import Table, interleave, side_by_side
 from medplib_jax.benchmarks.workload import dense, example_batch
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.models.layers import draw_params, params_of
-from medplib_jax.optim import make_optimizer, partition
 from medplib_jax.parallel.compilation import compiler_options, release_memory
 from medplib_jax.parallel.mesh import one_device
-from medplib_jax.train_step import abstract_model, make_state, make_train_step
+from medplib_jax.train.optim import make_optimizer, partition
+from medplib_jax.train.step import abstract_model, make_state, make_train_step
 
 
 def compare(config: ExperimentConfig, sides: Sequence[str], rounds: int, device: str = "cpu", name: str = "train_step") -> Table:

@@ -6,14 +6,15 @@ import jax
 import numpy as np
 import pytest
 
+from medplib_jax.batch import flatten
 from medplib_jax.benchmarks import workload
 from medplib_jax.benchmarks.measure import Samples, side_by_side
 from medplib_jax.benchmarks.torch_peer import loaded, to_torch
 from medplib_jax.decode.generator import Generator
-from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import bind, draw_params
-from medplib_jax.optim import flatten, partition
-from medplib_jax.train_step import abstract_model
+from medplib_jax.train.losses import divisors, total_loss
+from medplib_jax.train.optim import partition
+from medplib_jax.train.step import abstract_model
 
 CONFIG = workload.experiment(workload.TINY, 2)
 

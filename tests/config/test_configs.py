@@ -9,11 +9,12 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from medplib_jax.batch import flatten
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.models.layers import params_of
-from medplib_jax.optim import flatten, partition
-from medplib_jax.train_step import abstract_model
+from medplib_jax.train.optim import partition
+from medplib_jax.train.step import abstract_model
 from tests.paths import ROOT
 
 STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe")

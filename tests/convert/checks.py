@@ -12,18 +12,18 @@ import numpy as np
 
 from convert import from_torch, mapping, to_torch, torch_files
 from medplib_jax import checkpoint
-from medplib_jax.batch import Batch
+from medplib_jax.batch import Batch, combine, flatten, unflatten
 from medplib_jax.config.experiment import LossConfig, OptimConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode.generator import Generator
-from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.language.llama import init_cache
 from medplib_jax.models.layers import bind
 from medplib_jax.models.masks.sam import normalise_sam
 from medplib_jax.models.masks.unpad import resample_to_canvas
 from medplib_jax.models.medplib import ModelOutput
-from medplib_jax.optim import combine, flatten, make_optimizer, make_schedule, partition, unflatten
+from medplib_jax.train.losses import divisors, total_loss
+from medplib_jax.train.optim import make_optimizer, make_schedule, partition
 from tests.convert.golden_batch import SAM_SIDE, golden_batch
 
 BAR, GRADIENT_BAR = 1e-4, 1e-3

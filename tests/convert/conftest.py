@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from convert import from_torch, hf_config, mapping
+from medplib_jax.batch import flatten
 from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig
 from medplib_jax.models.layers import params_of
-from medplib_jax.optim import flatten
 from tests.paths import GOLDEN
 
 TOKENIZER = GOLDEN / "tokenizer"

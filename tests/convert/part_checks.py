@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import from_torch, mapping, to_torch, torch_files
+from medplib_jax.batch import flatten, unflatten
 from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConfig
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.language.moe import MoeMlp, expert_capacity
@@ -19,7 +20,6 @@ from medplib_jax.models.masks.sam import SamMed2d
 from medplib_jax.models.masks.unpad import resample_to_canvas
 from medplib_jax.models.region.encoder import point_weights
 from medplib_jax.models.region.geometry import GeometrySampler, farthest_points, nearest_points
-from medplib_jax.optim import flatten, unflatten
 from tests.convert.checks import BAR, GRADIENT_BAR, Arrays, Converted, Row, differing, relative
 
 SAM_PROMPTS = {

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from convert import from_torch, hf_config, mapping
+from medplib_jax.batch import flatten
 from medplib_jax.config.model import ClipConfig, LlmConfig, MaskConfig, ModelConfig, MoeConfig
 from medplib_jax.models.layers import params_of
-from medplib_jax.optim import flatten
 from tests.convert import checks
 from tests.convert.conftest import write_folder
 from tests.convert.golden_batch import CLIP_MEAN, CLIP_STD

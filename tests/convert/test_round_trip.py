@@ -12,12 +12,12 @@ import pytest
 
 from convert import from_torch, mapping, to_torch, torch_files
 from medplib_jax import checkpoint
-from medplib_jax.batch import TrainState
+from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.config.model import MoeConfig
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.models.language.lora import merge_lora
-from medplib_jax.optim import flatten
+from medplib_jax.train.state import TrainState
 from tests.convert.conftest import LORA, TINY, TOKENIZER, bits, load, random_tensors, save, write_folder
 
 DENSE = dataclasses.replace(TINY, moe=MoeConfig())
@@ -246,7 +246,7 @@ def test_dtype_and_mesh_options(tmp_path):
 def test_restores_onto_a_mesh(tmp_path):
     """With shardings, each device holds its own part and the values are the same."""
     from medplib_jax.parallel.mesh import make_mesh
-    from medplib_jax.train_step import model_shardings
+    from medplib_jax.train.step import model_shardings
 
     convert(tmp_path / "jax", write_folder(tmp_path / "source", DENSE, random_tensors(DENSE)))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))

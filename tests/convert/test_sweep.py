@@ -8,7 +8,6 @@ import pytest
 
 from convert import to_torch
 from medplib_jax import checkpoint
-from medplib_jax.batch import TrainState
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.evaluators.predictions import read_rows
@@ -16,6 +15,7 @@ from medplib_jax.models.layers import abstract_module, draw_params
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.sweep import run_sweep
 from medplib_jax.tasks import folder_tasks
+from medplib_jax.train.state import TrainState
 from tests.convert.conftest import TINY, TOKENIZER
 from tests.evaluators import tiny
 

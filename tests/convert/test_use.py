@@ -9,7 +9,6 @@ import pytest
 
 from convert import from_torch
 from medplib_jax import checkpoint
-from medplib_jax import train as train_module
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, InitConfig, OptimConfig, TrainConfig
 from medplib_jax.config.model import MoeConfig
 from medplib_jax.config.sweep import SweepConfig
@@ -19,6 +18,7 @@ from medplib_jax.decode.predictor import Predictor
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.sweep import run_sweep
 from medplib_jax.tasks import folder_tasks
+from medplib_jax.train import loop as train_module
 from tests.convert.conftest import LORA, TINY, TOKENIZER, random_tensors, save, write_folder
 
 pytestmark = pytest.mark.slow

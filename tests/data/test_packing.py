@@ -14,10 +14,10 @@ from medplib_jax.batch import Batch
 from medplib_jax.config.experiment import DataConfig
 from medplib_jax.data.packing import pack
 from medplib_jax.data.pipeline import BatchPlan, make_loader, train_batches
-from medplib_jax.losses import token_cross_entropy
 from medplib_jax.models.language.attention import segment_positions
 from medplib_jax.models.layers import bind, draw_params
-from medplib_jax.train_step import abstract_model
+from medplib_jax.train.losses import token_cross_entropy
+from medplib_jax.train.step import abstract_model
 from tests.datasets import collection
 from tests.helpers import MODEL
 from tests.paths import GOLDEN

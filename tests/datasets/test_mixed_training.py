@@ -5,16 +5,16 @@ import json
 
 import numpy as np
 
-from medplib_jax import train as train_module
 from medplib_jax.config.experiment import DataConfig, OptimConfig, TrainConfig
 from medplib_jax.config.model import LoraConfig, MoeConfig
 from medplib_jax.data.pipeline import make_loader
 from medplib_jax.data.tokenizers import Tokenizer, train_tokenizer
 from medplib_jax.datasets.import_dataset import import_dataset
-from medplib_jax.logging import read_metrics
+from medplib_jax.train import loop as train_module
+from medplib_jax.train.metrics_log import read_metrics
 from tests.datasets import test_importers
 from tests.helpers import MODEL, tiny_experiment
-from tests.test_train import one_device
+from tests.train.test_loop import one_device
 
 STEPS, BATCH = 6, 8
 

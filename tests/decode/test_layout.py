@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from medplib_jax.batch import flatten
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode import layout as layout
 from medplib_jax.decode.generator import Generator
@@ -16,7 +17,6 @@ from medplib_jax.decode.layout import laid_out_model, lay_out
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import abstract_module, draw_params, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.optim import flatten
 from tests.helpers import MODEL, random_batch, tiny_experiment
 
 ADAPTED = MODEL

@@ -8,12 +8,12 @@ import numpy as np
 from PIL import Image
 
 from medplib_jax import checkpoint
-from medplib_jax.batch import TrainState
 from medplib_jax.config.experiment import DataConfig, EvalConfig, ExperimentConfig
 from medplib_jax.config.model import ClipConfig, LlmConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
 from medplib_jax.data.tokenizers import ADDED_TOKENS, train_tokenizer
 from medplib_jax.models.layers import abstract_module, draw_params
 from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.train.state import TrainState
 
 SIZES = {"ct_00--a.png": (40, 30), "mr_00--b.png": (24, 48)}  # (h, w)
 FILES = ("grounding.json", "region.json", "vqa.json")

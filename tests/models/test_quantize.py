@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medplib_jax.batch import flatten
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode.layout import decoding_model, lay_out
 from medplib_jax.models.language.llama import unstack
 from medplib_jax.models.layers import abstract_module, bind, draw_params, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import dequantize_params, num_bytes, quantize_params
-from medplib_jax.optim import flatten
 from tests.helpers import MODEL, random_batch, tiny_experiment
 
 MODEL = dataclasses.replace(MODEL, lora=LoraConfig())

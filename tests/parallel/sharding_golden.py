@@ -6,11 +6,11 @@ import json
 from jax.sharding import AbstractMesh
 
 from configs import stage4_moe
+from medplib_jax.batch import flatten
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.optim import flatten
 from medplib_jax.parallel.mesh import MESH_AXES
-from medplib_jax.train_step import abstract_model, model_shardings
+from medplib_jax.train.step import abstract_model, model_shardings
 from tests.paths import GOLDEN
 
 FILE = GOLDEN / "sharding_7b.json.gz"

@@ -13,13 +13,13 @@ import jax
 import psutil
 import pytest
 
-from medplib_jax import train as train_module
 from medplib_jax.benchmarks import tiny_run
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.data.pipeline import make_loader
-from medplib_jax.logging import read_metrics
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import RESTART
+from medplib_jax.train import loop as train_module
+from medplib_jax.train.metrics_log import read_metrics
 from tests.paths import ROOT
 
 TOGETHER = """
@@ -58,7 +58,7 @@ def start(command: list[str], folder: Path, processes: int, devices: int = 1, re
 def training(folder: Path, workdir: Path, **flags) -> list[str]:
     """The command of a run in which every process has one row of `fsdp`; `flags` are fields, with __ for the dots."""
     fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in flags.items()]
-    return ["-m", "tests.train_noting", f"--config={tiny_run.__file__}:{folder}", f"--workdir={workdir}", "--config.mesh.fsdp=2", *fields]
+    return ["-m", "tests.train.noting", f"--config={tiny_run.__file__}:{folder}", f"--workdir={workdir}", "--config.mesh.fsdp=2", *fields]
 
 
 def losses(workdir: Path) -> dict[int, tuple[float, float]]:

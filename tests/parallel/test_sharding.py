@@ -19,7 +19,7 @@ from medplib_jax.parallel.sharding import (
     put_batch,
     use_rules,
 )
-from medplib_jax.train_step import abstract_model, state_shardings
+from medplib_jax.train.step import abstract_model, state_shardings
 from tests.helpers import tiny_experiment
 from tests.parallel import sharding_golden
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from medplib_jax.batch import flatten
 from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConfig
 from medplib_jax.models.language.llama import Llama
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import Linear, abstract_module, bind, params_of
-from medplib_jax.optim import flatten
 from tests.paths import GOLDEN
 
 golden = np.load(GOLDEN / "lora.npz")

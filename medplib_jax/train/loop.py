@@ -1,17 +1,4 @@
-"""Training.
-
-COMMAND
-    python -m medplib_jax.train --config=configs/stage3_grounding.py:tiny --workdir=runs/stage3 [--config.optim.lr=1e-4 ...]
-
-The same command again resumes from the last checkpoint with the same losses, bit for bit; a finished workdir returns at once.
-On several hosts the same command runs on each with one workdir that all of them see.
-
-EXIT CODES
-    0    finished
-    75   SIGTERM, SIGUSR1 or a preemption notice: saved; or a step hung, or another process was lost. Start it again.
-    130  Ctrl-C: saved
-    1    an error that would only come again: bad data, a loss that is not finite, a config that does not fit
-"""
+"""The training loop: from a config and its data to checkpoints."""
 
 import collections
 import dataclasses
@@ -19,48 +6,41 @@ import json
 import logging
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import app, flags
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from medplib_jax import checkpoint
-from medplib_jax.batch import Batch, Params, TrainState
-from medplib_jax.config.base import from_config_dict
+from medplib_jax.batch import Batch, Params
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import BatchPlan, Loader, make_loader, train_batches
 from medplib_jax.data.tokenizers import Tokenizer
-from medplib_jax.logging import Clock, MetricWriter, mfu, read_metrics, step_flops
 from medplib_jax.models.layers import draw_params, params_of
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.optim import make_optimizer, make_schedule, partition
-from medplib_jax.parallel.compilation import Compilations, use_cache
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import (
-    RESTART,
     Agreement,
     Watchdog,
     abort_together,
-    exit_code,
-    initialize_distributed,
     of_process_0,
     wait_for_others,
 )
 from medplib_jax.parallel.sharding import batch_sharding, process_rows, put_batch
-from medplib_jax.stages import hand_over
-from medplib_jax.train_step import (
+from medplib_jax.train.flops import mfu, step_flops
+from medplib_jax.train.metrics_log import Clock, MetricWriter, read_metrics
+from medplib_jax.train.optim import make_optimizer, make_schedule, partition
+from medplib_jax.train.signals import StopSignal
+from medplib_jax.train.stages import hand_over
+from medplib_jax.train.state import TrainState
+from medplib_jax.train.step import (
     CompiledStep,
     abstract_model,
     make_state,
@@ -268,43 +248,6 @@ class SkippedRecords:
                 file.write(json.dumps(error.as_dict()) + "\n")
 
 
-class StopSignal:
-    """Within the context, the first SIGTERM, SIGUSR1 (batch systems send it) or SIGINT is only noted in `signal`; a second one acts as usual.
-
-    Several processes stop on what they `agreed` on, so that all stop at the same step whichever of them got the signal.
-    """
-
-    def __init__(self):
-        self.signal: int | None = None
-        self.agreed: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: jax's own, which Python cannot put back
-
-    def _note(self, number: int, _frame) -> None:
-        self.signal = number
-        self.__exit__()
-
-    def requested(self, call: int) -> bool:
-        """Whether to stop now; `call` counts the calls. Also True at the step that JAX's preemption service set for all processes."""
-        if jax.process_count() == 1:
-            return self.signal is not None
-        if multihost_utils.reached_preemption_sync_point(call):
-            self.agreed = signal.SIGTERM
-        return self.agreed is not None
-
-    def reason(self) -> int | None:
-        """The signal that ended the run."""
-        return self.signal if jax.process_count() == 1 else self.agreed
-
-
 def check_shared(manager: ocp.CheckpointManager) -> None:
     """ValueError when this process does not find the checkpoints that process 0 finds: several hosts need one workdir."""
     if not epath.Path(manager.directory).exists():
@@ -366,29 +309,3 @@ def starting_params(config: ExperimentConfig, model: MedPLIB) -> Params:
 
 def _count(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def main() -> None:
-    config = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:SIZE")
-    workdir = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics.jsonl and TensorBoard events.")
-    flags.mark_flags_as_required(["config", "workdir"])
-
-    def run(_) -> int:
-        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
-        logging.getLogger("medplib_jax").setLevel(logging.INFO)
-        use_cache()
-        compilations = Compilations()
-        try:
-            initialize_distributed()
-        except jax.errors.JaxRuntimeError as error:  # the others do not come, or one of them is still the last attempt's
-            log.error("joining the other processes failed: %s", error)
-            return exit_code(error)
-        result = train(from_config_dict(config.value, ExperimentConfig), workdir.value)
-        log.info("compiled %s", compilations)
-        return {None: 0, signal.SIGINT: 130}.get(result["interrupted"], RESTART)
-
-    app.run(run)
-
-
-if __name__ == "__main__":
-    main()

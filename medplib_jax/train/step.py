@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from medplib_jax.batch import Array, Batch, Params, TrainState
+from medplib_jax.batch import Array, Batch, Params, combine
 from medplib_jax.config.experiment import ExperimentConfig, ShardingConfig
 from medplib_jax.config.model import ModelConfig
-from medplib_jax.losses import divisors, total_loss
 from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.optim import combine, partition
 from medplib_jax.parallel.compilation import compiler_options, release_memory
 from medplib_jax.parallel.processes import wait_for_others
 from medplib_jax.parallel.sharding import check_fits, optimizer_shardings, param_shardings, shard_param, use_rules
+from medplib_jax.train.losses import divisors, total_loss
+from medplib_jax.train.optim import partition
+from medplib_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import signal
 
 import jax
 
-from medplib_jax import train
+from medplib_jax.train import loop as train
 
 
 def note_records(folder: str) -> None:

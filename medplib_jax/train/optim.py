@@ -7,28 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from medplib_jax.batch import Params
+from medplib_jax.batch import Params, flatten, unflatten
 from medplib_jax.config.experiment import OptimConfig
-
-
-def flatten(params: Params, prefix: str = "") -> dict[str, object]:
-    """{"a/b/c": leaf}; insertion order is kept."""
-    flat = {}
-    for key, value in params.items():
-        flat.update(flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
-def unflatten(flat: dict[str, object]) -> Params:
-    """Inverse of `flatten`."""
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
@@ -45,19 +25,6 @@ def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
     trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
     frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
     return unflatten(trainable), unflatten(frozen)
-
-
-def combine(first: Params, second: Params, path: str = "") -> Params:
-    """The union of two trees, inverse of `partition`. Raises ValueError where both hold the same leaf."""
-    merged = dict(first)
-    for key, value in second.items():
-        if key not in merged:
-            merged[key] = value
-        elif isinstance(value, dict) and isinstance(merged[key], dict):
-            merged[key] = combine(merged[key], value, f"{path}{key}/")
-        else:
-            raise ValueError(f"parameter {path}{key} is in both trees")
-    return merged
 
 
 def warmup_steps(config: OptimConfig, epoch_steps: int) -> int:

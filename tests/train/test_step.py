@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import pytest
 
+from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import MeshConfig, OptimConfig
 from medplib_jax.models.layers import params_of
-from medplib_jax.optim import flatten, make_optimizer, make_schedule, partition
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.sharding import put_batch
-from medplib_jax.train_step import (
+from medplib_jax.train.optim import make_optimizer, make_schedule, partition
+from medplib_jax.train.step import (
     CompiledStep,
     abstract_model,
     make_state,

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 
+from medplib_jax.batch import flatten
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig, MeshConfig, OptimConfig
-from medplib_jax.optim import flatten
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.sharding import put_batch
-from medplib_jax.train_step import (
+from medplib_jax.train.step import (
     CompiledStep,
     abstract_model,
     make_state,

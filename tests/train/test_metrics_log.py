@@ -4,7 +4,8 @@ import json
 import pytest
 
 from medplib_jax.config.model import ModelConfig, MoeConfig
-from medplib_jax.logging import Clock, MetricWriter, mfu, read_metrics, step_flops
+from medplib_jax.train.flops import mfu, step_flops
+from medplib_jax.train.metrics_log import Clock, MetricWriter, read_metrics
 
 
 def test_rows_after_the_resumed_step_and_half_written_ones_are_removed(tmp_path):

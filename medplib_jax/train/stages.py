@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medplib_jax.batch import Params
+from medplib_jax.batch import Params, flatten, unflatten
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.models.language.lora import merge_lora
-from medplib_jax.optim import flatten, unflatten
 
 NAMES = {0: "fine-tuning", 1: "align", 2: "visual-language expert", 3: "grounding expert", 4: "mixture of experts"}
 BASE_STAGES = {0: (0, 1, 2, 3, 4), 1: (0,), 2: (1,), 3: (2,), 4: (2,)}  # stage -> stages its base may come from

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from medplib_jax.losses import mask_losses, token_cross_entropy
+from medplib_jax.train.losses import mask_losses, token_cross_entropy
 from tests.paths import GOLDEN
 
 golden = np.load(GOLDEN / "losses.npz")

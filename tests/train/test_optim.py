@@ -8,17 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medplib_jax.batch import combine, flatten, unflatten
 from medplib_jax.config.experiment import OptimConfig
-from medplib_jax.optim import (
-    combine,
-    flatten,
-    lr_factors,
-    make_optimizer,
-    make_schedule,
-    partition,
-    unflatten,
-    warmup_steps,
-)
+from medplib_jax.train.optim import lr_factors, make_optimizer, make_schedule, partition, warmup_steps
 from tests.paths import GOLDEN
 
 schedules = json.loads((GOLDEN / "schedules.json").read_text())

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import InitConfig
 from medplib_jax.config.model import LoraConfig, MoeConfig
 from medplib_jax.models.layers import params_of
-from medplib_jax.optim import flatten
-from medplib_jax.stages import hand_over
-from medplib_jax.train_step import abstract_model
+from medplib_jax.train.stages import hand_over
+from medplib_jax.train.step import abstract_model
 from tests.helpers import MODEL, tiny_experiment
 
 PLAIN, LORA = MoeConfig(), LoraConfig(rank=2, alpha=4.0)

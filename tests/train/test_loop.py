@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from medplib_jax import train as train_module
 from medplib_jax.benchmarks import tiny_run
 from medplib_jax.config.experiment import TrainConfig
 from medplib_jax.config.model import LoraConfig
-from medplib_jax.logging import read_metrics
 from medplib_jax.parallel.mesh import make_mesh
-from medplib_jax.train import train
+from medplib_jax.train import loop as train_module
+from medplib_jax.train.loop import train
+from medplib_jax.train.metrics_log import read_metrics
 from tests.paths import ROOT
 
 KILLED = """
@@ -26,7 +26,7 @@ import json, sys
 from medplib_jax import train
 from medplib_jax.config.base import from_dict
 from medplib_jax.config.experiment import ExperimentConfig
-from tests.test_train import one_device
+from tests.train.test_loop import one_device
 train.make_mesh = one_device
 train.train(from_dict(ExperimentConfig, json.load(open(sys.argv[1]))), sys.argv[2])
 """

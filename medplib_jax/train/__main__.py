@@ -1,0 +1,60 @@
+"""Training.
+
+COMMAND
+    python -m medplib_jax.train --config=configs/stage3_grounding.py:tiny --workdir=runs/stage3 [--config.optim.lr=1e-4 ...]
+
+The same command again resumes from the last checkpoint with the same losses, bit for bit; a finished workdir returns at once.
+On several hosts the same command runs on each with one workdir that all of them see.
+
+EXIT CODES
+    0    finished
+    75   SIGTERM, SIGUSR1 or a preemption notice: saved; or a step hung, or another process was lost. Start it again.
+    130  Ctrl-C: saved
+    1    an error that would only come again: bad data, a loss that is not finite, a config that does not fit
+"""
+
+import logging
+import signal
+
+import absl.logging
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from medplib_jax.config.base import from_config_dict
+from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.parallel.compilation import Compilations, use_cache
+from medplib_jax.parallel.processes import (
+    RESTART,
+    exit_code,
+    initialize_distributed,
+)
+from medplib_jax.train.loop import train
+
+log = logging.getLogger("medplib_jax.train")
+
+
+def main() -> None:
+    config = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:SIZE")
+    workdir = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics.jsonl and TensorBoard events.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def run(_) -> int:
+        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
+        logging.getLogger("medplib_jax").setLevel(logging.INFO)
+        use_cache()
+        compilations = Compilations()
+        try:
+            initialize_distributed()
+        except jax.errors.JaxRuntimeError as error:  # the others do not come, or one of them is still the last attempt's
+            log.error("joining the other processes failed: %s", error)
+            return exit_code(error)
+        result = train(from_config_dict(config.value, ExperimentConfig), workdir.value)
+        log.info("compiled %s", compilations)
+        return {None: 0, signal.SIGINT: 130}.get(result["interrupted"], RESTART)
+
+    app.run(run)
+
+
+if __name__ == "__main__":
+    main()
