@@ -6,7 +6,7 @@ COMMAND
 
 from medplib_jax.config.base import to_config_dict
 from medplib_jax.config.sweep import SweepConfig
-from medplib_jax.tasks import folder_tasks
+from medplib_jax.evaluate.tasks import folder_tasks
 
 
 def get_config(sources: str):

@@ -22,7 +22,6 @@ import jax
 import numpy as np
 
 from configs import stage1_align, stage2_vqa, stage3_grounding, stage4_moe
-from medplib_jax import report
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.images import load_image
@@ -30,9 +29,10 @@ from medplib_jax.data.rle import decode_rle
 from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.datasets.phantom import generate as phantom
 from medplib_jax.datasets.train_tokenizer import build_tokenizer
-from medplib_jax.evaluators.predictions import read_rows
-from medplib_jax.report.sweep import write_sweep_report
-from medplib_jax.sweep import run_sweep
+from medplib_jax.evaluate import report
+from medplib_jax.evaluate.evaluators.predictions import read_rows
+from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.train.loop import train
 from medplib_jax.train.metrics_log import read_metrics
 

@@ -10,7 +10,7 @@ from PIL import Image
 from medplib_jax import predict
 from medplib_jax.data.errors import DataError
 from medplib_jax.decode import generator as decode
-from tests.evaluators import tiny
+from tests.evaluate.evaluators import tiny
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ from medplib_jax.config.model import ModelConfig
 from medplib_jax.data.pipeline import Loader, eval_batches
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode.generator import Generator
+from medplib_jax.evaluate.tasks import find_tasks, folder_tasks
 from medplib_jax.models.language.llama import unstack
 from medplib_jax.models.layers import abstract_module, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import num_bytes, quantize_params
 from medplib_jax.parallel.compilation import use_cache
-from medplib_jax.tasks import find_tasks, folder_tasks
 
 
 def agreement(checkpoint: str, sources: list[str], limit: int) -> dict[str, tuple[int, int]]:

@@ -33,7 +33,7 @@ ELSEWHERE = {
     "opt_step.json": "trajectories above; schedules: tests/train/test_optim.py",
     "keys_7b*.json": "tests/convert/test_mapping.py",
     "losses.npz": "without weights: tests/train/test_losses.py",
-    "metrics*": "without weights: tests/metrics/test_metrics.py",
+    "metrics*": "without weights: tests/evaluate/metrics/test_metrics.py",
     "conversation/*": "without weights: tests/data/test_prompts.py, test_tokenizer.py",
     "preprocess/*": "without weights: tests/data/test_images.py, test_regions.py",
     "data/*": "pictures and records of the fixtures above",

@@ -10,14 +10,14 @@ from convert import to_torch
 from medplib_jax import checkpoint
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig
 from medplib_jax.config.sweep import SweepConfig
-from medplib_jax.evaluators.predictions import read_rows
+from medplib_jax.evaluate.evaluators.predictions import read_rows
+from medplib_jax.evaluate.sweep import run_sweep
+from medplib_jax.evaluate.tasks import folder_tasks
 from medplib_jax.models.layers import abstract_module, draw_params
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.sweep import run_sweep
-from medplib_jax.tasks import folder_tasks
 from medplib_jax.train.state import TrainState
 from tests.convert.conftest import TINY, TOKENIZER
-from tests.evaluators import tiny
+from tests.evaluate.evaluators import tiny
 
 
 @pytest.fixture

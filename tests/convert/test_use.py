@@ -15,9 +15,9 @@ from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.datasets.phantom.generate import FILES, generate
 from medplib_jax.decode.predictor import Predictor
+from medplib_jax.evaluate.sweep import run_sweep
+from medplib_jax.evaluate.tasks import folder_tasks
 from medplib_jax.parallel.mesh import make_mesh
-from medplib_jax.sweep import run_sweep
-from medplib_jax.tasks import folder_tasks
 from medplib_jax.train import loop as train_module
 from tests.convert.conftest import LORA, TINY, TOKENIZER, random_tensors, save, write_folder
 

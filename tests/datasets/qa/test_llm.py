@@ -15,7 +15,7 @@ from medplib_jax.datasets import write_qa
 from medplib_jax.datasets.audit.collect import audit
 from medplib_jax.datasets.qa import chat, llm, llm_answers, llm_prompts
 from medplib_jax.datasets.qa.folder import read_facts, scan
-from medplib_jax.metrics import parse_boxes
+from medplib_jax.evaluate.metrics import parse_boxes
 from tests.datasets.qa.folders import SHAPES, make_pairs
 from tests.datasets.qa.server import describe, is_description, names_of, questions, sensible, serve
 from tests.paths import ROOT

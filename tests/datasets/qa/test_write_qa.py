@@ -19,7 +19,7 @@ from medplib_jax.datasets.audit.collect import audit
 from medplib_jax.datasets.qa import grid, grit
 from medplib_jax.datasets.qa.folder import read_facts, scan
 from medplib_jax.datasets.qa.records import KINDS, Turn, leaks
-from medplib_jax.metrics import parse_boxes
+from medplib_jax.evaluate.metrics import parse_boxes
 from tests.datasets.qa.folders import SHAPES, SIZE, make_pairs
 
 

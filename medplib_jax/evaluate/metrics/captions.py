@@ -1,0 +1,83 @@
+"""Scores of longer answers, as captions are scored: BiRD's mBMR (its MIA task) and SPICE (its RC task).
+
+The original takes both from pycocoevalcap, whose tokenizer, METEOR 1.5 and SPICE are Java programs. Here BLEU and ROUGE-L have its
+arithmetic; words come from nltk's Treebank tokenizer, and METEOR is `text.meteor`, without synonyms and paraphrases (so it is lower).
+"""
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from nltk.tokenize import TreebankWordTokenizer
+from nltk.util import ngrams
+
+from medplib_jax.evaluate.metrics.text import meteor, rouge_l
+
+ORDERS = (1, 2, 3, 4)
+BLEU_COUNTS = ("words", "words_true", *(f"ngrams_{n}{suffix}" for n in ORDERS for suffix in ("", "_found")))
+# What pycocoevalcap's ptbtokenizer drops; nltk writes the same signs.
+_PUNCTUATION = frozenset(["''", "'", "``", "`", "(", ")", "{", "}", "[", "]", "<", ">", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
+_COCO_BETA = 1.2  # of ROUGE-L in pycocoevalcap
+
+
+class MissingExtra(RuntimeError):
+    """A metric needs something that is not installed; the message says what."""
+
+
+def caption_words(text: str) -> list[str]:
+    """Lower-case words without punctuation."""
+    return [word for word in TreebankWordTokenizer().tokenize(text.lower()) if word not in _PUNCTUATION]
+
+
+def mia_scores(answer: str, truth: str) -> dict[str, float]:
+    """What `statistics` sums to BLEU-1..4 of the whole corpus, and this answer's METEOR and ROUGE-L.
+
+    `ngrams_n`: n-grams of the answer, `ngrams_n_found`: those that the truth has, too (each as often as there, at most).
+    """
+    predicted, true = caption_words(answer), caption_words(truth)
+    counts = {"words": len(predicted), "words_true": len(true)}
+    for n in ORDERS:
+        there, wanted = Counter(ngrams(predicted, n)), Counter(ngrams(true, n))
+        counts |= {f"ngrams_{n}": there.total(), f"ngrams_{n}_found": (there & wanted).total()}
+    return counts | {"meteor": meteor(predicted, true), "rouge_l": rouge_l(predicted, true, _COCO_BETA)}
+
+
+def corpus_bleu(counts: np.ndarray, order: int) -> np.ndarray:
+    """BLEU (Papineni et al. 2002) of a corpus, from its sums [..., len(BLEU_COUNTS)] in that order -> [...]; NaN without any words.
+
+    As in pycocoevalcap, an order without a shared n-gram counts as nearly 0.
+    """
+    words, words_true, there, found = counts[..., 0], counts[..., 1], counts[..., 2::2][..., :order], counts[..., 3::2][..., :order]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_precision = np.log((found + 1e-15) / (there + 1e-9)).mean(-1)
+        brevity = np.minimum(0.0, 1 - words_true / words)
+    return np.where(words > 0, np.exp(log_precision + brevity), np.where(words_true > 0, 0.0, np.nan))
+
+
+def spice(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
+    """SPICE (Anderson et al. 2016) of each answer, by pycocoevalcap's Java program.
+
+    Raises MissingExtra when Java, pycocoevalcap (`pip install medplib_jax[caption]`) or its parser's models are absent.
+    """
+    if shutil.which("java") is None:
+        raise MissingExtra("SPICE is a Java program, and no `java` is on the PATH: install a Java runtime, or leave SPICE out")
+    try:
+        from pycocoevalcap.spice.spice import Spice  # an extra
+    except ImportError as error:
+        raise MissingExtra("SPICE needs pycocoevalcap: pip install 'medplib_jax[caption]', or leave SPICE out") from error
+    references = {i: [_one_line(truth)] for i, truth in enumerate(truths)}
+    captions = {i: [_one_line(answer)] for i, answer in enumerate(answers)}
+    try:
+        _, scores = Spice().compute_score(references, captions)
+    except Exception as error:  # a process that fails, a download that is refused
+        raise MissingExtra(
+            "SPICE did not run: it needs Java 8 and downloads the Stanford CoreNLP 3.6.0 models on its first use "
+            f"(pycocoevalcap/spice/get_stanford_models.py); {type(error).__name__}: {error}"
+        ) from error
+    return [float(score["All"]["f"]) for score in scores]
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()

@@ -1,0 +1,142 @@
+"""From scores of records to metrics. A metric is a function of sums over records, so it can be resampled and split by modality without a second pass."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from medplib_jax.evaluate.metrics.captions import BLEU_COUNTS, ORDERS, corpus_bleu
+from medplib_jax.evaluate.metrics.protocol import check_protocol
+from medplib_jax.evaluate.metrics.text import candidate_hits
+
+MASK_SCORES = frozenset({"iou", "dice", "surface_dice", "intersection", "union", "target", "drawn", "masks"})
+BOX_SCORES = frozenset({"boxes_found", "boxes"})
+MED_GRIT_MODALITIES = 8  # BiRD's scripts divide by all of them, also when a file lacks some
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """sums[..., 0] / sums[..., 1], NaN where nothing was counted."""
+    return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """One metric of N records: `of_sums` (float [..., K] -> [...], NaN where nothing counts) of the sum over records of `parts` [N, K].
+
+    `modalities`: the mean over modalities divides by this many at least.
+    """
+
+    parts: np.ndarray
+    of_sums: Callable[[np.ndarray], np.ndarray] = ratio
+    modalities: int = 0
+
+    def value(self) -> float:
+        return float(self.of_sums(self.parts.sum(0)))
+
+    def __getitem__(self, records: np.ndarray) -> "Statistic":
+        """The same metric of some of the records (indices or a boolean mask)."""
+        return dataclasses.replace(self, parts=self.parts[records])
+
+
+def statistics(rows: Sequence[Mapping[str, Any]], protocol: str = "exact") -> dict[str, Statistic]:
+    """The metrics of rows that have their scores under "scores"; which ones there are follows from the scores' names.
+
+    Masks (`mask_scores`): see `mask_statistics`. Boxes (`recall_at_iou`): recall_at_0.5. Captions (`mia_scores`): bleu_1..4 of the corpus,
+    meteor, rouge_l and their mean, mBMR. Every other score: its mean over the rows that have it; beside it `accuracy` (the closed answers and the
+    exactly matched open ones) and open_candidate_accuracy, whose candidates are the expected answers of all rows, as in the original.
+    """
+    check_protocol(protocol)
+    scores = [row["scores"] for row in rows]
+    names = dict.fromkeys(name for score in scores for name in score)
+    found = {}
+    if MASK_SCORES & names.keys():
+        found |= mask_statistics(scores, protocol)
+    if "boxes" in names:
+        modalities = MED_GRIT_MODALITIES if protocol == "reference" else 0
+        found["recall_at_0.5"] = Statistic(_columns(scores, ("boxes_found", "boxes")), modalities=modalities)
+    if "ngrams_1" in names:
+        found |= caption_statistics(scores, protocol)
+    means = {name: _mean_statistic([score.get(name) for score in scores]) for name in names if name not in found and not _is_part(name)}
+    if "roc_accuracy" in means and protocol == "reference":
+        means["roc_accuracy"] = dataclasses.replace(means["roc_accuracy"], modalities=MED_GRIT_MODALITIES)
+    if {"closed_accuracy", "open_exact_match"} & names.keys():
+        found["accuracy"] = _mean_statistic([score.get("closed_accuracy", score.get("open_exact_match")) for score in scores])
+    if "open_exact_match" in names:
+        is_open = [i for i, score in enumerate(scores) if "open_exact_match" in score]
+        texts = ([rows[i][key] for i in is_open] for key in ("answer", "expected"))
+        hits = dict(zip(is_open, candidate_hits(*texts, [row["expected"] for row in rows], protocol), strict=True))
+        means["open_candidate_accuracy"] = _mean_statistic([hits.get(i) for i in range(len(rows))])
+    return found | means
+
+
+def _is_part(name: str) -> bool:
+    return name in MASK_SCORES or name in BOX_SCORES or name in BLEU_COUNTS
+
+
+def mask_statistics(scores: Sequence[Mapping[str, float]], protocol: str = "exact") -> dict[str, Statistic]:
+    """Grounding metrics of the dicts of `mask_scores`.
+
+    mDice, mIoU, surface_dice: means over questions with a target (`reference`: over all). gIoU: mean IoU over all questions, where a rightly
+    empty answer counts 1. cIoU: all intersections over all unions (LISA, Lai et al. 2024, and utils/utils.py of the original).
+    precision_at_0.5: questions with a target whose IoU exceeds 0.5. hit_rate: those where any pixel was drawn. no_target_accuracy: questions
+    without a target whose answer holds no mask. false_mask_rate: those where a pixel was drawn.
+    """
+    target, drawn, masks, iou, dice = _columns(scores, ("target", "drawn", "masks", "iou", "dice")).T
+    intersection, union = _columns(scores, ("intersection", "union")).T
+    counted = np.ones_like(target) if protocol == "reference" else target
+    everyone, empty = np.ones_like(target), 1 - target
+    generalised = iou if protocol == "exact" else np.where(union > 0, intersection / (union + 1e-5), 1.0)
+    pairs = {
+        "mDice": (dice * counted, counted),
+        "mIoU": (iou * counted, counted),
+        "gIoU": (generalised, everyone),
+        "cIoU": (intersection, union),
+        "precision_at_0.5": ((iou > 0.5) * target, target),
+        "hit_rate": (drawn * target, target),
+        "no_target_accuracy": ((masks == 0) * empty, empty),
+        "false_mask_rate": (drawn * empty, empty),
+    }
+    if any("surface_dice" in score for score in scores):
+        measured = counted * np.array(["surface_dice" in score for score in scores])
+        pairs["surface_dice"] = (_columns(scores, ("surface_dice",))[:, 0] * measured, measured)
+    return {name: Statistic(np.stack(pair, axis=1)) for name, pair in pairs.items()}
+
+
+def caption_statistics(scores: Sequence[Mapping[str, float]], protocol: str = "exact") -> dict[str, Statistic]:
+    """bleu_1..4 of the corpus, meteor, rouge_l and mBMR, their mean, of the dicts of `mia_scores`."""
+    modalities = MED_GRIT_MODALITIES if protocol == "reference" else 0
+    counts = _columns(scores, (*BLEU_COUNTS, "meteor", "rouge_l"))
+    parts = np.concatenate([counts, np.ones((len(scores), 1))], axis=1)
+    values = {f"bleu_{n}": lambda sums, n=n: corpus_bleu(sums[..., :-3], n) for n in ORDERS}
+    values |= {"meteor": lambda sums: ratio(sums[..., [-3, -1]]), "rouge_l": lambda sums: ratio(sums[..., [-2, -1]])}
+    parts_of_mean = tuple(values.values())
+    values["mBMR"] = lambda sums: np.mean([value(sums) for value in parts_of_mean], axis=0)
+    return {name: Statistic(parts, value, modalities) for name, value in values.items()}
+
+
+def _columns(scores, names) -> np.ndarray:
+    return np.array([[score.get(name, 0) for name in names] for score in scores], float).reshape(len(scores), len(names))
+
+
+def _mean_statistic(values: Sequence[float | None]) -> Statistic:
+    """The mean of the values that there are."""
+    return Statistic(np.array([(0.0, 0.0) if value is None else (value, 1.0) for value in values], float).reshape(-1, 2))
+
+
+def values(found: Mapping[str, Statistic]) -> dict[str, float]:
+    """{metric: value}, without those for which nothing was counted."""
+    valued = {name: statistic.value() for name, statistic in found.items()}
+    return {name: value for name, value in valued.items() if not np.isnan(value)}
+
+
+def by_modality(found: Mapping[str, Statistic], modalities: Sequence[str]) -> dict[str, float]:
+    """`values` of all records, as `metric/<modality>` (`none` for records without one), and the mean of those as `metric/modality_mean`."""
+    result = values(found)
+    of_record = np.array([modality or "none" for modality in modalities])
+    each = {modality: values({name: found[name][of_record == modality] for name in result}) for modality in sorted(set(of_record.tolist()))}
+    for name in tuple(result):
+        measured = {modality: split[name] for modality, split in each.items() if name in split}
+        result |= {f"{name}/{modality}": value for modality, value in measured.items()}
+        result[f"{name}/modality_mean"] = sum(measured.values()) / max(len(measured), found[name].modalities)
+    return result

@@ -1,0 +1,201 @@
+"""The figures of a sweep, one flat row each: value, interval, and the difference to the baseline with its test."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import false_discovery_control
+from tqdm import tqdm
+
+from medplib_jax.evaluate.metrics import Statistic, values
+from medplib_jax.evaluate.metrics.catalogue import in_order, main_metric
+from medplib_jax.evaluate.metrics.resampling import bootstrap, grouped, intervals, paired_p_values
+from medplib_jax.evaluate.report.sweep_load import Cell, Sweep, Task
+
+ALL, MEAN = "all", "modality_mean"  # beside the modalities' names
+# What each field of a figure means, in report.json, too.
+FIELDS = {
+    "checkpoint": "name of the checkpoint",
+    "run": "the training run that it belongs to",
+    "step": "its training step, or null",
+    "task": "name of the task (annotation file)",
+    "kind": "grounding, region, vqa or refer_box",
+    "protocol": "exact or reference: how the questions were asked and the answers scored",
+    "metric": "name of the metric, see `metrics`",
+    "main": "whether this metric stands for the task in the overview",
+    "modality": f"{ALL}: over all records; {MEAN}: mean over modalities; else of that modality alone",
+    "value": "the metric, in [0, 1]",
+    "low": "lower end of its 95 % bootstrap interval (images resampled), or null",
+    "high": "upper end",
+    "records": "how many records count in it (modality_mean: how many modalities)",
+    "baseline": "the checkpoint compared with, or null",
+    "delta": "value minus the baseline's, both on the records that both have",
+    "delta_low": "lower end of its 95 % bootstrap interval (the same images resampled for both)",
+    "delta_high": "upper end",
+    "paired": "how many records both have",
+    "p": "two-sided p of a permutation test that exchanges the two answers image by image; main metrics only",
+    "q": "p after Benjamini and Hochberg (false discovery rate) over all tests of the protocol in this report, those by modality apart",
+}
+
+
+@dataclasses.dataclass
+class Figure:
+    """One number of the report, see FIELDS."""
+
+    checkpoint: str
+    run: str
+    step: int | None
+    task: str
+    kind: str
+    protocol: str
+    metric: str
+    main: bool
+    modality: str
+    value: float
+    low: float | None
+    high: float | None
+    records: int
+    baseline: str | None = None
+    delta: float | None = None
+    delta_low: float | None = None
+    delta_high: float | None = None
+    paired: int | None = None
+    p: float | None = None
+    q: float | None = None
+
+    @property
+    def key(self) -> "Key":
+        return self.metric, self.modality
+
+    @property
+    def significant(self) -> bool:
+        return self.q is not None and self.q < 0.05
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FIELDS}
+
+
+def compare(sweep: Sweep) -> list[Figure]:
+    """Every figure of a sweep. The same folder always gives the same figures: seeds follow from the names of task and protocol."""
+    figures = []
+    for task, protocol, cells in tqdm(sweep.columns, desc="comparing", unit="task"):
+        figures += _Column(sweep, task, protocol, cells).figures()
+    for protocol in sweep.protocols:
+        for overall in (True, False):
+            tested = [figure for figure in figures if figure.p is not None and figure.protocol == protocol and (figure.modality == ALL) == overall]
+            for figure, q in zip(tested, false_discovery_control([figure.p for figure in tested]) if tested else (), strict=True):
+                figure.q = float(q)
+    return figures
+
+
+Key = tuple[str, str]  # (metric, modality)
+
+
+class _Column:
+    """The checkpoints' answers to one task under one protocol, summed up image by image over the union of their records."""
+
+    def __init__(self, sweep: Sweep, task: Task, protocol: str, cells: Sequence[Cell]):
+        self.task, self.protocol, self.cells = task, protocol, cells
+        self.checkpoints = {checkpoint.name: checkpoint for checkpoint in sweep.checkpoints}
+        self.baseline = next((cell for cell in cells if cell.checkpoint == sweep.baseline), None)
+        self.seed = zlib.crc32(f"{task.name}/{protocol}".encode())
+        self.main = main_metric(in_order({name for cell in cells for name in values(cell.statistics)}))
+        modality_of = {image: modality for cell in cells for image, modality in zip(cell.images, cell.modalities.tolist(), strict=True)}
+        self.group_of = {image: group for group, image in enumerate(sorted(modality_of))}
+        modality_G = np.array([modality_of[image] for image in self.group_of])
+        self.members = {ALL: np.arange(len(modality_G))} | {name: np.flatnonzero(modality_G == name) for name in sorted(set(modality_of.values()))}
+
+    def figures(self) -> list[Figure]:
+        measured = {cell.checkpoint: self._measure(cell) for cell in self.cells}
+        resampled = self._resample(measured)
+        figures = []
+        for cell in self.cells:
+            checkpoint, found = self.checkpoints[cell.checkpoint], self._values(measured[cell.checkpoint])
+            counted = self._counted(cell)
+            spread = intervals(np.stack([resampled[cell.checkpoint][key] for key in found], axis=1))
+            for (key, value), (low, high) in zip(found.items(), spread.T.tolist(), strict=True):
+                figures.append(
+                    Figure(checkpoint.name, checkpoint.run, checkpoint.step, self.task.name, self.task.kind, self.protocol, key[0],
+                           key[0] == self.main, key[1], value, _known(low), _known(high), counted[key])
+                )  # fmt: skip
+        if self.baseline is not None:
+            self._add_deltas(figures, measured, resampled)
+        return figures
+
+    def _measure(self, cell: Cell, records: np.ndarray | None = None) -> dict[Key, Statistic]:
+        """Statistics by image, of all and of each modality; those that count nothing are left out. `records`: only of these rows."""
+        group_N = np.array([self.group_of[image] for image in cell.images])
+        measured = {}
+        for name in in_order(cell.statistics):
+            statistic = cell.statistics[name]
+            if records is not None:
+                statistic = dataclasses.replace(statistic, parts=statistic.parts * records[:, None])
+            by_image = grouped(statistic, group_N, len(self.group_of))
+            measured |= {(name, modality): by_image[members] for modality, members in self.members.items()}
+        return {key: statistic for key, statistic in measured.items() if not np.isnan(statistic.value())}
+
+    def _counted(self, cell: Cell) -> dict[Key, int]:
+        """How many records count in each figure; how many modalities in a mean over modalities."""
+        counted = {}
+        for name, statistic in cell.statistics.items():
+            counts = statistic.parts[:, -1] != 0  # the last part is a weight
+            each = {modality: int(counts[cell.modalities == modality].sum()) for modality in self.members if modality != ALL}
+            counted |= {(name, modality): count for modality, count in each.items()}
+            counted |= {(name, ALL): int(counts.sum()), (name, MEAN): sum(count > 0 for count in each.values())}
+        return counted
+
+    def _values(self, measured: Mapping[Key, Statistic]) -> dict[Key, float]:
+        """The value of every statistic, and the means over modalities."""
+        found = {key: statistic.value() for key, statistic in measured.items()}
+        for metric, at_least in [(metric, statistic.modalities) for (metric, modality), statistic in measured.items() if modality == ALL]:
+            each = [found[metric, name] for name in self.members if name != ALL and (metric, name) in found]
+            found[metric, MEAN] = sum(each) / max(len(each), at_least)
+        return found
+
+    def _resample(self, measured: Mapping[str, Mapping[Key, Statistic]]) -> dict[str, dict[Key, np.ndarray]]:
+        """Bootstrap values [R] of every figure of every checkpoint; one draw of images for all of them."""
+        keys = [[(name, key) for name, found in measured.items() for key in found if key[1] == modality] for modality in self.members]
+        keys = [block for block in keys if block]
+        blocks = [(self.members[block[0][1][1]], [measured[name][key] for name, key in block]) for block in keys]
+        resampled: dict[str, dict[Key, np.ndarray]] = {name: {} for name in measured}
+        for block, values_RxN in zip(keys, bootstrap(blocks, len(self.group_of), self.seed), strict=True):
+            for (name, key), values_R in zip(block, values_RxN.T, strict=True):
+                resampled[name][key] = values_R
+        for name, found in measured.items():
+            for metric, at_least in [(metric, statistic.modalities) for (metric, modality), statistic in found.items() if modality == ALL]:
+                each = np.stack([resampled[name][metric, modality] for modality in self.members if modality != ALL and (metric, modality) in found])
+                resampled[name][metric, MEAN] = np.nansum(each, axis=0) / np.maximum((~np.isnan(each)).sum(0), max(at_least, 1))
+        return resampled
+
+    def _add_deltas(self, figures: list[Figure], measured, resampled) -> None:
+        """Differences to the baseline on the records that both have. Both are measured anew where one lacks a record of the other."""
+        base = self.baseline
+        tests: dict[str, list[tuple[Figure, tuple[Statistic, Statistic]]]] = {modality: [] for modality in self.members}
+        for cell in self.cells:
+            if cell is base:
+                continue
+            pair, draws = (measured[cell.checkpoint], measured[base.checkpoint]), resampled
+            common = np.intersect1d(cell.records, base.records)
+            if not len(cell.records) == len(common) == len(base.records):
+                pair = tuple(self._measure(one, np.isin(one.records, common)) for one in (cell, base))
+                draws = self._resample(dict(zip((cell.checkpoint, base.checkpoint), pair, strict=True)))
+            ours, theirs = (self._values(found) for found in pair)
+            shown = [figure for figure in figures if figure.checkpoint == cell.checkpoint and figure.key in ours and figure.key in theirs]
+            spread = intervals(np.stack([draws[cell.checkpoint][figure.key] - draws[base.checkpoint][figure.key] for figure in shown], axis=1))
+            for figure, (low, high) in zip(shown, spread.T.tolist(), strict=True):
+                figure.baseline, figure.paired, figure.delta = base.checkpoint, len(common), ours[figure.key] - theirs[figure.key]
+                figure.delta_low, figure.delta_high = _known(low), _known(high)
+                if figure.main and figure.modality != MEAN:
+                    tests[figure.modality].append((figure, (pair[0][figure.key], pair[1][figure.key])))
+        tests = {modality: found for modality, found in tests.items() if found}
+        blocks = [(self.members[modality], [pair for _, pair in found]) for modality, found in tests.items()]
+        for found, p_values in zip(tests.values(), paired_p_values(blocks, len(self.group_of), self.seed + 1), strict=True):
+            for (figure, _), p in zip(found, p_values, strict=True):
+                figure.p = p
+
+
+def _known(value: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if np.isnan(value) else value

@@ -1,0 +1,159 @@
+"""One report about many checkpoints on many tasks: report.html, report.md and report.json of a sweep's folder.
+
+COMMAND
+    python -m medplib_jax.evaluate.report.sweep WORKDIR
+
+What is read is described in `sweep_load`, what report.json holds in `comparisons.FIELDS`. Rows come from models and data files: everything is
+escaped. Nothing is fetched from a network; the page needs the pictures beside it and no server.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medplib_jax.evaluate.metrics.catalogue import METRICS, describe
+from medplib_jax.evaluate.report.comparisons import ALL, FIELDS, Figure, compare
+from medplib_jax.evaluate.report.page import template
+from medplib_jax.evaluate.report.pictures import REGION_COLOUR
+from medplib_jax.evaluate.report.plots import Line, as_svg, draw_router_map, draw_steps, style
+from medplib_jax.evaluate.report.protocols import DIFFERENCES, SUMMARY, settings
+from medplib_jax.evaluate.report.published import published
+from medplib_jax.evaluate.report.sweep_gallery import make_galleries
+from medplib_jax.evaluate.report.sweep_load import Sweep, load_sweep
+from medplib_jax.evaluate.report.sweep_markdown import to_markdown
+from medplib_jax.evaluate.report.sweep_tables import Tables
+
+MAX_SKIPPED = 500  # shown in the page; report.json has all
+
+
+def write_sweep_report(workdir: str | Path) -> Path:
+    """Reads `workdir`/sweep.json and the predictions that it names; writes report.html, report.md and report.json and returns the first's path.
+
+    Raises FileNotFoundError without a sweep.json or predictions, ValueError for a broken one (see `load_sweep`).
+    """
+    sweep = load_sweep(workdir)
+    figures = compare(sweep)
+    tables = Tables(sweep, figures)
+    notes = list(dict.fromkeys(note for cell in sweep.cells for note in cell.notes))  # what all checkpoints lack is said once
+    galleries = make_galleries(sweep, figures)
+    with style():
+        page = template("sweep.html").render(
+            sweep=sweep,
+            overview=tables.overview(),
+            tasks=[_task_view(sweep, tables, figures, task, galleries.get(task.name)) for task in sweep.tasks],
+            statements={protocol: settings([cell for cell in sweep.cells if cell.protocol == protocol]) for protocol in sweep.protocols},
+            summaries=SUMMARY,
+            differences=DIFFERENCES,
+            beside=tables.beside_published(),
+            nearest=tables.nearest,
+            routers=_routers(sweep),
+            skipped=_skipped(sweep),
+            max_skipped=MAX_SKIPPED,
+            notes=notes,
+            records=sum(len(cell.records) for cell in sweep.cells),
+            tests=sum(figure.p is not None for figure in figures),
+            region_colour=REGION_COLOUR,
+        )
+    (sweep.workdir / "report.json").write_text(json.dumps(_as_json(sweep, figures, notes), indent=1) + "\n", encoding="utf-8")
+    (sweep.workdir / "report.md").write_text(to_markdown(sweep, tables, notes), encoding="utf-8")
+    path = sweep.workdir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _task_view(sweep: Sweep, tables: Tables, figures: Sequence[Figure], task, gallery) -> dict[str, Any]:
+    cells = [cell for cell in sweep.cells if cell.task == task.name]
+    return {
+        "task": task,
+        "statements": {protocol: settings(column) for protocol in sweep.protocols if (column := sweep.column(task.name, protocol))},
+        "metrics": tables.metrics(task) if cells else None,
+        "modalities": tables.modalities(task) if cells else [],
+        "curves": _curves(sweep, figures, task),
+        "gallery": gallery,
+        "skipped": len({(error["file"], error["record"]) for cell in cells for error in cell.skipped}),
+    }
+
+
+def _curves(sweep: Sweep, figures: Sequence[Figure], task):
+    """The main metric over the steps of each run that has two checkpoints or more; None without one."""
+    lines = []
+    shown = [figure for figure in figures if figure.task == task.name and figure.main and figure.modality == ALL and figure.step is not None]
+    runs = list(dict.fromkeys(checkpoint.run for checkpoint in sweep.checkpoints))
+    for protocol in sweep.protocols:
+        for colour, run in enumerate(runs):
+            points = sorted((figure for figure in shown if (figure.run, figure.protocol) == (run, protocol)), key=lambda figure: figure.step)
+            if len({figure.step for figure in points}) < 2:
+                continue
+            label = f"{run} ({protocol})" if len(sweep.protocols) > 1 else run
+            low, high = ([getattr(figure, end) if getattr(figure, end) is not None else np.nan for figure in points] for end in ("low", "high"))
+            steps, values = [figure.step for figure in points], [figure.value for figure in points]
+            lines.append(Line(label, steps, values, low, high, colour, dashed=protocol != sweep.protocols[0]))
+    return as_svg(draw_steps(lines, describe(shown[0].metric).label)) if lines else None
+
+
+def _routers(sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """{checkpoint: picture and token counts}: where tokens go, over all tasks under the first protocol."""
+    found = {}
+    for checkpoint in sweep.checkpoints:
+        cells = [cell for cell in sweep.cells if cell.checkpoint == checkpoint.name and cell.protocol == sweep.protocols[0] and cell.router]
+        if not cells:
+            continue
+        layers = cells[0].router["layers"]
+        totals: dict[tuple[str, str], np.ndarray] = {}
+        tokens: dict[str, int] = {}
+        for cell in cells:
+            for modality, split in cell.router["modalities"].items():
+                for kind, share in split["share"].items():
+                    weighted = np.array(share) * split["tokens"][kind]
+                    totals[kind, modality or "none"] = totals.get((kind, modality or "none"), 0) + weighted
+                    tokens[kind] = tokens.get(kind, 0) + split["tokens"][kind]
+        columns = [(kind, modality) for kind in tokens for modality in sorted({modality for _, modality in totals}) if (kind, modality) in totals]
+        share_CxLxE = np.stack([totals[column] / totals[column].sum(-1, keepdims=True) for column in columns])
+        experts = range(share_CxLxE.shape[-1] if share_CxLxE.shape[-1] > 2 else 1)  # of two experts, one says it all
+        maps = [as_svg(draw_router_map(layers, columns, share_CxLxE[..., expert].T, f"expert {expert}")) for expert in experts]
+        found[checkpoint.name] = {"maps": maps, "tokens": tokens, "experts": share_CxLxE.shape[-1]}
+    return found
+
+
+def _skipped(sweep: Sweep) -> list[dict[str, Any]]:
+    """Every skipped record once, with the checkpoints that it was skipped for."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for cell in sweep.cells:
+        for error in cell.skipped:
+            key = cell.task, error["file"], error["record"], error["what"]
+            line = found.setdefault(key, {"task": cell.task, **error, "checkpoints": []})
+            if cell.checkpoint not in line["checkpoints"]:
+                line["checkpoints"].append(cell.checkpoint)
+    return list(found.values())
+
+
+def _as_json(sweep: Sweep, figures: Sequence[Figure], notes: Sequence[str]) -> dict[str, Any]:
+    elsewhere = [
+        {"source": figure.label, "cite": figure.cite, "protocol": figure.how, "task": figure.task, "metric": figure.metric, "modality": modality, "value": value}
+        for figure in published() for modality, value in figure.values.items()
+    ]  # fmt: skip
+    return {
+        "about": "One entry of `figures` per checkpoint, task, protocol, metric and modality; `fields` says what its values mean.",
+        "fields": FIELDS,
+        "metrics": {name: {"label": metric.label, "meaning": metric.meaning, "better": metric.better} for name, metric in METRICS.items()},
+        "protocols": SUMMARY,
+        "baseline": sweep.baseline,
+        "notes": list(notes),
+        "figures": [figure.as_dict() for figure in figures],
+        "skipped": _skipped(sweep),
+        "elsewhere": elsewhere,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdir", help="folder of a sweep, with its sweep.json")
+    print(write_sweep_report(parser.parse_args().workdir))
+
+
+if __name__ == "__main__":
+    main()

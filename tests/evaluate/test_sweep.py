@@ -1,0 +1,200 @@
+"""Sweeps from checkpoints on disk to sweep.json, at a stretch and in pieces."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import eval_sweep
+from medplib_jax.config.base import from_config_dict
+from medplib_jax.config.sweep import SweepConfig
+from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.decode import generator as decode
+from medplib_jax.evaluate import sweep
+from medplib_jax.evaluate.evaluators.predictions import read_rows
+from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.sweep import LoadedModel, run_sweep
+from medplib_jax.evaluate.tasks import folder_tasks
+from tests.evaluate.evaluators import fake_spice, tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_data(tmp_path_factory.mktemp("data") / "root")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("root") / "runs" / "tiny"
+    path.mkdir(parents=True)
+    tiny.write_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(folder, run):
+    return SweepConfig(checkpoints=str(run), tasks=folder_tasks(folder), select="grounding", shard=3, slots=2, refill=1)
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """(workdir, result) of a sweep at a stretch."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, run_sweep(dataclasses.replace(config, protocol="both"), workdir)
+
+
+def files(workdir):
+    return {str(path.relative_to(workdir)): path.read_bytes() for path in sorted(workdir.rglob("*.json*"))}
+
+
+def test_a_sweep_holds_every_cell(whole):
+    workdir, result = whole
+    assert result == json.loads((workdir / "sweep.json").read_text())
+    assert [(c["name"], c["step"], c["kind"]) for c in result["checkpoints"]] == [("runs-tiny-3", 3, "jax")]
+    assert {task["name"]: (task["kind"], task["records"]) for task in result["tasks"]} == {"grounding": ("grounding", 6)}
+    cell, reference = result["cells"]
+    assert (cell["task"], cell["protocol"], cell["records"], cell["skipped"], cell["mask_threshold"]) == ("grounding", "exact", 6, [], 0.5)
+    assert cell["predictions"] == [f"predictions/runs-tiny-3/exact/grounding.{i:05d}.jsonl" for i in range(2)]
+    assert {"gIoU", "gIoU/ct", "gIoU/modality_mean", "no_target_accuracy"} <= set(cell["metrics"])
+    assert {"text", "image"} <= set(cell["router"]["share"]) and set(cell["router"]["modalities"]) == {"ct", "mr"}
+    rows = [row for path in cell["predictions"] for row in read_rows(workdir / path)]
+    assert [row["record"] for row in rows] == list(range(6))
+    assert (reference["mask_threshold"], reference["protocol"], reference["metrics"]["hit_rate"]) == (0.1, "reference", 1)  # it always draws
+
+
+def test_pieces_make_the_whole(config, whole, tmp_path):
+    """A few records first, then a cut file: the same bytes. What is complete is not asked again, and files of other settings are refused."""
+    run_sweep(dataclasses.replace(config, limit=4), tmp_path)
+    cut = tmp_path / "predictions" / "runs-tiny-3" / "exact" / "grounding.00000.jsonl"
+    cut.write_bytes(cut.read_bytes()[:-40])
+    result = run_sweep(config, tmp_path)
+    written = {name: content for name, content in files(tmp_path).items() if "predictions" in name}
+    assert written == {name: content for name, content in files(whole[0]).items() if "/exact/" in name}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "LoadedModel", None)
+        assert run_sweep(config, tmp_path) == result
+        with pytest.raises(ValueError, match="predictions of another run .different mask_threshold"):
+            run_sweep(dataclasses.replace(config, mask_threshold=0.3), tmp_path)
+
+
+def test_bad_records_are_lines_too(config, folder, tmp_path):
+    records = json.loads((folder / "test" / "vqa.json").read_text())
+    records[1]["image"] = "images/lost.png"
+    records[2]["conversations"].pop()
+    (folder / "broken.json").write_text(json.dumps(records))
+    broken = dataclasses.replace(config, tasks=folder_tasks(folder / "broken.json"), select="*")
+    (cell,) = run_sweep(broken, tmp_path)["cells"]
+    assert cell["records"] == 2 and [(error["record"], error["what"]) for error in cell["skipped"]] == [
+        (1, "file is missing"), (2, "question without an expected answer"),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="record 2: question without"):
+        run_sweep(dataclasses.replace(broken, on_error="raise"), tmp_path)
+
+
+def test_a_mask_too_many_is_drawn_and_counted(config, tmp_path, run, monkeypatch):
+    # a model that says <SEG> at every step: two masks are expected at most, one slot more is drawn
+    seg_id = Tokenizer.load(str(run / "tokenizer")).seg_id
+    monkeypatch.setattr(decode, "draw_token", lambda logits, key, sampling: jnp.full(logits.shape[:1], seg_id, jnp.int32))
+    result = run_sweep(config, tmp_path)
+    (cell,) = result["cells"]
+    assert cell["metrics"]["no_target_accuracy"] == 0 and cell["router"]["tokens"]["SEG"] == 6 * 4
+    row = read_rows(tmp_path / cell["predictions"][0])[0]
+    assert row["answer"] == "<SEG> <SEG> <SEG> <SEG>" and row["scores"]["masks"] == 4
+    assert (len(row["masks"]), len(row["predicted_iou"]), len(row["true_masks"])) == (3, 3, 1)
+    assert row["masks"][0]["size"] == row["true_masks"][0]["size"] == [40, 30]
+
+
+def test_what_is_not_there_is_said(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkpoints 'nowhere/.': expected workdirs"):
+        run_sweep(dataclasses.replace(config, checkpoints="nowhere/*"), tmp_path)
+    with pytest.raises(ValueError, match="baseline 'other' is not one of the checkpoints .'runs-tiny-3'."):
+        run_sweep(dataclasses.replace(config, baseline="other"), tmp_path)
+
+
+def test_answers_with_weights_of_8_bits_stand_beside_the_others(config, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    loaded = []
+    monkeypatch.setattr(sweep, "LoadedModel", lambda *arguments: loaded.append(LoadedModel(*arguments)) or loaded[-1])
+    small = dataclasses.replace(config, quantize="int8", baseline="runs-tiny-3", limit=3)
+    result = run_sweep(small, tmp_path)
+    assert {"int8", "float32"} <= {str(leaf.dtype) for leaf in jax.tree.leaves(loaded[0].params)}
+    before = files(whole[0])
+    assert {name: content for name, content in files(tmp_path).items() if "-int8/" not in name and name != "sweep.json"} == {
+        name: content for name, content in before.items() if name != "sweep.json"
+    }
+    assert result["baseline"] == "runs-tiny-3" and [(c["name"], c["quantize"]) for c in result["checkpoints"]] == [("runs-tiny-3", ""), ("runs-tiny-3-int8", "int8")]
+    plain, _, quantized = ([tmp_path / path for path in cell["predictions"]] for cell in result["cells"])
+    header = json.loads(quantized[0].read_text().splitlines()[0])
+    assert header["quantize"] == "int8" and [row["record"] for row in read_rows(quantized[0])] == [0, 1, 2]
+    assert "step 3, int8 weights" in write_sweep_report(tmp_path).read_text()
+    shutil.copyfile(plain[0], quantized[0])
+    with pytest.raises(ValueError, match="predictions of another run .different checkpoint, quantize"):
+        run_sweep(small, tmp_path)
+
+
+def test_captions_are_scored_by_spice_or_it_is_said_why_not(config, folder, tmp_path, monkeypatch, caplog):
+    """Without Java first, then with it; answers are made once and SPICE is run once."""
+    tasks = tuple(dataclasses.replace(task, name=name, kind="refer_box", part="RC") for name in ("RC", "GC") for task in folder_tasks(folder / "test" / "vqa.json"))
+    captions = dataclasses.replace(config, tasks=tasks, select="*", limit=2)
+
+    def left_out():
+        write_sweep_report(tmp_path)
+        return json.loads((tmp_path / "report.json").read_text())["notes"]
+
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    cells = run_sweep(captions, tmp_path)["cells"]
+    assert [message.partition(":")[0] for message in caplog.messages if "SPICE" in message] == ["SPICE is left out"]
+    for cell in cells:
+        assert "mBMR" in cell["metrics"] and "spice" not in cell["metrics"] and "no `java` is on the PATH" in cell["left_out"]["spice"]
+    assert [note[: note.index(": SPICE is a Java program")] for note in left_out()] == ["RC: SPICE is left out", "GC: SPICE is left out"]
+
+    caplog.clear()
+    monkeypatch.setattr(sweep, "LoadedModel", None)
+    with fake_spice.installed(tmp_path) as calls:
+        for _ in range(2):
+            cells = run_sweep(captions, tmp_path)["cells"]
+        assert [len(call) for call in calls()] == [2, 2]  # one for each task, none for the second sweep
+    assert run_sweep(captions, tmp_path)["cells"] == cells and "SPICE" not in caplog.text
+    for cell in cells:
+        rows = read_rows(tmp_path / cell["predictions"][0])
+        expected = [fake_spice.score(row["answer"], row["expected"]) for row in rows]
+        assert cell["metrics"]["spice"] == pytest.approx(sum(expected) / 2) and cell["left_out"] == {}
+        assert cell["predictions"][-1] == f"predictions/runs-tiny-3/exact/{cell['task']}.spice.jsonl"
+    assert left_out() == []
+    figures = json.loads((tmp_path / "report.json").read_text())["figures"]
+    assert {figure["task"]: figure["value"] for figure in figures if (figure["metric"], figure["modality"]) == ("spice", "all")} == {
+        cell["task"]: pytest.approx(cell["metrics"]["spice"]) for cell in cells
+    }
+
+
+@pytest.mark.slow
+def test_every_task_of_the_sweep_is_asked(run, folder, tmp_path):
+    """eval_sweep.py's files, each with records of its kind in the form that the importers write."""
+    swept = from_config_dict(eval_sweep.get_config(str(tmp_path / "data")), SweepConfig)
+    boxes = "<ref>lung</ref><box>(0,0),(500,999)</box>"
+    for task in swept.tasks:
+        root = tmp_path / "data" / os.path.relpath(task.file, tmp_path / "data").split(os.sep)[0]
+        if not root.exists():
+            shutil.copytree(folder, root, ignore=shutil.ignore_patterns("*.json"))
+        records = json.loads((folder / "test" / f"{'vqa' if task.kind == 'refer_box' else task.kind}.json").read_text())[:3]
+        for record in records:
+            if task.kind == "refer_box":
+                record["conversations"][-1]["value"] = boxes if task.part == "VG" else "It is the left lung."
+            if task.name == "BRISC":
+                record["conversations"][-1]["value"] = "No, there is no tumor."
+        Path(task.file).parent.mkdir(exist_ok=True)
+        Path(task.file).write_text(json.dumps(records))
+    result = run_sweep(dataclasses.replace(swept, checkpoints=str(run), slots=2, refill=1), tmp_path / "out")
+    metrics = {cell["task"]: cell["metrics"] for cell in result["cells"]}
+    expected = {"grounding": "mDice", "vqa": "closed_accuracy", "region": "accuracy", "VG": "recall_at_0.5", "ROC": "roc_accuracy", "RC": "mBMR", "MIA": "mBMR"}
+    assert metrics.keys() == {task.name for task in swept.tasks} and all(cell["records"] >= 2 for cell in result["cells"])
+    for task in swept.tasks:
+        wanted = "false_mask_rate" if task.name == "BRISC" else expected[task.part or task.kind]
+        assert 0 <= metrics[task.name][wanted] <= 1 and f"{wanted}/ct" in metrics[task.name], task.name
+    assert (tmp_path / "out").exists() and "mDice" not in metrics["BRISC"]
