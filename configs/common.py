@@ -15,13 +15,24 @@ POD = MeshConfig(data=1, fsdp=-1)
 # Everything a thousand times smaller; trains on a laptop from nothing. The vocabulary: 800 pieces and 267 added tokens.
 TINY = ModelConfig(
     clip=ClipConfig(image_size=112, patch_size=14, hidden_size=96, num_layers=4, num_heads=4, mlp_dim=192),
-    llm=LlmConfig(vocab_size=800 + 267, hidden_size=128, num_layers=3, num_heads=4, num_kv_heads=4, mlp_dim=256, max_positions=512),
+    llm=LlmConfig(
+        vocab_size=800 + 267, hidden_size=128, num_layers=3, num_heads=4, num_kv_heads=4, mlp_dim=256, max_positions=512
+    ),
     mask=MaskConfig(
-        image_size=128, patch_size=16, hidden_size=96, num_layers=4, num_heads=4, window_size=4, global_layers=(1, 3),
-        out_dim=64, decoder_heads=4, decoder_mlp_dim=128, iou_head_dim=64,
+        image_size=128,
+        patch_size=16,
+        hidden_size=96,
+        num_layers=4,
+        num_heads=4,
+        window_size=4,
+        global_layers=(1, 3),
+        out_dim=64,
+        decoder_heads=4,
+        decoder_mlp_dim=128,
+        iou_head_dim=64,
     ),
     region=RegionConfig(max_points=64),
-)  # fmt: skip
+)
 
 ALL_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 MLP_LINEAR = ("gate", "up", "down")
@@ -67,14 +78,24 @@ def tiny_optim(lr: float, *trainable: str) -> OptimConfig:
 def mecovqa(*names: str, **settings) -> DataConfig:
     """MeCoVQA's training files below data/MeCoVQA, with the tokenizer of the converted LLaVA-1.5-7B."""
     return DataConfig(
-        sources=tuple(f"data/MeCoVQA/train/{name}.json" for name in names), root="data/MeCoVQA",
-        tokenizer="checkpoints/llava-v1.5-7b/tokenizer", batch_size=128, on_error="skip", workers=8, **settings,
-    )  # fmt: skip
+        sources=tuple(f"data/MeCoVQA/train/{name}.json" for name in names),
+        root="data/MeCoVQA",
+        tokenizer="checkpoints/llava-v1.5-7b/tokenizer",
+        batch_size=128,
+        on_error="skip",
+        workers=8,
+        **settings,
+    )
 
 
 def phantom(*names: str, **settings) -> DataConfig:
     """The generated dataset of `python -m medplib_jax.datasets.phantom.generate --out data/phantom`, with the tokenizer trained on it."""
     return DataConfig(
-        sources=tuple(f"data/phantom/train/{name}.json" for name in names), root="data/phantom", tokenizer="data/phantom/tokenizer",
-        batch_size=8, mask_canvas=160, workers=0, **settings,
-    )  # fmt: skip
+        sources=tuple(f"data/phantom/train/{name}.json" for name in names),
+        root="data/phantom",
+        tokenizer="data/phantom/tokenizer",
+        batch_size=8,
+        mask_canvas=160,
+        workers=0,
+        **settings,
+    )

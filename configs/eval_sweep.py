@@ -34,9 +34,16 @@ MED_GRIT = "Med-GRIT-270k (Huang et al., MICCAI 2024)"
 
 def get_config(data: str = "data"):
     tasks = [
-        TaskConfig("MeCoVQA-Grounding", f"{data}/MeCoVQA/test/MeCoVQA_Grounding_test.json", kind="grounding", about=MECOVQA),
+        TaskConfig(
+            "MeCoVQA-Grounding", f"{data}/MeCoVQA/test/MeCoVQA_Grounding_test.json", kind="grounding", about=MECOVQA
+        ),
         *(
-            TaskConfig(f"zeroshot-{name}", f"{data}/MeCoVQA/zeroshot4grounding/{name}.json", kind="grounding", about=f"{MECOVQA}, zero-shot grounding")
+            TaskConfig(
+                f"zeroshot-{name}",
+                f"{data}/MeCoVQA/zeroshot4grounding/{name}.json",
+                kind="grounding",
+                about=f"{MECOVQA}, zero-shot grounding",
+            )
             for name in ZERO_SHOT
         ),
         TaskConfig("MeCoVQA-Complex", f"{data}/MeCoVQA/test/MeCoVQA_Complex_VQA_test.json", kind="vqa", about=MECOVQA),
@@ -46,7 +53,13 @@ def get_config(data: str = "data"):
             for name, (dataset, about) in IMPORTED.items()
         ),
         *(
-            TaskConfig(f"Med-GRIT-{part}", f"{data}/med_grit_{part}/med_grit_test.json", kind="refer_box", part=part, about=MED_GRIT)
+            TaskConfig(
+                f"Med-GRIT-{part}",
+                f"{data}/med_grit_{part}/med_grit_test.json",
+                kind="refer_box",
+                part=part,
+                about=MED_GRIT,
+            )
             for part in ("VG", "ROC", "RC", "MIA")
         ),
         TaskConfig("BRISC", f"{data}/brisc/brisc_test.json", kind="grounding", about="BRISC 2025: no target, no mask"),

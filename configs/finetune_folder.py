@@ -24,7 +24,9 @@ from medplib_jax.data.splits import is_held_out, may_hold_records
 
 def _annotations(folder: pathlib.Path) -> list[pathlib.Path]:
     """Files of records for training."""
-    return [path for path in sorted(folder.glob("*.json")) if may_hold_records(str(path)) and not is_held_out(path.name)]
+    return [
+        path for path in sorted(folder.glob("*.json")) if may_hold_records(str(path)) and not is_held_out(path.name)
+    ]
 
 
 def get_config(folder: str):
@@ -34,12 +36,22 @@ def get_config(folder: str):
     if not sources:
         raise ValueError(f"{root}: expected annotation files *.json in it or in its train/, found none")
     data = DataConfig(
-        sources=tuple(map(str, sources)), root=str(root), tokenizer="runs/mine/tokenizer", bucket_lengths=(160, 224, 320, 512), batch_size=8,
-        max_regions=2, max_masks=2, mask_canvas=512, on_error="skip", workers=0,
-    )  # fmt: skip
+        sources=tuple(map(str, sources)),
+        root=str(root),
+        tokenizer="runs/mine/tokenizer",
+        bucket_lengths=(160, 224, 320, 512),
+        batch_size=8,
+        max_regions=2,
+        max_masks=2,
+        mask_canvas=512,
+        on_error="skip",
+        workers=0,
+    )
     return to_config_dict(
         ExperimentConfig(
-            model=dataclasses.replace(common.TINY, mask=dataclasses.replace(common.TINY.mask, image_size=256, window_size=8)),
+            model=dataclasses.replace(
+                common.TINY, mask=dataclasses.replace(common.TINY.mask, image_size=256, window_size=8)
+            ),
             data=data,
             optim=common.tiny_optim(1e-3, ".*"),
             loss=LossConfig(ce=1.0, dice=2.0, bce=2.0),

@@ -19,9 +19,15 @@ def get_config(size: str = "7b"):
 
 def large() -> ExperimentConfig:
     data = DataConfig(
-        sources=("data/llava_med/alignment_500k.json",), root="data/llava_med", tokenizer="checkpoints/llava-v1.5-7b/tokenizer",
-        bucket_lengths=common.BUCKETS_2048, max_regions=0, max_masks=0, on_error="skip", workers=8,
-    )  # fmt: skip
+        sources=("data/llava_med/alignment_500k.json",),
+        root="data/llava_med",
+        tokenizer="checkpoints/llava-v1.5-7b/tokenizer",
+        bucket_lengths=common.BUCKETS_2048,
+        max_regions=0,
+        max_masks=0,
+        on_error="skip",
+        workers=8,
+    )
     return ExperimentConfig(
         model=common.LARGE,
         data=data,

@@ -25,7 +25,9 @@ def get_config(size: str = "7b"):
 def large() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.LARGE, lora=common.lora(16, common.ALL_LINEAR)),
-        data=common.mecovqa(common.COMPLEX, common.REGIONS, bucket_lengths=common.BUCKETS_2048, max_regions=4, max_masks=0),
+        data=common.mecovqa(
+            common.COMPLEX, common.REGIONS, bucket_lengths=common.BUCKETS_2048, max_regions=4, max_masks=0
+        ),
         optim=OptimConfig(lr=1e-4, trainable=TRAINABLE, frozen_dtype="bfloat16"),
         loss=LossConfig(ce_chunk=common.CE_CHUNK),
         mesh=common.POD,

@@ -25,7 +25,9 @@ def large() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.LARGE, lora=common.lora(8, common.MLP_LINEAR)),
         data=common.mecovqa(common.GROUNDING, bucket_lengths=common.BUCKETS_2048, max_regions=0, max_masks=1),
-        optim=OptimConfig(lr=3e-4, trainable=(common.LORA, common.MASK_DECODER, common.SEG_MLP), frozen_dtype="bfloat16"),
+        optim=OptimConfig(
+            lr=3e-4, trainable=(common.LORA, common.MASK_DECODER, common.SEG_MLP), frozen_dtype="bfloat16"
+        ),
         loss=dataclasses.replace(LOSS, ce_chunk=common.CE_CHUNK),
         mesh=common.POD,
         init=InitConfig(stage=3, base="runs/7b/stage2"),

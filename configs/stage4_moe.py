@@ -14,7 +14,14 @@ from configs import common
 from medplib_jax.config.base import to_config_dict
 from medplib_jax.config.experiment import ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig
 
-TRAINABLE = (common.LORA, common.ROUTER, *common.HEAD_AND_EMBEDDINGS, common.MASK_DECODER, common.SEG_MLP, common.REGION)
+TRAINABLE = (
+    common.LORA,
+    common.ROUTER,
+    *common.HEAD_AND_EMBEDDINGS,
+    common.MASK_DECODER,
+    common.SEG_MLP,
+    common.REGION,
+)
 TARGETS = (*common.MLP_LINEAR, "q", "v")
 LOSS = LossConfig(ce=1.0, dice=0.5, bce=2.0, focal=0.0, iou=0.0)
 
@@ -26,7 +33,14 @@ def get_config(size: str = "7b"):
 def large() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.LARGE, moe=common.EXPERTS, lora=common.lora(8, TARGETS)),
-        data=common.mecovqa(common.COMPLEX, common.REGIONS, common.GROUNDING, bucket_lengths=common.BUCKETS_1024, max_regions=4, max_masks=1),
+        data=common.mecovqa(
+            common.COMPLEX,
+            common.REGIONS,
+            common.GROUNDING,
+            bucket_lengths=common.BUCKETS_1024,
+            max_regions=4,
+            max_masks=1,
+        ),
         optim=OptimConfig(lr=3e-4, trainable=TRAINABLE, frozen_dtype="bfloat16"),
         loss=dataclasses.replace(LOSS, ce_chunk=common.CE_CHUNK),
         mesh=common.POD,
@@ -38,7 +52,9 @@ def large() -> ExperimentConfig:
 def tiny() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.TINY, moe=common.EXPERTS, lora=common.tiny_lora(TARGETS)),
-        data=common.phantom(common.COMPLEX, common.REGIONS, common.GROUNDING, bucket_lengths=(216,), max_regions=4, max_masks=4),
+        data=common.phantom(
+            common.COMPLEX, common.REGIONS, common.GROUNDING, bucket_lengths=(216,), max_regions=4, max_masks=4
+        ),
         optim=common.tiny_optim(1.3e-3, *TRAINABLE),
         loss=LOSS,
         init=InitConfig(stage=4, base="runs/tiny/stage2", grounding="runs/tiny/stage3"),

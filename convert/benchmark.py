@@ -33,14 +33,18 @@ SHARD_BYTES = 5 << 30
 def synthetic(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random finite bits of a seed that is the tensor's name."""
     random = np.random.Generator(np.random.SFC64(zlib.crc32(key.encode())))
-    return (random.integers(0, 1 << 16, shape, np.uint16) & np.uint16(0xBFFF)).view(BFLOAT16)  # a clear exponent bit: below 2, finite
+    return (random.integers(0, 1 << 16, shape, np.uint16) & np.uint16(0xBFFF)).view(
+        BFLOAT16
+    )  # a clear exponent bit: below 2, finite
 
 
 def write_source(folder: pathlib.Path, layers: int) -> int:
     """A source folder; returns the bytes of its weights."""
     folder.mkdir(parents=True)
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"], str(folder), 290)
-    config = ModelConfig(llm=LlmConfig(num_layers=layers, vocab_size=tokenizer.vocab_size), moe=MoeConfig(num_experts=2))
+    config = ModelConfig(
+        llm=LlmConfig(num_layers=layers, vocab_size=tokenizer.vocab_size), moe=MoeConfig(num_experts=2)
+    )
     shapes = {path: leaf.shape for path, leaf in flatten(params_of(from_torch.model_shapes(config))).items()}
     planned = []
     for key, place in mapping.entries(config, shapes).items():
@@ -109,7 +113,14 @@ class Comparison:
         """As COLUMNS says."""
         copied = self.results["copy"].seconds
         return [
-            (name, f"{one.seconds:.0f}", f"{one.cpu_seconds:.0f}", f"{self.gigabytes / one.seconds:.2f}", f"{copied / one.seconds:.2f}", f"{one.peak_gb:.2f}")
+            (
+                name,
+                f"{one.seconds:.0f}",
+                f"{one.cpu_seconds:.0f}",
+                f"{self.gigabytes / one.seconds:.2f}",
+                f"{copied / one.seconds:.2f}",
+                f"{one.peak_gb:.2f}",
+            )
             for name, one in self.results.items()
         ]
 
@@ -126,9 +137,13 @@ def compare(work: pathlib.Path, layers: int) -> Comparison:
         gigabytes = write_source(source, layers) / 1e9
         results = {"copy": measure(source, copy, "cp", "-r", str(source), str(copy))}
         shutil.rmtree(copy)
-        results["from_torch"] = measure(source, jax, *python, "convert.from_torch", "--source", str(source), "--out", str(jax))
+        results["from_torch"] = measure(
+            source, jax, *python, "convert.from_torch", "--source", str(source), "--out", str(jax)
+        )
         shutil.rmtree(source)
-        results["to_torch"] = measure(jax, back, *python, "convert.to_torch", "--checkpoint", str(jax), "--out", str(back))
+        results["to_torch"] = measure(
+            jax, back, *python, "convert.to_torch", "--checkpoint", str(jax), "--out", str(back)
+        )
         return Comparison(layers, gigabytes, count_changed(back), results)
     finally:
         shutil.rmtree(work, ignore_errors=True)

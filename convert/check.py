@@ -52,7 +52,11 @@ class Comparison:
 
 
 def compare(
-    torch_source: Sequence[pathlib.Path], workdir: pathlib.Path, images: Sequence[pathlib.Path], dtype: str, max_new_tokens: int
+    torch_source: Sequence[pathlib.Path],
+    workdir: pathlib.Path,
+    images: Sequence[pathlib.Path],
+    dtype: str,
+    max_new_tokens: int,
 ) -> Iterator[Comparison]:
     """Yields one comparison per picture and question."""
     stored = to_torch.open_checkpoint(workdir)
@@ -61,7 +65,9 @@ def compare(
     model = laid_out_model(config)  # as the predictor's parameters lie
     predictor = Predictor(workdir, max_new_tokens=max_new_tokens)
     params = predictor.params
-    generator = Generator(config, params, eos_id=tokenizer.eos_id, seg_id=tokenizer.seg_id, max_new_tokens=max_new_tokens, max_masks=0)
+    generator = Generator(
+        config, params, eos_id=tokenizer.eos_id, seg_id=tokenizer.seg_id, max_new_tokens=max_new_tokens, max_masks=0
+    )
     run = jax.jit(lambda params, batch: read(bind(model, params), batch))
     for image in images:
         for question in QUESTIONS:
@@ -80,10 +86,15 @@ def with_answer(prompt: Batch, answer: Sequence[int]) -> tuple[Batch, int]:
     start = int(np.sum(prompt.valid))
     total = start + len(answer)
     tokens, index = np.zeros((1, total), np.int32), np.full((1, total), -1, np.int32)
-    tokens[:, :start], index[:, :start] = np.asarray(prompt.tokens)[:, :start], np.asarray(prompt.feature_index)[:, :start]
+    tokens[:, :start], index[:, :start] = (
+        np.asarray(prompt.tokens)[:, :start],
+        np.asarray(prompt.feature_index)[:, :start],
+    )
     tokens[0, start:] = answer
     position, valid = np.array([[total - 2]], np.int32), np.ones((1, total), bool)
-    return prompt.replace(tokens=tokens, feature_index=index, valid=valid, seg_position=position, mask_valid=np.ones((1, 1), bool)), start
+    return prompt.replace(
+        tokens=tokens, feature_index=index, valid=valid, seg_position=position, mask_valid=np.ones((1, 1), bool)
+    ), start
 
 
 def read(model: MedPLIB, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -131,7 +142,9 @@ def find_images(folder: pathlib.Path) -> list[pathlib.Path]:
     known = Image.registered_extensions()
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
     if not found:
-        raise FileNotFoundError(f"--images {folder}: expected pictures, found {sorted(path.name for path in folder.iterdir())[:10]}")
+        raise FileNotFoundError(
+            f"--images {folder}: expected pictures, found {sorted(path.name for path in folder.iterdir())[:10]}"
+        )
     return found
 
 
@@ -148,8 +161,12 @@ def made_up_images(folder: pathlib.Path, count: int = 2) -> list[pathlib.Path]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", required=True, action="append", type=pathlib.Path, help="folder or file; may be given several times")
-    parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="workdir of a training run or a conversion")
+    parser.add_argument(
+        "--torch", required=True, action="append", type=pathlib.Path, help="folder or file; may be given several times"
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, type=pathlib.Path, help="workdir of a training run or a conversion"
+    )
     parser.add_argument("--images", type=pathlib.Path, help="folder of pictures")
     parser.add_argument("--dtype", choices=sorted(LIMITS), default="float32", help="compute type of the JAX side")
     parser.add_argument("--max_new_tokens", type=int, default=12)

@@ -41,9 +41,13 @@ DTYPES = {"fp32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "f
 SIDE_FOLDER = "huggingface"  # the source's own files, for the way back
 SIDE_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
 FRESH = {
-    "projector": lambda config, rngs: Mlp(config.clip.hidden_size, config.llm.hidden_size, config.llm.hidden_size, gelu, rngs=rngs),
+    "projector": lambda config, rngs: Mlp(
+        config.clip.hidden_size, config.llm.hidden_size, config.llm.hidden_size, gelu, rngs=rngs
+    ),
     "region": lambda config, rngs: RegionEncoder(config.region, config.clip, config.llm.hidden_size, rngs),
-    "seg_mlp": lambda config, rngs: Mlp(config.llm.hidden_size, config.llm.hidden_size, config.mask.out_dim, jax.nn.relu, rngs=rngs),
+    "seg_mlp": lambda config, rngs: Mlp(
+        config.llm.hidden_size, config.llm.hidden_size, config.mask.out_dim, jax.nn.relu, rngs=rngs
+    ),
 }
 
 
@@ -71,7 +75,9 @@ def convert(options: Options) -> ModelConfig:
     """
     tensors = read_sources(options.sources)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    folders = [folder for folder in (options.config, *(s if s.is_dir() else s.parent for s in options.sources)) if folder]
+    folders = [
+        folder for folder in (options.config, *(s if s.is_dir() else s.parent for s in options.sources)) if folder
+    ]
     language, vision, side = find_configs(folders)
     config = kinds.detect_config(shapes, language, vision, options.lora_alpha)
     model = model_shapes(config)
@@ -81,7 +87,9 @@ def convert(options: Options) -> ModelConfig:
     if "llm/embed/embedding" in params:
         tokenizer = vocabulary.find_tokenizer(options.tokenizer, folders)
         growth = vocabulary.missing_rows(tokenizer, config.llm.vocab_size)
-        config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=config.llm.vocab_size + growth))
+        config = dataclasses.replace(
+            config, llm=dataclasses.replace(config.llm, vocab_size=config.llm.vocab_size + growth)
+        )
     params = {path: _grown(path, shape, growth) for path, shape in params.items()}
     pieces = shard_counts(model, params, options.mesh)
     members = collections.defaultdict(list)
@@ -110,11 +118,15 @@ def read_sources(sources: Sequence[pathlib.Path]) -> dict[str, torch_files.Tenso
         for key, tensor in torch_files.read_folder(source).items():
             name = mapping.canonical(key)
             if name in named:
-                raise ValueError(f"{tensor.file}: {key!r} is one tensor under two names; the other is in {named[name].file}")
+                raise ValueError(
+                    f"{tensor.file}: {key!r} is one tensor under two names; the other is in {named[name].file}"
+                )
             named[name] = tensor
         repeated = named.keys() & merged.keys()
         if repeated:
-            logging.info("%s: %d tensors are taken from an earlier source, first %s", source, len(repeated), min(repeated))
+            logging.info(
+                "%s: %d tensors are taken from an earlier source, first %s", source, len(repeated), min(repeated)
+            )
         merged = named | merged
     return merged
 
@@ -149,7 +161,9 @@ def model_shapes(config: ModelConfig) -> MedPLIB:
     return abstract_module(lambda rngs: MedPLIB(config, rngs))
 
 
-def target_shapes(config: ModelConfig, model: MedPLIB, shapes: kinds.Shapes, parts: set[str]) -> dict[str, tuple[int, ...]]:
+def target_shapes(
+    config: ModelConfig, model: MedPLIB, shapes: kinds.Shapes, parts: set[str]
+) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the parameters to fill: the model's under `parts`, and the in-context-learning modules' if the source has them."""
     held = {path: leaf.shape for path, leaf in flatten(params_of(model)).items() if path.split("/")[0] in parts}
     return held | mapping.extra_parameters(config, shapes, ("icl/",))
@@ -161,7 +175,8 @@ def shard_counts(model: MedPLIB, params: dict[str, tuple[int, ...]], mesh: MeshC
     abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     axes = flatten(logical_axes(model))
     specs = {
-        path: partition_spec(path, axes[path], shape, abstract) if path in axes else (None,) * len(shape) for path, shape in params.items()
+        path: partition_spec(path, axes[path], shape, abstract) if path in axes else (None,) * len(shape)
+        for path, shape in params.items()
     }
     return {path: tuple(axis_size(abstract, target) for target in spec) for path, spec in specs.items()}
 
@@ -188,7 +203,9 @@ def streamed(path: str, shape, pieces, members: list, dtype: str | None, growth:
         return vocabulary.grow(path, made, growth) if growth and path in vocabulary.GROWING else made
 
     chunk = orbax_stream.chunk_shape(shape, len(members[0][0].stack), pieces, target.itemsize)
-    return orbax_stream.Streamed(shape, target, chunk, [(entry.index, functools.partial(slab, entry, tensor)) for entry, tensor in members])
+    return orbax_stream.Streamed(
+        shape, target, chunk, [(entry.index, functools.partial(slab, entry, tensor)) for entry, tensor in members]
+    )
 
 
 def fresh_leaves(config: ModelConfig, options: Options) -> dict[str, orbax_stream.Streamed]:
@@ -208,7 +225,11 @@ def _whole(array: np.ndarray) -> orbax_stream.Streamed:
 def write_checkpoint(folder: pathlib.Path, config: ModelConfig, leaves, options: Options) -> None:
     """Step 0 of a workdir, with the items that `medplib_jax.checkpoint` reads. Its tokenizer is in `folder` already."""
     steps = folder / checkpoint.FOLDER
-    handlers = {"state": orbax_stream.handler(), "experiment": ocp.JsonCheckpointHandler(), "tokenizer": checkpoint.TokenizerHandler()}
+    handlers = {
+        "state": orbax_stream.handler(),
+        "experiment": ocp.JsonCheckpointHandler(),
+        "tokenizer": checkpoint.TokenizerHandler(),
+    }
     tokenizer = folder / "tokenizer"
     data = DataConfig(tokenizer=str(options.out.absolute() / "tokenizer") if tokenizer.exists() else "")
     experiment = dataclasses.asdict(ExperimentConfig(model=config, data=data, init=InitConfig(stage=options.stage)))
@@ -261,11 +282,15 @@ def parse_mesh(text: str) -> MeshConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", action="append", required=True, type=pathlib.Path, help="folder or file; may be given several times")
+    parser.add_argument(
+        "--source", action="append", required=True, type=pathlib.Path, help="folder or file; may be given several times"
+    )
     parser.add_argument("--out", required=True, type=pathlib.Path, help="workdir to create")
     parser.add_argument("--kind", choices=("auto", *kinds.KINDS), default="auto")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as in the source")
-    parser.add_argument("--mesh", type=parse_mesh, default=MeshConfig(data=1), help="lay files out for this mesh, e.g. fsdp=8,tensor=2")
+    parser.add_argument(
+        "--mesh", type=parse_mesh, default=MeshConfig(data=1), help="lay files out for this mesh, e.g. fsdp=8,tensor=2"
+    )
     parser.add_argument("--config", type=pathlib.Path, help="folder with config.json, where the source has none")
     parser.add_argument("--tokenizer", type=pathlib.Path, help="folder with tokenizer.model, where the source has none")
     parser.add_argument("--fresh", default="", help=f"comma-separated parts that start at random: {', '.join(FRESH)}")

@@ -119,13 +119,20 @@ def preprocessor_json(config: ModelConfig) -> Json:
     }
 
 
-def write_files(folder: pathlib.Path, config: ModelConfig, side: pathlib.Path, tokenizer: pathlib.Path, dtype: np.dtype) -> None:
+def write_files(
+    folder: pathlib.Path, config: ModelConfig, side: pathlib.Path, tokenizer: pathlib.Path, dtype: np.dtype
+) -> None:
     """Writes all files around the weights into `folder`. `side` holds the source's own, where there was one."""
     _write(folder / "config.json", model_json(config, read_json(side / "config.json"), dtype))
     _write(folder / "generation_config.json", read_json(side / "generation_config.json") or _GENERATION)
-    _write(folder / "preprocessor_config.json", read_json(side / "preprocessor_config.json") or preprocessor_json(config))
+    _write(
+        folder / "preprocessor_config.json", read_json(side / "preprocessor_config.json") or preprocessor_json(config)
+    )
     vocabulary.copy_tokenizer(tokenizer, folder)
-    for name, content in (("tokenizer_config.json", _TOKENIZER), ("special_tokens_map.json", _SPECIAL | {"pad_token": "<unk>"})):
+    for name, content in (
+        ("tokenizer_config.json", _TOKENIZER),
+        ("special_tokens_map.json", _SPECIAL | {"pad_token": "<unk>"}),
+    ):
         if not (folder / name).exists():
             _write(folder / name, content)
 

@@ -90,7 +90,9 @@ def _clip(shapes: Shapes, vision: Json, language: Json) -> ClipConfig:
     hidden = patch[0]
     heads = vision.get("num_attention_heads") or (hidden // 64 if hidden % 64 == 0 else None)
     if heads is None:
-        raise ValueError(f"CLIP of width {hidden}: the number of heads is in no tensor; give the folder with CLIP's config.json (--config)")
+        raise ValueError(
+            f"CLIP of width {hidden}: the number of heads is in no tensor; give the folder with CLIP's config.json (--config)"
+        )
     config = ClipConfig(
         image_size=math.isqrt(positions - 1) * patch[2],
         patch_size=patch[2],
@@ -118,7 +120,9 @@ def _llm(shapes: Shapes, language: Json) -> LlmConfig:
         raise ValueError("the language model has no tensor ending in '.gate_proj.weight': its MLP's width is unknown")
     language = language.get("text_config", language)
     if "num_attention_heads" not in language:
-        raise ValueError("the language model's number of heads is in no tensor; give the folder with its config.json (--config)")
+        raise ValueError(
+            "the language model's number of heads is in no tensor; give the folder with its config.json (--config)"
+        )
     heads = language["num_attention_heads"]
     kv_heads = _shape(shapes, "model.layers.0.self_attn.k_proj.weight")[0] * heads // hidden
     layers = _count(shapes, r"model\.layers\.(\d+)\.")
@@ -152,11 +156,19 @@ def _moe(shapes: Shapes, language: Json) -> MoeConfig:
     written = language.get("moe", {})
     experts = _count(shapes, _MOE + r"experts\.deepspeed_experts\.(\d+)\.")
     if set(written.get("num_experts", [experts])) != {experts}:
-        raise ValueError(f"config.json: moe.num_experts {written['num_experts']} disagrees with the tensors: {experts} experts")
+        raise ValueError(
+            f"config.json: moe.num_experts {written['num_experts']} disagrees with the tensors: {experts} experts"
+        )
     if tuple(written.get("moe_layers_idx") or layers) != layers:
-        raise ValueError(f"config.json: moe.moe_layers_idx {written['moe_layers_idx']} disagrees with the tensors: layers {layers}")
+        raise ValueError(
+            f"config.json: moe.moe_layers_idx {written['moe_layers_idx']} disagrees with the tensors: layers {layers}"
+        )
     count = _count(shapes, r"model\.layers\.(\d+)\.")
-    named = (name for name in ("dense", "sparse", "first_half", "second_half") if MoeConfig(1, layers=name).layer_indices(count) == layers)
+    named = (
+        name
+        for name in ("dense", "sparse", "first_half", "second_half")
+        if MoeConfig(1, layers=name).layer_indices(count) == layers
+    )
     return MoeConfig(
         num_experts=experts,
         top_k=written.get("top_k_experts", 1),

@@ -87,7 +87,9 @@ TABLE: tuple[tuple[str, str, Layout], ...] = (
     *_affine("model.mm_projector.[0,2]", "projector/fc[1,2]", LINEAR),
     *_affine("model.region_fea_adapter", "region/adapter", LINEAR),
     *_affine(_GEOMETRY + "diff_projector_list.{geometry}", "region/geometry/stages/{geometry}/diff", LINEAR),
-    *_affine(_GEOMETRY + "agg_projector_list.{geometry}.net.0", "region/geometry/stages/{geometry}/aggregate", CONV_POINT),
+    *_affine(
+        _GEOMETRY + "agg_projector_list.{geometry}.net.0", "region/geometry/stages/{geometry}/aggregate", CONV_POINT
+    ),
     *_norm(_GEOMETRY + "agg_projector_list.{geometry}.norm", "region/geometry/stages/{geometry}/norm"),
     *_affine(_GEOMETRY + "[flatten,dim]_projector", "region/geometry/[flatten,project]", LINEAR),
     # LLaMA, its dense and mixture-of-experts MLPs
@@ -96,7 +98,11 @@ TABLE: tuple[tuple[str, str, Layout], ...] = (
     (_LAYER + "self_attn.[q,k,v,o]_proj.weight", "llm/layers/attn/[q,k,v,o]/kernel", LINEAR),
     (_DENSE + "[gate,up,down]_proj.weight", "llm/mlp/[gate,up,down]/kernel", LINEAR),
     (_EXPERTS + "gate.wg.weight", "llm/moe/router/kernel", LINEAR),
-    (_EXPERTS + "experts.deepspeed_experts.{expert}.[gate,up,down]_proj.weight", "llm/moe/experts/[gate,up,down]/kernel", LINEAR),
+    (
+        _EXPERTS + "experts.deepspeed_experts.{expert}.[gate,up,down]_proj.weight",
+        "llm/moe/experts/[gate,up,down]/kernel",
+        LINEAR,
+    ),
     ("model.layers.{moe}.mlp.mlp.[gate,up,down]_proj.weight", "llm/moe/residual/[gate,up,down]/kernel", LINEAR),
     *_affine("model.layers.{moe}.mlp.coefficient", "llm/moe/coefficient", LINEAR),
     ("model.norm.weight", "llm/final_norm/scale", SAME),
@@ -117,7 +123,11 @@ TABLE: tuple[tuple[str, str, Layout], ...] = (
     (_SAM + "image_encoder.neck.[0,2].weight", "sam/image_encoder/neck/conv[1,2]/kernel", CONV),
     *_norm(_SAM + "image_encoder.neck.[1,3]", "sam/image_encoder/neck/norm[1,2]"),
     # SAM-Med2D, prompt encoder
-    (_SAM + "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", "sam/prompt_encoder/position_gaussian", SAME),
+    (
+        _SAM + "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+        "sam/prompt_encoder/position_gaussian",
+        SAME,
+    ),
     (_SAM + "prompt_encoder.point_embeddings.{point}.weight", "sam/prompt_encoder/point_embed", ROW),
     (_SAM + "prompt_encoder.not_a_point_embed.weight", "sam/prompt_encoder/not_a_point_embed", ROW),
     (_SAM + "prompt_encoder.no_mask_embed.weight", "sam/prompt_encoder/no_mask_embed", ROW),
@@ -126,7 +136,11 @@ TABLE: tuple[tuple[str, str, Layout], ...] = (
     # SAM-Med2D, mask decoder
     (_DECODER + "iou_token.weight", "sam/mask_decoder/iou_token", ROW),
     (_DECODER + "mask_tokens.weight", "sam/mask_decoder/mask_tokens", SAME),
-    *_affine(_TWO_WAY + "self_attn.[q,k,v,out]_proj", "sam/mask_decoder/transformer/layers/{decoder}/self_attn/[q,k,v,o]", LINEAR),
+    *_affine(
+        _TWO_WAY + "self_attn.[q,k,v,out]_proj",
+        "sam/mask_decoder/transformer/layers/{decoder}/self_attn/[q,k,v,o]",
+        LINEAR,
+    ),
     *_affine(
         _TWO_WAY + "cross_attn_token_to_image.[q,k,v,out]_proj",
         "sam/mask_decoder/transformer/layers/{decoder}/cross_token_to_image/[q,k,v,o]",
@@ -140,7 +154,9 @@ TABLE: tuple[tuple[str, str, Layout], ...] = (
     *_norm(_TWO_WAY + "norm[1,2,3,4]", "sam/mask_decoder/transformer/layers/{decoder}/norm[1,2,3,4]"),
     *_affine(_TWO_WAY + "mlp.lin[1,2]", "sam/mask_decoder/transformer/layers/{decoder}/mlp/fc[1,2]", LINEAR),
     *_affine(
-        _DECODER + "transformer.final_attn_token_to_image.[q,k,v,out]_proj", "sam/mask_decoder/transformer/final_attn/[q,k,v,o]", LINEAR
+        _DECODER + "transformer.final_attn_token_to_image.[q,k,v,out]_proj",
+        "sam/mask_decoder/transformer/final_attn/[q,k,v,o]",
+        LINEAR,
     ),
     *_norm(_DECODER + "transformer.norm_final_attn", "sam/mask_decoder/transformer/final_norm"),
     *_affine(_DECODER + "output_upscaling.[0,3]", "sam/mask_decoder/upscale[1,2]", CONV_TRANSPOSE),
@@ -150,7 +166,9 @@ TABLE: tuple[tuple[str, str, Layout], ...] = (
         "sam/mask_decoder/hypernetworks/{mask_token}/layers/{hyper_layer}",
         LINEAR,
     ),
-    *_affine(_DECODER + "iou_prediction_head.layers.{iou_layer}", "sam/mask_decoder/iou_head/layers/{iou_layer}", LINEAR),
+    *_affine(
+        _DECODER + "iou_prediction_head.layers.{iou_layer}", "sam/mask_decoder/iou_head/layers/{iou_layer}", LINEAR
+    ),
     # in-context-learning modules
     *_norm("model.mm_token_compressor.norm", "icl/compressor/norm"),
     *_affine("model.mm_token_compressor.proj", "icl/compressor/proj", LINEAR),
@@ -255,13 +273,19 @@ def entries(config: ModelConfig, paths: Iterable[str]) -> dict[str, Entry]:
     return found
 
 
-def extra_parameters(config: ModelConfig, torch_shapes: Mapping[str, Shape], parts: tuple[str, ...]) -> dict[str, Shape]:
+def extra_parameters(
+    config: ModelConfig, torch_shapes: Mapping[str, Shape], parts: tuple[str, ...]
+) -> dict[str, Shape]:
     """Path -> shape of the parameters under `parts` that a source holds beyond the model's own modules."""
     paths = [jax for _, jax, _ in _rows() if jax.startswith(parts) and "{" not in jax]
-    return {e.path: e.param_shape(torch_shapes[e.key]) for e in entries(config, paths).values() if e.key in torch_shapes}
+    return {
+        e.path: e.param_shape(torch_shapes[e.key]) for e in entries(config, paths).values() if e.key in torch_shapes
+    }
 
 
-def strict_plan(config: ModelConfig, param_shapes: Mapping[str, Shape], torch_shapes: Mapping[str, Shape]) -> dict[str, Entry]:
+def strict_plan(
+    config: ModelConfig, param_shapes: Mapping[str, Shape], torch_shapes: Mapping[str, Shape]
+) -> dict[str, Entry]:
     """Places of all source tensors, checked both ways.
 
     `param_shapes` path -> shape; `torch_shapes` canonical name -> shape. Raises ValueError listing names when a source tensor has no
@@ -277,7 +301,9 @@ def strict_plan(config: ModelConfig, param_shapes: Mapping[str, Shape], torch_sh
         problems.append(f"{len(missing)} tensors of the model are not in the source: {_some(missing)}")
     for key, entry in plan.items():
         if key in torch_shapes and tuple(torch_shapes[key]) != entry.torch_shape(param_shapes[entry.path]):
-            problems.append(f"{key}: expected shape {entry.torch_shape(param_shapes[entry.path])}, found {tuple(torch_shapes[key])}")
+            problems.append(
+                f"{key}: expected shape {entry.torch_shape(param_shapes[entry.path])}, found {tuple(torch_shapes[key])}"
+            )
     if problems:
         raise ValueError("\n".join(problems[:12] + [f"and {len(problems) - 12} more"] * (len(problems) > 12)))
     return plan
@@ -298,7 +324,10 @@ def _rows() -> tuple[tuple[str, str, Layout], ...]:
     for torch, jax, layout in tuple(rows):
         if jax.startswith("llm/") and jax.endswith("/kernel"):
             stem, side = torch.removesuffix("weight"), jax.removesuffix("kernel")
-            rows += [(stem + "lora_A.weight", side + "lora_a", LINEAR), (stem + "lora_B.weight", side + "lora_b", LINEAR)]
+            rows += [
+                (stem + "lora_A.weight", side + "lora_a", LINEAR),
+                (stem + "lora_B.weight", side + "lora_b", LINEAR),
+            ]
     return tuple(rows)
 
 

@@ -98,6 +98,8 @@ def open_arrays(directory: pathlib.Path, parts: tuple[str, ...]) -> dict[str, Pa
     saved = ocp.PyTreeCheckpointHandler().metadata(directory).tree  # knows the types of arrays that training saved, too
     wanted = {part: saved.get(part) or {} for part in parts}
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    args = ocp.args.PyTreeRestore(item=jax.tree.map(lambda _: 0, wanted), restore_args=restore_args, partial_restore=True)
+    args = ocp.args.PyTreeRestore(
+        item=jax.tree.map(lambda _: 0, wanted), restore_args=restore_args, partial_restore=True
+    )
     with ocp.Checkpointer(handler()) as checkpointer:
         return checkpointer.restore(directory, args=args)

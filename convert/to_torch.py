@@ -51,7 +51,11 @@ def open_checkpoint(workdir: pathlib.Path) -> Stored:
 
 
 def convert(
-    workdir: pathlib.Path, out: pathlib.Path, file_format: str = "safetensors", layout: str = "merged", shard_bytes: int = SHARD_BYTES
+    workdir: pathlib.Path,
+    out: pathlib.Path,
+    file_format: str = "safetensors",
+    layout: str = "merged",
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes `out`. Raises FileNotFoundError without a checkpoint, ValueError when a parameter has no PyTorch name or is not finite;
     then nothing is left behind."""
@@ -59,7 +63,9 @@ def convert(
     with staged(out) as folder:
         torch_files.write_shards(folder, planned(stored, layout), file_format, shard_bytes)
         if "llm/embed/embedding" in stored.arrays:
-            hf_config.write_files(folder, stored.config, workdir / SIDE_FOLDER, stored.tokenizer, stored.dtype("llm/embed/embedding"))
+            hf_config.write_files(
+                folder, stored.config, workdir / SIDE_FOLDER, stored.tokenizer, stored.dtype("llm/embed/embedding")
+            )
 
 
 def planned(stored: Stored, layout: str) -> Iterator[torch_files.Planned]:
@@ -71,7 +77,9 @@ def planned(stored: Stored, layout: str) -> Iterator[torch_files.Planned]:
             continue
         name = mapping.unmerged_name(key, adapted) if layout == "lora" else key
         shape = entry.torch_shape(shapes[entry.path])
-        yield torch_files.Planned(name, shape, stored.dtype(entry.path), _maker(stored, entry, name, adapted and layout == "merged"))
+        yield torch_files.Planned(
+            name, shape, stored.dtype(entry.path), _maker(stored, entry, name, adapted and layout == "merged")
+        )
     if "llm/embed/embedding" in shapes:
         yield from rotary_buffers(stored, layout)
 
@@ -81,7 +89,9 @@ def _maker(stored: Stored, entry: mapping.Entry, name: str, merge: bool):
         values = _read(stored, entry.path, entry.index)
         if merge:
             side = entry.path.removesuffix("kernel")
-            low, high = (_read(stored, side + factor, entry.index).astype(np.float32) for factor in ("lora_a", "lora_b"))
+            low, high = (
+                _read(stored, side + factor, entry.index).astype(np.float32) for factor in ("lora_a", "lora_b")
+            )
             values = (values.astype(np.float32) + stored.config.lora.scale * (low @ high)).astype(values.dtype)
         torch_files.check_finite(name, stored.tokenizer.parent, values)
         return entry.layout.to_torch(values)
@@ -107,7 +117,9 @@ def rotary_buffers(stored: Stored, layout: str) -> Iterator[torch_files.Planned]
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="workdir of a training run or a conversion")
+    parser.add_argument(
+        "--checkpoint", required=True, type=pathlib.Path, help="workdir of a training run or a conversion"
+    )
     parser.add_argument("--out", required=True, type=pathlib.Path, help="folder to create")
     parser.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
     parser.add_argument("--layout", choices=LAYOUTS, default="merged")

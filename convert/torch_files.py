@@ -26,7 +26,12 @@ from tqdm import tqdm
 Shape = tuple[int, ...]
 T = TypeVar("T")
 
-FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+FLOATS = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 _INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 _TYPES = FLOATS | {name: np.dtype(kind) for name, kind in _INTEGERS.items()}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
@@ -92,7 +97,9 @@ def _check_shards(folder: pathlib.Path, files: list[pathlib.Path], tensors: dict
         shards = json.loads(index.read_text())["weight_map"]
         for name, shard in shards.items():
             if name not in tensors and not (folder / shard).exists():
-                raise FileNotFoundError(f"{index}: tensor {name!r} is in no file, and the shard {shard} that should hold it is missing")
+                raise FileNotFoundError(
+                    f"{index}: tensor {name!r} is in no file, and the shard {shard} that should hold it is missing"
+                )
 
 
 def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
@@ -100,7 +107,9 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError(f"{file}: truncated or not a safetensors file: header of {length} bytes in a file of {size}")
+            raise ValueError(
+                f"{file}: truncated or not a safetensors file: header of {length} bytes in a file of {size}"
+            )
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:
@@ -124,7 +133,9 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
 
 def _slice_reader(file: pathlib.Path, offset: int, shape: Shape, dtype: np.dtype) -> Callable[[], np.ndarray]:
     """Reads by mapping the file: half the time of copying, since the pages go straight into what is made of them."""
-    return lambda: np.asarray(np.memmap(file, dtype, "r", offset, shape) if math.prod(shape) else np.zeros(shape, dtype))
+    return lambda: np.asarray(
+        np.memmap(file, dtype, "r", offset, shape) if math.prod(shape) else np.zeros(shape, dtype)
+    )
 
 
 def _read_pickle(file: pathlib.Path) -> dict[str, Tensor]:
@@ -147,7 +158,11 @@ def _read_pickle(file: pathlib.Path) -> dict[str, Tensor]:
     for name, value in loaded.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{file}: {name!r}: expected a tensor, found {type(value).__name__}")
-        dtype = np.dtype(ml_dtypes.bfloat16) if value.dtype == torch.bfloat16 else np.dtype(str(value.dtype).removeprefix("torch."))
+        dtype = (
+            np.dtype(ml_dtypes.bfloat16)
+            if value.dtype == torch.bfloat16
+            else np.dtype(str(value.dtype).removeprefix("torch."))
+        )
         tensors[name] = Tensor(file, tuple(value.shape), dtype, _torch_reader(torch, value))
     return tensors
 
@@ -162,7 +177,9 @@ def _torch(file: pathlib.Path):
     try:
         import torch
     except ImportError as error:
-        raise ImportError(f"{file.name}: .bin and .pth files need torch (pip install torch); safetensors files do not") from error
+        raise ImportError(
+            f"{file.name}: .bin and .pth files need torch (pip install torch); safetensors files do not"
+        ) from error
     return torch
 
 
@@ -246,7 +263,11 @@ def _pack(tensors: Iterable[Planned], shard_bytes: int) -> Iterator[list[Planned
 def _write_safetensors(file: pathlib.Path, tensors: list[Planned], bar: tqdm) -> None:
     header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this
     for tensor in tensors:
-        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": (offset, offset + tensor.nbytes)}
+        header[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": (offset, offset + tensor.nbytes),
+        }
         offset += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -254,7 +275,9 @@ def _write_safetensors(file: pathlib.Path, tensors: list[Planned], bar: tqdm) ->
         stream.write(len(text).to_bytes(8, "little") + text)
     start = 8 + len(text)
     places = [start + header[tensor.name]["data_offsets"][0] for tensor in tensors]
-    for nbytes in ahead(functools.partial(_put, file, place, tensor) for place, tensor in zip(places, tensors, strict=True)):
+    for nbytes in ahead(
+        functools.partial(_put, file, place, tensor) for place, tensor in zip(places, tensors, strict=True)
+    ):
         bar.update(nbytes)
 
 
@@ -278,7 +301,11 @@ def _write_pickle(file: pathlib.Path, tensors: list[Planned], bar: tqdm) -> None
 
     def as_torch(array: np.ndarray):
         bits = np.require(array, requirements="W")
-        return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16) if array.dtype == ml_dtypes.bfloat16 else torch.from_numpy(bits)
+        return (
+            torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+            if array.dtype == ml_dtypes.bfloat16
+            else torch.from_numpy(bits)
+        )
 
     made = {}
     for tensor, values in zip(tensors, ahead(functools.partial(_made, tensor) for tensor in tensors), strict=True):
@@ -287,4 +314,7 @@ def _write_pickle(file: pathlib.Path, tensors: list[Planned], bar: tqdm) -> None
     torch.save(made, file)
 
 
-_FORMATS = {"safetensors": ("model", ".safetensors", _write_safetensors), "bin": ("pytorch_model", ".bin", _write_pickle)}
+_FORMATS = {
+    "safetensors": ("model", ".safetensors", _write_safetensors),
+    "bin": ("pytorch_model", ".bin", _write_pickle),
+}

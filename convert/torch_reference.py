@@ -27,7 +27,9 @@ class TorchReference:
         values = self._read(name)
         stem = name.removesuffix(".weight")
         if stem + ".lora_A.weight" in self.tensors:
-            values = values + self.config.lora.scale * (self._read(stem + ".lora_B.weight") @ self._read(stem + ".lora_A.weight"))
+            values = values + self.config.lora.scale * (
+                self._read(stem + ".lora_B.weight") @ self._read(stem + ".lora_A.weight")
+            )
         return values
 
     def _read(self, name: str) -> torch.Tensor:
@@ -35,7 +37,9 @@ class TorchReference:
         return torch.from_numpy(array.astype("float32") if array.dtype == ml_dtypes.bfloat16 else array.copy()).float()
 
     def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.linear(x, self.weight(name + ".weight"), self.weight(name + ".bias") if name + ".bias" in self.tensors else None)
+        return F.linear(
+            x, self.weight(name + ".weight"), self.weight(name + ".bias") if name + ".bias" in self.tensors else None
+        )
 
     def layer_norm(self, x: torch.Tensor, name: str, eps: float = 1e-5) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weight(name + ".weight"), self.weight(name + ".bias"), eps)
@@ -45,7 +49,11 @@ class TorchReference:
     def clip(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised pixels [B, 3, I, I] -> features of the selected layer without the class token [B, P, C]."""
         config = self.config.clip
-        patches = F.conv2d(pixels, self.weight(_CLIP + "embeddings.patch_embedding.weight"), stride=config.patch_size).flatten(2).mT
+        patches = (
+            F.conv2d(pixels, self.weight(_CLIP + "embeddings.patch_embedding.weight"), stride=config.patch_size)
+            .flatten(2)
+            .mT
+        )
         start = self.weight(_CLIP + "embeddings.class_embedding").expand(len(patches), 1, -1)
         x = torch.cat([start, patches], 1) + self.weight(_CLIP + "embeddings.position_embedding.weight")
         x = self.layer_norm(x, _CLIP + "pre_layrnorm", config.layer_norm_eps)
@@ -84,11 +92,15 @@ class TorchReference:
         return self.rms(x, "model.norm")
 
     def rms(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return self.weight(name + ".weight") * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.llm.rms_norm_eps))
+        return self.weight(name + ".weight") * (
+            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.llm.rms_norm_eps)
+        )
 
     def _causal(self, x, name: str, angles, mask) -> torch.Tensor:
         config = self.config.llm
-        q, k, v = (self.linear(x, f"{name}{kind}_proj").unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for kind in "qkv")
+        q, k, v = (
+            self.linear(x, f"{name}{kind}_proj").unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for kind in "qkv"
+        )
 
         def rotate(t):
             first, second = t.chunk(2, -1)
@@ -99,7 +111,9 @@ class TorchReference:
         return self.linear((weights @ v).transpose(1, 2).flatten(2), name + "o_proj")
 
     def _swiglu(self, x, name: str) -> torch.Tensor:
-        return self.linear(F.silu(self.linear(x, name + "gate_proj")) * self.linear(x, name + "up_proj"), name + "down_proj")
+        return self.linear(
+            F.silu(self.linear(x, name + "gate_proj")) * self.linear(x, name + "up_proj"), name + "down_proj"
+        )
 
     def _mixture(self, x, name: str) -> torch.Tensor:
         """Without a capacity: the original's own at inference drops nothing with two experts."""
@@ -110,7 +124,9 @@ class TorchReference:
         y = torch.zeros_like(x)
         for expert in range(moe.num_experts):
             rows, slots = torch.nonzero(chosen[0] == expert, as_tuple=True)
-            y[0, rows] += gates[0, rows, slots, None] * self._swiglu(x[0, rows], f"{prefix}experts.deepspeed_experts.{expert}.")
+            y[0, rows] += gates[0, rows, slots, None] * self._swiglu(
+                x[0, rows], f"{prefix}experts.deepspeed_experts.{expert}."
+            )
         if moe.residual:
             mix = torch.softmax(self.linear(x, name + "coefficient"), -1)
             y = y * mix[..., :1] + self._swiglu(x, name + "mlp.") * mix[..., 1:]
@@ -125,7 +141,10 @@ class TorchReference:
         """Normalised pixels [B, 3, I, I] -> embedding [B, C, h, w]."""
         config, name = self.config.mask, _SAM + "image_encoder."
         x = F.conv2d(
-            pixels, self.weight(name + "patch_embed.proj.weight"), self.weight(name + "patch_embed.proj.bias"), stride=config.patch_size
+            pixels,
+            self.weight(name + "patch_embed.proj.weight"),
+            self.weight(name + "patch_embed.proj.bias"),
+            stride=config.patch_size,
         )
         x = x.permute(0, 2, 3, 1) + self.weight(name + "pos_embed")
         for i in range(config.num_layers):
@@ -147,7 +166,11 @@ class TorchReference:
         rows, columns = x.shape[1] // window, x.shape[2] // window
         tiles = x.reshape(batch, rows, window, columns, window, dim).transpose(2, 3).reshape(-1, window * window, dim)
         tiles = self._relative_attention(tiles, name, window)
-        x = tiles.reshape(batch, rows, columns, window, window, dim).transpose(2, 3).reshape(batch, rows * window, columns * window, dim)
+        x = (
+            tiles.reshape(batch, rows, columns, window, window, dim)
+            .transpose(2, 3)
+            .reshape(batch, rows * window, columns * window, dim)
+        )
         return x[:, :height, :width]
 
     def _relative_attention(self, x, name: str, side: int) -> torch.Tensor:
@@ -173,12 +196,20 @@ class TorchReference:
         _, channels, height, width = embedding.shape
         embedding = embedding + self.weight(_SAM + "prompt_encoder.no_mask_embed.weight")[:, :, None, None]
         keys, position = embedding.flatten(2).mT, self._positions(height, width)
-        tokens = torch.cat([self.weight(name + "iou_token.weight"), self.weight(name + "mask_tokens.weight"), prompt])[None]
+        tokens = torch.cat([self.weight(name + "iou_token.weight"), self.weight(name + "mask_tokens.weight"), prompt])[
+            None
+        ]
         queries = tokens
         for i in range(config.decoder_layers):
-            queries, keys = self._two_way(f"{name}transformer.layers.{i}.", queries, keys, tokens, position, first=i == 0)
+            queries, keys = self._two_way(
+                f"{name}transformer.layers.{i}.", queries, keys, tokens, position, first=i == 0
+            )
         final = self.attention(
-            queries + tokens, keys + position, keys, name + "transformer.final_attn_token_to_image.", config.decoder_heads
+            queries + tokens,
+            keys + position,
+            keys,
+            name + "transformer.final_attn_token_to_image.",
+            config.decoder_heads,
         )
         queries = self.layer_norm(queries + final, name + "transformer.norm_final_attn")
         x = self._upscale(keys.mT.reshape(1, channels, height, width), name + "output_upscaling.0")
@@ -188,7 +219,9 @@ class TorchReference:
         return torch.einsum("bc,bchw->hw", weights, x), iou[0, 0]
 
     def _positions(self, height: int, width: int) -> torch.Tensor:
-        rows, columns = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+        rows, columns = torch.meshgrid(
+            (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+        )
         gaussian = self.weight(_SAM + "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix")
         angles = 2 * math.pi * ((2 * torch.stack([columns, rows], -1) - 1) @ gaussian)
         return torch.cat([angles.sin(), angles.cos()], -1).flatten(0, 1)[None]
@@ -200,7 +233,9 @@ class TorchReference:
         queries = self.layer_norm(own if first else queries + own, name + "norm1")
         seen = self.attention(queries + tokens, keys + position, keys, name + "cross_attn_token_to_image.", heads)
         queries = self.layer_norm(queries + seen, name + "norm2")
-        queries = self.layer_norm(queries + self.linear(F.relu(self.linear(queries, name + "mlp.lin1")), name + "mlp.lin2"), name + "norm3")
+        queries = self.layer_norm(
+            queries + self.linear(F.relu(self.linear(queries, name + "mlp.lin1")), name + "mlp.lin2"), name + "norm3"
+        )
         told = self.attention(keys + position, queries + tokens, queries, name + "cross_attn_image_to_token.", heads)
         return queries, self.layer_norm(keys + told, name + "norm4")
 

@@ -28,7 +28,9 @@ def find_tokenizer(given: pathlib.Path | None, folders: list[pathlib.Path]) -> p
         raise FileNotFoundError(f"{given}: expected {MODEL_FILE}")
     for folder in beside:
         if _digest(folder) != _digest(given):
-            raise ValueError(f"{given / MODEL_FILE} is another tokenizer than {folder / MODEL_FILE}, which belongs to the weights")
+            raise ValueError(
+                f"{given / MODEL_FILE} is another tokenizer than {folder / MODEL_FILE}, which belongs to the weights"
+            )
     return given
 
 

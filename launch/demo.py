@@ -36,7 +36,12 @@ from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.train.loop import train
 from medplib_jax.train.metrics_log import read_metrics
 
-STAGES = {"I align": stage1_align, "II visual-language": stage2_vqa, "III grounding": stage3_grounding, "IV mixture": stage4_moe}
+STAGES = {
+    "I align": stage1_align,
+    "II visual-language": stage2_vqa,
+    "III grounding": stage3_grounding,
+    "IV mixture": stage4_moe,
+}
 # Which test files each stage's model answers: what it was trained for, and what the next stage is to improve.
 TESTS = {
     "I align": ("complex",),
@@ -91,7 +96,9 @@ class Demo:
         sources = tuple(str(self.data / "train" / Path(source).name) for source in config.data.sources)
         init = dataclasses.replace(
             config.init,
-            base=str(self.workdir("II" if config.init.stage == 4 else "I" * (config.init.stage - 1))) if config.init.base else "",
+            base=str(self.workdir("II" if config.init.stage == 4 else "I" * (config.init.stage - 1)))
+            if config.init.base
+            else "",
             grounding=str(self.workdir("III")) if config.init.grounding else "",
         )
         return dataclasses.replace(
@@ -125,9 +132,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="launch/demo.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--examples", type=int, default=3000, help="training images to generate")
-    parser.add_argument("--test-examples", type=int, default=100, help="held-out images; each has 3 questions, 2 about regions, 3 to ground")
+    parser.add_argument(
+        "--test-examples",
+        type=int,
+        default=100,
+        help="held-out images; each has 3 questions, 2 about regions, 3 to ground",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sweep", action="store_true", help="afterwards, put every task to the models of stages II to IV and compare them in one report")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="afterwards, put every task to the models of stages II to IV and compare them in one report",
+    )
     arguments = vars(parser.parse_args())
     with_sweep = arguments.pop("sweep")
     demo = Demo(**arguments)
@@ -171,17 +187,23 @@ def run(demo: Demo, watch: Stopwatch) -> int:
 def evaluate(demo: Demo, stage: str) -> dict[str, dict]:
     """{task: its cell of the sweep} of a stage's model on the tasks that it was trained for."""
     tasks = tuple(demo.task(name) for name in TESTS[stage])
-    result = run_sweep(SweepConfig(checkpoints=str(demo.workdir(stage)), tasks=tasks, on_error="raise"), demo.evaluation)
+    result = run_sweep(
+        SweepConfig(checkpoints=str(demo.workdir(stage)), tasks=tasks, on_error="raise"), demo.evaluation
+    )
     own = [checkpoint for checkpoint in result["checkpoints"] if checkpoint["run"] == demo.workdir(stage).name]
     name = max(own, key=lambda checkpoint: checkpoint["step"])["name"]
-    return {cell["task"]: cell for cell in result["cells"] if cell["checkpoint"] == name and cell["task"] in TESTS[stage]}
+    return {
+        cell["task"]: cell for cell in result["cells"] if cell["checkpoint"] == name and cell["task"] in TESTS[stage]
+    }
 
 
 def sweep(demo: Demo) -> int:
     """Stages II to IV on every task, those about absent targets apart; goes on in the folder of the stages' own evaluation."""
     announce("Sweep")
     records = json.loads((demo.data / phantom.FILES["test"]["grounding"]).read_text())
-    demo.absent.write_text(json.dumps([record for record in records if "<mask>" not in record["conversations"][-1]["value"]]))
+    demo.absent.write_text(
+        json.dumps([record for record in records if "<mask>" not in record["conversations"][-1]["value"]])
+    )
     checkpoints = ",".join(str(demo.workdir(stage)) for stage in SWEPT)
     tasks = tuple(demo.task(name) for name in (*phantom.FILES["test"], "absent"))
     run_sweep(SweepConfig(checkpoints=checkpoints, tasks=tasks, on_error="raise"), demo.evaluation)
@@ -212,7 +234,10 @@ def headline(cells: dict[str, dict]) -> dict[str, float]:
     if "grounding" in cells:
         found = cells["grounding"]["metrics"]
         flat |= {f"grounding.{name.lower()}": found[name] for name in ("mDice", "mIoU", "gIoU", "cIoU")}
-        flat |= {"no_target.accuracy": found["no_target_accuracy"], "no_target.false_mask_rate": found["false_mask_rate"]}
+        flat |= {
+            "no_target.accuracy": found["no_target_accuracy"],
+            "no_target.false_mask_rate": found["false_mask_rate"],
+        }
     if "complex" in cells:
         found = cells["complex"]["metrics"]
         flat |= {"closed_vqa.accuracy": found["closed_accuracy"], "open_vqa.accuracy": found["open_exact_match"]}
@@ -230,7 +255,10 @@ def write(demo: Demo, results: dict[str, dict], metrics: dict[str, float], watch
             title="MedPLIB on a laptop: four stages on a generated dataset",
             facts=facts(demo, watch),
             curves=curves,
-            tables={"Final model, by modality": by_modality(final), "All stages": {stage: headline(result) for stage, result in results.items()}},
+            tables={
+                "Final model, by modality": by_modality(final),
+                "All stages": {stage: headline(result) for stage, result in results.items()},
+            },
             stages=comparisons(results),
             router=router(final["grounding"]["router"]),
             examples=[example for name, cell in final.items() for example in examples(demo, name, cell, count=12)],
@@ -250,7 +278,9 @@ def curve(rows: list[dict[str, float]]) -> dict[str, list[float]]:
 def router(split: dict) -> report.Router:
     """The router split of a cell as the report shows it."""
     experts = [f"expert {i}" for i in range(len(next(iter(split["share"].values()))[0]))]
-    return report.Router(split["layers"], list(split["share"]), experts, np.stack(list(split["share"].values()), axis=1))
+    return report.Router(
+        split["layers"], list(split["share"]), experts, np.stack(list(split["share"].values()), axis=1)
+    )
 
 
 def examples(demo: Demo, name: str, cell: dict, count: int) -> Iterator[report.Example]:
@@ -277,9 +307,12 @@ def examples(demo: Demo, name: str, cell: dict, count: int) -> Iterator[report.E
 def by_modality(cells: dict[str, dict]) -> dict[str, dict[str, float]]:
     """{modality: {metric: value}} of the figures that every task reports by modality."""
     columns = {
-        ("grounding", "mDice"): "mDice", ("grounding", "no_target_accuracy"): "no target", ("complex", "closed_accuracy"): "closed",
-        ("complex", "open_exact_match"): "open", ("region", "accuracy"): "region",
-    }  # fmt: skip
+        ("grounding", "mDice"): "mDice",
+        ("grounding", "no_target_accuracy"): "no target",
+        ("complex", "closed_accuracy"): "closed",
+        ("complex", "open_exact_match"): "open",
+        ("region", "accuracy"): "region",
+    }
     table: dict[str, dict[str, float]] = {}
     for task, cell in cells.items():
         for name, value in cell["metrics"].items():

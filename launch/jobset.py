@@ -13,21 +13,46 @@ import string
 from pathlib import Path
 
 TEMPLATE = Path(__file__).with_name("jobset.yaml")
-ACCELERATORS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice", "tpu7x": "tpu7x"}
+ACCELERATORS = {
+    "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
+    "tpu7x": "tpu7x",
+}
 CHIPS_PER_HOST = 4  # of the machine types that slices of several hosts are made of (ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t, ...)
 
 
-def render(name: str, topology: str, slices: int, image: str, bucket: str, service_account: str, max_restarts: int, command: list[str]) -> str:
+def render(
+    name: str,
+    topology: str,
+    slices: int,
+    image: str,
+    bucket: str,
+    service_account: str,
+    max_restarts: int,
+    command: list[str],
+) -> str:
     """The manifest; `topology` is written as in `medplib_jax.aot`, for example v5e:8x8. ValueError for one that is not known."""
     kind, _, sizes = topology.partition(":")
     if kind not in ACCELERATORS or not sizes.replace("x", "").isdigit():
-        raise ValueError(f"topology {topology!r}: expected KIND:SIZES such as v5e:8x8, with a kind of {', '.join(ACCELERATORS)}")
+        raise ValueError(
+            f"topology {topology!r}: expected KIND:SIZES such as v5e:8x8, with a kind of {', '.join(ACCELERATORS)}"
+        )
     chips = math.prod(int(size) for size in sizes.split("x"))
     values = {
-        "name": name, "slices": slices, "image": image, "bucket": bucket.removeprefix("gs://"), "service_account": service_account,
-        "max_restarts": max_restarts, "command": json.dumps(command), "accelerator": ACCELERATORS[kind], "topology": sizes,
-        "hosts": max(chips // CHIPS_PER_HOST, 1), "chips_per_host": min(chips, CHIPS_PER_HOST),
-    }  # fmt: skip
+        "name": name,
+        "slices": slices,
+        "image": image,
+        "bucket": bucket.removeprefix("gs://"),
+        "service_account": service_account,
+        "max_restarts": max_restarts,
+        "command": json.dumps(command),
+        "accelerator": ACCELERATORS[kind],
+        "topology": sizes,
+        "hosts": max(chips // CHIPS_PER_HOST, 1),
+        "chips_per_host": min(chips, CHIPS_PER_HOST),
+    }
     header, _, manifest = TEMPLATE.read_text().partition("apiVersion")
     return string.Template("apiVersion" + manifest).substitute(values)
 
@@ -39,7 +64,9 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--image", required=True, help="what launch/build_image.sh has pushed")
     parser.add_argument("--bucket", required=True, help="is mounted at /mnt/bucket")
-    parser.add_argument("--service-account", default="default", help="Kubernetes service account that may use the bucket")
+    parser.add_argument(
+        "--service-account", default="default", help="Kubernetes service account that may use the bucket"
+    )
     parser.add_argument("--max-restarts", type=int, default=100)
     parser.add_argument("command", nargs="+", help="after --: the command of every host")
     given = parser.parse_args()

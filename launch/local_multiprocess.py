@@ -29,7 +29,9 @@ from collections.abc import Sequence
 
 RESTART = 75  # medplib_jax.parallel.processes.RESTART, without waiting for jax to be imported
 GRACE_SECONDS = 30  # for the others to end by themselves after one has ended; longer than their last words take
-LAST_LINES_SECONDS = 5  # for what a process has printed to come out; longer only when something that it started holds its output open
+LAST_LINES_SECONDS = (
+    5  # for what a process has printed to come out; longer only when something that it started holds its output open
+)
 POLL_SECONDS = 0.05
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
@@ -37,10 +39,21 @@ PR_SET_PDEATHSIG = 1
 
 def environment(process: int, processes: int, devices: int, port: int) -> dict[str, str]:
     """What process `process` gets beside this process's environment."""
-    added = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(process)}
+    added = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(process),
+    }
     if devices:
-        others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "xla_force_host_platform_device_count" not in flag]
-        added |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join([f"--xla_force_host_platform_device_count={devices}", *others])}
+        others = [
+            flag
+            for flag in os.environ.get("XLA_FLAGS", "").split()
+            if "xla_force_host_platform_device_count" not in flag
+        ]
+        added |= {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": " ".join([f"--xla_force_host_platform_device_count={devices}", *others]),
+        }
     return added
 
 
@@ -53,9 +66,15 @@ class Group:
         for process in range(processes):
             # their own session: Ctrl-C in the terminal reaches them once, through this process
             started = subprocess.Popen(
-                command, env=os.environ | environment(process, processes, devices, port), start_new_session=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=die_with_parent,
-            )  # fmt: skip
+                command,
+                env=os.environ | environment(process, processes, devices, port),
+                start_new_session=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                preexec_fn=die_with_parent,
+            )
             printer = threading.Thread(target=prefix_lines, args=(started.stdout, process), daemon=True)
             printer.start()
             self.processes.append(started)
@@ -135,7 +154,11 @@ def run(command: Sequence[str], processes: int, devices: int, max_restarts: int)
             if code != RESTART or stopped:
                 break
             if attempt < max_restarts:
-                print(f"starting all {processes} processes again ({attempt + 1} of at most {max_restarts} times)", file=sys.stderr, flush=True)
+                print(
+                    f"starting all {processes} processes again ({attempt + 1} of at most {max_restarts} times)",
+                    file=sys.stderr,
+                    flush=True,
+                )
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -145,9 +168,13 @@ def run(command: Sequence[str], processes: int, devices: int, max_restarts: int)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, required=True)
-    parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices of each process; 0: the devices that it finds")
+    parser.add_argument(
+        "--devices", type=int, default=0, help="virtual CPU devices of each process; 0: the devices that it finds"
+    )
     parser.add_argument("--max-restarts", type=int, default=10)
-    parser.add_argument("--dry-run", action="store_true", help="print the processes' commands and variables, start nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the processes' commands and variables, start nothing"
+    )
     parser.add_argument("command", nargs="+", help="after --: the command, the same for every process")
     given = parser.parse_args()
     if given.processes < 1 or given.devices < 0 or given.max_restarts < 0:

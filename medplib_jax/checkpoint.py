@@ -30,7 +30,13 @@ State = Any  # a dataclass of parameter trees with a field `step`: train.state.T
 
 FOLDER, DAMAGED = "checkpoints", "damaged"
 ITEMS = ("state", "experiment", "tokenizer")
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 class TokenizerHandler(ocp.CheckpointHandler):
@@ -65,14 +71,22 @@ def tokenizer_files(folder: str) -> list[epath.Path]:
     return found
 
 
-def make_manager(workdir: str, keep: int | None = None, keep_best: int = 0, read_only: bool = False) -> ocp.CheckpointManager:
+def make_manager(
+    workdir: str, keep: int | None = None, keep_best: int = 0, read_only: bool = False
+) -> ocp.CheckpointManager:
     """The manager of `<workdir>/checkpoints`; without `read_only` it saves asynchronously and keeps the newest `keep` steps (None:
     all) and the `keep_best` of the smallest loss."""
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "experiment": ocp.JsonCheckpointHandler(), "tokenizer": TokenizerHandler()}
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(),
+        "experiment": ocp.JsonCheckpointHandler(),
+        "tokenizer": TokenizerHandler(),
+    }
     best = BestN(get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
     kept = AnyPreservationPolicy([LatestN(keep), best])
     # best_fn: without it Orbax does not write the losses, and forgets them when the run is started again
-    options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=_loss, best_mode="min", read_only=read_only, create=not read_only)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=kept, best_fn=_loss, best_mode="min", read_only=read_only, create=not read_only
+    )
     return ocp.CheckpointManager(epath.Path(workdir).absolute() / FOLDER, item_handlers=handlers, options=options)
 
 
@@ -86,7 +100,9 @@ def save(manager: ocp.CheckpointManager, state: State, config: ExperimentConfig,
     began, tree = time.perf_counter(), _as_dict(state)
     written = {"experiment": dataclasses.asdict(config), "total_steps": total_steps, "bit_sums": bit_sums(tree)}
     items = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(tree), experiment=ocp.args.JsonSave(written), tokenizer=TokenizerSave(config.data.tokenizer)
+        state=ocp.args.PyTreeSave(tree),
+        experiment=ocp.args.JsonSave(written),
+        tokenizer=TokenizerSave(config.data.tokenizer),
     )
     manager.save(int(state.step), args=items, metrics={"loss": loss})
     log.info("saving step %d; training waited %.2f s", int(state.step), time.perf_counter() - began)
@@ -96,7 +112,9 @@ def log_saved(manager: ocp.CheckpointManager, step: int) -> None:
     """Waits until `step` is saved, and logs how long that took, the waiting in the background included."""
     manager.wait_until_finished()
     times = json.loads((epath.Path(manager.directory) / str(step) / "_CHECKPOINT_METADATA").read_text())
-    log.info("step %d is saved after %.2f s", step, (times["commit_timestamp_nsecs"] - times["init_timestamp_nsecs"]) / 1e9)
+    log.info(
+        "step %d is saved after %.2f s", step, (times["commit_timestamp_nsecs"] - times["init_timestamp_nsecs"]) / 1e9
+    )
 
 
 def bit_sums(tree: Any) -> dict[str, int]:
@@ -104,7 +122,11 @@ def bit_sums(tree: Any) -> dict[str, int]:
     of processes, and another one after any flipped bit. For trees of numpy arrays or of jax arrays."""
     named = jax.tree_util.tree_leaves_with_path(tree)
     leaves = [leaf for _, leaf in named]
-    sums = _sums(leaves) if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jax.device_get(jax.jit(_sums)(leaves))
+    sums = (
+        _sums(leaves)
+        if all(isinstance(leaf, np.ndarray) for leaf in leaves)
+        else jax.device_get(jax.jit(_sums)(leaves))
+    )
     names = [f"{jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.dtype}" for path, leaf in named]
     return {name: int(value) for name, value in zip(names, sums, strict=True)}
 
@@ -148,7 +170,9 @@ def restore_newest(manager: ocp.CheckpointManager, like: State) -> tuple[int, St
             _set_aside(manager, [newer for newer in manager.all_steps() if newer > step])
             return step, state
         log.warning("checkpoint %s/%d is damaged and not used: %s", manager.directory, step, problems[0])
-    raise ValueError(f"{manager.directory}: no step can be restored; to start anew, take another workdir or remove this one")
+    raise ValueError(
+        f"{manager.directory}: no step can be restored; to start anew, take another workdir or remove this one"
+    )
 
 
 def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
@@ -202,7 +226,9 @@ def _read_json(folder: epath.Path) -> dict[str, Any]:
     return ocp.JsonCheckpointHandler().restore(folder / "experiment", ocp.args.JsonRestore())
 
 
-def load_params(workdir: str, step: int | None = None, shardings: Params | None = None) -> tuple[ExperimentConfig, Params, str]:
+def load_params(
+    workdir: str, step: int | None = None, shardings: Params | None = None
+) -> tuple[ExperimentConfig, Params, str]:
     """(experiment, parameters, tokenizer folder) of a finished checkpoint in `workdir`, the newest unless `step` is given.
 
     Parameters are trainable and frozen together, a nested dict in the dtypes they were saved in: numpy arrays, or jax
@@ -216,7 +242,9 @@ def load_params(workdir: str, step: int | None = None, shardings: Params | None 
         newest = latest_step(manager)
         step = newest if step is None else step
         if step is None or step not in manager.all_steps():
-            raise FileNotFoundError(f"{folder}: no complete checkpoint{'' if step is None else f' of step {step}'}; found {sorted(p.name for p in folder.iterdir())}")
+            raise FileNotFoundError(
+                f"{folder}: no complete checkpoint{'' if step is None else f' of step {step}'}; found {sorted(p.name for p in folder.iterdir())}"
+            )
         config, _ = read_experiment(manager, step)
         folder = folder / str(step)
         saved = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree

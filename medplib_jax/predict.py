@@ -51,23 +51,33 @@ def main():
     region.add_argument("--point", metavar="x,y", help="in pixels of the picture, as all regions")
     region.add_argument("--box", metavar="x0,y0,x1,y1")
     region.add_argument("--scribble", metavar='"x,y x,y ..."')
-    region.add_argument("--region-mask", metavar="FILE", help="mask of the picture's size; the region is where it is not 0")
+    region.add_argument(
+        "--region-mask", metavar="FILE", help="mask of the picture's size; the region is where it is not 0"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--max-new-tokens", type=int)
     parser.add_argument("--mask-threshold", type=float)
-    parser.add_argument("--quantize", choices=QUANTIZE[1:], default="", help="weights of 8 bits: half the memory of bfloat16")
+    parser.add_argument(
+        "--quantize", choices=QUANTIZE[1:], default="", help="weights of 8 bits: half the memory of bfloat16"
+    )
     arguments = parser.parse_args()
     use_cache()
     try:
         sampling = Sampling(arguments.temperature, arguments.top_p)
         predictor = Predictor(
-            arguments.checkpoint, max_new_tokens=arguments.max_new_tokens, mask_threshold=arguments.mask_threshold, sampling=sampling,
+            arguments.checkpoint,
+            max_new_tokens=arguments.max_new_tokens,
+            mask_threshold=arguments.mask_threshold,
+            sampling=sampling,
             quantize=arguments.quantize,
-        )  # fmt: skip
+        )
         picture, prompt = predictor.prompt(arguments.image, arguments.question, region_of(arguments))
-    except (ValueError, OSError) as error:  # what was given cannot be used; an error in answering is ours and keeps its traceback
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # what was given cannot be used; an error in answering is ours and keeps its traceback
         sys.exit(f"error: {error}")
     prediction = predictor.answer(picture, prompt, arguments.seed)
     print(prediction.answer)

@@ -12,15 +12,28 @@ from medplib_jax.train.step import abstract_model, place
 
 MODEL = ModelConfig(
     clip=ClipConfig(image_size=28, patch_size=14, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=32),
-    llm=LlmConfig(vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=32, max_positions=64),
+    llm=LlmConfig(
+        vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=32, max_positions=64
+    ),
     moe=MoeConfig(num_experts=2, top_k=1),
     mask=MaskConfig(
-        image_size=32, patch_size=8, hidden_size=16, num_layers=1, num_heads=2, window_size=3, global_layers=(), out_dim=16,
-        mask_in_dim=4, decoder_layers=1, decoder_mlp_dim=16, decoder_heads=2, iou_head_dim=16,
+        image_size=32,
+        patch_size=8,
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        window_size=3,
+        global_layers=(),
+        out_dim=16,
+        mask_in_dim=4,
+        decoder_layers=1,
+        decoder_mlp_dim=16,
+        decoder_heads=2,
+        iou_head_dim=16,
     ),
     region=RegionConfig(max_points=4),
     lora=LoraConfig(rank=2, alpha=4.0, targets=("gate", "up", "down", "q")),
-)  # fmt: skip
+)
 
 
 def tiny_experiment(**sections) -> ExperimentConfig:

@@ -28,7 +28,12 @@ def make_state(step: int, mesh) -> TrainState:
     w = jax.device_put(step + jnp.arange(16.0).reshape(8, 2), NamedSharding(mesh, PartitionSpec("fsdp")))
     trainable = {"blocks": {"0": {"kernel": w}}}
     opt_state = optax.adam(1e-3).init(trainable)
-    return TrainState(jnp.int32(step), trainable, {"blocks": {"0": {"bias": jnp.ones(3, jnp.bfloat16)}, "1": {"bias": jnp.zeros(2)}}}, opt_state)
+    return TrainState(
+        jnp.int32(step),
+        trainable,
+        {"blocks": {"0": {"bias": jnp.ones(3, jnp.bfloat16)}, "1": {"bias": jnp.zeros(2)}}},
+        opt_state,
+    )
 
 
 def abstract(state, mesh, spec, dtype=None):
@@ -105,7 +110,10 @@ def test_the_best_are_still_known_when_the_run_starts_again(tmp_path, experiment
 
 
 def test_bit_sums_are_the_same_on_every_mesh_and_tell_every_bit(tmp_path):
-    trees = [make_state(3, make_mesh(mesh)).trainable for mesh in (MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=2, tensor=4))]
+    trees = [
+        make_state(3, make_mesh(mesh)).trainable
+        for mesh in (MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=2, tensor=4))
+    ]
     (name, value), *_ = checkpoint.bit_sums(trees[0]).items()
     assert name == "blocks/0/kernel float32" and checkpoint.bit_sums(trees[1]) == {name: value}
     host = jax.device_get(trees[0])

@@ -72,10 +72,23 @@ def test_bad_region_is_named(predictor, folder, region, message):
 
 
 def test_command_line_writes_masks_of_the_pictures_size(folder, workdir, tmp_path, monkeypatch, capsys):
-    arguments = ["--checkpoint", workdir, "--image", folder / "images" / "mr_00--b.png", "--question", "Where is it?", "--out", tmp_path]
-    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments), "--max-new-tokens", "1", "--mask-threshold", "0.0001"])
+    arguments = [
+        "--checkpoint",
+        workdir,
+        "--image",
+        folder / "images" / "mr_00--b.png",
+        "--question",
+        "Where is it?",
+        "--out",
+        tmp_path,
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["predict", *map(str, arguments), "--max-new-tokens", "1", "--mask-threshold", "0.0001"]
+    )
     seg_id = tiny.make_tokenizer(tmp_path / "tokenizer").seg_id
-    monkeypatch.setattr(decode, "draw_token", lambda logits, key, sampling: jnp.full(logits.shape[:1], seg_id, jnp.int32))
+    monkeypatch.setattr(
+        decode, "draw_token", lambda logits, key, sampling: jnp.full(logits.shape[:1], seg_id, jnp.int32)
+    )
     predict.main()
     assert capsys.readouterr().out == "<SEG>\n"
     mask, shown = (np.asarray(Image.open(tmp_path / name)) for name in ("mask_0.png", "overlay.png"))
@@ -85,7 +98,16 @@ def test_command_line_writes_masks_of_the_pictures_size(folder, workdir, tmp_pat
 
 @pytest.mark.parametrize("arguments", [["--image", "/lost.png"], ["--temperature", "-1"], ["--checkpoint", "/lost"]])
 def test_command_line_says_what_is_wrong(folder, workdir, tmp_path, monkeypatch, arguments):
-    base = ["--checkpoint", workdir, "--image", folder / "images" / "mr_00--b.png", "--question", "What?", "--out", tmp_path]
+    base = [
+        "--checkpoint",
+        workdir,
+        "--image",
+        folder / "images" / "mr_00--b.png",
+        "--question",
+        "What?",
+        "--out",
+        tmp_path,
+    ]
     monkeypatch.setattr(sys, "argv", ["predict", *map(str, base), *arguments])
     with pytest.raises(SystemExit, match="error: .*(lost|temperature -1)"):
         predict.main()

@@ -28,11 +28,15 @@ from medplib_jax.config.experiment import ExperimentConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:SIZE")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "TPUs KIND:SHAPE, such as v5e:8x8, v5p:4x4x4; GPUs of a node KIND:NUMBER, such as h200:8; config.mesh.dcn_data such slices or nodes"
+    "topology",
+    None,
+    "TPUs KIND:SHAPE, such as v5e:8x8, v5p:4x4x4; GPUs of a node KIND:NUMBER, such as h200:8; config.mesh.dcn_data such slices or nodes",
 )
 _PROGRAM = flags.DEFINE_enum("program", "train", PROGRAMS, "what to compile")
 _LENGTH = flags.DEFINE_integer("length", None, "positions per row; default: the longest of data.bucket_lengths")
-_ROWS = flags.DEFINE_integer("rows", None, "global batch; default: data.batch_size, for eval and decode eval.batch_size")
+_ROWS = flags.DEFINE_integer(
+    "rows", None, "global batch; default: data.batch_size, for eval and decode eval.batch_size"
+)
 _SWEEP = flags.DEFINE_bool("sweep", False, "try batch sizes, remat policies and meshes")
 _JSON = flags.DEFINE_string("json", None, "file to write the report to")
 
@@ -50,7 +54,9 @@ def main(_) -> None:
 def _request() -> Request:
     config = from_config_dict(_CONFIG.value, ExperimentConfig)
     rows = config.data.batch_size if _PROGRAM.value == "train" else config.eval.batch_size
-    return Request(config, _TOPOLOGY.value, _PROGRAM.value, _ROWS.value or rows, _LENGTH.value or config.data.bucket_lengths[-1])
+    return Request(
+        config, _TOPOLOGY.value, _PROGRAM.value, _ROWS.value or rows, _LENGTH.value or config.data.bucket_lengths[-1]
+    )
 
 
 if __name__ == "__main__":

@@ -43,5 +43,7 @@ def chip_of(topology: str) -> Chip:
         examples = "KIND:SHAPE such as v5e:8x8 or v5p:4x4x4, nor KIND:NUMBER such as h200:8"
         raise ValueError(f"topology {topology!r} is not {examples}; kinds: {', '.join(TPUS)}; GPUs: {', '.join(GPUS)}")
     if kind in GPUS and shape not in map(str, range(1, GPUS_PER_NODE + 1)):
-        raise ValueError(f"topology {topology!r}: a node has 1 to {GPUS_PER_NODE} GPUs; config.mesh.dcn_data is the number of nodes")
+        raise ValueError(
+            f"topology {topology!r}: a node has 1 to {GPUS_PER_NODE} GPUs; config.mesh.dcn_data is the number of nodes"
+        )
     return CHIPS[kind]

@@ -24,7 +24,9 @@ from medplib_jax.parallel.mesh import make_mesh
 CUDNN_BLOCK = 128  # side of the blocks of scores in cuDNN's flash attention
 
 
-def model_flops(kind: str, config: ExperimentConfig, chip: jax.Device, rows: int, length: int, labelled: int | None = None) -> float:
+def model_flops(
+    kind: str, config: ExperimentConfig, chip: jax.Device, rows: int, length: int, labelled: int | None = None
+) -> float:
     """FLOPs of one call of the program for the whole batch, whatever the mesh. `labelled`: positions of a row with a label, default all."""
     model = dataclasses.replace(config.model, remat="none")
     loss = dataclasses.replace(config.loss, ce_chunk=labelled or length)  # all of them in one trip
@@ -62,7 +64,9 @@ def _equation_flops(eqn, loop_trips: int) -> float:
 def _kernel_flops(eqn) -> float:
     name = eqn.params["name"] or ""
     if name.startswith("splash"):
-        return splash_flops(name, [v.aval.shape for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)], needed=True)
+        return splash_flops(
+            name, [v.aval.shape for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)], needed=True
+        )
     return eqn.params["cost_estimate"].flops
 
 
@@ -90,14 +94,18 @@ def _grouped_flops(name: str, integers: int, first: tuple[int, ...], second: tup
     elif name.startswith("gmm_triton"):
         rows = (integers - 1) * ROWS  # as many integers as tiles, one of which holds rows of no group
     else:
-        rows += (integers - 3) * TPU_ROW_TILE  # a tile across the border of two groups is worked on twice; the groups' borders, and the rest's
+        rows += (
+            (integers - 3) * TPU_ROW_TILE
+        )  # a tile across the border of two groups is worked on twice; the groups' borders, and the rest's
     return 2.0 * rows * inner * outer
 
 
 def splash_flops(name: str, floating_operands: Sequence[tuple[int, ...]], needed: bool) -> float:
     """Of splash attention on q [..., H, L, K], the first operand of as many axes."""
     q = next(shape for shape in floating_operands if len(shape) >= 3)
-    return attention_flops(math.prod(q), q[-2], backward="fwd" not in name, block=None if needed else splash_block(q[-2]))
+    return attention_flops(
+        math.prod(q), q[-2], backward="fwd" not in name, block=None if needed else splash_block(q[-2])
+    )
 
 
 def attention_flops(size: int, length: int, backward: bool, block: int | None = None) -> float:

@@ -9,7 +9,9 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[sufc]\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations|true_computation|false_computation|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|body|to_apply|branch_computations|true_computation|false_computation|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 
@@ -75,9 +77,20 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opening = rest.index("(", end)
     closing = _closing(rest, opening)
-    shapes = tuple(Shape(d, tuple(map(int, filter(None, dims.split(",")))), "S(1)" in layout) for d, dims, layout in _ARRAY.findall(rest[:end]))
+    shapes = tuple(
+        Shape(d, tuple(map(int, filter(None, dims.split(",")))), "S(1)" in layout)
+        for d, dims, layout in _ARRAY.findall(rest[:end])
+    )
     inside = rest[opening + 1 : closing]
-    return Instruction(name, rest[end:opening].strip(), shapes, tuple(re.findall(r"%([\w.\-]+)", inside)), inside, rest[closing + 1 :], is_root)
+    return Instruction(
+        name,
+        rest[end:opening].strip(),
+        shapes,
+        tuple(re.findall(r"%([\w.\-]+)", inside)),
+        inside,
+        rest[closing + 1 :],
+        is_root,
+    )
 
 
 def _closing(text: str, start: int) -> int:

@@ -15,7 +15,9 @@ def product_flops(instruction: Instruction, computation: Computation) -> float:
         lhs = computation[instruction.operands[0]].shapes[0].dims
         return 2.0 * instruction.shapes[0].size * math.prod(lhs[axis] for axis in _contracted(instruction.attributes))
     if instruction.opcode == "convolution" or _is_convolution(target):
-        return _convolution_flops(instruction, *(computation[operand].shapes[0] for operand in instruction.operands[:2]))
+        return _convolution_flops(
+            instruction, *(computation[operand].shapes[0] for operand in instruction.operands[:2])
+        )
     return 0.0
 
 
@@ -41,14 +43,19 @@ def _convolution_flops(instruction: Instruction, first: Shape, second: Shape) ->
     the axes of the forward convolution, whose input or kernel is their result.
     """
     result = instruction.shapes[0]
-    operands = {"__cudnn$convBackwardInput": (result, second, first), "__cudnn$convBackwardFilter": (first, result, second)}
+    operands = {
+        "__cudnn$convBackwardInput": (result, second, first),
+        "__cudnn$convBackwardFilter": (first, result, second),
+    }
     lhs_dims, rhs_dims, out_dims = (shape.dims for shape in operands.get(instruction.target, (first, second, result)))
     lhs, rhs, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
     window = _window(instruction.attributes)
     pairs = 1
     for axis, label in enumerate(sorted(set(lhs) - set("bf"))):
         parameters = {name: values[axis] for name, values in window.items()}
-        pairs *= _meeting_pairs(lhs_dims[lhs.index(label)], rhs_dims[rhs.index(label)], out_dims[out.index(label)], parameters)
+        pairs *= _meeting_pairs(
+            lhs_dims[lhs.index(label)], rhs_dims[rhs.index(label)], out_dims[out.index(label)], parameters
+        )
     batch_groups = int((re.search(r"batch_group_count=(\d+)", instruction.attributes) or [0, 1])[1])
     rows = lhs_dims[lhs.index("b")] // batch_groups
     return 2.0 * rows * rhs_dims[rhs.index("i")] * rhs_dims[rhs.index("o")] * pairs

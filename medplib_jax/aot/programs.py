@@ -85,7 +85,14 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Pro
     if length <= new_tokens:
         raise ValueError(f"length {length} leaves no room for a prompt: eval.max_new_tokens is {new_tokens}")
     ends = {"eos_id": 2, "seg_id": config.model.llm.vocab_size - 1}  # any will do: values do not change the program
-    decoder = Decoder(model, **ends, max_new_tokens=new_tokens, max_masks=config.data.max_masks, sampling=Sampling(), original_masks=False)
+    decoder = Decoder(
+        model,
+        **ends,
+        max_new_tokens=new_tokens,
+        max_masks=config.data.max_masks,
+        sampling=Sampling(),
+        original_masks=False,
+    )
 
     def answer(params: Params, batch: Batch, limits_B: jax.Array, seed: jax.Array):
         with use_rules(config.sharding.rules):
@@ -112,7 +119,9 @@ def _evaluated(model: MedPLIB, config: ExperimentConfig, mesh: Mesh) -> Params:
 def _placed(shapes, shardings):
     if isinstance(shardings, NamedSharding):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings), shapes)
-    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 def abstract_batch(data: DataConfig, model: ModelConfig, mesh: Mesh, rows: int, length: int) -> Batch:

@@ -58,7 +58,9 @@ def examine(request: Request) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     peak = memory.peak_memory_in_bytes if devices[0].platform == "tpu" else _allotted(memory)
     if peak > chip.hbm_bytes:  # the compiler for GPUs does not refuse such a program
-        return head | _does_not_fit(peak / GB, chip, "arguments, results and temporaries are more than the GPU's memory")
+        return head | _does_not_fit(
+            peak / GB, chip, "arguments, results and temporaries are more than the GPU's memory"
+        )
     return head | _memory(memory, peak, chip) | _work(program, _usage(compiled, program), needed, chip, mesh.size)
 
 
@@ -78,7 +80,12 @@ def _does_not_fit(needs: float | None, chip: Chip, message: str) -> dict[str, An
 
 def _allotted(memory) -> int:
     """Bytes that a GPU's program takes. Its temporaries are one piece of memory, gaps included, which the compiler's own peak leaves out."""
-    return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
 
 
 def _memory(memory, peak: int, chip: Chip) -> dict[str, Any]:
@@ -97,14 +104,21 @@ def _usage(compiled, program: Program) -> Usage:
 
 def _work(program: Program, usage: Usage, needed: float, chip: Chip, chips: int) -> dict[str, Any]:
     received = sum(collective.bytes for collective in usage.collectives)
-    bounds = {"compute": usage.flops / chip.flops, "hbm": usage.hbm_bytes / chip.hbm_rate, "ici": received / chip.ici_rate}
+    bounds = {
+        "compute": usage.flops / chip.flops,
+        "hbm": usage.hbm_bytes / chip.hbm_rate,
+        "ici": received / chip.ici_rate,
+    }
     seconds = max(bounds.values())
     return {
         "executed_flops": usage.flops * chips,
         "executed_over_model": usage.flops * chips / needed,
         "hbm_traffic_gb_per_chip": usage.hbm_bytes / GB,
         "collectives": _by_kind(usage.collectives),
-        "largest_gather_outside_loops_gb": max((c.output.bytes for c in usage.collectives if c.kind == "all-gather" and not c.in_loop), default=0) / GB,
+        "largest_gather_outside_loops_gb": max(
+            (c.output.bytes for c in usage.collectives if c.kind == "all-gather" and not c.in_loop), default=0
+        )
+        / GB,
         "kernels": {name: {"calls": calls, "flops": flops} for name, (calls, flops) in sorted(usage.kernels.items())},
         "roofline_seconds": bounds,
         "bound_by": max(bounds, key=bounds.get),
@@ -137,7 +151,10 @@ def as_text(report: dict[str, Any]) -> str:
 def _memory_lines(report: dict[str, Any]) -> list[str]:
     have, peak = report["hbm_gb_per_chip"], report["peak_hbm_gb_per_chip"]
     if not report["fits"]:
-        return [f"DOES NOT FIT: needs {'more than' if peak is None else f'{peak:.2f} GB of'} {have:.2f} GB per chip", report["message"].splitlines()[0]]
+        return [
+            f"DOES NOT FIT: needs {'more than' if peak is None else f'{peak:.2f} GB of'} {have:.2f} GB per chip",
+            report["message"].splitlines()[0],
+        ]
     return [
         f"HBM per chip        {peak:8.2f} GB at peak of {have:.2f}: fits, {have - peak:.2f} GB ({report['spare_share']:.0%}) to spare",
         f"  arguments         {report['argument_gb_per_chip']:8.2f} GB",

@@ -34,8 +34,19 @@ def candidates(request: Request, chips: int) -> Iterator[Request]:
     parallelism, as far as the rows divide over them (for generation also all chips as one tensor axis)."""
     training = request.kind == "train"
     policies = POLICIES if training else (request.config.model.remat,)
-    for rows, policy, mesh in itertools.product((request.rows, 2 * request.rows), policies, _meshes(chips // request.config.mesh.dcn_data, training)):
-        if rows % (mesh.data * mesh.fsdp * request.config.mesh.dcn_data * (request.config.optim.accumulate if training else 1)) == 0:
+    for rows, policy, mesh in itertools.product(
+        (request.rows, 2 * request.rows), policies, _meshes(chips // request.config.mesh.dcn_data, training)
+    ):
+        if (
+            rows
+            % (
+                mesh.data
+                * mesh.fsdp
+                * request.config.mesh.dcn_data
+                * (request.config.optim.accumulate if training else 1)
+            )
+            == 0
+        ):
             config = dataclasses.replace(
                 request.config,
                 model=dataclasses.replace(request.config.model, remat=policy),
@@ -46,12 +57,18 @@ def candidates(request: Request, chips: int) -> Iterator[Request]:
 
 def _meshes(chips: int, training: bool) -> list[MeshConfig]:
     shapes = [(1, chips, 1), (4, chips // 4, 1), (1, chips // 2, 2)] + ([] if training else [(1, 1, chips)])
-    return [MeshConfig(data=data, fsdp=fsdp, tensor=tensor) for data, fsdp, tensor in shapes if data * fsdp * tensor == chips]
+    return [
+        MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+        for data, fsdp, tensor in shapes
+        if data * fsdp * tensor == chips
+    ]
 
 
 def as_table(reports: list[dict[str, Any]]) -> str:
     """One line per candidate."""
-    lines = [f"{'mesh (data x fsdp x expert x tensor)':38}{'rows':>6}  {'remat':14}{'peak GB':>9}{'spare':>7}{'executed/model':>16}{'tokens/s/chip':>15}  bound by"]
+    lines = [
+        f"{'mesh (data x fsdp x expert x tensor)':38}{'rows':>6}  {'remat':14}{'peak GB':>9}{'spare':>7}{'executed/model':>16}{'tokens/s/chip':>15}  bound by"
+    ]
     for report in reports:
         peak, spare = report["peak_hbm_gb_per_chip"], report["spare_share"]
         line = f"{' x '.join(map(str, report['mesh'].values())):38}{report['rows']:>6}  {report['remat']:14}"

@@ -46,7 +46,9 @@ class Multiprocessors:
     shared_bytes_per_block: int  # at most
 
 
-_HOPPER = Multiprocessors("", "major: 9 feature_extension: ACCELERATED_FEATURES", 132, 128, 1.98, 50 * 2**20, 228 * 2**10, 227 * 2**10)
+_HOPPER = Multiprocessors(
+    "", "major: 9 feature_extension: ACCELERATED_FEATURES", 132, 128, 1.98, 50 * 2**20, 228 * 2**10, 227 * 2**10
+)
 MULTIPROCESSORS = {
     "a100": Multiprocessors("NVIDIA A100-SXM4-80GB", "major: 8", 108, 64, 1.41, 40 * 2**20, 164 * 2**10, 163 * 2**10),
     "h100": dataclasses.replace(_HOPPER, name="NVIDIA H100 80GB HBM3"),
@@ -65,7 +67,9 @@ def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
 
 def _tpus(topology: str, slices: int) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError("compiling for a TPU needs libtpu, which comes with the extra: pip install 'medplib_jax[tpu]'")
+        raise ModuleNotFoundError(
+            "compiling for a TPU needs libtpu, which comes with the extra: pip install 'medplib_jax[tpu]'"
+        )
     _set(TPU_ENVIRONMENT)
     if "TPU_LOG_DIR" not in os.environ:
         os.environ["TPU_LOG_DIR"] = tempfile.mkdtemp(prefix="tpu_logs_")
@@ -78,10 +82,14 @@ def _tpus(topology: str, slices: int) -> list[jax.Device]:
 
 def _gpus(kind: str, chip: Chip, gpus: int, nodes: int) -> list[jax.Device]:
     if not any(importlib.util.find_spec(plugin) for plugin in CUDA_PLUGINS):
-        raise ModuleNotFoundError("compiling for a GPU needs JAX's CUDA plugin, which comes with the extra: pip install 'medplib_jax[gpu]'")
+        raise ModuleNotFoundError(
+            "compiling for a GPU needs JAX's CUDA plugin, which comes with the extra: pip install 'medplib_jax[gpu]'"
+        )
     _set(GPU_ENVIRONMENT)
     shape = f"{nodes}x1x{gpus}"  # one host per node
-    return topologies.get_topology_desc(platform="cuda", target_config=target_config(MULTIPROCESSORS[kind], chip), topology=shape).devices
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=target_config(MULTIPROCESSORS[kind], chip), topology=shape
+    ).devices
 
 
 def _set(environment: dict[str, str]) -> None:

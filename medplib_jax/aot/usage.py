@@ -55,7 +55,9 @@ def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...]], float
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 found = _collective(kind, instruction, computation, times, in_loop, name)
-                collectives.setdefault(_channel(instruction, name), found)  # an asynchronous one appears in several computations
+                collectives.setdefault(
+                    _channel(instruction, name), found
+                )  # an asynchronous one appears in several computations
             elif kernel:
                 operands = tuple(shape for operand in instruction.operands for shape in computation[operand].shapes)
                 cost = cost or times * kernel_flops(kernel, operands)
@@ -75,10 +77,21 @@ def kernel_name(instruction: Instruction) -> str:
     return target.removeprefix("__") if target.startswith(LIBRARIES) else ""
 
 
-_ELEMENTWISE_CALLERS = ("all-reduce", "reduce", "reduce-window", "sort", "scatter", "select-and-scatter", "map", "reduce-scatter")
+_ELEMENTWISE_CALLERS = (
+    "all-reduce",
+    "reduce",
+    "reduce-window",
+    "sort",
+    "scatter",
+    "select-and-scatter",
+    "map",
+    "reduce-scatter",
+)
 
 
-def _executed(computations: dict[str, Computation], entry: str, loop_trips: int) -> Iterator[tuple[str, float, bool, bool]]:
+def _executed(
+    computations: dict[str, Computation], entry: str, loop_trips: int
+) -> Iterator[tuple[str, float, bool, bool]]:
     """(computation, how often it runs, inside a loop, inside a fusion) for every place that calls it."""
     pending = [(entry, 1.0, False, False)]
     while pending:
@@ -87,11 +100,16 @@ def _executed(computations: dict[str, Computation], entry: str, loop_trips: int)
         for instruction in computations[name].values():
             if instruction.opcode.removesuffix("-start") in _ELEMENTWISE_CALLERS:
                 continue  # what they call works on single elements
-            is_loop, called = instruction.opcode == "while", [name for name in instruction.called if name in computations]
+            is_loop, called = (
+                instruction.opcode == "while",
+                [name for name in instruction.called if name in computations],
+            )
             trips = _trips(instruction, computations, loop_trips) if is_loop else 1
             if instruction.opcode == "conditional":
                 trips = 1 / len(called)  # which branch runs is not known: each counts in part
-            pending += [(name, times * trips, in_loop or is_loop, fused or instruction.opcode == "fusion") for name in called]
+            pending += [
+                (name, times * trips, in_loop or is_loop, fused or instruction.opcode == "fusion") for name in called
+            ]
 
 
 def _trips(loop: Instruction, computations: dict[str, Computation], unknown: int) -> int:
@@ -108,7 +126,9 @@ def _trips(loop: Instruction, computations: dict[str, Computation], unknown: int
         for compare in (i for i in computation.values() if i.opcode == "compare"):
             sides = [computation[name] for name in compare.operands]
             bounds = [int(side.literal) for side in sides if side.opcode == "constant" and _is_counter(side.shapes[0])]
-            counters = [re.search(r"index=(\d+)", side.attributes) for side in sides if side.opcode == "get-tuple-element"]
+            counters = [
+                re.search(r"index=(\d+)", side.attributes) for side in sides if side.opcode == "get-tuple-element"
+            ]
             step = _step(body, int(counters[0].group(1))) if counters else 1
             trips += [-(-bound // step) for bound in bounds]
     return max(trips) or unknown
@@ -136,18 +156,28 @@ def _channel(instruction: Instruction, computation: str) -> str:
     return woven.group(1) if woven else f"{computation}/{instruction.name}"
 
 
-def _collective(kind: str, instruction: Instruction, computation: Computation, times: float, in_loop: bool, name: str) -> Collective:
+def _collective(
+    kind: str, instruction: Instruction, computation: Computation, times: float, in_loop: bool, name: str
+) -> Collective:
     group = _group_size(instruction.attributes)
-    sent = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands  # its others are room and offsets
+    sent = (
+        instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands
+    )  # its others are room and offsets
     inputs = sum(shape.bytes for operand in sent for shape in computation[operand].shapes)
     if kind == "all-reduce" and "all-reduce-scatter" in name:
         kind = "reduce-scatter"  # fused with the slice of its result that is kept
     others = (group - 1) / group if group else 1.0
-    outputs = sum(shape.bytes for shape in instruction.shapes) - (inputs if instruction.opcode.endswith("-start") else 0)
-    received = {"all-gather": outputs - inputs, "all-reduce": 2 * inputs * others, "collective-permute": inputs}.get(kind, inputs * others)
+    outputs = sum(shape.bytes for shape in instruction.shapes) - (
+        inputs if instruction.opcode.endswith("-start") else 0
+    )
+    received = {"all-gather": outputs - inputs, "all-reduce": 2 * inputs * others, "collective-permute": inputs}.get(
+        kind, inputs * others
+    )
     source = re.search(r'op_name="([^"]*)"', instruction.attributes)
     largest = max(instruction.shapes, key=lambda shape: shape.bytes)
-    return Collective(kind, times * received, times, group, source.group(1) if source else instruction.name, in_loop, largest)
+    return Collective(
+        kind, times * received, times, group, source.group(1) if source else instruction.name, in_loop, largest
+    )
 
 
 def _group_size(attributes: str) -> int:
@@ -168,12 +198,28 @@ def _group_size(attributes: str) -> int:
 _SLICING = ("dynamic-slice", "gather", "slice")
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written into the first one
 _NAMES_OPERANDS = ("all-gather-start", "reduce-scatter-start", "all-to-all-start", "collective-permute-start")
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "iota", "partition-id")
+_FREE = (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "iota",
+    "partition-id",
+)
 
 
 def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
     """Bytes that an instruction moves between HBM and the chip: operands that it reads and results that it writes."""
-    if instruction.opcode in _FREE or instruction.opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
+    if (
+        instruction.opcode in _FREE
+        or instruction.opcode.endswith("-done")
+        or "AllocateBuffer" in instruction.attributes
+    ):
         return 0.0
     operands = [computation[name].shapes for name in instruction.operands]
     fusion = computations.get(instruction.called[0]) if instruction.opcode == "fusion" and instruction.called else None

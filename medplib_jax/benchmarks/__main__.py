@@ -51,7 +51,9 @@ def cpu(options: argparse.Namespace) -> Parts:
         "train_step": lambda: [training.compare(config, _peers(options), options.rounds)],
         "moe": lambda: [training.moe_over_dense(config, options.rounds)],
         "parts": lambda: [parts.measure(config, options.rounds)],
-        "memory": lambda: [memory.compare(options.size, options.batch or 2, options.layers, options.against == "torch")],
+        "memory": lambda: [
+            memory.compare(options.size, options.batch or 2, options.layers, options.against == "torch")
+        ],
         "startup": lambda: [startup.measure()],
     }
 
@@ -61,7 +63,9 @@ def decode(options: argparse.Namespace) -> Parts:
         config = workload.merged(workload.experiment(workload.MODELS[options.size], rows))
         return decoding.compare(config, options.against == "torch", options.rounds, options.new_tokens)
 
-    return {f"batch_{rows}": functools.partial(answers, rows) for rows in ((options.batch,) if options.batch else (1, 16))}
+    return {
+        f"batch_{rows}": functools.partial(answers, rows) for rows in ((options.batch,) if options.batch else (1, 16))
+    }
 
 
 def gpu(options: argparse.Namespace) -> Parts:
@@ -71,7 +75,9 @@ def gpu(options: argparse.Namespace) -> Parts:
     measured: dict[str, float] = {}
 
     def step(stage: str) -> Iterator[Table]:
-        table = accelerator.training_step(workload.experiment(model, rows, stage), stage, _peers(options), options.rounds, options.device)
+        table = accelerator.training_step(
+            workload.experiment(model, rows, stage), stage, _peers(options), options.rounds, options.device
+        )
         measured[stage] = rows / table.flat[f"train_step.stage_{stage}.ours.seconds"]
         yield table
 
@@ -80,12 +86,16 @@ def gpu(options: argparse.Namespace) -> Parts:
         yield feeding.measure(max(measured.values(), default=options.rate), options.workers, options.seconds)
 
     return {
-        "memory": lambda: [memory.compare(options.size, rows, options.layers, options.against == "torch")],  # first: it has the device for itself
+        "memory": lambda: [
+            memory.compare(options.size, rows, options.layers, options.against == "torch")
+        ],  # first: it has the device for itself
         "rates": lambda: [accelerator.machine_rates(model.llm.hidden_size)],
         **{f"stage_{stage}": functools.partial(step, stage) for stage in ("IV", "III")},
         "moe": lambda: [training.moe_over_dense(config, options.rounds)],
         "parts": lambda: [parts.measure(config, options.rounds)],
-        "decode": lambda: accelerator.answers(model, options.against == "torch", options.rounds, options.new_tokens, options.device),
+        "decode": lambda: accelerator.answers(
+            model, options.against == "torch", options.rounds, options.new_tokens, options.device
+        ),
         "input": keeps_up,
     }
 
@@ -113,7 +123,11 @@ def convert(options: argparse.Namespace) -> Parts:
 def _conversion(layers: int) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         found = benchmark.compare(Path(folder) / "work", layers)
-    flat = {f"convert.{name}.{figure}": value for name, measured in found.results.items() for figure, value in dataclasses.asdict(measured).items()}
+    flat = {
+        f"convert.{name}.{figure}": value
+        for name, measured in found.results.items()
+        for figure, value in dataclasses.asdict(measured).items()
+    }
     return Table(found.title, benchmark.COLUMNS, found.rows(), flat | {"convert.tensors_changed": found.changed})
 
 
@@ -121,11 +135,17 @@ SUITES = {suite.__name__: suite for suite in (cpu, decode, gpu, tpu, data, conve
 
 
 def _peers(options: argparse.Namespace) -> tuple[str, ...]:
-    return (("torch eager",) if options.no_compile else ("torch eager", "torch compile")) if options.against == "torch" else ()
+    return (
+        (("torch eager",) if options.no_compile else ("torch eager", "torch compile"))
+        if options.against == "torch"
+        else ()
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="medplib_jax.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="medplib_jax.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--suite", choices=SUITES, required=True)
     parser.add_argument("--against", choices=("torch",))
     parser.add_argument("--only", metavar="PART,...", help="parts of the suite, by default all")

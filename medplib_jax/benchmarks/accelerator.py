@@ -22,7 +22,9 @@ def training_step(config: ExperimentConfig, stage: str, sides: Sequence[str], ro
     name = f"train_step.stage_{stage}"
     table = training.compare(config, sides, rounds, device, name)
     labelled = int((workload.example_batch(config).loss_weights > 0).sum(1).max())
-    flops = model_flops("train", config, jax.devices()[0], config.data.batch_size, config.data.bucket_lengths[-1], labelled)
+    flops = model_flops(
+        "train", config, jax.devices()[0], config.data.batch_size, config.data.bucket_lengths[-1], labelled
+    )
     rate = machine_rates(config.model.llm.hidden_size).flat["machine.matmul_flops"]
     table.flat[f"{name}.mfu"] = flops / table.flat[f"{name}.ours.seconds"] / rate
     table.title += f", stage {stage}: {100 * table.flat[f'{name}.mfu']:.0f} % of the measured matmul rate"
@@ -37,7 +39,10 @@ def answers(model: ModelConfig, against: bool, rounds: int, new_tokens: int, dev
         tables += decoding.compare(config, against, rounds, new_tokens, device=device)
         if rows == 1:
             first, whole = tables
-            fastest = whole.flat["decode.batch_1.ours.fastest_seconds"] - first.flat["first_token.batch_1.ours.fastest_seconds"]
+            fastest = (
+                whole.flat["decode.batch_1.ours.fastest_seconds"]
+                - first.flat["first_token.batch_1.ours.fastest_seconds"]
+            )
             step = fastest / max(new_tokens - 1, 1)
             rate = machine_rates(model.llm.hidden_size).flat["machine.bytes_per_second"]
             whole.flat["decode.batch_1.bandwidth_share"] = active_bytes(config) / rate / step
@@ -48,10 +53,19 @@ def answers(model: ModelConfig, against: bool, rounds: int, new_tokens: int, dev
 def machine_rates(width: int) -> Table:
     """The rate of one large bfloat16 product of random numbers (of equal ones a GPU, which saves power, is faster), and of a copy, which is
     what decoding is bound by."""
-    matrix, array = jax.random.normal(jax.random.key(0), (2 * width, 4 * width), jnp.bfloat16), jnp.ones(2**14 * width, jnp.bfloat16)
+    matrix, array = (
+        jax.random.normal(jax.random.key(0), (2 * width, 4 * width), jnp.bfloat16),
+        jnp.ones(2**14 * width, jnp.bfloat16),
+    )
     product, copy = _seconds(lambda x: x @ x.T, matrix), _seconds(lambda x: x + 1, array)
-    flat = {"machine.matmul_flops": 2 * (2 * width) ** 2 * 4 * width / product, "machine.bytes_per_second": 2 * array.nbytes / copy}
-    rows = [("bfloat16 product", f"{flat['machine.matmul_flops'] / 1e12:.1f} TFLOP/s"), ("memory", f"{flat['machine.bytes_per_second'] / 1e9:.0f} GB/s")]
+    flat = {
+        "machine.matmul_flops": 2 * (2 * width) ** 2 * 4 * width / product,
+        "machine.bytes_per_second": 2 * array.nbytes / copy,
+    }
+    rows = [
+        ("bfloat16 product", f"{flat['machine.matmul_flops'] / 1e12:.1f} TFLOP/s"),
+        ("memory", f"{flat['machine.bytes_per_second'] / 1e9:.0f} GB/s"),
+    ]
     return Table(f"Rates of {jax.devices()[0].device_kind}", ("", "measured"), rows, flat)
 
 

@@ -31,14 +31,23 @@ def agreement(checkpoint: str, sources: list[str], limit: int) -> dict[str, tupl
     experiment, params, tokenizer_dir = load_params(checkpoint)
     params = jax.tree.map(jnp.asarray, params)
     model, tokenizer = experiment.model, Tokenizer.load(tokenizer_dir)
-    options = {"eos_id": tokenizer.eos_id, "seg_id": tokenizer.seg_id, "max_new_tokens": experiment.eval.max_new_tokens, "max_masks": 0}
+    options = {
+        "eos_id": tokenizer.eos_id,
+        "seg_id": tokenizer.seg_id,
+        "max_new_tokens": experiment.eval.max_new_tokens,
+        "max_masks": 0,
+    }
     generators = [Generator(model, params, **options, quantize=kind) for kind in ("", "int8")]
     found = {}
     for task in find_tasks(folder_tasks(*sources), limit, experiment.data.on_error, "raise"):
-        data = dataclasses.replace(experiment.data, max_images=max(task.images, 1), max_regions=task.regions, max_masks=task.masks)
+        data = dataclasses.replace(
+            experiment.data, max_images=max(task.images, 1), max_regions=task.regions, max_masks=task.masks
+        )
         indices, rows = [index for index in task.records if index not in task.skipped], experiment.eval.batch_size
         same = 0
-        for arrays, _ in eval_batches(Loader([task.source], tokenizer, data, model), indices, rows, range(rows), question=True, workers=0):
+        for arrays, _ in eval_batches(
+            Loader([task.source], tokenizer, data, model), indices, rows, range(rows), question=True, workers=0
+        ):
             batch = Batch(**arrays)
             answers = [np.asarray(generator(batch).tokens) for generator in generators]
             same += int(((answers[0] == answers[1]).all(1) & (batch.record >= 0)).sum())
@@ -48,8 +57,12 @@ def agreement(checkpoint: str, sources: list[str], limit: int) -> dict[str, tupl
 
 def bytes_of(model: ModelConfig, dtype) -> tuple[int, int]:
     """Bytes of all parameters, kept in `dtype` and with weights of 8 bits; nothing is allocated."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params_of(abstract_module(lambda rngs: MedPLIB(model, rngs))))
-    return num_bytes(shapes), num_bytes(jax.eval_shape(lambda params: quantize_params(unstack(params, experts_apart=True)), shapes))
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params_of(abstract_module(lambda rngs: MedPLIB(model, rngs)))
+    )
+    return num_bytes(shapes), num_bytes(
+        jax.eval_shape(lambda params: quantize_params(unstack(params, experts_apart=True)), shapes)
+    )
 
 
 def main() -> None:

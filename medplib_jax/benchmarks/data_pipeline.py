@@ -30,7 +30,9 @@ from medplib_jax.datasets.assemble.dataset import assemble
 
 _DATA = flags.DEFINE_string("data", None, "folder with annotation files, paths relative to it", required=True)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "folder of a tokenizer", required=True)
-_MEMORY = flags.DEFINE_integer("memory", 0, "records to read in a worker process while its memory is watched; 0: measure time")
+_MEMORY = flags.DEFINE_integer(
+    "memory", 0, "records to read in a worker process while its memory is watched; 0: measure time"
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "of which the fastest counts")
 
 MODEL = ModelConfig()  # 336 and 256 pixels, 576 image tokens
@@ -40,7 +42,13 @@ SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 def config(folder: str, tokenizer: str, **changes) -> DataConfig:
     sources = tuple(sorted(glob.glob(os.path.join(folder, "*.json"))))
-    values = {"bucket_lengths": (768, 1024, 1664), "batch_size": 16, "mask_canvas": 1024, "on_error": "skip", "workers": 0}
+    values = {
+        "bucket_lengths": (768, 1024, 1664),
+        "batch_size": 16,
+        "mask_canvas": 1024,
+        "on_error": "skip",
+        "workers": 0,
+    }
     return DataConfig(sources=sources, root=folder, tokenizer=tokenizer, **values | changes)
 
 
@@ -58,7 +66,12 @@ def torch_batches(data: DataConfig) -> Iterator[dict]:
         def __getitem__(self, index):
             record = loader.record(index)
             encoded = encode_conversation(
-                record, loader.tokenizer, template=data.template, image_tokens=1, max_images=1, max_length=data.bucket_lengths[-1]
+                record,
+                loader.tokenizer,
+                template=data.template,
+                image_tokens=1,
+                max_images=1,
+                max_length=data.bucket_lengths[-1],
             )
             rgb = np.asarray(Image.open(record.path(record.images[0])).convert("RGB"))
             example = {
@@ -66,14 +79,18 @@ def torch_batches(data: DataConfig) -> Iterator[dict]:
                 "labels": torch.tensor(np.where(encoded.loss_weights > 0, encoded.targets, -100), dtype=torch.long),
                 "clip": _clip(torch, rgb),
                 "sam": _sam(torch, rgb),
-                "masks": [torch.from_numpy((_grey(record.path(name)) >= 1).astype(np.float32)) for name in encoded.masks],
+                "masks": [
+                    torch.from_numpy((_grey(record.path(name)) >= 1).astype(np.float32)) for name in encoded.masks
+                ],
                 "regions": [_region(torch, _grey(record.path(name))) for name in encoded.regions],
             }
             return example
 
     def collate(examples):
         def pad(name, value):
-            return torch.nn.utils.rnn.pad_sequence([one[name] for one in examples], batch_first=True, padding_value=value)
+            return torch.nn.utils.rnn.pad_sequence(
+                [one[name] for one in examples], batch_first=True, padding_value=value
+            )
 
         stacked = {name: torch.stack([one[name] for one in examples]) for name in ("clip", "sam")}
         lists = {name: [one[name] for one in examples] for name in ("masks", "regions")}
@@ -90,7 +107,9 @@ def _resized(rgb: np.ndarray, side: int) -> np.ndarray:
 
 def _padded(torch, x, side: int, value: float):
     rest = [side - length for length in x.shape[-2:]]
-    return torch.nn.functional.pad(x, (rest[1] // 2, rest[1] - rest[1] // 2, rest[0] // 2, rest[0] - rest[0] // 2), value=value)
+    return torch.nn.functional.pad(
+        x, (rest[1] // 2, rest[1] - rest[1] // 2, rest[0] // 2, rest[0] - rest[0] // 2), value=value
+    )
 
 
 def _normalised(torch, x, mean, std):
@@ -99,7 +118,9 @@ def _normalised(torch, x, mean, std):
 
 def _clip(torch, rgb):
     x = torch.from_numpy(_resized(rgb, 336)).permute(2, 0, 1).contiguous()
-    padded = torch.stack([_padded(torch, channel, 336, int(255 * mean)) for channel, mean in zip(x, CLIP_MEAN, strict=True)])
+    padded = torch.stack(
+        [_padded(torch, channel, 336, int(255 * mean)) for channel, mean in zip(x, CLIP_MEAN, strict=True)]
+    )
     return _normalised(torch, padded.float() / 255, CLIP_MEAN, CLIP_STD)
 
 
@@ -186,10 +207,14 @@ def main(argv: Sequence[str]) -> None:
         return
     times = compare(data, _ROUNDS.value)
     for name, value in times.items():
-        print(f"{name:26} {value:7.2f} ms per record and core, {times['PyTorch DataLoader'] / value:6.1f} times PyTorch's rate")
+        print(
+            f"{name:26} {value:7.2f} ms per record and core, {times['PyTorch DataLoader'] / value:6.1f} times PyTorch's rate"
+        )
     run = times["disk cache, first epoch"] + 2 * times["disk cache, later epochs"]
     print(f"a run of 3 epochs with a disk cache: {3 * times['PyTorch DataLoader'] / run:.1f} times PyTorch's rate")
-    print(f"later epochs over the first without a cache: {times['no cache'] / times['disk cache, later epochs']:.1f} times")
+    print(
+        f"later epochs over the first without a cache: {times['no cache'] / times['disk cache, later epochs']:.1f} times"
+    )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def measure(prompts: Batch, lengths: np.ndarray, generator: Generator, repeat: i
     limits = dict(enumerate(lengths.tolist()))
 
     def answers(slots, refill):
-        made = stream_answers(generator, [prompts], slots=slots, refill=refill, lanes=lanes_for(generator.params, slots), limits=limits)
+        made = stream_answers(
+            generator, [prompts], slots=slots, refill=refill, lanes=lanes_for(generator.params, slots), limits=limits
+        )
         return {int(row.record[0]): generation.tokens[0, : generation.lengths[0]].tolist() for row, generation in made}
 
     expected = {way: answers(*sizes) for way, sizes in WAYS.items()}  # compiles, too
@@ -81,7 +83,12 @@ def main():
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--prompt", type=int, default=96, help="positions, 64 of them of the picture")
     parser.add_argument("--long", type=int, default=128, help="tokens of each answer where all are alike")
-    parser.add_argument("--longest", type=int, default=256, help="tokens of the longest answer where they are mixed; four times the mean")
+    parser.add_argument(
+        "--longest",
+        type=int,
+        default=256,
+        help="tokens of the longest answer where they are mixed; four times the mean",
+    )
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     count, longest = arguments.requests, arguments.longest
@@ -94,7 +101,9 @@ def main():
         generator = Generator(model, params, eos_id=NEVER, seg_id=NEVER, max_new_tokens=int(lengths.max()), max_masks=0)
         found = measure(prompts, lengths, generator, arguments.repeat)
         for way, seconds in found.items():
-            print(f"{name:6} {way:16} slots {WAYS[way][0]:3} refill {WAYS[way][1]:3} {seconds:8.2f} s {lengths.sum() / seconds:8.0f} tokens/s")
+            print(
+                f"{name:6} {way:16} slots {WAYS[way][0]:3} refill {WAYS[way][1]:3} {seconds:8.2f} s {lengths.sum() / seconds:8.0f} tokens/s"
+            )
         one, static, refilled = found.values()
         ratios |= {f"{name}.slots_over_one": one / refilled, f"{name}.refilled_over_static": static / refilled}
     print(json.dumps(ratios))

@@ -21,13 +21,24 @@ def measure(rate: float, workers: int, seconds: float, examples: int = 200) -> T
     A row per case: one reader as fast as it can, which gives the rows that one core prepares, then `workers` processes at the given
     rate (rows per second).
     """
-    table = Table(f"Input: {workers} worker processes at {rate:.0f} rows/s", ("", "rows/s", "share of the time spent waiting", "cores that the rate needs"))
+    table = Table(
+        f"Input: {workers} worker processes at {rate:.0f} rows/s",
+        ("", "rows/s", "share of the time spent waiting", "cores that the rate needs"),
+    )
     with tempfile.TemporaryDirectory() as folder:
         phantom.generate(folder, examples, 4)
         sources = tuple(str(Path(folder) / name) for name in phantom.FILES["train"].values())
         build_tokenizer(sources, str(Path(folder) / "tokenizer"))
         buckets = stage4_moe.large().data.bucket_lengths
-        data = DataConfig(sources=sources, root=folder, tokenizer=str(Path(folder) / "tokenizer"), bucket_lengths=buckets, batch_size=BATCH, max_regions=4, max_masks=4)
+        data = DataConfig(
+            sources=sources,
+            root=folder,
+            tokenizer=str(Path(folder) / "tokenizer"),
+            bucket_lengths=buckets,
+            batch_size=BATCH,
+            max_regions=4,
+            max_masks=4,
+        )
         loader = make_loader(data, ModelConfig(), folder)
         plan, _ = loader.plan(0)
         start = time.process_time()
@@ -36,8 +47,15 @@ def measure(rate: float, workers: int, seconds: float, examples: int = 200) -> T
         per_core = 4 * BATCH / (time.process_time() - start)
         waited, taken, elapsed = _consume(train_batches(loader, plan, range(BATCH), 0, 10**6, workers), rate, seconds)
     cores = rate / per_core
-    table.rows += [("one core", f"{per_core:.0f}", "", f"{cores:.1f}"), (f"{workers} processes", f"{taken / elapsed:.0f}", f"{100 * waited / elapsed:.1f} %", "")]
-    table.flat = {"input.rows_per_second_per_core": per_core, "input.cores_needed": cores, "input.waiting_share": waited / elapsed}
+    table.rows += [
+        ("one core", f"{per_core:.0f}", "", f"{cores:.1f}"),
+        (f"{workers} processes", f"{taken / elapsed:.0f}", f"{100 * waited / elapsed:.1f} %", ""),
+    ]
+    table.flat = {
+        "input.rows_per_second_per_core": per_core,
+        "input.cores_needed": cores,
+        "input.waiting_share": waited / elapsed,
+    }
     return table
 
 

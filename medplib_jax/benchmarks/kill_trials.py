@@ -55,13 +55,34 @@ def start(folder: Path, workdir: Path, processes: int, steps: int) -> subprocess
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": f"{COMPILE_FAST} {os.environ.get('XLA_FLAGS', '')}".strip(),
     }
-    launcher = [sys.executable, "-m", "launch.local_multiprocess", "--processes", str(processes), "--devices", "1", "--max-restarts", "10", "--"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "launch.local_multiprocess",
+        "--processes",
+        str(processes),
+        "--devices",
+        "1",
+        "--max-restarts",
+        "10",
+        "--",
+    ]
     config = f"--config={tiny_run.__file__}:{folder}"
-    command = [sys.executable, "-m", "medplib_jax.train", config, f"--workdir={workdir}", f"--config.mesh.fsdp={processes}"]
+    command = [
+        sys.executable,
+        "-m",
+        "medplib_jax.train",
+        config,
+        f"--workdir={workdir}",
+        f"--config.mesh.fsdp={processes}",
+    ]
     return subprocess.Popen(
-        [*launcher, *command, f"--config.train.steps={steps}", "--config.train.keep=100"], cwd=ROOT, env={**os.environ, **variables},
-        stdout=(workdir.parent / f"{workdir.name}.log").open("w"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [*launcher, *command, f"--config.train.steps={steps}", "--config.train.keep=100"],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        stdout=(workdir.parent / f"{workdir.name}.log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
 
 
 def outcome(workdir: Path) -> tuple:
@@ -106,7 +127,9 @@ def trial(folder: Path, name: str, processes: int, steps: int, expected: tuple, 
     code = process.wait()
     if not victims:
         return None
-    resumed = [int(step) for step in re.findall(r"\[0\].*resuming .* from step (\d+)", Path(f"{workdir}.log").read_text())]
+    resumed = [
+        int(step) for step in re.findall(r"\[0\].*resuming .* from step (\d+)", Path(f"{workdir}.log").read_text())
+    ]
     same = code == 0 and outcome(workdir) == expected
     return Trial(victim, moment, saved, unfinished, resumed, time.perf_counter() - began, same)
 
@@ -117,7 +140,9 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="folder for the runs and their output, which stay there; default: a temporary one")
+    parser.add_argument(
+        "--out", help="folder for the runs and their output, which stay there; default: a temporary one"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(given.out or temporary)
@@ -131,7 +156,9 @@ def main() -> int:
             if one := trial(folder, f"trial{number}", given.processes, given.steps, expected, rng):
                 trials.append(one)
                 print(f"{'ok  ' if one.good else 'BAD '} {one}", flush=True)
-    print(f"{sum(one.good for one in trials)} of {len(trials)} go on bit for bit; in {sum(bool(one.half_written) for one in trials)} a checkpoint was half-written")
+    print(
+        f"{sum(one.good for one in trials)} of {len(trials)} go on bit for bit; in {sum(bool(one.half_written) for one in trials)} a checkpoint was half-written"
+    )
     return 0 if all(one.good for one in trials) else 1
 
 

@@ -66,7 +66,9 @@ def side_by_side(title: str, name: str, samples: Mapping[str, Samples], unit: st
     """A table of competing programs; ratios (of the medians, of the fastest runs) are to the first, which is ours. With `work` (items per
     run) a rate in `unit` a second is shown as well."""
     ours = next(iter(samples))
-    table = Table(title, ("", "median s", "spread", "CPU s", *((f"{unit}/s",) if work else ()), f"times {ours}", "of the fastest"))
+    table = Table(
+        title, ("", "median s", "spread", "CPU s", *((f"{unit}/s",) if work else ()), f"times {ours}", "of the fastest")
+    )
     for side, found in samples.items():
         ratio, of_fastest = found.median / samples[ours].median, found.fastest / samples[ours].fastest
         rate = (f"{work / found.median:.1f}",) if work else ()
@@ -77,5 +79,7 @@ def side_by_side(title: str, name: str, samples: Mapping[str, Samples], unit: st
         table.flat |= {f"{key}.cpu_seconds": found.cpu_median, f"{key}.spread": found.spread}
         table.flat |= {f"{key}.per_second": work / found.median} if work else {}
         if side != ours:
-            table.flat[f"{name}.speedup" if side == "torch eager" else f"{name}.speedup_over_{side.replace(' ', '_')}"] = ratio
+            table.flat[
+                f"{name}.speedup" if side == "torch eager" else f"{name}.speedup_over_{side.replace(' ', '_')}"
+            ] = ratio
     return table

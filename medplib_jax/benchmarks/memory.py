@@ -1,6 +1,6 @@
 """Peak memory of a training step, each side in a process of its own.
 
-    python -m medplib_jax.benchmarks.memory --side ours --size small      (one line of JSON; `--suite cpu` runs it for every side)
+python -m medplib_jax.benchmarks.memory --side ours --size small      (one line of JSON; `--suite cpu` runs it for every side)
 """
 
 import argparse
@@ -45,7 +45,10 @@ def measure(side: str, config: ExperimentConfig) -> dict[str, float]:
         planned = step.compiled.memory_analysis()
         arguments = planned.argument_size_in_bytes / GB
         beside = (planned.temp_size_in_bytes + planned.output_size_in_bytes - planned.alias_size_in_bytes) / GB
-        found |= {"predicted": arguments + beside, "measured": found["peak"] if on_gpu else found["peak"] - before + arguments}
+        found |= {
+            "predicted": arguments + beside,
+            "measured": found["peak"] if on_gpu else found["peak"] - before + arguments,
+        }
     return found
 
 
@@ -66,11 +69,21 @@ def compare(size: str, batch: int, layers: int, against: bool) -> Table:
             continue
         flags = ("--side", side, "--size", size, "--batch", str(batch), "--layers", str(layers))
         command = (sys.executable, "-m", "medplib_jax.benchmarks.memory", *flags)
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        found = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        )
         peaks[side] = found["peak"]
-        table.rows.append((name, f"{found['peak']:.2f}", *(f"{found[key]:.2f}" if key in found else "" for key in ("measured", "predicted"))))
+        table.rows.append(
+            (
+                name,
+                f"{found['peak']:.2f}",
+                *(f"{found[key]:.2f}" if key in found else "" for key in ("measured", "predicted")),
+            )
+        )
         table.flat |= {f"memory.{side}.{key}_gb": value for key, value in found.items()}
-    table.flat["memory.measured_over_predicted"] = table.flat["memory.ours.measured_gb"] / table.flat["memory.ours.predicted_gb"]
+    table.flat["memory.measured_over_predicted"] = (
+        table.flat["memory.ours.measured_gb"] / table.flat["memory.ours.predicted_gb"]
+    )
     table.flat |= {"memory.ours_over_torch": peaks["ours"] / peaks["torch"]} if against else {}
     return table
 
@@ -82,7 +95,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--layers", type=int, default=4, help="of size 7b")
     options = parser.parse_args()
-    print(json.dumps(measure(options.side, workload.experiment(workload.model(options.size, options.layers), options.batch))))
+    print(
+        json.dumps(
+            measure(options.side, workload.experiment(workload.model(options.size, options.layers), options.batch))
+        )
+    )
 
 
 if __name__ == "__main__":

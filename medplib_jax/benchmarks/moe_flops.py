@@ -26,7 +26,9 @@ from medplib_jax.models.language.moe import MoeMlp, SwiGlu
 from medplib_jax.models.layers import abstract_module, bind, params_of
 from medplib_jax.parallel.mesh import make_mesh
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU topology to compile for, such as v5e:4x4; default: run on this machine")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "TPU topology to compile for, such as v5e:4x4; default: run on this machine"
+)
 _EXPERTS = flags.DEFINE_multi_integer("experts", [2, 8], "numbers of experts")
 _TOKENS = flags.DEFINE_integer("tokens", None, "tokens; default 2048, for a TPU 8192")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "interleaved runs of which the fastest counts")
@@ -56,7 +58,9 @@ def _run(closed, *args):
 def _run_equation(eqn, inputs):
     name, params = eqn.primitive.name, eqn.params
     if name == "cond":
-        return jax.lax.switch(inputs[0], [functools.partial(_run, branch) for branch in params["branches"]], *inputs[1:])
+        return jax.lax.switch(
+            inputs[0], [functools.partial(_run, branch) for branch in params["branches"]], *inputs[1:]
+        )
     if name == "while":
         return _run_while(params, inputs)
     if name == "scan":
@@ -93,7 +97,9 @@ def _run_scan(params, inputs):
         return (outputs[: params["num_carry"]], state[1] + flops), outputs[params["num_carry"] :]
 
     state = inputs[consts_end:carry_end], jnp.zeros(())
-    (carry, flops), ys = jax.lax.scan(body, state, inputs[carry_end:], length=params["length"], reverse=params["reverse"])
+    (carry, flops), ys = jax.lax.scan(
+        body, state, inputs[carry_end:], length=params["length"], reverse=params["reverse"]
+    )
     return [*carry, *ys], flops
 
 
@@ -155,7 +161,9 @@ def cpu_milliseconds(tokens: int, width: int, mlp: int, num_experts: int, repeat
 
 def tpu_ratios(topology: str, tokens: int, width: int, mlp: int, num_experts: int) -> dict[str, float]:
     """FLOPs the TPU compiler counts for the mixture over one MLP's, bfloat16, one chip. Needs no TPU, only libtpu."""
-    sharding = NamedSharding(make_mesh(MeshConfig(data=1, fsdp=1, expert=1, tensor=1), devices_of(topology)[:1]), PartitionSpec())
+    sharding = NamedSharding(
+        make_mesh(MeshConfig(data=1, fsdp=1, expert=1, tensor=1), devices_of(topology)[:1]), PartitionSpec()
+    )
     counts = {}
     for name, (function, params) in programs(tokens, width, mlp, num_experts).items():
         x = jax.ShapeDtypeStruct((1, tokens, width), jnp.bfloat16, sharding=sharding)
@@ -184,7 +192,9 @@ def main(argv: Sequence[str]) -> None:
         for num_experts in _EXPERTS.value:
             times = cpu_milliseconds(tokens, width, mlp, num_experts, _REPEATS.value)
             time_ratios = {kind: times[f"moe {kind}"] / times[f"mlp {kind}"] for kind in ("forward", "gradient")}
-            print(f"{num_experts} experts: FLOPs {_text(flop_ratios(tokens, width, mlp, num_experts))}; CPU time {_text(time_ratios)}")
+            print(
+                f"{num_experts} experts: FLOPs {_text(flop_ratios(tokens, width, mlp, num_experts))}; CPU time {_text(time_ratios)}"
+            )
 
 
 def _text(ratios: dict[str, float]) -> str:

@@ -25,11 +25,15 @@ def measure(config: ExperimentConfig, rounds: int) -> Table:
     programs = {name: _compiled(run, arguments) for name, (run, arguments) in parts(config).items()}
     for run in programs.values():
         run()
-    table = Table(f"Parts of a training step, {config.model.llm.num_layers} layers", ("part", "median s", "spread", "share"))
+    table = Table(
+        f"Parts of a training step, {config.model.llm.num_layers} layers", ("part", "median s", "spread", "share")
+    )
     samples = interleave(programs, rounds)
     total = sum(found.median for found in samples.values())
     for name, found in samples.items():
-        table.rows.append((name, f"{found.median:.4f}", f"{100 * found.spread:.0f} %", f"{100 * found.median / total:.0f} %"))
+        table.rows.append(
+            (name, f"{found.median:.4f}", f"{100 * found.spread:.0f} %", f"{100 * found.median / total:.0f} %")
+        )
         table.flat[f"parts.{name.replace(' ', '_')}.seconds"] = found.median
     return table
 

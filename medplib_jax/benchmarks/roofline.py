@@ -18,14 +18,27 @@ def measure() -> Table:
     with tempfile.TemporaryDirectory() as folder:
         for topology, (rows, width) in TOPOLOGIES.items():
             file = Path(folder) / "report.json"
-            flags = ("--config=configs/stage4_moe.py:7b", f"--topology={topology}", f"--config.mesh.data={rows}", f"--config.mesh.fsdp={width}", f"--json={file}")
-            subprocess.run((sys.executable, "-m", "medplib_jax.aot", *flags), check=True, capture_output=True, text=True)
+            flags = (
+                "--config=configs/stage4_moe.py:7b",
+                f"--topology={topology}",
+                f"--config.mesh.data={rows}",
+                f"--config.mesh.fsdp={width}",
+                f"--json={file}",
+            )
+            subprocess.run(
+                (sys.executable, "-m", "medplib_jax.aot", *flags), check=True, capture_output=True, text=True
+            )
             reports[topology] = json.loads(file.read_text())
     rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in markdown(reports).splitlines()[2:]]
     table = Table("Stage IV at 7B, by the TPU compiler", COLUMNS, rows)
     for topology, report in reports.items():
         if report["fits"]:
             kind = topology.split(":")[0]
-            table.flat |= {f"tpu.{kind}.{bound}_seconds": seconds for bound, seconds in report["roofline_seconds"].items()}
-            table.flat |= {f"tpu.{kind}.mfu_at_roofline": report["mfu_at_roofline"], f"tpu.{kind}.hbm_gb": report["peak_hbm_gb_per_chip"]}
+            table.flat |= {
+                f"tpu.{kind}.{bound}_seconds": seconds for bound, seconds in report["roofline_seconds"].items()
+            }
+            table.flat |= {
+                f"tpu.{kind}.mfu_at_roofline": report["mfu_at_roofline"],
+                f"tpu.{kind}.hbm_gb": report["peak_hbm_gb_per_chip"],
+            }
     return table

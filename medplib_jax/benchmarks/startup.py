@@ -23,16 +23,34 @@ def measure() -> Table:
         for start in ("first", "second"):
             seconds, (requested, cached) = _run(data, Path(folder), start)
             table.rows.append((f"{start} start", f"{seconds:.1f}", str(requested), str(cached)))
-            table.flat |= {f"startup.{start}.seconds": seconds, f"startup.{start}.programs": requested, f"startup.{start}.cached": cached}
+            table.flat |= {
+                f"startup.{start}.seconds": seconds,
+                f"startup.{start}.programs": requested,
+                f"startup.{start}.cached": cached,
+            }
     return table
 
 
 def _run(data: Path, folder: Path, name: str) -> tuple[float, tuple[int, int]]:
-    fields = {"data.sources": f"('{data / 'train' / 'align.json'}',)", "data.root": data, "data.tokenizer": data / "tokenizer", "train.steps": 1}
+    fields = {
+        "data.sources": f"('{data / 'train' / 'align.json'}',)",
+        "data.root": data,
+        "data.tokenizer": data / "tokenizer",
+        "train.steps": 1,
+    }
     flags = [f"--config.{field}={value}" for field, value in fields.items()]
-    command = [sys.executable, "-m", "medplib_jax.train", "--config=configs/stage1_align.py:tiny", f"--workdir={folder / name}", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "medplib_jax.train",
+        "--config=configs/stage1_align.py:tiny",
+        f"--workdir={folder / name}",
+        *flags,
+    ]
     begin = time.perf_counter()
-    done = subprocess.run(command, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     requested, cached = re.search(r"compiled (\d+) programs in .*, (\d+) of them from the cache", done.stderr).groups()

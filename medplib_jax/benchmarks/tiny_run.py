@@ -1,6 +1,6 @@
 """The smallest run worth the name: 12 steps of a model of some thousand parameters, for trials of stopping and restarting.
 
-    python -m medplib_jax.train --config=medplib_jax/benchmarks/tiny_run.py:FOLDER --workdir=... (FOLDER: what `prepare` has filled)
+python -m medplib_jax.train --config=medplib_jax/benchmarks/tiny_run.py:FOLDER --workdir=... (FOLDER: what `prepare` has filled)
 """
 
 import json
@@ -20,7 +20,9 @@ def prepare(folder: str) -> None:
     generate(Path(folder) / "phantom", 12, 1, processes=1)
     if not (Path(folder) / "tokenizer").exists():
         records = json.loads((Path(folder) / "phantom/train/align.json").read_text())
-        train_tokenizer((turn["value"] for record in records for turn in record["conversations"]), f"{folder}/tokenizer", 400)
+        train_tokenizer(
+            (turn["value"] for record in records for turn in record["conversations"]), f"{folder}/tokenizer", 400
+        )
 
 
 def experiment(folder: str) -> ExperimentConfig:
@@ -29,18 +31,41 @@ def experiment(folder: str) -> ExperimentConfig:
         clip=ClipConfig(image_size=28, patch_size=14, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=32),
         llm=LlmConfig(
             vocab_size=Tokenizer.load(f"{folder}/tokenizer").vocab_size,
-            hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_dim=32, max_positions=512,
+            hidden_size=16,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=2,
+            mlp_dim=32,
+            max_positions=512,
         ),
         mask=MaskConfig(
-            image_size=32, patch_size=8, hidden_size=16, num_layers=1, num_heads=2, window_size=3, global_layers=(), out_dim=16,
-            mask_in_dim=4, decoder_layers=1, decoder_mlp_dim=16, decoder_heads=2, iou_head_dim=16,
+            image_size=32,
+            patch_size=8,
+            hidden_size=16,
+            num_layers=1,
+            num_heads=2,
+            window_size=3,
+            global_layers=(),
+            out_dim=16,
+            mask_in_dim=4,
+            decoder_layers=1,
+            decoder_mlp_dim=16,
+            decoder_heads=2,
+            iou_head_dim=16,
         ),
         lora=LoraConfig(rank=2, alpha=4.0, dropout=0.1, targets=("gate", "up", "down", "q")),
-    )  # fmt: skip
+    )
     data = DataConfig(
-        sources=(f"{folder}/phantom/train/align.json",), root=f"{folder}/phantom", tokenizer=f"{folder}/tokenizer",
-        bucket_lengths=(LENGTH,), batch_size=8, max_regions=0, max_masks=0, mask_canvas=8, workers=0,
-    )  # fmt: skip
+        sources=(f"{folder}/phantom/train/align.json",),
+        root=f"{folder}/phantom",
+        tokenizer=f"{folder}/tokenizer",
+        bucket_lengths=(LENGTH,),
+        batch_size=8,
+        max_regions=0,
+        max_masks=0,
+        mask_canvas=8,
+        workers=0,
+    )
     return ExperimentConfig(
         model=model,
         data=data,

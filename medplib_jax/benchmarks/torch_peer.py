@@ -41,12 +41,19 @@ NAMES = (
     (r"(encoder\.layers\.\d+)\.mlp\.lin", r"\1.mlp.mlp.lin"),
     (r"\.Adapter\.", ".mlp.adapter."),
     (r"patch_embed\.proj\.", "patch_embed.projection."),
-    (r"neck\.0", "neck.conv1"), (r"neck\.1", "neck.layer_norm1"), (r"neck\.2", "neck.conv2"), (r"neck\.3", "neck.layer_norm2"),
-    (r"((?:en|de)coder\..*\.)norm(\d)", r"\1layer_norm\2"), (r"norm_final_attn", "layer_norm_final_attn"),
-    (r"output_upscaling\.0", "upscale_conv1"), (r"output_upscaling\.1", "upscale_layer_norm"), (r"output_upscaling\.3", "upscale_conv2"),
-    (r"((mlps\.\d+|head)\.)layers\.0", r"\1proj_in"), (r"((mlps\.\d+|head)\.)layers\.2", r"\1proj_out"),
+    (r"neck\.0", "neck.conv1"),
+    (r"neck\.1", "neck.layer_norm1"),
+    (r"neck\.2", "neck.conv2"),
+    (r"neck\.3", "neck.layer_norm2"),
+    (r"((?:en|de)coder\..*\.)norm(\d)", r"\1layer_norm\2"),
+    (r"norm_final_attn", "layer_norm_final_attn"),
+    (r"output_upscaling\.0", "upscale_conv1"),
+    (r"output_upscaling\.1", "upscale_layer_norm"),
+    (r"output_upscaling\.3", "upscale_conv2"),
+    (r"((mlps\.\d+|head)\.)layers\.0", r"\1proj_in"),
+    (r"((mlps\.\d+|head)\.)layers\.2", r"\1proj_out"),
     (r"((mlps\.\d+|head)\.)layers\.1", r"\1layers.0"),
-)  # fmt: skip
+)
 UNUSED = ("model.visual_model.prompt_encoder.",)  # points, boxes and masks as prompts
 
 
@@ -112,7 +119,9 @@ class Adapter(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.channel = nn.Sequential(nn.Linear(width, width // 4, bias=False), nn.ReLU(), nn.Linear(width // 4, width, bias=False), nn.Sigmoid())
+        self.channel = nn.Sequential(
+            nn.Linear(width, width // 4, bias=False), nn.ReLU(), nn.Linear(width // 4, width, bias=False), nn.Sigmoid()
+        )
         down, up = nn.Conv2d(width, width, 3, 2, 1, bias=False), nn.ConvTranspose2d(width, width, 4, 2, 1, bias=False)
         self.spatial = nn.Sequential(down, nn.ReLU(), up, nn.ReLU())
         self.norm = nn.LayerNorm(width)
@@ -138,11 +147,17 @@ def two_linear(in_dim: int, mlp_dim: int, out_dim: int, activation: nn.Module) -
 def mask_encoder(config: MaskConfig) -> SamVisionEncoder:
     encoder = SamVisionEncoder(
         SamVisionConfig(
-            hidden_size=config.hidden_size, num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, image_size=config.image_size,
-            patch_size=config.patch_size, window_size=config.window_size, global_attn_indexes=list(config.global_layers),
-            output_channels=config.out_dim, mlp_dim=4 * config.hidden_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            window_size=config.window_size,
+            global_attn_indexes=list(config.global_layers),
+            output_channels=config.out_dim,
+            mlp_dim=4 * config.hidden_size,
         )
-    )  # fmt: skip
+    )
     for layer in encoder.layers if config.adapter else ():
         layer.mlp = MlpAndAdapter(layer.mlp, config.hidden_size)
     return encoder
@@ -157,33 +172,50 @@ class Peer(nn.Module):
         self.config = config
         self.clip = CLIPVisionModel(
             CLIPVisionConfig(
-                hidden_size=vision.hidden_size, intermediate_size=vision.mlp_dim, num_hidden_layers=vision.num_layers,
-                num_attention_heads=vision.num_heads, image_size=vision.image_size, patch_size=vision.patch_size,
+                hidden_size=vision.hidden_size,
+                intermediate_size=vision.mlp_dim,
+                num_hidden_layers=vision.num_layers,
+                num_attention_heads=vision.num_heads,
+                image_size=vision.image_size,
+                patch_size=vision.patch_size,
             )
-        )  # fmt: skip
+        )
         self.projector = two_linear(vision.hidden_size, llm.hidden_size, llm.hidden_size, nn.GELU())
         self.region = nn.Linear(vision.hidden_size, llm.hidden_size)
         self.llm = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=llm.vocab_size, hidden_size=llm.hidden_size, num_hidden_layers=llm.num_layers, num_attention_heads=llm.num_heads,
-                num_key_value_heads=llm.num_kv_heads, intermediate_size=llm.mlp_dim, rms_norm_eps=llm.rms_norm_eps,
+                vocab_size=llm.vocab_size,
+                hidden_size=llm.hidden_size,
+                num_hidden_layers=llm.num_layers,
+                num_attention_heads=llm.num_heads,
+                num_key_value_heads=llm.num_kv_heads,
+                intermediate_size=llm.mlp_dim,
+                rms_norm_eps=llm.rms_norm_eps,
                 max_position_embeddings=llm.max_positions,
             )
-        )  # fmt: skip
+        )
         for index, layer in enumerate(self.llm.model.layers):
             for name in "qkvo":
                 old = getattr(layer.self_attn, f"{name}_proj")
                 setattr(layer.self_attn, f"{name}_proj", linear(name, old.in_features, old.out_features, config.lora))
-            layer.mlp = TopOneMixture(llm, config.moe, config.lora) if index in config.moe_layers else Expert(llm, config.lora)
+            layer.mlp = (
+                TopOneMixture(llm, config.moe, config.lora) if index in config.moe_layers else Expert(llm, config.lora)
+            )
         self.seg_mlp = two_linear(llm.hidden_size, llm.hidden_size, mask.out_dim, nn.ReLU())
         self.encoder = mask_encoder(mask)
         self.decoder = SamMaskDecoder(
             SamMaskDecoderConfig(
-                hidden_size=mask.out_dim, mlp_dim=mask.decoder_mlp_dim, num_hidden_layers=mask.decoder_layers,
-                num_attention_heads=mask.decoder_heads, iou_head_hidden_dim=mask.iou_head_dim, iou_head_depth=mask.iou_head_layers,
-                num_multimask_outputs=mask.num_multimask, layer_norm_eps=1e-5, attn_implementation="sdpa",
+                hidden_size=mask.out_dim,
+                mlp_dim=mask.decoder_mlp_dim,
+                num_hidden_layers=mask.decoder_layers,
+                num_attention_heads=mask.decoder_heads,
+                iou_head_hidden_dim=mask.iou_head_dim,
+                iou_head_depth=mask.iou_head_layers,
+                num_multimask_outputs=mask.num_multimask,
+                layer_norm_eps=1e-5,
+                attn_implementation="sdpa",
             )
-        )  # fmt: skip
+        )
         self.no_mask_embed = nn.Parameter(torch.zeros(1, mask.out_dim), requires_grad=False)
         self.position_gaussian = nn.Parameter(torch.zeros(2, mask.out_dim // 2), requires_grad=False)
 
@@ -240,14 +272,22 @@ class Peer(nn.Module):
         with torch.no_grad():
             embedding = self.encoder(inputs["sam_pixels"]).last_hidden_state
         dense = self.no_mask_embed[..., None, None].expand_as(embedding)
-        logits, _ = self.decoder(embedding, self.positions(), self.seg_mlp(seg_hidden)[:, :, None], dense, multimask_output=False)
-        return F.interpolate(logits[:, :, 0].float(), inputs["gt_masks"].shape[-2:], mode="bilinear", align_corners=False)
+        logits, _ = self.decoder(
+            embedding, self.positions(), self.seg_mlp(seg_hidden)[:, :, None], dense, multimask_output=False
+        )
+        return F.interpolate(
+            logits[:, :, 0].float(), inputs["gt_masks"].shape[-2:], mode="bilinear", align_corners=False
+        )
 
     def positions(self):
         grid = self.config.mask.grid
         centres = (torch.arange(grid, device=self.position_gaussian.device) + 0.5) / grid
         rows, columns = torch.meshgrid(centres, centres, indexing="ij")
-        angles = 2 * math.pi * ((2 * torch.stack([columns, rows], -1) - 1).to(self.position_gaussian.dtype) @ self.position_gaussian)
+        angles = (
+            2
+            * math.pi
+            * ((2 * torch.stack([columns, rows], -1) - 1).to(self.position_gaussian.dtype) @ self.position_gaussian)
+        )
         return torch.cat([angles.sin(), angles.cos()], -1).permute(2, 0, 1)[None]
 
     @torch.no_grad()

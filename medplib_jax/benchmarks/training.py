@@ -15,7 +15,9 @@ from medplib_jax.train.optim import make_optimizer, partition
 from medplib_jax.train.step import abstract_model, make_state, make_train_step
 
 
-def compare(config: ExperimentConfig, sides: Sequence[str], rounds: int, device: str = "cpu", name: str = "train_step") -> Table:
+def compare(
+    config: ExperimentConfig, sides: Sequence[str], rounds: int, device: str = "cpu", name: str = "train_step"
+) -> Table:
     """Our step beside the peer's, `sides` among "torch eager" and "torch compile"."""
     runs: dict[str, Callable[[], float]] = {"ours": JaxStep(config)}
     runs |= {side: torch_step(config, device, side == "torch compile") for side in sides}
@@ -45,7 +47,11 @@ class JaxStep:
         tx = make_optimizer(config.optim, schedule, partition(params_of(model), config.optim.trainable)[0])
         state = jax.jit(lambda params: make_state(params, config, tx))(draw_params(model, 0))
         self.batch = jax.device_put(example_batch(config))
-        step = jax.jit(make_train_step(model, config, tx, schedule), donate_argnums=0, compiler_options=compiler_options(one_device()))
+        step = jax.jit(
+            make_train_step(model, config, tx, schedule),
+            donate_argnums=0,
+            compiler_options=compiler_options(one_device()),
+        )
         self.compiled = step.lower(state, self.batch).compile()
         self.state = state
         release_memory()  # as `train_step.CompiledStep` does
@@ -62,9 +68,15 @@ def torch_step(config: ExperimentConfig, device: str = "cpu", compiled: bool = F
     from medplib_jax.benchmarks.torch_peer import loaded, to_torch
 
     dtype = getattr(torch, config.model.dtype)
-    peer = loaded(config.model, draw_params(abstract_model(config.model), 0), config.optim.trainable).train().to(device, dtype)
+    peer = (
+        loaded(config.model, draw_params(abstract_model(config.model), 0), config.optim.trainable)
+        .train()
+        .to(device, dtype)
+    )
     trainable = peer.trainable()
-    optimizer = torch.optim.AdamW(trainable, config.optim.lr, (config.optim.b1, config.optim.b2), config.optim.eps, config.optim.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trainable, config.optim.lr, (config.optim.b1, config.optim.b2), config.optim.eps, config.optim.weight_decay
+    )
     inputs = to_torch(example_batch(config), device, dtype)
     weights = {name: getattr(config.loss, name) for name in ("ce", "dice", "bce")}
     forward = torch.compile(peer) if compiled else peer

@@ -19,13 +19,23 @@ SMALL = ModelConfig(
 )
 TINY = ModelConfig(
     clip=ClipConfig(image_size=56, patch_size=14, hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64),
-    llm=LlmConfig(vocab_size=400, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=96, max_positions=256),
+    llm=LlmConfig(
+        vocab_size=400, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=96, max_positions=256
+    ),
     mask=MaskConfig(
-        image_size=64, hidden_size=32, num_layers=2, num_heads=2, window_size=3, global_layers=(1,), out_dim=32, decoder_heads=2, decoder_mlp_dim=64,
+        image_size=64,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        window_size=3,
+        global_layers=(1,),
+        out_dim=32,
+        decoder_heads=2,
+        decoder_mlp_dim=64,
         iou_head_dim=32,
     ),
     region=RegionConfig(max_points=16),
-)  # fmt: skip
+)
 
 
 MODELS = {"small": SMALL, "tiny": TINY}
@@ -36,7 +46,9 @@ def model(size: str, layers: int) -> ModelConfig:
     """One of SIZES. "7b" is MedPLIB-7B with fewer decoder layers, as many as fit one device beside the peer."""
     if size in MODELS:
         return MODELS[size]
-    large = ModelConfig(dtype="bfloat16", remat="products", scan_unroll=layers)  # a loop copies what its steps keep, as on a CPU
+    large = ModelConfig(
+        dtype="bfloat16", remat="products", scan_unroll=layers
+    )  # a loop copies what its steps keep, as on a CPU
     return dataclasses.replace(large, llm=dataclasses.replace(large.llm, num_layers=layers))
 
 
@@ -46,7 +58,9 @@ def experiment(model: ModelConfig, batch_size: int, stage: str = "IV") -> Experi
     config = {"III": stage3_grounding, "IV": stage4_moe}[stage].large()
     model = dataclasses.replace(model, moe=config.model.moe, lora=config.model.lora)
     length = model.clip.num_patches + TEXT
-    data = DataConfig(bucket_lengths=(length,), batch_size=batch_size, max_regions=1, max_masks=1, mask_canvas=model.mask.image_size)
+    data = DataConfig(
+        bucket_lengths=(length,), batch_size=batch_size, max_regions=1, max_masks=1, mask_canvas=model.mask.image_size
+    )
     optim = dataclasses.replace(config.optim, frozen_dtype=model.dtype)
     loss = dataclasses.replace(config.loss, ce_chunk=LossConfig.ce_chunk)
     return dataclasses.replace(config, model=model, data=data, optim=optim, loss=loss, init=type(config.init)())

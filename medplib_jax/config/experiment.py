@@ -28,19 +28,32 @@ class DataConfig:
     max_regions: int = 1
     max_masks: int = 1  # 0: no mask slots, the mask head is not run
     mask_canvas: int = 1024  # masks longer than this are shrunk to fit
-    cache: str = ""  # folder where resized pictures, masks and regions are kept for later epochs and runs; empty: memory only
-    region_augmentation: str = "none"  # or "exact": a random part of each region in training; "reference": with the original's slip
+    cache: str = (
+        ""  # folder where resized pictures, masks and regions are kept for later epochs and runs; empty: memory only
+    )
+    region_augmentation: str = (
+        "none"  # or "exact": a random part of each region in training; "reference": with the original's slip
+    )
     on_error: str = "raise"  # or "skip": count and name the record, take another one
     workers: int = 2
 
     def __post_init__(self):
         for name in ("sources", "weights", "bucket_lengths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        require(not self.weights or len(self.weights) == len(self.sources), f"data.weights has {len(self.weights)} entries for {len(self.sources)} data.sources")
-        require(self.bucket_lengths == tuple(sorted(set(self.bucket_lengths))) and len(self.bucket_lengths) > 0, f"data.bucket_lengths {self.bucket_lengths} must ascend")
+        require(
+            not self.weights or len(self.weights) == len(self.sources),
+            f"data.weights has {len(self.weights)} entries for {len(self.sources)} data.sources",
+        )
+        require(
+            self.bucket_lengths == tuple(sorted(set(self.bucket_lengths))) and len(self.bucket_lengths) > 0,
+            f"data.bucket_lengths {self.bucket_lengths} must ascend",
+        )
         require(self.on_error in ("raise", "skip"), f"data.on_error {self.on_error!r} is neither 'raise' nor 'skip'")
         modes = ("none", "exact", "reference")
-        require(self.region_augmentation in modes, f"data.region_augmentation {self.region_augmentation!r} is not one of {modes}")
+        require(
+            self.region_augmentation in modes,
+            f"data.region_augmentation {self.region_augmentation!r} is not one of {modes}",
+        )
         require(self.template in ("llava_v1", "v1"), f"data.template {self.template!r} is neither 'llava_v1' nor 'v1'")
 
 
@@ -64,8 +77,14 @@ class OptimConfig:
     def __post_init__(self):
         object.__setattr__(self, "trainable", tuple(self.trainable))
         object.__setattr__(self, "lr_scale", tuple((pattern, float(factor)) for pattern, factor in self.lr_scale))
-        require(self.schedule in ("exact", "reference"), f"optim.schedule {self.schedule!r} is neither 'exact' nor 'reference'")
-        require(self.frozen_dtype in ("float32", "bfloat16"), f"optim.frozen_dtype {self.frozen_dtype!r} is neither 'float32' nor 'bfloat16'")
+        require(
+            self.schedule in ("exact", "reference"),
+            f"optim.schedule {self.schedule!r} is neither 'exact' nor 'reference'",
+        )
+        require(
+            self.frozen_dtype in ("float32", "bfloat16"),
+            f"optim.frozen_dtype {self.frozen_dtype!r} is neither 'float32' nor 'bfloat16'",
+        )
         for pattern in (*self.trainable, *(pattern for pattern, _ in self.lr_scale)):
             try:
                 re.compile(pattern)
@@ -131,7 +150,10 @@ class ShardingConfig:
     def __post_init__(self):
         for name, axes in self.rules.items():
             unknown = [axis for axis in axes if axis not in MeshConfig.AXES]
-            require(not unknown, f"sharding.{name} names {', '.join(unknown)}, but the mesh axes are {', '.join(MeshConfig.AXES)}")
+            require(
+                not unknown,
+                f"sharding.{name} names {', '.join(unknown)}, but the mesh axes are {', '.join(MeshConfig.AXES)}",
+            )
             require(len(set(axes)) == len(axes), f"sharding.{name} {','.join(axes)!r} names a mesh axis twice")
         require(not self.layers, "sharding.layers must stay empty: a scan over layers needs all of them on every chip")
 
@@ -208,4 +230,6 @@ class ExperimentConfig:
 
     def __post_init__(self):
         longest, limit = self.data.bucket_lengths[-1], self.model.llm.max_positions
-        require(longest <= limit, f"data.bucket_lengths ends with {longest}, longer than model.llm.max_positions {limit}")
+        require(
+            longest <= limit, f"data.bucket_lengths ends with {longest}, longer than model.llm.max_positions {limit}"
+        )

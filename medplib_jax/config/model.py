@@ -24,9 +24,18 @@ class ClipConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
-        require(self.image_size % self.patch_size == 0, f"clip.image_size {self.image_size} is not a multiple of clip.patch_size {self.patch_size}")
-        require(self.hidden_size % self.num_heads == 0, f"clip.hidden_size {self.hidden_size} is not divisible by clip.num_heads {self.num_heads}")
-        require(-self.num_layers - 1 <= self.select_layer <= -1, f"clip.select_layer {self.select_layer} is outside [-{self.num_layers + 1}, -1]")
+        require(
+            self.image_size % self.patch_size == 0,
+            f"clip.image_size {self.image_size} is not a multiple of clip.patch_size {self.patch_size}",
+        )
+        require(
+            self.hidden_size % self.num_heads == 0,
+            f"clip.hidden_size {self.hidden_size} is not divisible by clip.num_heads {self.num_heads}",
+        )
+        require(
+            -self.num_layers - 1 <= self.select_layer <= -1,
+            f"clip.select_layer {self.select_layer} is outside [-{self.num_layers + 1}, -1]",
+        )
 
     @property
     def grid(self) -> int:
@@ -52,8 +61,14 @@ class LlmConfig:
     max_positions: int = 4096
 
     def __post_init__(self):
-        require(self.hidden_size % self.num_heads == 0, f"llm.hidden_size {self.hidden_size} is not divisible by llm.num_heads {self.num_heads}")
-        require(self.num_heads % self.num_kv_heads == 0, f"llm.num_heads {self.num_heads} is not divisible by llm.num_kv_heads {self.num_kv_heads}")
+        require(
+            self.hidden_size % self.num_heads == 0,
+            f"llm.hidden_size {self.hidden_size} is not divisible by llm.num_heads {self.num_heads}",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"llm.num_heads {self.num_heads} is not divisible by llm.num_kv_heads {self.num_kv_heads}",
+        )
         require(self.head_dim % 2 == 0, f"llm head width {self.head_dim} must be even for rotary embeddings")
 
     @property
@@ -82,19 +97,36 @@ class MoeConfig:
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
         require(self.num_experts >= 0, f"moe.num_experts {self.num_experts} is negative")
-        require(self.num_experts == 0 or 1 <= self.top_k <= self.num_experts, f"moe.top_k {self.top_k} is outside [1, moe.num_experts={self.num_experts}]")
-        require(self.dispatch in ("dropless", "capacity"), f"moe.dispatch {self.dispatch!r} is neither 'dropless' nor 'capacity'")
+        require(
+            self.num_experts == 0 or 1 <= self.top_k <= self.num_experts,
+            f"moe.top_k {self.top_k} is outside [1, moe.num_experts={self.num_experts}]",
+        )
+        require(
+            self.dispatch in ("dropless", "capacity"),
+            f"moe.dispatch {self.dispatch!r} is neither 'dropless' nor 'capacity'",
+        )
         require(self.dispatch == "dropless" or self.top_k <= 2, "moe.dispatch 'capacity' knows top_k 1 and 2 only")
-        require(not isinstance(self.layers, str) or self.layers in MOE_LAYER_SETS, f"moe.layers {self.layers!r} is not one of {MOE_LAYER_SETS} or a list of indices")
+        require(
+            not isinstance(self.layers, str) or self.layers in MOE_LAYER_SETS,
+            f"moe.layers {self.layers!r} is not one of {MOE_LAYER_SETS} or a list of indices",
+        )
 
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
         """Which of the decoder's layers hold experts, ascending."""
         if self.num_experts == 0:
             return ()
         everything = range(num_layers)
-        named = {"dense": everything, "sparse": everything[::2], "first_half": everything[: num_layers // 2], "second_half": everything[num_layers // 2 :]}
+        named = {
+            "dense": everything,
+            "sparse": everything[::2],
+            "first_half": everything[: num_layers // 2],
+            "second_half": everything[num_layers // 2 :],
+        }
         indices = tuple(named[self.layers]) if isinstance(self.layers, str) else tuple(sorted(set(self.layers)))
-        require(all(0 <= i < num_layers for i in indices), f"moe.layers {self.layers} names a layer outside [0, {num_layers})")
+        require(
+            all(0 <= i < num_layers for i in indices),
+            f"moe.layers {self.layers} names a layer outside [0, {num_layers})",
+        )
         return indices
 
 
@@ -122,9 +154,18 @@ class MaskConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "global_layers", tuple(self.global_layers))
-        require(self.image_size % self.patch_size == 0, f"mask.image_size {self.image_size} is not a multiple of mask.patch_size {self.patch_size}")
-        require(self.hidden_size % self.num_heads == 0, f"mask.hidden_size {self.hidden_size} is not divisible by mask.num_heads {self.num_heads}")
-        require(all(0 <= i < self.num_layers for i in self.global_layers), f"mask.global_layers {self.global_layers} names a layer outside [0, {self.num_layers})")
+        require(
+            self.image_size % self.patch_size == 0,
+            f"mask.image_size {self.image_size} is not a multiple of mask.patch_size {self.patch_size}",
+        )
+        require(
+            self.hidden_size % self.num_heads == 0,
+            f"mask.hidden_size {self.hidden_size} is not divisible by mask.num_heads {self.num_heads}",
+        )
+        require(
+            all(0 <= i < self.num_layers for i in self.global_layers),
+            f"mask.global_layers {self.global_layers} names a layer outside [0, {self.num_layers})",
+        )
         require(self.unpad in ("exact", "reference"), f"mask.unpad {self.unpad!r} is neither 'exact' nor 'reference'")
 
     @property
@@ -146,7 +187,9 @@ class RegionConfig:
     pooling: str = "max"  # of the geometry-aware sampler: max or mean
 
     def __post_init__(self):
-        require(self.sampler in ("mean", "geometry"), f"region.sampler {self.sampler!r} is neither 'mean' nor 'geometry'")
+        require(
+            self.sampler in ("mean", "geometry"), f"region.sampler {self.sampler!r} is neither 'mean' nor 'geometry'"
+        )
         require(self.pooling in ("max", "mean"), f"region.pooling {self.pooling!r} is neither 'max' nor 'mean'")
 
 
@@ -189,7 +232,9 @@ class ModelConfig:
     scan_unroll: int = 1  # decoder layers unrolled per scan step
 
     def __post_init__(self):
-        require(self.dtype in ("float32", "bfloat16"), f"model.dtype {self.dtype!r} is neither 'float32' nor 'bfloat16'")
+        require(
+            self.dtype in ("float32", "bfloat16"), f"model.dtype {self.dtype!r} is neither 'float32' nor 'bfloat16'"
+        )
         require(self.scan_unroll >= 1, f"model.scan_unroll {self.scan_unroll} must be at least 1")
         self.moe.layer_indices(self.llm.num_layers)
 

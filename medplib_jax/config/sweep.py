@@ -24,7 +24,9 @@ class TaskConfig:
     def __post_init__(self):
         require(self.kind in ("", *TASK_KINDS), f"task {self.name}: kind {self.kind!r} is not one of {TASK_KINDS}")
         require(self.part in ("", *TASK_PARTS), f"task {self.name}: part {self.part!r} is not one of {TASK_PARTS}")
-        require("/" not in self.name and self.name not in ("", ".", ".."), f"task name {self.name!r} is not a file name")
+        require(
+            "/" not in self.name and self.name not in ("", ".", ".."), f"task name {self.name!r} is not a file name"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +55,23 @@ class SweepConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        tasks = tuple(task if isinstance(task, TaskConfig) else from_dict(TaskConfig, dict(task)) for task in self.tasks)
+        tasks = tuple(
+            task if isinstance(task, TaskConfig) else from_dict(TaskConfig, dict(task)) for task in self.tasks
+        )
         object.__setattr__(self, "tasks", tasks)
         require(self.steps in ("newest", "all"), f"steps {self.steps!r} is neither 'newest' nor 'all'")
-        require(self.protocol in ("exact", "reference", "both"), f"protocol {self.protocol!r} is not 'exact', 'reference' or 'both'")
+        require(
+            self.protocol in ("exact", "reference", "both"),
+            f"protocol {self.protocol!r} is not 'exact', 'reference' or 'both'",
+        )
         require(self.on_error in ("raise", "skip"), f"on_error {self.on_error!r} is neither 'raise' nor 'skip'")
         require(self.missing in ("raise", "skip"), f"missing {self.missing!r} is neither 'raise' nor 'skip'")
         require(self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither '' nor 'int8'")
         require(self.shard >= 1, f"shard {self.shard} is below 1")
-        require(min(self.limit, self.max_new_tokens, self.slots, self.refill) >= 0, "limit, max_new_tokens, slots and refill must not be negative")
+        require(
+            min(self.limit, self.max_new_tokens, self.slots, self.refill) >= 0,
+            "limit, max_new_tokens, slots and refill must not be negative",
+        )
         require(0.0 <= self.mask_threshold < 1.0, f"mask_threshold {self.mask_threshold} is outside [0, 1)")
 
     @property
@@ -70,4 +80,8 @@ class SweepConfig:
 
     @property
     def selected(self) -> tuple[TaskConfig, ...]:
-        return tuple(task for task in self.tasks if any(fnmatch.fnmatch(task.name, pattern) for pattern in self.select.split(",")))
+        return tuple(
+            task
+            for task in self.tasks
+            if any(fnmatch.fnmatch(task.name, pattern) for pattern in self.select.split(","))
+        )

@@ -19,7 +19,13 @@ class DataError(ValueError):
 
     def as_dict(self) -> dict:
         """A line for a log of skipped records."""
-        return {"file": self.file, "record": self.record, "what": self.what, "expected": self.expected, "found": self.found}
+        return {
+            "file": self.file,
+            "record": self.record,
+            "what": self.what,
+            "expected": self.expected,
+            "found": self.found,
+        }
 
 
 class Notice(DataError):

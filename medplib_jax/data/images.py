@@ -43,7 +43,9 @@ def _open(file: str | Blob, notices: list[Notice] | None, upright: bool) -> Imag
     except Exception as error:  # decoders raise errors of many types on broken files
         raise DataError(path, None, "picture cannot be read", "an image file", str(error)) from error
     if too_large:
-        raise DataError(path, None, "picture is too large", f"at most {MAX_PIXELS} pixels", f"{image.width} x {image.height}")
+        raise DataError(
+            path, None, "picture is too large", f"at most {MAX_PIXELS} pixels", f"{image.width} x {image.height}"
+        )
     if unusual and notices is not None:
         expected = f"8-bit grey or RGB, upright, one frame, sides from {MIN_SIDE} pixels, aspect up to {MAX_ASPECT}"
         notices.append(Notice(path, None, "picture is not plain", expected, unusual))
@@ -99,7 +101,13 @@ def load_mask(path: str | Blob, size: tuple[int, int], notices: list[Notice] | N
     """0/1 uint8 [h, w]: 1 where the grey value is at least 1. DataError when it cannot be read, is rotated, or its size is not (h, w)."""
     image = _open(path, notices, upright=False)
     if (found := (image.height, image.width)) != tuple(size):
-        raise DataError(str(path), None, "mask and picture differ in size", "{} x {} (h x w)".format(*size), "{} x {}".format(*found))
+        raise DataError(
+            str(path),
+            None,
+            "mask and picture differ in size",
+            "{} x {} (h x w)".format(*size),
+            "{} x {}".format(*found),
+        )
     if _orientation(image) != 1:
         raise DataError(str(path), None, "mask is rotated by EXIF", "orientation 1", str(_orientation(image)))
     if image.mode == "F":
@@ -114,7 +122,9 @@ def fit(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
 
-def to_canvas(pixels: np.ndarray, side: int, colour: tuple[int, ...] | int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+def to_canvas(
+    pixels: np.ndarray, side: int, colour: tuple[int, ...] | int
+) -> tuple[np.ndarray, tuple[int, int, int, int]]:
     """Longest side resized to `side`, centred on a square of `colour` (odd rests: the smaller half first).
 
     Takes uint8 [h, w] or [h, w, 3]; returns uint8 [side, side, 3] for a colour of three, else [side, side], and the picture's box (top,

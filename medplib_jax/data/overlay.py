@@ -4,7 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito: told apart by colour-blind readers
+PALETTE = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#d55e00",
+)  # Okabe and Ito: told apart by colour-blind readers
 
 
 def rgb(colour):
@@ -12,7 +19,9 @@ def rgb(colour):
     return np.frombuffer(bytes.fromhex(colour[1:]), np.uint8).astype(np.float32)
 
 
-def overlay(picture: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[str], opacity: float = 0.4) -> np.ndarray:
+def overlay(
+    picture: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[str], opacity: float = 0.4
+) -> np.ndarray:
     """`picture` uint8 [H, W, 3] under translucent masks with solid outlines; masks bool [h, w] are stretched to it (nearest)."""
     shown = picture.astype(np.float32)
     for number, mask in enumerate(masks):

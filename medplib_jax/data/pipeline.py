@@ -38,7 +38,12 @@ class Loader:
     """
 
     def __init__(
-        self, sources: Sequence[Sequence[Record]], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, cache_bytes: int = CACHE_BYTES
+        self,
+        sources: Sequence[Sequence[Record]],
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        model: ModelConfig,
+        cache_bytes: int = CACHE_BYTES,
     ):
         self._arguments = sources, tokenizer, data, model, cache_bytes
         self._sources, self.tokenizer, self._data, self._model = sources, tokenizer, data, model
@@ -82,7 +87,9 @@ class Loader:
             costs, found = self._survey(number)
             problems += found
             if data.pack:
-                own = pack(costs[:, :3], (data.bucket_lengths[-1], data.max_images, data.max_regions), costs[:, 3] > 0, seed)
+                own = pack(
+                    costs[:, :3], (data.bucket_lengths[-1], data.max_images, data.max_regions), costs[:, 3] > 0, seed
+                )
                 lengths.append(np.array([costs[group, 0].sum() for group in own], np.int64))
                 groups += [start + group for group in own]
             else:
@@ -221,7 +228,8 @@ class Loader:
             pictures = [self._picture(record.find(image), new) for image in record.images]
             sizes = [tuple(picture["size"].tolist()) for picture in pictures]
             points = [
-                self._region(record, text, sizes[i], rng, new) for text, i in zip(encoded.regions, encoded.region_images, strict=True)
+                self._region(record, text, sizes[i], rng, new)
+                for text, i in zip(encoded.regions, encoded.region_images, strict=True)
             ]
             masks = [self._mask(record.find(path), sizes[-1], new) for path in encoded.masks] if pictures else []
             if len(masks) != len(encoded.masks):
@@ -244,7 +252,12 @@ class Loader:
             pixels = images.load_pixels(file, notices)
             sam, box = images.sam_pixels(pixels, sides[1])
             clip, _ = images.clip_pixels(pixels, sides[0])
-            return {"clip": clip, "sam": sam, "sam_box": np.array(box, np.int32), "size": np.array(pixels.shape[:2], np.int32)}
+            return {
+                "clip": clip,
+                "sam": sam,
+                "sam_box": np.array(box, np.int32),
+                "size": np.array(pixels.shape[:2], np.int32),
+            }
 
         return self._cached(("picture", *sides), file, make)
 
@@ -317,7 +330,11 @@ def _write(arrays: Arrays, row: int, examples: Sequence[_Example], patches: int)
             arrays["region_points"][row, region_slot + i, : len(points)] = points
             arrays["region_point_valid"][row, region_slot + i, : len(points)] = True
             arrays["region_image"][row, region_slot + i] = picture_slot + encoded.region_images[i]
-        position, picture_slot, region_slot = place.stop, picture_slot + len(example.pictures), region_slot + len(example.points)
+        position, picture_slot, region_slot = (
+            place.stop,
+            picture_slot + len(example.pictures),
+            region_slot + len(example.points),
+        )
     arrays["record"][row] = first.index
     if first.pictures:
         _write_masks(arrays, row, first)
@@ -335,7 +352,9 @@ def _write_masks(arrays: Arrays, row: int, example: _Example) -> None:
     arrays["seg_position"][row, : len(positions)] = positions
 
 
-def make_loader(data: DataConfig, model: ModelConfig, root: str | None = None, cache_bytes: int = CACHE_BYTES) -> Loader:
+def make_loader(
+    data: DataConfig, model: ModelConfig, root: str | None = None, cache_bytes: int = CACHE_BYTES
+) -> Loader:
     """A loader of the configured sources; `root` is where their paths start, each file's folder by default."""
     sources = [open_source(name, root) for name in data.sources]
     return Loader(sources, Tokenizer.load(data.tokenizer), data, model, cache_bytes)
@@ -352,8 +371,12 @@ def eval_batches(
     loader: Loader, indices: Sequence[int], batch_size: int, rows: Sequence[int], question: bool, workers: int
 ) -> Iterator[tuple[Arrays, list[DataError]]]:
     """This process's rows of the batches that hold these records in order; the last batch is filled up with empty rows."""
-    padded = np.pad(np.asarray(indices, np.int64), (0, -len(indices) % batch_size), constant_values=-1).reshape(-1, batch_size)
-    for arrays, skipped in _read_ahead(functools.partial(_load_eval, loader, padded, tuple(rows), question), range(len(padded)), workers):
+    padded = np.pad(np.asarray(indices, np.int64), (0, -len(indices) % batch_size), constant_values=-1).reshape(
+        -1, batch_size
+    )
+    for arrays, skipped in _read_ahead(
+        functools.partial(_load_eval, loader, padded, tuple(rows), question), range(len(padded)), workers
+    ):
         for notice in filter(_is_notice, skipped):
             log.warning("%s", notice)
         yield arrays, list(itertools.filterfalse(_is_notice, skipped))

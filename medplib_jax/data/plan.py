@@ -38,7 +38,9 @@ class BatchPlan:
         if not total:
             raise ValueError("no usable record in any source")
         if self._lengths.max() > self._bucket_lengths[-1]:
-            raise ValueError(f"a record of length {self._lengths.max()} does not fit the longest bucket {self._bucket_lengths[-1]}")
+            raise ValueError(
+                f"a record of length {self._lengths.max()} does not fit the longest bucket {self._bucket_lengths[-1]}"
+            )
         self._shares = _shares(total, weights) if weights else [len(source) for source in self._sources]
         if any(share and not len(source) for share, source in zip(self._shares, self._sources, strict=True)):
             raise ValueError("a source with a positive weight has no usable record")
@@ -99,7 +101,9 @@ class BatchPlan:
             return records[:0]
         first, last = epoch * share, (epoch + 1) * share
         passes = range(first // len(records), -(-last // len(records)))
-        stream = np.concatenate([np.random.default_rng([self._seed, 1, source, i]).permutation(records) for i in passes])
+        stream = np.concatenate(
+            [np.random.default_rng([self._seed, 1, source, i]).permutation(records) for i in passes]
+        )
         return stream[first - passes.start * len(records) :][:share]
 
 

@@ -28,7 +28,9 @@ class Encoded:
     tokens: np.ndarray  # int32 [n]; 0 where a feature is spliced in
     targets: np.ndarray  # int32 [n]; targets[t] is the token that position t must predict
     loss_weights: np.ndarray  # float32 [n]; 1 where the target belongs to an answer (its </s> included)
-    feature_index: np.ndarray  # int32 [n]; image i, patch p: i * image_tokens + p; region r: max_images * image_tokens + r; else -1
+    feature_index: (
+        np.ndarray
+    )  # int32 [n]; image i, patch p: i * image_tokens + p; region r: max_images * image_tokens + r; else -1
     seg_positions: tuple[int, ...]  # position that predicts the m-th <SEG> of the answers
     regions: tuple[str, ...]  # references in order of appearance
     region_images: tuple[int, ...]  # which image each region lies on: the last one named before it
@@ -51,13 +53,17 @@ def encode_conversation(
     return _encode(record, record.turns, tokenizer, template, image_tokens, max_images, max_length)
 
 
-def encode_question(record: Record, tokenizer: Tokenizer, *, template: str, image_tokens: int, max_images: int, max_length: int) -> Encoded:
+def encode_question(
+    record: Record, tokenizer: Tokenizer, *, template: str, image_tokens: int, max_images: int, max_length: int
+) -> Encoded:
     """The conversation up to the last "ASSISTANT:", for evaluation. The answer that follows in the record is `Encoded.answer`."""
     turns, answer = record.turns, ""
     if turns[-1][0] == "gpt":
         turns, answer = turns[:-1], turns[-1][1]
     encoded = _encode(record, turns, tokenizer, template, image_tokens, max_images, max_length)
-    return dataclasses.replace(encoded, seg_positions=(), masks=tuple(MASK.findall(answer)), answer=MASK.sub("", answer))
+    return dataclasses.replace(
+        encoded, seg_positions=(), masks=tuple(MASK.findall(answer)), answer=MASK.sub("", answer)
+    )
 
 
 def _encode(record, turns, tokenizer, template, image_tokens, max_images, max_length) -> Encoded:
@@ -75,9 +81,13 @@ def _encode(record, turns, tokenizer, template, image_tokens, max_images, max_le
         ids += new
         is_answer += [role == "gpt"] * len(new)
     if ids.count(_IMAGE_SLOT) != len(record.images):
-        raise record.error("images and <image> do not pair up", f"{len(record.images)} <image>", str(ids.count(_IMAGE_SLOT)))
+        raise record.error(
+            "images and <image> do not pair up", f"{len(record.images)} <image>", str(ids.count(_IMAGE_SLOT))
+        )
 
-    tokens, is_label, feature_index, region_images = _splice(np.array(ids), np.array(is_answer), image_tokens, max_images)
+    tokens, is_label, feature_index, region_images = _splice(
+        np.array(ids), np.array(is_answer), image_tokens, max_images
+    )
     if region_images and not record.images:
         raise record.error("region without an image", "an image", "none")
     if len(tokens) > max_length:
@@ -125,7 +135,9 @@ def _splice(ids, is_answer, image_tokens, max_images):
     within = np.arange(len(source)) - starts[source]
     image = np.cumsum(is_image) - 1  # the last image at or before each id
     region = max_images * image_tokens + np.cumsum(is_region) - 1
-    feature = np.where(is_image[source], image[source] * image_tokens + within, np.where(is_region[source], region[source], -1))
+    feature = np.where(
+        is_image[source], image[source] * image_tokens + within, np.where(is_region[source], region[source], -1)
+    )
     tokens = np.where(feature < 0, ids[source], 0).astype(np.int32)
     region_images = tuple(int(i) for i in np.maximum(image[is_region], 0))
     return tokens, is_answer[source] & (feature < 0), feature.astype(np.int32), region_images

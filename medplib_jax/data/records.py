@@ -27,7 +27,9 @@ class Record:
     images: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]  # (role, text); roles alternate, the first is human
     answer_type: str = ""  # open, closed or empty
-    contents: Mapping[str, bytes] | None = dataclasses.field(default=None, repr=False)  # of the references, where they are no files
+    contents: Mapping[str, bytes] | None = dataclasses.field(
+        default=None, repr=False
+    )  # of the references, where they are no files
 
     def error(self, what: str, expected: str = "", found: str = "") -> DataError:
         return DataError(self.file, self.index, what, expected, found)

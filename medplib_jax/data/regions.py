@@ -37,7 +37,13 @@ def draw(reference: str, size: tuple[int, int]) -> np.ndarray:
     points = _parse(reference, shape, text)
     height, width = size
     if points.min() < 0 or points[:, 0].max() > width or points[:, 1].max() > height:
-        raise DataError(reference, None, "region is outside the picture", f"x in [0, {width}], y in [0, {height}]", str(points.tolist()))
+        raise DataError(
+            reference,
+            None,
+            "region is outside the picture",
+            f"x in [0, {width}], y in [0, {height}]",
+            str(points.tolist()),
+        )
     x, y = np.minimum(points, (width - 1, height - 1)).T
     mask = np.zeros(size, np.uint8)
     if shape == "point":
@@ -45,7 +51,10 @@ def draw(reference: str, size: tuple[int, int]) -> np.ndarray:
     elif shape == "box":
         # the box covers [x0, x1) x [y0, y1), at least one pixel
         (x0, x1), (y0, y1) = np.sort(points, axis=0).T
-        mask[int(y.min()) : max(int(np.ceil(y1)), int(y.min()) + 1), int(x.min()) : max(int(np.ceil(x1)), int(x.min()) + 1)] = 1
+        mask[
+            int(y.min()) : max(int(np.ceil(y1)), int(y.min()) + 1),
+            int(x.min()) : max(int(np.ceil(x1)), int(x.min()) + 1),
+        ] = 1
     else:
         image = Image.fromarray(mask)
         outline = list(zip(x.tolist(), y.tolist(), strict=True))
@@ -53,7 +62,9 @@ def draw(reference: str, size: tuple[int, int]) -> np.ndarray:
             ImageDraw.Draw(image).polygon(outline, fill=1, outline=1)
         else:
             thickness = max(1, round(max(size) / GRID))
-            ImageDraw.Draw(image).line(outline * 2 if len(outline) == 1 else outline, fill=1, width=thickness, joint="curve")
+            ImageDraw.Draw(image).line(
+                outline * 2 if len(outline) == 1 else outline, fill=1, width=thickness, joint="curve"
+            )
         mask = np.array(image)
         mask[y.astype(int), x.astype(int)] = 1
     return mask
@@ -62,7 +73,13 @@ def draw(reference: str, size: tuple[int, int]) -> np.ndarray:
 def _parse(reference: str, shape: str, text: str) -> np.ndarray:
     numbers = re.split(r"[\s,]+", text.strip())
     if not all(map(_NUMBER.fullmatch, numbers)) or len(numbers) % 2 or len(numbers) < 2 * _MINIMUM_POINTS[shape]:
-        raise DataError(reference, None, "region cannot be read", f"{shape}:x,y with at least {_MINIMUM_POINTS[shape]} points", repr(text))
+        raise DataError(
+            reference,
+            None,
+            "region cannot be read",
+            f"{shape}:x,y with at least {_MINIMUM_POINTS[shape]} points",
+            repr(text),
+        )
     points = np.array(numbers, np.float64).reshape(-1, 2)
     if shape in ("point", "box") and len(points) != _MINIMUM_POINTS[shape]:
         raise DataError(reference, None, "region cannot be read", f"{2 * _MINIMUM_POINTS[shape]} numbers", repr(text))

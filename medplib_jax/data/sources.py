@@ -22,7 +22,9 @@ class MecovqaSource:
             with open(json_path, encoding="utf-8") as file:
                 self._records = json.load(file)
         except (OSError, ValueError, RecursionError) as error:
-            raise DataError(json_path, None, "annotation file cannot be read", "a JSON list of records", str(error)) from error
+            raise DataError(
+                json_path, None, "annotation file cannot be read", "a JSON list of records", str(error)
+            ) from error
         if not isinstance(self._records, list):
             raise DataError(json_path, None, "not a list of records", "a JSON list", type(self._records).__name__)
 
@@ -53,7 +55,9 @@ class TfdsSource:
             builder, raw = tfds.builder_from_directory(self.root), tfds.decode.DeserializeMethod.RAW_BYTES
             self._examples = builder.as_data_source(split or "train", deserialize_method=raw)
         except Exception as error:  # the library raises errors of many types
-            raise DataError(name, None, "dataset cannot be read", "FOLDER#SPLIT of an assembled dataset", str(error)) from error
+            raise DataError(
+                name, None, "dataset cannot be read", "FOLDER#SPLIT of an assembled dataset", str(error)
+            ) from error
 
     def __reduce__(self):
         return TfdsSource, (self.file,)
@@ -72,7 +76,9 @@ class TfdsSource:
         except IndexError:
             raise
         except Exception as error:
-            raise DataError(self.file, index, "record cannot be read", "an example of the dataset", str(error)) from error
+            raise DataError(
+                self.file, index, "record cannot be read", "an example of the dataset", str(error)
+            ) from error
         turns = zip(example["conversations/from"], example["conversations/value"], strict=True)
         raw = {
             "image": example["image_name"][0].decode(),

@@ -66,7 +66,9 @@ class Tokenizer:
             raise ValueError(f"{path}: not a SentencePiece model: {error}") from error
         found = tuple(pieces.id_to_piece(i) for i in range(min(3, pieces.get_piece_size())))
         if found != CONTROL_TOKENS:
-            raise ValueError(f"{path}: not a LLaMA tokenizer: expected the pieces {CONTROL_TOKENS} at ids 0, 1, 2, found {found}")
+            raise ValueError(
+                f"{path}: not a LLaMA tokenizer: expected the pieces {CONTROL_TOKENS} at ids 0, 1, 2, found {found}"
+            )
         tokenizer = cls(model)
         tokenizer._check_added(os.path.join(folder, ADDED_FILE))
         return tokenizer

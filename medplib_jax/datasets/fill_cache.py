@@ -37,7 +37,11 @@ def fill_cache(data: DataConfig, model: ModelConfig, workers: int) -> dict[str, 
     with tqdm(total=len(loader), desc="cache", unit=" records") as bar:
         for chunk, found in zip(chunks, _prepare_all(data, model, chunks, workers), strict=True):
             bar.update(len(chunk))
-            problems += [problem for problem in found if isinstance(problem, Notice) or (problem.file, problem.record) not in known]
+            problems += [
+                problem
+                for problem in found
+                if isinstance(problem, Notice) or (problem.file, problem.record) not in known
+            ]
     for problem in problems:
         log.warning("%s %s", "used" if isinstance(problem, Notice) else "unusable", problem)
     odd = sum(isinstance(problem, Notice) for problem in problems)

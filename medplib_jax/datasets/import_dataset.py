@@ -82,7 +82,10 @@ class _Pictures:
 def _record(example: Example, pictures: _Pictures, out: str) -> dict[str, Any]:
     messages = []
     for question, answer in example.turns:
-        messages += [{"from": "human", "value": question if messages else f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        messages += [
+            {"from": "human", "value": question if messages else f"<image>\n{question}"},
+            {"from": "gpt", "value": answer},
+        ]
     raw = {"conversations": messages}
     if example.answer_type:
         raw["answer_type"] = example.answer_type

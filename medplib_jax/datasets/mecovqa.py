@@ -19,7 +19,6 @@ from medplib_jax.data.records import modality
 _LAST_PART = re.compile(r"(?P<label>.+?)(?:_(?P<instance>\d{3}|merged))?")
 
 
-
 @dataclasses.dataclass(frozen=True)
 class FileName:
     """What the name of an image or mask of SA-Med2D-20M says; a part that the name lacks is empty.
@@ -108,7 +107,9 @@ def read_class_names(root: str) -> dict[tuple[str, int], str]:
     try:
         with open(path, encoding="utf-8") as file:
             mapping = json.load(file)
-        return {(dataset, int(number)): name for dataset, classes in mapping.items() for name, number in classes.items()}
+        return {
+            (dataset, int(number)): name for dataset, classes in mapping.items() for name, number in classes.items()
+        }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(path, None, "class names cannot be read", "{dataset: {name: id}}", str(error)) from error
 

@@ -11,7 +11,9 @@ def make_pool(workers: int | None = None) -> concurrent.futures.ProcessPoolExecu
 
     Without that, the workers of a killed run go on writing beside those of the next one.
     """
-    return concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    return concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    )
 
 
 def _end_with_parent() -> None:

@@ -34,7 +34,10 @@ def make_pairs(source: str, out: str, match: str = "*") -> dict[str, Any]:
     for image in tqdm(sorted(masks), desc="SA-Med2D-20M", unit="image"):
         path = os.path.join(source, "images", f"{image}.png")
         if not os.path.isfile(path):
-            problems += [DataError(os.path.join(source, "masks", mask), None, "mask without its image", path, "nothing") for mask in masks[image]]
+            problems += [
+                DataError(os.path.join(source, "masks", mask), None, "mask without its image", path, "nothing")
+                for mask in masks[image]
+            ]
             continue
         placed = [error for mask in sorted(masks[image]) if (error := _place_mask(source, out, image, mask, names))]
         problems += placed
@@ -68,7 +71,13 @@ def _place_mask(source: str, out: str, image: str, mask: str, names: dict[tuple[
     """Puts one mask under its class's name; the error when its class has none."""
     path, name = os.path.join(source, "masks", mask), class_name(mask, names)
     if not name:
-        return DataError(path, None, "class without a name", "an entry in SAMed2D_v1_class_mapping_id.json", parse_mask_name(mask).label)
+        return DataError(
+            path,
+            None,
+            "class without a name",
+            "an entry in SAMed2D_v1_class_mapping_id.json",
+            parse_mask_name(mask).label,
+        )
     if _NO_NAME.fullmatch(name):
         return DataError(path, None, "class name says nothing", "the name of a structure", name)
     instance = parse_mask_name(mask).instance or "000"

@@ -17,9 +17,13 @@ def contradiction(text: str, box: tuple[float, float, float, float]) -> str:
     """
     x0, y0, x1, y1 = box
     lies = {
-        "left": x0 < 0.5 - MARGIN, "right": x1 > 0.5 + MARGIN,
-        "upper": y0 < 0.5 - MARGIN, "top": y0 < 0.5 - MARGIN, "lower": y1 > 0.5 + MARGIN, "bottom": y1 > 0.5 + MARGIN,
-    }  # fmt: skip
+        "left": x0 < 0.5 - MARGIN,
+        "right": x1 > 0.5 + MARGIN,
+        "upper": y0 < 0.5 - MARGIN,
+        "top": y0 < 0.5 - MARGIN,
+        "lower": y1 > 0.5 + MARGIN,
+        "bottom": y1 > 0.5 + MARGIN,
+    }
     for match in SIDE.finditer(text):
         if not all(lies[word.lower()] for word in match.groups() if word):
             return match[0]

@@ -35,7 +35,13 @@ from medplib_jax.datasets.place import safe_name, write_bytes
 NIFTI, DICOM = (".nii.gz", ".nii"), (".dcm",)
 MAX_VOXELS = 2**30  # a larger scan is refused before it is read
 PERCENTILES = (0.5, 99.5)  # of a scan's values: black and white where no window is known
-_DICOM_WORDS = {"CR": "X-ray", "DX": "X-ray", "PT": "PET", "MG": "mammogram", "XA": "angiogram"}  # DICOM PS3.3 C.7.3.1.1.1
+_DICOM_WORDS = {
+    "CR": "X-ray",
+    "DX": "X-ray",
+    "PT": "PET",
+    "MG": "mammogram",
+    "XA": "angiogram",
+}  # DICOM PS3.3 C.7.3.1.1.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +107,10 @@ def _write_scan(source: str, name: str, out: str, options: Options) -> dict[str,
     """Writes a scan's slices; returns their metadata. The file names follow SA-Med2D-20M's, so that a scan stays in one split."""
     path = find_file(source, name)
     base = _without_suffix(os.path.relpath(name, "images"))
-    files = {_without_suffix(os.path.basename(file)): find_file(source, file) for file in _files_below(source, os.path.join("masks", base), None)}
+    files = {
+        _without_suffix(os.path.basename(file)): find_file(source, file)
+        for file in _files_below(source, os.path.join("masks", base), None)
+    }
     scan = _read_nifti(path, files, options) if name.lower().endswith(NIFTI) else _read_dicom(path, files, options)
     prefix, written = modalities.prefix_of(scan.modality), {}
     for number, one in enumerate(scan.slices):
@@ -223,7 +232,11 @@ def _files_below(root: str, folder: str, suffixes: tuple[str, ...] | None) -> li
     """Files below root/folder, relative to root; all of them without `suffixes`."""
     found = []
     for path, _, files in os.walk(os.path.join(root, folder)):
-        found += [os.path.relpath(os.path.join(path, file), root) for file in files if not suffixes or file.lower().endswith(suffixes)]
+        found += [
+            os.path.relpath(os.path.join(path, file), root)
+            for file in files
+            if not suffixes or file.lower().endswith(suffixes)
+        ]
     return found
 
 
@@ -237,7 +250,9 @@ def main() -> int:
     parser.add_argument("--source", required=True, help="folder with images/ and, if you have them, masks/")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--modality", default="", help="of scans that do not tell it, e.g. CT")
-    parser.add_argument("--window", type=_window, help="centre,width in the scan's units, e.g. 40,400 for soft tissue in CT")
+    parser.add_argument(
+        "--window", type=_window, help="centre,width in the scan's units, e.g. 40,400 for soft tissue in CT"
+    )
     parser.add_argument("--every", type=int, default=1, help="take each so manieth slice")
     arguments = vars(parser.parse_args())
     source, out = arguments.pop("source"), arguments.pop("out")

@@ -32,7 +32,9 @@ def training_text(sources: Sequence[str]) -> Iterator[str]:
         try:
             turns = [turn["value"] for record in records for turn in record["conversations"]]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{source}: expected a list of records with conversations of {{from, value}} turns ({error!r})") from error
+            raise ValueError(
+                f"{source}: expected a list of records with conversations of {{from, value}} turns ({error!r})"
+            ) from error
         for turn in turns:
             yield re.sub(r"<[^<>]*>", " ", MASK.sub("", REGION.sub("", turn))).strip()
 
@@ -44,7 +46,9 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=PIECES)
     arguments = parser.parse_args()
     tokenizer = build_tokenizer(arguments.sources, arguments.out, arguments.pieces)
-    print(f"{arguments.out}: {tokenizer.vocab_size} tokens, {len(ADDED_TOKENS)} of them added; use --config.model.llm.vocab_size={tokenizer.vocab_size}")
+    print(
+        f"{arguments.out}: {tokenizer.vocab_size} tokens, {len(ADDED_TOKENS)} of them added; use --config.model.llm.vocab_size={tokenizer.vocab_size}"
+    )
 
 
 if __name__ == "__main__":

@@ -76,18 +76,26 @@ def write_qa(pairs: str, out: str, writer: records.Writer, options: Options) -> 
         for task, turns in written.grit.items():
             by_task.setdefault(f"grit/{split}/{task}.json", []).extend(grit.record(one, turn) for turn in turns)
     manifest = {
-        "version": VERSION, **dataclasses.asdict(options), "images": len(facts), "masks": sum(len(target.masks) for one in facts for target in one.targets),
-        "modalities": dict(sorted(Counter(one.modality for one in facts).items())), "skipped": len(problems),
-        "reasons": dict(Counter(problem.what for problem in problems).most_common()), **writer.report(),
+        "version": VERSION,
+        **dataclasses.asdict(options),
+        "images": len(facts),
+        "masks": sum(len(target.masks) for one in facts for target in one.targets),
+        "modalities": dict(sorted(Counter(one.modality for one in facts).items())),
+        "skipped": len(problems),
+        "reasons": dict(Counter(problem.what for problem in problems).most_common()),
+        **writer.report(),
         "records": {name: len(made) for name, made in sorted({**by_file, **by_task}.items())},
-    }  # fmt: skip
+    }
     _save(out, {**by_file, **by_task}, problems, manifest)
     return manifest
 
 
 def _save(out: str, files: dict[str, list], problems: Sequence[DataError], manifest: dict[str, Any]) -> None:
     for split in ("train", "test"):  # of an earlier run, whose split may have been another one
-        for name in (*(f"{split}/{kind}.json" for kind in records.KINDS), *(f"grit/{split}/{task}.json" for task in grit.TASKS)):
+        for name in (
+            *(f"{split}/{kind}.json" for kind in records.KINDS),
+            *(f"grit/{split}/{task}.json" for task in grit.TASKS),
+        ):
             Path(out, name).unlink(missing_ok=True)
     for name, made in files.items():
         if made:
@@ -130,7 +138,9 @@ class TemplateWriter:
     def write(self, facts: Sequence[Facts]) -> Iterator[records.Written]:
         for one in facts:
             turns = template.turns(one, one.generator(self._seed, "template"))
-            problems = [] if turns else [DataError(one.image, None, "nothing to ask about", "a mask or a modality", "neither")]
+            problems = (
+                [] if turns else [DataError(one.image, None, "nothing to ask about", "a mask or a modality", "neither")]
+            )
             yield records.Written(one, turns, grit.turns(one, one.generator(self._seed, "grit")), problems)
 
     def report(self) -> dict[str, Any]:
@@ -141,9 +151,13 @@ def _llm_writer(arguments: argparse.Namespace) -> records.Writer:
     """ValueError when the arguments do not name an endpoint."""
     from medplib_jax.datasets.qa import chat, llm  # only who asks a model needs them
 
-    endpoint = chat.Endpoint(arguments.endpoint, arguments.model, os.environ.get(KEY, ""), json.loads(arguments.request), arguments.timeout)
+    endpoint = chat.Endpoint(
+        arguments.endpoint, arguments.model, os.environ.get(KEY, ""), json.loads(arguments.request), arguments.timeout
+    )
     cache = arguments.cache or os.path.join(arguments.out, "answers")
-    return llm.Writer(chat.Chat(endpoint, cache), arguments.seed, arguments.concurrency, (arguments.price_in, arguments.price_out))
+    return llm.Writer(
+        chat.Chat(endpoint, cache), arguments.seed, arguments.concurrency, (arguments.price_in, arguments.price_out)
+    )
 
 
 def main() -> int:
@@ -152,16 +166,34 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--writer", choices=("template", "llm"), default="template")
     parser.add_argument("--seed", type=int, default=Options.seed)
-    parser.add_argument("--test-share", type=float, default=Options.test_share, help="share of the images whose questions are kept for testing")
-    parser.add_argument("--complete", action="store_true", help="masks are complete: a name of the modality without a mask is not in the image")
-    llm = parser.add_argument_group("--writer llm", f"asks an OpenAI-compatible chat API; the key comes from {KEY} in the environment, where one is needed")
+    parser.add_argument(
+        "--test-share",
+        type=float,
+        default=Options.test_share,
+        help="share of the images whose questions are kept for testing",
+    )
+    parser.add_argument(
+        "--complete",
+        action="store_true",
+        help="masks are complete: a name of the modality without a mask is not in the image",
+    )
+    llm = parser.add_argument_group(
+        "--writer llm",
+        f"asks an OpenAI-compatible chat API; the key comes from {KEY} in the environment, where one is needed",
+    )
     llm.add_argument("--endpoint", default="", help="address up to the version, such as http://localhost:8000/v1")
     llm.add_argument("--model", default="", help="the model's name there")
     llm.add_argument("--concurrency", type=int, default=8, help="images at a time")
     llm.add_argument("--timeout", type=float, default=300.0, help="seconds for one answer")
-    llm.add_argument("--request", default="{}", help='further fields of every request, JSON: \'{"temperature": 0.7, "max_tokens": 2000}\'')
+    llm.add_argument(
+        "--request",
+        default="{}",
+        help='further fields of every request, JSON: \'{"temperature": 0.7, "max_tokens": 2000}\'',
+    )
     llm.add_argument("--cache", default="", help="folder of the answers; OUT/answers by default")
-    llm.add_argument("--price-in", type=float, default=0.0, help="of a million tokens of questions, for the cost in the manifest")
+    llm.add_argument(
+        "--price-in", type=float, default=0.0, help="of a million tokens of questions, for the cost in the manifest"
+    )
     llm.add_argument("--price-out", type=float, default=0.0, help="of a million tokens of answers")
     arguments = parser.parse_args()
 

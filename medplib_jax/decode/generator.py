@@ -104,7 +104,9 @@ class Decoder:
 
     def _advance(self, model: MedPLIB, slots: Slots, seed: Array) -> Slots:
         """Draws one token per active slot and runs it through the decoder."""
-        token_S = draw_token(model.llm.logits(slots.hidden), row_keys(seed, slots) if self.sampling.temperature else None, self.sampling)
+        token_S = draw_token(
+            model.llm.logits(slots.hidden), row_keys(seed, slots) if self.sampling.temperature else None, self.sampling
+        )
         drawn_S = slots.active & (token_S != self.eos_id)
         token_S = jnp.where(drawn_S, token_S, 0)
         rows, place = jnp.arange(len(token_S)), jnp.minimum(slots.lengths, self.max_new_tokens - 1)
@@ -152,9 +154,19 @@ class Generator:
     """
 
     def __init__(
-        self, config: ModelConfig, params: Params, *, eos_id: int, seg_id: int, max_new_tokens: int, max_masks: int,
-        sampling: Sampling = Sampling(), original_masks: bool = False, mesh: Mesh | None = None, quantize: str = "",
-    ):  # fmt: skip
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        eos_id: int,
+        seg_id: int,
+        max_new_tokens: int,
+        max_masks: int,
+        sampling: Sampling = Sampling(),
+        original_masks: bool = False,
+        mesh: Mesh | None = None,
+        quantize: str = "",
+    ):
         if original_masks and max_masks != 1:
             raise ValueError(f"the original draws one mask per answer, not {max_masks}")
         self.mesh = mesh or one_device()
@@ -186,8 +198,13 @@ class Generator:
         slots = self._prefill(self.params, self._put(batch), self._put(limits), room=self._decoder.max_new_tokens)
         slots = self._decode(self.params, slots, 0, seed)
         seg_hidden, mask_valid = self._prompts(slots)
-        mask_logits, predicted_iou = self._draw(self.params, seg_hidden, self._put(batch)) if self._decoder.max_masks else (None, None)
-        return jax.tree.map(lambda x: x[:rows], Generation(slots.tokens, slots.lengths, mask_valid, mask_logits, predicted_iou, slots.choices))
+        mask_logits, predicted_iou = (
+            self._draw(self.params, seg_hidden, self._put(batch)) if self._decoder.max_masks else (None, None)
+        )
+        return jax.tree.map(
+            lambda x: x[:rows],
+            Generation(slots.tokens, slots.lengths, mask_valid, mask_logits, predicted_iou, slots.choices),
+        )
 
     @property
     def max_new_tokens(self) -> int:
@@ -198,7 +215,9 @@ class Generator:
         """Side of the masks' logits."""
         return self._decoder.model.config.mask.mask_grid
 
-    def start(self, slots: Slots | None, prompts: Batch, limits_P: np.ndarray, index_DxR: np.ndarray, num_slots: int) -> Slots:
+    def start(
+        self, slots: Slots | None, prompts: Batch, limits_P: np.ndarray, index_DxR: np.ndarray, num_slots: int
+    ) -> Slots:
         """Runs prompts and puts row r of device d into that device's slot `index[d, r]`, beyond its slots: nowhere. Slots None: all are empty."""
         with self._dispatch:
             new = self._prefill(self.params, self._put(prompts), self._put(limits_P), room=0)

@@ -24,7 +24,9 @@ QUANTIZE = ("", "int8")
 
 def decoding_model(config: ModelConfig, quantize: str = "", mesh: Mesh | None = None) -> MedPLIB:
     """`laid_out_model` whose experts have no capacity, which would let a token's expert depend on the rest of the batch."""
-    return laid_out_model(dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dropless")), quantize, mesh)
+    return laid_out_model(
+        dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dropless")), quantize, mesh
+    )
 
 
 def laid_out_model(config: ModelConfig, quantize: str = "", mesh: Mesh | None = None) -> MedPLIB:

@@ -19,10 +19,14 @@ def mask_drawer(sam_size: int, unpad: str, canvas: int, threshold: float) -> Mas
 
     @jax.jit
     def on_canvas(mask_logits, sam_box, mask_size):
-        logits, _ = resample_to_canvas(mask_logits, sam_box, mask_size, canvas=(canvas, canvas), sam_size=sam_size, mode=unpad)
+        logits, _ = resample_to_canvas(
+            mask_logits, sam_box, mask_size, canvas=(canvas, canvas), sam_size=sam_size, mode=unpad
+        )
         return binarise(logits, threshold)
 
-    return lambda prompts, generation: np.asarray(on_canvas(jnp.asarray(generation.mask_logits), prompts.sam_box, prompts.mask_size))
+    return lambda prompts, generation: np.asarray(
+        on_canvas(jnp.asarray(generation.mask_logits), prompts.sam_box, prompts.mask_size)
+    )
 
 
 def binarise(logits: np.ndarray, threshold: float) -> np.ndarray:

@@ -48,7 +48,9 @@ class Predictor:
     ):
         experiment, params, tokenizer_dir = load_params(str(checkpoint_dir))
         given = {"max_new_tokens": max_new_tokens, "mask_threshold": mask_threshold}
-        self._eval = dataclasses.replace(experiment.eval, **{name: value for name, value in given.items() if value is not None})
+        self._eval = dataclasses.replace(
+            experiment.eval, **{name: value for name, value in given.items() if value is not None}
+        )
         self._data, self._model = dataclasses.replace(experiment.data, on_error="raise"), experiment.model
         self._tokenizer = Tokenizer.load(tokenizer_dir)
         self._generator = Generator(
@@ -80,7 +82,13 @@ class Predictor:
         """
         picture = load_image(os.fspath(image))
         text = place_region(question, region)
-        record = Record("command line", 0, "/", (os.path.abspath(image),), (("human", text if "<image>" in text else f"<image>\n{text}"),))
+        record = Record(
+            "command line",
+            0,
+            "/",
+            (os.path.abspath(image),),
+            (("human", text if "<image>" in text else f"<image>\n{text}"),),
+        )
         slots = {"max_images": 1, "max_regions": int(bool(region)), "max_masks": 0}
         data = dataclasses.replace(self._data, mask_canvas=max(picture.shape[:2]), **slots)
         arrays, _ = Loader([[record]], self._tokenizer, data, self._model).load_eval([0], [0], question=True)
@@ -93,7 +101,9 @@ class Predictor:
         masks = ()
         if drawn.any():
             height, width = picture.shape[:2]
-            draw = mask_drawer(self._model.mask.image_size, self._model.mask.unpad, max(height, width), self._eval.mask_threshold)
+            draw = mask_drawer(
+                self._model.mask.image_size, self._model.mask.unpad, max(height, width), self._eval.mask_threshold
+            )
             masks = tuple(draw(prompt, generation)[0, drawn, :height, :width])
         text = self._tokenizer.decode(generation.tokens[0, : generation.lengths[0]]).strip()
         return Prediction(text, masks, tuple(generation.predicted_iou[0, drawn].tolist()), picture)

@@ -30,7 +30,9 @@ def draw_token(logits_BxV: Array, key_B: Array | None, sampling: Sampling) -> Ar
     if sampling.top_p < 1.0:
         descending = jnp.flip(jnp.sort(logits_BxV, axis=-1), axis=-1)
         probabilities = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # probability of everything likelier; 0 for the likeliest
+        before = (
+            jnp.cumsum(probabilities, axis=-1) - probabilities
+        )  # probability of everything likelier; 0 for the likeliest
         smallest_kept = jnp.where(before < sampling.top_p, descending, jnp.inf).min(-1, keepdims=True)
         logits_BxV = jnp.where(logits_BxV >= smallest_kept, logits_BxV, -jnp.inf)
     return jax.vmap(jax.random.categorical)(key_B, logits_BxV).astype(jnp.int32)

@@ -19,7 +19,9 @@ class Generation:
     mask_valid: Bool[Array, "B M"]  # the m-th <SEG> of the answer exists
     mask_logits: Float[Array, "B M h w"] | None  # None when no mask slots were asked for
     predicted_iou: Float[Array, "B M"] | None
-    choices: Int[Array, "B n kinds E"] | None = None  # tokens of each kind (`routing.TOKEN_KINDS`) per expert and MoE layer; None without experts
+    choices: Int[Array, "B n kinds E"] | None = (
+        None  # tokens of each kind (`routing.TOKEN_KINDS`) per expert and MoE layer; None without experts
+    )
 
 
 @flax.struct.dataclass
@@ -28,7 +30,9 @@ class Slots:
 
     cache: KVCache
     hidden: Float[Array, "S D"]  # state that predicts the next token
-    previous: Float[Array, "S D"]  # the state before that; of an answer that ended, before the one that predicted its last token
+    previous: Float[
+        Array, "S D"
+    ]  # the state before that; of an answer that ended, before the one that predicted its last token
     active: Bool[Array, "S"]
     limits: Int[Array, "S"]  # most tokens of the answer
     records: Int[Array, "S"]  # of which the random draws depend
@@ -46,11 +50,15 @@ def row_keys(seed: Array, slots: Slots) -> Array:
 
 
 def without_rows(slots: Slots) -> Slots:
-    return slots.replace(cache=slots.cache.replace(k=tuple(k[0] for k in slots.cache.k), v=tuple(v[0] for v in slots.cache.v)))
+    return slots.replace(
+        cache=slots.cache.replace(k=tuple(k[0] for k in slots.cache.k), v=tuple(v[0] for v in slots.cache.v))
+    )
 
 
 def with_rows(slots: Slots) -> Slots:
-    return slots.replace(cache=slots.cache.replace(k=tuple(k[None] for k in slots.cache.k), v=tuple(v[None] for v in slots.cache.v)))
+    return slots.replace(
+        cache=slots.cache.replace(k=tuple(k[None] for k in slots.cache.k), v=tuple(v[None] for v in slots.cache.v))
+    )
 
 
 def unchanged(slots: Slots) -> Slots:

@@ -19,7 +19,14 @@ ROWS_PER_LANE = 8  # with more, the keys and values of the demo's model no longe
 
 
 def stream_answers(
-    generator: Generator, prompts: Iterable[Batch], *, slots: int, refill: int, lanes: int = 1, seed: int = 0, limits: Mapping[int, int] | None = None
+    generator: Generator,
+    prompts: Iterable[Batch],
+    *,
+    slots: int,
+    refill: int,
+    lanes: int = 1,
+    seed: int = 0,
+    limits: Mapping[int, int] | None = None,
 ) -> Iterator[tuple[Batch, Generation]]:
     """Answers as they end: (prompt, generation) of one record each, with a batch axis of 1, on the host.
 
@@ -77,7 +84,9 @@ class Lane:
             for row, _ in places[len(chosen) :]:
                 index_DxR[np.unravel_index(row, index_DxR.shape)] = len(self._asked)
             batch, most = _stack(rows), self._generator.max_new_tokens
-            limits_P = np.array([min(self._limits.get(record, most), most) for record in batch.record.tolist()], np.int32)
+            limits_P = np.array(
+                [min(self._limits.get(record, most), most) for record in batch.record.tolist()], np.int32
+            )
             self._state = self._generator.start(self._state, batch, limits_P, index_DxR, len(self._asked))
         return len(chosen) == len(places)
 
@@ -89,7 +98,9 @@ class Lane:
         fetched = jax.device_get((state.active, state.tokens, state.lengths, mask_valid, state.choices, seg_hidden))
         for slot, prompt in enumerate(self._asked):
             if prompt is not None and not fetched[0][slot]:
-                tokens, lengths, valid, choices, hidden = jax.tree.map(lambda x, slot=slot: x[slot : slot + 1], fetched[1:])
+                tokens, lengths, valid, choices, hidden = jax.tree.map(
+                    lambda x, slot=slot: x[slot : slot + 1], fetched[1:]
+                )
                 self._asked[slot] = None
                 yield prompt, Generation(tokens, lengths, valid, None, None, choices), hidden
 

@@ -26,14 +26,18 @@ from medplib_jax.parallel.processes import abort_together, initialize_distribute
 def print_summary(result: dict) -> None:
     """The figures over all modalities; those by modality are in sweep.json."""
     for cell in result["cells"]:
-        print(f"\n{cell['checkpoint']}, {cell['task']}, protocol {cell['protocol']}: {cell['records']} records, {len(cell['skipped'])} skipped")
+        print(
+            f"\n{cell['checkpoint']}, {cell['task']}, protocol {cell['protocol']}: {cell['records']} records, {len(cell['skipped'])} skipped"
+        )
         for metric, value in cell["metrics"].items():
             if "/" not in metric:
                 print(f"  {metric:26} {value:8.4f}")
 
 
 def main() -> None:
-    config = config_flags.DEFINE_config_file("config", help_string="configs/eval_sweep.py or configs/eval_folder.py:FOLDER")
+    config = config_flags.DEFINE_config_file(
+        "config", help_string="configs/eval_sweep.py or configs/eval_folder.py:FOLDER"
+    )
     workdir = flags.DEFINE_string("workdir", None, "Folder of predictions, sweep.json and the report.")
     flags.mark_flags_as_required(["config", "workdir"])
 

@@ -49,7 +49,14 @@ class Checkpoint:
             return read_experiment(manager, self.step)[0]
 
     def as_dict(self) -> dict:
-        return {"name": self.name, "path": self.path, "run": self.run, "step": self.step, "kind": self.kind, "quantize": self.quantize}
+        return {
+            "name": self.name,
+            "path": self.path,
+            "run": self.run,
+            "step": self.step,
+            "kind": self.kind,
+            "quantize": self.quantize,
+        }
 
 
 def find_checkpoints(patterns: str, steps: str, converted: Path, quantize: str = "") -> list[Checkpoint]:
@@ -62,7 +69,9 @@ def find_checkpoints(patterns: str, steps: str, converted: Path, quantize: str =
     for pattern in filter(None, map(str.strip, patterns.split(","))):
         places = [(str(path), *place) for path in _glob(pattern) for place in _steps(path, steps, converted)]
         if not places:
-            raise FileNotFoundError(f"checkpoints {pattern!r}: expected workdirs, WORKDIR/{FOLDER}/STEP or folders of PyTorch weights, found none")
+            raise FileNotFoundError(
+                f"checkpoints {pattern!r}: expected workdirs, WORKDIR/{FOLDER}/STEP or folders of PyTorch weights, found none"
+            )
         for path, workdir, step, kind in places:
             found.setdefault((workdir, step), (path, kind))
     if not found:
@@ -72,7 +81,9 @@ def find_checkpoints(patterns: str, steps: str, converted: Path, quantize: str =
         name = _quantized(_name(path if kind == "torch" else workdir, step, kind), quantize)
         checkpoint = Checkpoint(name, path, workdir, step, kind, quantize)
         if checkpoint.name in named:
-            raise ValueError(f"{path} and {named[checkpoint.name].path} would both be called {checkpoint.name!r}; rename one, or take two workdirs")
+            raise ValueError(
+                f"{path} and {named[checkpoint.name].path} would both be called {checkpoint.name!r}; rename one, or take two workdirs"
+            )
         named[checkpoint.name] = checkpoint
     return list(named.values())
 
@@ -85,7 +96,9 @@ def _glob(pattern: str) -> list[epath.Path]:
     if first is None:
         return [path] if path.exists() else []
     matches = epath.Path(*parts[:first]).glob("/".join(parts[first:]))
-    return sorted(matches, key=lambda match: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(match))])
+    return sorted(
+        matches, key=lambda match: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(match))]
+    )
 
 
 def _steps(path: epath.Path, steps: str, converted: Path) -> list[tuple[str, int, str]]:
@@ -112,12 +125,16 @@ def _complete_steps(workdir: epath.Path, steps: str) -> list[int]:
 
 def _converted(folder: Path, converted: Path) -> Path:
     """The workdir of a folder's weights. When it is not there, process 0 makes it, in a process of its own that needs no accelerator."""
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir()) if file.is_file()]
+    facts = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir()) if file.is_file()
+    ]
     workdir = converted / f"{folder.name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
     if jax.process_index() == 0 and not workdir.exists():
         log.info("converting %s", folder)
         command = [sys.executable, "-m", "convert.from_torch", "--source", str(folder), "--out", str(workdir)]
-        made = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False)
+        made = subprocess.run(
+            command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
+        )
         if made.returncode:
             raise ValueError(f"{folder}: cannot be converted: {made.stderr.strip()[-2000:]}")
     wait_for_others(f"converted/{workdir.name}")

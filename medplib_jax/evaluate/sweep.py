@@ -46,7 +46,11 @@ from medplib_jax.train.step import abstract_model, model_shardings
 
 log = logging.getLogger(__name__)
 
-EVALUATORS: dict[str, type[Evaluator]] = {"grounding": GroundingEvaluator, "region": RegionVqaEvaluator, "vqa": VqaEvaluator}
+EVALUATORS: dict[str, type[Evaluator]] = {
+    "grounding": GroundingEvaluator,
+    "region": RegionVqaEvaluator,
+    "vqa": VqaEvaluator,
+}
 EVALUATORS |= refer_box.PARTS
 RESULT = "sweep.json"
 
@@ -85,7 +89,12 @@ class Cell:
 
     @property
     def header(self) -> dict:
-        made_from = {"task": self.task.name, "kind": self.task.kind, "data": self.task.digest, "checkpoint": self.checkpoint.name}
+        made_from = {
+            "task": self.task.name,
+            "kind": self.task.kind,
+            "data": self.task.digest,
+            "checkpoint": self.checkpoint.name,
+        }
         made_from |= {"step": self.checkpoint.step, "written": self.checkpoint.written, "shard": self.shard_size}
         quantize = {"quantize": self.checkpoint.quantize} if self.checkpoint.quantize else {}
         return made_from | quantize | dataclasses.asdict(self.settings)
@@ -97,7 +106,9 @@ class Cell:
         """{path below the workdir: its records}."""
         shards: dict[Path, list[int]] = {}
         for record in self.task.records:
-            shards.setdefault(self.folder() / f"{self.task.name}.{record // self.shard_size:05d}.jsonl", []).append(record)
+            shards.setdefault(self.folder() / f"{self.task.name}.{record // self.shard_size:05d}.jsonl", []).append(
+                record
+            )
         return {path: tuple(records) for path, records in shards.items()}
 
     @property
@@ -109,7 +120,9 @@ class Cell:
         """What the files say of each record, in their order; None while a record has no line."""
         lines = [line for path in self.shards() for line in read_lines(workdir / path, self.header)]
         by_record = {line["record"]: line for line in lines}
-        return [by_record[record] for record in self.task.records] if by_record.keys() >= set(self.task.records) else None
+        return (
+            [by_record[record] for record in self.task.records] if by_record.keys() >= set(self.task.records) else None
+        )
 
 
 class LoadedModel:
@@ -119,7 +132,9 @@ class LoadedModel:
         shardings = model_shardings(abstract_model(experiment.model), mesh)
         wait_for_others(f"load/{checkpoint.name}")
         _, params, tokenizer = load_params(checkpoint.workdir, checkpoint.step, shardings)
-        self.experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, lora=LoraConfig()))
+        self.experiment = dataclasses.replace(
+            experiment, model=dataclasses.replace(experiment.model, lora=LoraConfig())
+        )
         self.params: Params = lay_out(experiment.model, params, mesh, checkpoint.quantize)
         self._quantize = checkpoint.quantize
         self.tokenizer, self.mesh = Tokenizer.load(tokenizer), mesh
@@ -130,9 +145,16 @@ class LoadedModel:
         key = (max_new_tokens, max_masks, original_masks)
         if key not in self._generators:
             self._generators[key] = Generator(
-                self.experiment.model, self.params, eos_id=self.tokenizer.eos_id, seg_id=self.tokenizer.seg_id, max_new_tokens=max_new_tokens,
-                max_masks=max_masks, original_masks=original_masks, mesh=self.mesh, quantize=self._quantize,
-            )  # fmt: skip
+                self.experiment.model,
+                self.params,
+                eos_id=self.tokenizer.eos_id,
+                seg_id=self.tokenizer.seg_id,
+                max_new_tokens=max_new_tokens,
+                max_masks=max_masks,
+                original_masks=original_masks,
+                mesh=self.mesh,
+                quantize=self._quantize,
+            )
         return self._generators[key]
 
 
@@ -183,12 +205,18 @@ def run_sweep(config: SweepConfig, workdir: str | os.PathLike) -> dict:
 
 def answer_cell(cell: Cell, loaded: LoadedModel, workdir: Path, turn: int, config: SweepConfig) -> None:
     """Writes the lines of this process's shards. `turn` says who takes the first one."""
-    own = [shard for i, shard in enumerate(cell.shards().items()) if (turn + i) % jax.process_count() == jax.process_index()]
+    own = [
+        shard
+        for i, shard in enumerate(cell.shards().items())
+        if (turn + i) % jax.process_count() == jax.process_index()
+    ]
     shards = [Shard(workdir / path, cell.header, records) for path, records in own]
     shard_of = {record: shard for shard in shards for record in shard.missing}
     title = f"{cell.checkpoint.name} {cell.task.name} {cell.settings.protocol}"
     total = sum(len(records) for _, records in own)
-    with tqdm(total=total, initial=total - len(shard_of), desc=title, unit="record", disable=jax.process_index() > 0) as progress:
+    with tqdm(
+        total=total, initial=total - len(shard_of), desc=title, unit="record", disable=jax.process_index() > 0
+    ) as progress:
         for line in _lines(cell, loaded, sorted(shard_of), config):
             shard_of[line["record"]].add(line)
             progress.update()
@@ -211,11 +239,20 @@ def _lines(cell: Cell, loaded: LoadedModel, records: Sequence[int], config: Swee
     task, settings, model = cell.task, cell.settings, loaded.experiment.model
     is_reference, has_masks = settings.protocol == "reference", task.kind == "grounding"
     data = dataclasses.replace(
-        loaded.experiment.data, template=settings.template, bucket_lengths=prompt_lengths(model.llm.max_positions), on_error=config.on_error,
-        max_images=max(task.images, 1), max_regions=task.regions, max_masks=task.masks,
-    )  # fmt: skip
+        loaded.experiment.data,
+        template=settings.template,
+        bucket_lengths=prompt_lengths(model.llm.max_positions),
+        on_error=config.on_error,
+        max_images=max(task.images, 1),
+        max_regions=task.regions,
+        max_masks=task.masks,
+    )
     loader = (ReferenceLoader if is_reference else Loader)([task.source], loaded.tokenizer, data, model)
-    draw = mask_drawer(model.mask.image_size, settings.unpad, data.mask_canvas, settings.mask_threshold) if has_masks else None
+    draw = (
+        mask_drawer(model.mask.image_size, settings.unpad, data.mask_canvas, settings.mask_threshold)
+        if has_masks
+        else None
+    )
     evaluator = EVALUATORS[task.config.part or task.kind](loader, protocol=settings.protocol, draw_masks=draw)
     # one mask more than any answer should have, so that a mask too many is drawn and counted
     drawn = (1 if is_reference else task.masks + 1) if has_masks else 0
@@ -225,7 +262,9 @@ def _lines(cell: Cell, loaded: LoadedModel, records: Sequence[int], config: Swee
     by_length, failed = group_by_length(loader, task, records, data.bucket_lengths, config.on_error)
     for length in sorted(by_length):
         batches = eval_batches(loader, by_length[length], refill, range(refill), question=True, workers=0)
-        for prompt, generation in stream_answers(generator, _prompts(batches, failed), slots=slots, refill=refill, lanes=lanes):
+        for prompt, generation in stream_answers(
+            generator, _prompts(batches, failed), slots=slots, refill=refill, lanes=lanes
+        ):
             try:
                 yield evaluator.row(prompt, generation)
             except DataError as error:
@@ -272,7 +311,9 @@ class Result:
     def __init__(self, workdir: Path, baseline: str, cells: Sequence[Cell], experiments: dict[str, ExperimentConfig]):
         self._path, self._workdir, self._experiments = workdir / RESULT, workdir, experiments
         before = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self._parts = {part: {_key(entry): entry for entry in before.get(part, [])} for part in ("checkpoints", "tasks", "cells")}
+        self._parts = {
+            part: {_key(entry): entry for entry in before.get(part, [])} for part in ("checkpoints", "tasks", "cells")
+        }
         self._planned = {
             "checkpoints": dict.fromkeys((cell.checkpoint.name,) for cell in cells),
             "tasks": dict.fromkeys((cell.task.name,) for cell in cells),
@@ -280,7 +321,7 @@ class Result:
         }
         self._baseline = baseline or before.get("baseline")
         self._added: set[tuple] = set()
-        names = [name for name, in self._parts["checkpoints"] | self._planned["checkpoints"]]
+        names = [name for (name,) in self._parts["checkpoints"] | self._planned["checkpoints"]]
         if baseline and baseline not in names:
             raise ValueError(f"baseline {baseline!r} is not one of the checkpoints {names}")
 
@@ -301,7 +342,9 @@ class Result:
         rows, files, left_out = [line for line in lines if SKIPPED not in line], list(cell.shards()), {}
         if cell.spice_file and rows:
             scored = spice.with_spice(self._workdir / cell.spice_file, cell.header, rows)
-            rows, files, left_out = (rows, files, {"spice": why_no_spice}) if scored is None else (scored, [*files, cell.spice_file], {})
+            rows, files, left_out = (
+                (rows, files, {"spice": why_no_spice}) if scored is None else (scored, [*files, cell.spice_file], {})
+            )
         model = self._experiments[cell.checkpoint.name].model
         modalities = [row["modality"] for row in rows]
         entry = {
@@ -314,7 +357,9 @@ class Result:
             "records": len(rows),
             "skipped": [line[SKIPPED] for line in lines if SKIPPED in line],
             "left_out": left_out,
-            "metrics": metrics.by_modality(metrics.statistics(rows, cell.settings.protocol), modalities) if rows else {},
+            "metrics": metrics.by_modality(metrics.statistics(rows, cell.settings.protocol), modalities)
+            if rows
+            else {},
             "router": router.summarise(rows, model) if model.moe_layers and rows else None,
         }
         for part, new in (("checkpoints", cell.checkpoint.as_dict()), ("tasks", cell.task.as_dict()), ("cells", entry)):

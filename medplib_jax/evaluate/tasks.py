@@ -35,7 +35,13 @@ class Task:
         return self.config.name
 
     def as_dict(self) -> dict:
-        found = {"name": self.name, "kind": self.kind, "part": self.config.part, "file": self.source.file, "root": self.source.root}
+        found = {
+            "name": self.name,
+            "kind": self.kind,
+            "part": self.config.part,
+            "file": self.source.file,
+            "root": self.source.root,
+        }
         return found | {"records": len(self.records), "source": self.config.about}
 
 
@@ -96,7 +102,10 @@ def folder_tasks(*sources: str | os.PathLike) -> tuple[TaskConfig, ...]:
     where names repeat."""
     files = [file for source in sources for file in annotation_files(source)]
     stems = [file.stem for file in files]
-    names = [stem if stems.count(stem) == 1 else f"{data_root(file).name}-{stem}" for stem, file in zip(stems, files, strict=True)]
+    names = [
+        stem if stems.count(stem) == 1 else f"{data_root(file).name}-{stem}"
+        for stem, file in zip(stems, files, strict=True)
+    ]
     return tuple(TaskConfig(name, str(file)) for name, file in zip(names, files, strict=True))
 
 
@@ -111,7 +120,9 @@ def annotation_files(path: str | os.PathLike) -> list[Path]:
     files = _records_in(path / "test") or _records_in(path)
     files = [file for file in files if is_held_out(file.name)] or files
     if not files:
-        raise FileNotFoundError(f"{path}: expected an annotation file or a folder with *.json or test/*.json, found none")
+        raise FileNotFoundError(
+            f"{path}: expected an annotation file or a folder with *.json or test/*.json, found none"
+        )
     return files
 
 

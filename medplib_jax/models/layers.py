@@ -17,7 +17,9 @@ from medplib_jax.models.rng import dropout
 Rngs = nnx.Rngs
 
 
-def param(rngs: Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, std: float | None = None, value: float = 0.0) -> nnx.Param:
+def param(
+    rngs: Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, std: float | None = None, value: float = 0.0
+) -> nnx.Param:
     """A float32 parameter with logical axis names: normal with `std`, or constant `value` when std is None."""
     if len(shape) != len(axes):
         raise ValueError(f"{len(shape)} dimensions but {len(axes)} logical axes: {shape} {axes}")
@@ -33,16 +35,28 @@ class Linear(nnx.Module):
     """
 
     def __init__(
-        self, in_dim: int, out_dim: int, *, axes: tuple[str | None, str | None], rngs: Rngs, bias: bool = True, gain: float = 1.0,
-        lora=None, lora_rank: int = 0,
-    ):  # fmt: skip
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        axes: tuple[str | None, str | None],
+        rngs: Rngs,
+        bias: bool = True,
+        gain: float = 1.0,
+        lora=None,
+        lora_rank: int = 0,
+    ):
         self.kernel = param(rngs, (in_dim, out_dim), axes, std=gain / math.sqrt(in_dim))
         self.kernel_scale = None  # of an 8-bit kernel, see quantize.py
         self.by_output = False  # the kernel is [out, in], see decode_layout.py
         self.bias = param(rngs, (out_dim,), (axes[1],)) if bias else None
         self.lora_scale, self.lora_dropout = (lora.scale, lora.dropout) if lora_rank else (0.0, 0.0)
         axis_a, axis_b = adapter_axes(axes)
-        self.lora_a = param(rngs, (in_dim, lora_rank), (axis_a, "lora_rank"), std=1 / math.sqrt(3 * in_dim)) if lora_rank else None
+        self.lora_a = (
+            param(rngs, (in_dim, lora_rank), (axis_a, "lora_rank"), std=1 / math.sqrt(3 * in_dim))
+            if lora_rank
+            else None
+        )
         self.lora_b = param(rngs, (lora_rank, out_dim), ("lora_rank", axis_b)) if lora_rank else None
 
     def __call__(self, x: Array, *, rng: Array | None = None) -> Array:
@@ -123,7 +137,15 @@ class Mlp(nnx.Module):
     initial values."""
 
     def __init__(
-        self, in_dim: int, mlp_dim: int, out_dim: int, activation: Callable[[Array], Array], *, rngs: Rngs, axis: str = "embed", out_gain: float = 1.0
+        self,
+        in_dim: int,
+        mlp_dim: int,
+        out_dim: int,
+        activation: Callable[[Array], Array],
+        *,
+        rngs: Rngs,
+        axis: str = "embed",
+        out_gain: float = 1.0,
     ):
         self.fc1 = Linear(in_dim, mlp_dim, axes=(axis, "mlp"), rngs=rngs)
         self.fc2 = Linear(mlp_dim, out_dim, axes=("mlp", axis), gain=out_gain, rngs=rngs)
@@ -167,7 +189,9 @@ def list_layers(make: Callable[[Rngs], nnx.Module], count: int, rngs: Rngs) -> n
     return nnx.List([make(rngs) for _ in range(count)])
 
 
-def scan_layers(layers: nnx.Module, body: Callable, carry, xs=None, *, unroll: int = 1, wrap: Callable = lambda step: step):
+def scan_layers(
+    layers: nnx.Module, body: Callable, carry, xs=None, *, unroll: int = 1, wrap: Callable = lambda step: step
+):
     """`lax.scan` over stacked layers: body(layer, carry, x) -> (carry, y). `wrap` may be a `jax.checkpoint` policy."""
     graphdef, state = nnx.split(layers)
 

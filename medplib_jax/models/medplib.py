@@ -41,7 +41,9 @@ class MedPLIB(nnx.Module):
         self.seg_mlp = Mlp(width, width, config.mask.out_dim, jax.nn.relu, rngs=rngs)
         self.sam = SamMed2d(config.mask, rngs)
 
-    def __call__(self, batch: Batch, *, train: bool = False, rng: Array | None = None) -> tuple[ModelOutput, dict[str, Any]]:
+    def __call__(
+        self, batch: Batch, *, train: bool = False, rng: Array | None = None
+    ) -> tuple[ModelOutput, dict[str, Any]]:
         """A teacher-forced pass. `train` selects the training capacity; `rng` turns on dropout and random token priority."""
         x_BxLxD, out = self.embed(batch)
         hidden_BxLxD, llm_out = self.llm(x_BxLxD, batch.valid, segment_BxL=batch.segment, train=train, rng=rng)
@@ -57,13 +59,17 @@ class MedPLIB(nnx.Module):
         features_BxTxD, out = self.visual_features(batch)
         tokens_BxLxD = shard_rows(shard_width(self.llm.embed(batch.tokens)))
         spliced_BxLxD = jnp.take_along_axis(features_BxTxD, jnp.maximum(batch.feature_index, 0)[:, :, None], axis=1)
-        x_BxLxD = jnp.where((batch.feature_index >= 0)[:, :, None], spliced_BxLxD.astype(tokens_BxLxD.dtype), tokens_BxLxD)
+        x_BxLxD = jnp.where(
+            (batch.feature_index >= 0)[:, :, None], spliced_BxLxD.astype(tokens_BxLxD.dtype), tokens_BxLxD
+        )
         return x_BxLxD, out | {"embeddings": x_BxLxD}
 
     def visual_features(self, batch: Batch) -> tuple[Array, dict[str, Any]]:
         """What text positions may be replaced by: the N*P projected patches, then the R region vectors, [B, T, D]."""
         B, N = batch.clip_pixels.shape[:2]
-        pixels = normalise_clip(batch.clip_pixels.reshape(B * N, *batch.clip_pixels.shape[2:])).astype(self.config.dtype)
+        pixels = normalise_clip(batch.clip_pixels.reshape(B * N, *batch.clip_pixels.shape[2:])).astype(
+            self.config.dtype
+        )
         clip_BNxPxC, clip_out = self.clip(pixels)
         image_BxNPxD = shard_rows(self.projector(clip_BNxPxC).reshape(B, -1, self.config.llm.hidden_size))
         out = {f"clip_{name}": value for name, value in clip_out.items()} | {"clip_features": clip_BNxPxC}
@@ -71,9 +77,13 @@ class MedPLIB(nnx.Module):
             return image_BxNPxD, out
         clip_BxNxPxC = clip_BNxPxC.reshape(B, N, *clip_BNxPxC.shape[1:])
         region_BxRxD, _ = self.region(clip_BxNxPxC, batch.region_points, batch.region_point_valid, batch.region_image)
-        return jnp.concatenate([image_BxNPxD, region_BxRxD.astype(image_BxNPxD.dtype)], axis=1), out | {"regions": region_BxRxD}
+        return jnp.concatenate([image_BxNPxD, region_BxRxD.astype(image_BxNPxD.dtype)], axis=1), out | {
+            "regions": region_BxRxD
+        }
 
     def draw(self, seg_hidden_BxMxD: Array, batch: Batch) -> tuple[Array, Array]:
         """Masks from the hidden states that predict <SEG>: float32 logits [B, M, h, w] and predicted IoU [B, M]."""
         pixels = normalise_sam(batch.sam_pixels, batch.sam_box).astype(self.config.dtype)
-        return self.sam.decode(shard_rows(self.sam.encode(pixels)), shard_rows(self.seg_mlp(shard_rows(seg_hidden_BxMxD))))
+        return self.sam.decode(
+            shard_rows(self.sam.encode(pixels)), shard_rows(self.seg_mlp(shard_rows(seg_hidden_BxMxD)))
+        )

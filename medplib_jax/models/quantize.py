@@ -32,7 +32,10 @@ def quantize_params(params: Params) -> Params:
 
 
 def _quantize(tree: Params) -> Params:
-    quantized = {name: _quantize(child) if isinstance(child, dict) and name not in KEPT else child for name, child in tree.items()}
+    quantized = {
+        name: _quantize(child) if isinstance(child, dict) and name not in KEPT else child
+        for name, child in tree.items()
+    }
     kernel = tree.get("kernel")
     if kernel is None or kernel.ndim > 3:  # a convolution's
         return quantized
@@ -43,7 +46,9 @@ def _quantize(tree: Params) -> Params:
 
 def dequantize_params(tree: Params, dtype) -> Params:
     """The tree with plain kernels of this type; one without 8-bit kernels is returned as it is."""
-    plain = {name: dequantize_params(child, dtype) if isinstance(child, dict) else child for name, child in tree.items()}
+    plain = {
+        name: dequantize_params(child, dtype) if isinstance(child, dict) else child for name, child in tree.items()
+    }
     scale = plain.pop("kernel_scale", None)
     return plain if scale is None else plain | {"kernel": (plain["kernel"] * scale[..., None, :]).astype(dtype)}
 

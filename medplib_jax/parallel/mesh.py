@@ -21,7 +21,9 @@ def resolve(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     if num_devices % given:
         raise ValueError(f"mesh {described}: {num_devices} devices are not a multiple of {given}")
     if -1 not in config.sizes and given != num_devices:
-        raise ValueError(f"mesh {described} needs {given} devices, found {num_devices}; one size may be -1, for whatever is left")
+        raise ValueError(
+            f"mesh {described} needs {given} devices, found {num_devices}; one size may be -1, for whatever is left"
+        )
     data, *rest = (num_devices // given if size == -1 else size for size in config.sizes)
     return data * config.dcn_data, *rest
 
@@ -39,7 +41,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         if num_slices != config.dcn_data:
             raise ValueError(f"mesh.dcn_data is {config.dcn_data}, but the devices form {num_slices} slices")
         inner = (sizes[0] // num_slices, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (num_slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, (num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     elif devices[0].platform == "tpu":
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:

@@ -39,7 +39,9 @@ def initialize_distributed() -> None:
     GKE nodes with TPUs (one slice or several), and for the tasks of one SLURM step.
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"]))
+        jax.distributed.initialize(
+            num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
+        )
     elif on_tpu_vm() or in_slurm_step():
         jax.distributed.initialize()
 
@@ -94,7 +96,9 @@ def require_shared(folder: Path) -> None:
         mark.unlink()
     blind = [f"process {process} ({place})" for process, place in enumerate(answers) if place]
     if blind:
-        raise ValueError(f"{folder}: expected one folder that all processes see; {', '.join(blind)} does not see what process 0 writes")
+        raise ValueError(
+            f"{folder}: expected one folder that all processes see; {', '.join(blind)} does not see what process 0 writes"
+        )
 
 
 def _appears(path: Path) -> bool:
@@ -117,10 +121,14 @@ class Agreement:
         self._rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._shape = (mesh.size, 2)
         everywhere = NamedSharding(mesh, PartitionSpec())
-        self._reduce = jax.jit(lambda rows: {"stop": rows[:, 0].max(), "skipped": rows[:, 1].sum()}, out_shardings=everywhere)
+        self._reduce = jax.jit(
+            lambda rows: {"stop": rows[:, 0].max(), "skipped": rows[:, 1].sum()}, out_shardings=everywhere
+        )
 
     def __call__(self, stop: int, skipped: int) -> dict[str, jax.Array]:
-        values = [np.array([[stop, skipped]], np.int32)] + [np.zeros((1, 2), np.int32)] * (len(self._rows.addressable_devices) - 1)
+        values = [np.array([[stop, skipped]], np.int32)] + [np.zeros((1, 2), np.int32)] * (
+            len(self._rows.addressable_devices) - 1
+        )
         devices = sorted(self._rows.addressable_devices, key=lambda device: device.id)
         parts = [jax.device_put(value, device) for value, device in zip(values, devices, strict=True)]
         return self._reduce(jax.make_array_from_single_device_arrays(self._shape, self._rows, parts))
@@ -149,7 +157,9 @@ def exit_code(error: Exception) -> int:
     """RESTART for what a lost process or a broken link looks like from here, else 1."""
     if "Gloo" in str(error):  # JAX raises what its transport between CPUs reports as errors of several types
         return RESTART
-    lost = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"))
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(
+        ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")
+    )
     return RESTART if lost else 1
 
 

@@ -51,11 +51,15 @@ def partition_spec(path: str, axes: tuple[str | None, ...], shape: tuple[int, ..
             if axis not in mesh.shape:
                 raise ValueError(f"{path}: rule {name!r} -> {axis!r}, but the mesh has axes {tuple(mesh.shape)}")
             if axis in used:
-                raise ValueError(f"{path}: logical axes {used[axis]!r} and {name!r} are both mapped to mesh axis {axis!r}")
+                raise ValueError(
+                    f"{path}: logical axes {used[axis]!r} and {name!r} are both mapped to mesh axis {axis!r}"
+                )
             used[axis] = name
         parts = axis_size(mesh, target)
         if size % parts:
-            raise ValueError(f"{path}: dimension {name!r} of size {size} is not divisible by {parts} (mesh axes {', '.join(target)})")
+            raise ValueError(
+                f"{path}: dimension {name!r} of size {size} is not divisible by {parts} (mesh axes {', '.join(target)})"
+            )
         spec.append(target[0] if len(target) == 1 else target or None)
     return PartitionSpec(*spec)
 
@@ -74,7 +78,9 @@ def _walk(path, axes, shapes, mesh):
     if not isinstance(shapes, dict):
         return NamedSharding(mesh, partition_spec("/".join(path), axes, shapes.shape, mesh))
     if set(axes) != set(shapes):
-        raise ValueError(f"{'/'.join(path) or 'parameters'}: logical axes and shapes differ in {sorted(set(axes) ^ set(shapes))}")
+        raise ValueError(
+            f"{'/'.join(path) or 'parameters'}: logical axes and shapes differ in {sorted(set(axes) ^ set(shapes))}"
+        )
     return {key: _walk((*path, key), axes[key], shapes[key], mesh) for key in shapes}
 
 
@@ -82,10 +88,15 @@ def check_fits(config: ExperimentConfig, mesh: Mesh) -> None:
     """ValueError for what the shapes of the parameters do not show: rows, heads and experts that the mesh cannot share out evenly."""
     model, optim, rules = config.model, config.optim, config.sharding.rules
     shares = [("data.batch_size / optim.accumulate", config.data.batch_size // optim.accumulate, BATCH_AXES)]
-    shares += [("model.llm.num_heads", model.llm.num_heads, rules["heads"]), ("model.llm.num_kv_heads", model.llm.num_kv_heads, rules["kv_heads"])]
+    shares += [
+        ("model.llm.num_heads", model.llm.num_heads, rules["heads"]),
+        ("model.llm.num_kv_heads", model.llm.num_kv_heads, rules["kv_heads"]),
+    ]
     shares += [("model.moe.num_experts", model.moe.num_experts, rules["expert"])] if model.moe_layers else []
     if config.data.batch_size % optim.accumulate:
-        raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of optim.accumulate {optim.accumulate}")
+        raise ValueError(
+            f"data.batch_size {config.data.batch_size} is not a multiple of optim.accumulate {optim.accumulate}"
+        )
     for name, count, axes in shares:
         if count % axis_size(mesh, axes):
             described = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
@@ -99,7 +110,11 @@ def optimizer_shardings(tx: optax.GradientTransformation, shapes: Params, shardi
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     return optax.tree_map_params(
-        tx, lambda _, sharding: sharding, jax.eval_shape(tx.init, shapes), shardings, transform_non_params=lambda _: replicated
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, shapes),
+        shardings,
+        transform_non_params=lambda _: replicated,
     )
 
 
@@ -110,7 +125,11 @@ def shard_rows(x: jax.Array) -> jax.Array:
     the compiler carries that through all layers.
     """
     mesh = jax.typeof(x).sharding.mesh
-    return x if mesh.size <= 1 else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(row_axes(x.shape[0], mesh))))
+    return (
+        x
+        if mesh.size <= 1
+        else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(row_axes(x.shape[0], mesh))))
+    )
 
 
 def shard_width(x: jax.Array) -> jax.Array:
@@ -130,7 +149,9 @@ def shard_param(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     mesh = jax.typeof(array).sharding.mesh
     if mesh.size <= 1:
         return array
-    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, partition_spec("layer", axes[-array.ndim :], array.shape, mesh)))
+    return jax.lax.with_sharding_constraint(
+        array, NamedSharding(mesh, partition_spec("layer", axes[-array.ndim :], array.shape, mesh))
+    )
 
 
 def row_axes(rows: int, mesh) -> tuple[str, ...] | None:
@@ -158,4 +179,6 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 def put_batch(batch, mesh: Mesh, batch_size: int):
     """Host rows (those of `process_rows`) to global arrays of `batch_size` rows."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:])), batch)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:])), batch
+    )

@@ -24,11 +24,7 @@ from ml_collections import config_flags
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.parallel.compilation import Compilations, use_cache
-from medplib_jax.parallel.processes import (
-    RESTART,
-    exit_code,
-    initialize_distributed,
-)
+from medplib_jax.parallel.processes import RESTART, exit_code, initialize_distributed
 from medplib_jax.train.loop import train
 
 log = logging.getLogger("medplib_jax.train")
@@ -46,7 +42,9 @@ def main() -> None:
         compilations = Compilations()
         try:
             initialize_distributed()
-        except jax.errors.JaxRuntimeError as error:  # the others do not come, or one of them is still the last attempt's
+        except (
+            jax.errors.JaxRuntimeError
+        ) as error:  # the others do not come, or one of them is still the last attempt's
             log.error("joining the other processes failed: %s", error)
             return exit_code(error)
         result = train(from_config_dict(config.value, ExperimentConfig), workdir.value)

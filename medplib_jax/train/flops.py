@@ -23,7 +23,9 @@ def mfu(flops: float, seconds: float) -> float | None:
     return None if peak is None else flops / seconds / (peak * jax.device_count())
 
 
-def step_flops(config: ModelConfig, batch_size: int, length: int, images: int, masks: int, trainable_share: float) -> float:
+def step_flops(
+    config: ModelConfig, batch_size: int, length: int, images: int, masks: int, trainable_share: float
+) -> float:
     """Model FLOPs of one training step: what the mathematics needs, without recomputation.
 
     Per multiply-add 2 forward and 2 for the gradient of the activations (4 in attention, where both factors are activations); 2 more

@@ -26,13 +26,7 @@ from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.models.layers import draw_params, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.parallel.mesh import make_mesh
-from medplib_jax.parallel.processes import (
-    Agreement,
-    Watchdog,
-    abort_together,
-    of_process_0,
-    wait_for_others,
-)
+from medplib_jax.parallel.processes import Agreement, Watchdog, abort_together, of_process_0, wait_for_others
 from medplib_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from medplib_jax.train.flops import mfu, step_flops
 from medplib_jax.train.metrics_log import Clock, MetricWriter, read_metrics
@@ -98,7 +92,13 @@ class Run:
         self.step = CompiledStep(make_train_step(self.model, config, self.tx, schedule), self.shardings)
         self.start, self.state = (0, self._start()) if last is None else self._resume(last)
         self.losses: list[float] = []  # since the last checkpoint
-        log.info("%.2f of %.2f million parameters train; steps %d to %d", _count(trainable) / 1e6, _count(params_of(self.model)) / 1e6, self.start, self.total_steps)
+        log.info(
+            "%.2f of %.2f million parameters train; steps %d to %d",
+            _count(trainable) / 1e6,
+            _count(params_of(self.model)) / 1e6,
+            self.start,
+            self.total_steps,
+        )
 
     def _read_sources(self) -> tuple[Loader, BatchPlan, "SkippedRecords"]:
         loader = make_loader(self.config.data, self.config.model, self.config.data.root or None)
@@ -118,17 +118,23 @@ class Run:
         saved, _ = checkpoint.read_experiment(self.manager, last)
         check_resumable(saved, self.config)
         shapes = jax.eval_shape(lambda p: make_state(p, self.config, self.tx), params_of(self.model))
-        like = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, self.shardings)
+        like = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, self.shardings
+        )
         step, state = checkpoint.restore_newest(self.manager, like)
         log.info("resuming %s from step %d", self.workdir, step)
         return step, state
 
     def loop(self, stop: "StopSignal", watchdog: Watchdog) -> dict[str, Any]:
         config = self.config.train
-        batches = train_batches(self.loader, self.plan, self.rows, self.start, self.total_steps, self.config.data.workers)
+        batches = train_batches(
+            self.loader, self.plan, self.rows, self.start, self.total_steps, self.config.data.workers
+        )
         writer = MetricWriter(self.workdir, self.start)
         late, last, saved = LateMetrics(self), {"step": self.start}, self.start
-        bar = tqdm(total=self.total_steps, initial=self.start, desc="train", disable=jax.process_index() > 0, mininterval=1.0)
+        bar = tqdm(
+            total=self.total_steps, initial=self.start, desc="train", disable=jax.process_index() > 0, mininterval=1.0
+        )
         step = self.start
         self.clock.begin_training()
         while step < self.total_steps and not stop.requested(step - self.start + 1):
@@ -141,7 +147,9 @@ class Run:
             if len(self.step.compile_seconds) > compiled:
                 self.clock.lose(self.step.compile_seconds[batch.tokens.shape[1]])
             step += 1
-            late.add(step, metrics | self.feeding | self.agree(stop.signal or 0, self.skipped.count), batch.tokens.shape)
+            late.add(
+                step, metrics | self.feeding | self.agree(stop.signal or 0, self.skipped.count), batch.tokens.shape
+            )
             for row in late.ready(keep=1):
                 last = self._report(row, writer, bar)
                 stop.agreed = late.stop
@@ -156,7 +164,12 @@ class Run:
         writer.close()
         interrupted = stop.reason()
         if interrupted:
-            log.warning("%s: step %d of %d is saved; run the same command to resume", signal.Signals(interrupted).name, step, self.total_steps)
+            log.warning(
+                "%s: step %d of %d is saved; run the same command to resume",
+                signal.Signals(interrupted).name,
+                step,
+                self.total_steps,
+            )
         return last | {"interrupted": interrupted}
 
     def _next(self, batches: Iterator, stop: "StopSignal") -> Batch | None:
@@ -219,7 +232,9 @@ class LateMetrics:
             "examples_per_second": shape[0] / seconds,
             "goodput": self._run.clock.goodput(),
         }
-        flops = step_flops(config.model, *shape, config.data.max_images, config.data.max_masks, self._run.trainable_share)
+        flops = step_flops(
+            config.model, *shape, config.data.max_images, config.data.max_masks, self._run.trainable_share
+        )
         used = mfu(flops, seconds)
         return speed if used is None else speed | {"mfu": used}
 
@@ -227,7 +242,9 @@ class LateMetrics:
         _, indices = self._run.plan.batch(step - 1)
         records = [self._run.loader.record(index) for number in indices for index in self._run.plan.records(number)]
         names = ", ".join(f"{record.file}[{record.index}]" for record in records)
-        terms = ", ".join(f"{name} {row[name]}" for name in ("loss", "ce", "dice", "bce", "focal", "iou", "aux", "grad_norm"))
+        terms = ", ".join(
+            f"{name} {row[name]}" for name in ("loss", "ce", "dice", "bce", "focal", "iou", "aux", "grad_norm")
+        )
         return f"step {step}: not finite: {terms}; its batch holds the records {names}"
 
 
@@ -251,16 +268,22 @@ class SkippedRecords:
 def check_shared(manager: ocp.CheckpointManager) -> None:
     """ValueError when this process does not find the checkpoints that process 0 finds: several hosts need one workdir."""
     if not epath.Path(manager.directory).exists():
-        raise ValueError(f"{manager.directory}: process {jax.process_index()} does not see it; several hosts need a workdir that all share")
+        raise ValueError(
+            f"{manager.directory}: process {jax.process_index()} does not see it; several hosts need a workdir that all share"
+        )
     mine = str(manager.latest_step())
     first = of_process_0("newest_step", mine)
     if mine != first:
-        raise ValueError(f"{manager.directory}: the newest step is {first} for process 0, {mine} for process {jax.process_index()}; several hosts need a workdir that all share")
+        raise ValueError(
+            f"{manager.directory}: the newest step is {first} for process 0, {mine} for process {jax.process_index()}; several hosts need a workdir that all share"
+        )
 
 
 def reads_first(mesh: Mesh, batch_size: int) -> bool:
     """Whether no process before this one loads the same rows, as tensor peers do."""
-    first_row = {device: index[0].start for device, index in batch_sharding(mesh).devices_indices_map((batch_size,)).items()}
+    first_row = {
+        device: index[0].start for device, index in batch_sharding(mesh).devices_indices_map((batch_size,)).items()
+    }
     mine = {row for device, row in first_row.items() if device.process_index == jax.process_index()}
     return all(device.process_index >= jax.process_index() for device, row in first_row.items() if row in mine)
 
@@ -275,13 +298,21 @@ def check_tokenizer(config: ExperimentConfig) -> None:
     checkpoint.tokenizer_files(config.data.tokenizer)
     size = Tokenizer.load(config.data.tokenizer).vocab_size
     if size != config.model.llm.vocab_size:
-        raise ValueError(f"model.llm.vocab_size is {config.model.llm.vocab_size}, but data.tokenizer {config.data.tokenizer!r} has {size} tokens")
+        raise ValueError(
+            f"model.llm.vocab_size is {config.model.llm.vocab_size}, but data.tokenizer {config.data.tokenizer!r} has {size} tokens"
+        )
 
 
 def check_resumable(saved: ExperimentConfig, config: ExperimentConfig) -> None:
     """ValueError when model or trainable set differ from the checkpoint's; other changes are logged."""
-    changes = {name: (old, new) for name, old, new in _differences(dataclasses.asdict(saved), dataclasses.asdict(config))}
-    fixed = {name: change for name, change in changes.items() if name.startswith(("model.", "optim.trainable", "optim.frozen_dtype", "init.stage"))}
+    changes = {
+        name: (old, new) for name, old, new in _differences(dataclasses.asdict(saved), dataclasses.asdict(config))
+    }
+    fixed = {
+        name: change
+        for name, change in changes.items()
+        if name.startswith(("model.", "optim.trainable", "optim.frozen_dtype", "init.stage"))
+    }
     if fixed:
         listed = "; ".join(f"{name}: {old!r} in the checkpoint, {new!r} now" for name, (old, new) in fixed.items())
         raise ValueError(f"the workdir's checkpoint cannot be resumed with this config: {listed}")

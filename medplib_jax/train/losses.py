@@ -21,7 +21,9 @@ Pair = tuple[Array, Array]
 MASK_TERMS = ("dice", "bce", "focal", "iou")
 
 
-def token_cross_entropy(hidden_BxLxD: Array, head_kernel_DxV: Array, targets_BxL: Array, weights_BxL: Array, chunk: int) -> Pair:
+def token_cross_entropy(
+    hidden_BxLxD: Array, head_kernel_DxV: Array, targets_BxL: Array, weights_BxL: Array, chunk: int
+) -> Pair:
     """Sum of weighted next-token cross-entropies and sum of weights, float32. Weights are data: they get no gradient.
 
     Only positions with a weight meet the head: of a row that is mostly picture, few do. Logits exist for `chunk` such positions of each
@@ -44,7 +46,11 @@ def _cross_entropy_forward(hidden, kernel, targets, weights, chunk):
 
 
 def _cross_entropy_backward(chunk, gradients, d_sum):
-    return *(None if gradient is None else (d_sum * gradient).astype(gradient.dtype) for gradient in gradients), None, None
+    return (
+        *(None if gradient is None else (d_sum * gradient).astype(gradient.dtype) for gradient in gradients),
+        None,
+        None,
+    )
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
@@ -56,7 +62,9 @@ def _where_rows_are(hidden_BxLxD, kernel_DxV, targets_BxL, weights_BxL, chunk, o
     mesh = jax.typeof(hidden_BxLxD).sharding.mesh
     rows = row_axes(len(hidden_BxLxD), mesh) if mesh.size > 1 else None
     if rows is None:
-        return _cross_entropy_and_gradients(hidden_BxLxD, kernel_DxV, targets_BxL, weights_BxL, chunk, of_hidden, of_kernel)
+        return _cross_entropy_and_gradients(
+            hidden_BxLxD, kernel_DxV, targets_BxL, weights_BxL, chunk, of_hidden, of_kernel
+        )
     scattered = tuple(axis for axis in mesh_axes("embed") if axis in rows)
     kept = tuple(axis for axis in rows if axis not in scattered)
 
@@ -64,7 +72,9 @@ def _where_rows_are(hidden_BxLxD, kernel_DxV, targets_BxL, weights_BxL, chunk, o
         total, (d_hidden, d_kernel) = _cross_entropy_and_gradients(*arrays, chunk, of_hidden, of_kernel)
         if of_kernel:
             d_kernel = jax.lax.psum(d_kernel, kept)
-            d_kernel = jax.lax.psum_scatter(d_kernel, scattered, scatter_dimension=0, tiled=True) if scattered else d_kernel
+            d_kernel = (
+                jax.lax.psum_scatter(d_kernel, scattered, scatter_dimension=0, tiled=True) if scattered else d_kernel
+            )
         return jax.lax.psum(total, rows), (d_hidden, d_kernel)
 
     by_row, out_kernel = PartitionSpec(rows), PartitionSpec(scattered or None)
@@ -88,10 +98,14 @@ def _cross_entropy_and_gradients(hidden_BxLxD, kernel_DxV, targets_BxL, weights_
         rows_SxD = _take(hidden_BxLxD, place_Bxc).reshape(-1, D)  # for one product of two matrices, see layers.matmul
         targets_S, weights_S = (_take(x, place_Bxc).reshape(-1) for x in (targets_BxL, weights_BxL))
         logits_SxV = jnp.matmul(rows_SxD, kernel, preferred_element_type=jnp.float32)
-        is_target = jnp.arange(logits_SxV.shape[-1]) == targets_S[:, None]  # unlike a gather it works on a sharded vocabulary
+        is_target = (
+            jnp.arange(logits_SxV.shape[-1]) == targets_S[:, None]
+        )  # unlike a gather it works on a sharded vocabulary
         normaliser_S = jax.nn.logsumexp(logits_SxV, -1)
         total += jnp.sum(weights_S * (normaliser_S - jnp.where(is_target, logits_SxV, 0.0).sum(-1)))
-        d_logits = (weights_S[:, None] * (jnp.exp(logits_SxV - normaliser_S[:, None]) - is_target)).astype(rows_SxD.dtype)
+        d_logits = (weights_S[:, None] * (jnp.exp(logits_SxV - normaliser_S[:, None]) - is_target)).astype(
+            rows_SxD.dtype
+        )
         if of_hidden:
             d_hidden = _put(d_hidden, place_Bxc, (d_logits @ kernel.T).reshape(B, chunk, D))
         if of_kernel:
@@ -101,7 +115,9 @@ def _cross_entropy_and_gradients(hidden_BxLxD, kernel_DxV, targets_BxL, weights_
     d_hidden = jnp.zeros_like(hidden_BxLxD) if of_hidden else None
     d_kernel = jnp.zeros(kernel.shape, jnp.float32) if of_kernel else None
     start = (jnp.zeros((), jnp.int32), jnp.zeros(()), d_hidden, d_kernel)
-    _, total, d_hidden, d_kernel = jax.lax.while_loop(lambda state: (state[0] < -(-L // chunk)) & (state[0] * chunk < counted), step, start)
+    _, total, d_hidden, d_kernel = jax.lax.while_loop(
+        lambda state: (state[0] < -(-L // chunk)) & (state[0] * chunk < counted), step, start
+    )
     return total, (d_hidden, d_kernel)
 
 
@@ -110,7 +126,9 @@ _take = jax.vmap(lambda row, place: row.at[place].get(mode="fill", fill_value=0)
 _put = jax.vmap(lambda row, place, new: row.at[place].set(new, mode="drop"))
 
 
-def mask_losses(logits_BxMxIxJ: Array, gt_BxMxIxJ: Array, canvas_mask_BxIxJ: Array, predicted_iou_BxM: Array) -> dict[str, Array]:
+def mask_losses(
+    logits_BxMxIxJ: Array, gt_BxMxIxJ: Array, canvas_mask_BxIxJ: Array, predicted_iou_BxM: Array
+) -> dict[str, Array]:
     """The four losses of every mask, [B, M] float32 each, over the pixels where `canvas_mask` is 1.
 
     bce: mean over pixels. dice: 1 - (2 sum pg + 1e-6) / (sum p + sum g + 1e-6). focal: gamma 2, alpha 0.25, mean over pixels.
@@ -147,10 +165,14 @@ def divisors(batch: Batch, micro_batches: int = 1) -> dict[str, Array]:
     return {"ce": tokens, "aux": jnp.float32(micro_batches)} | dict.fromkeys(MASK_TERMS, masks)
 
 
-def loss_sums(output: ModelOutput, head_kernel_DxV: Array, batch: Batch, loss: LossConfig, mask: MaskConfig) -> dict[str, Array]:
+def loss_sums(
+    output: ModelOutput, head_kernel_DxV: Array, batch: Batch, loss: LossConfig, mask: MaskConfig
+) -> dict[str, Array]:
     """Undivided sums of the terms over the batch: "ce" over tokens, the mask terms over masks (0 without masks), "aux" as it is."""
     sums = dict.fromkeys(MASK_TERMS, jnp.zeros(())) | {"aux": output.aux.get("aux_loss", jnp.zeros(()))}
-    sums["ce"], _ = token_cross_entropy(output.hidden, head_kernel_DxV, batch.targets, batch.loss_weights, loss.ce_chunk)
+    sums["ce"], _ = token_cross_entropy(
+        output.hidden, head_kernel_DxV, batch.targets, batch.loss_weights, loss.ce_chunk
+    )
     if output.mask_logits is None:
         return sums
     canvas = batch.gt_masks.shape[-2:]
@@ -162,13 +184,21 @@ def loss_sums(output: ModelOutput, head_kernel_DxV: Array, batch: Batch, loss: L
 
 
 def total_loss(
-    output: ModelOutput, head_kernel_DxV: Array, batch: Batch, loss: LossConfig, model: ModelConfig, divide_by: dict[str, Array]
+    output: ModelOutput,
+    head_kernel_DxV: Array,
+    batch: Batch,
+    loss: LossConfig,
+    model: ModelConfig,
+    divide_by: dict[str, Array],
 ) -> tuple[Array, dict[str, Array]]:
     """ce * (CE + aux_loss_weight * aux) + dice * Dice + bce * BCE + focal * Focal + iou * IoU, and the unweighted terms.
 
     `divide_by` are the `divisors` of the batch, or of the whole batch when `batch` is a micro-batch of it.
     """
-    terms = {name: value / divide_by[name] for name, value in loss_sums(output, head_kernel_DxV, batch, loss, model.mask).items()}
+    terms = {
+        name: value / divide_by[name]
+        for name, value in loss_sums(output, head_kernel_DxV, batch, loss, model.mask).items()
+    }
     language = loss.ce * (terms["ce"] + model.moe.aux_loss_weight * terms["aux"])
     masks = loss.dice * terms["dice"] + loss.bce * terms["bce"] + loss.focal * terms["focal"] + loss.iou * terms["iou"]
     total = language + masks

@@ -60,7 +60,9 @@ def lr_factors(config: OptimConfig, params: Params) -> Params:
     for pattern, _ in config.lr_scale:
         if not any(re.search(pattern, path) for path in flat):
             raise ValueError(f"optim.lr_scale pattern {pattern!r} matches no trainable parameter")
-    return unflatten({path: next((f for pattern, f in config.lr_scale if re.search(pattern, path)), 1.0) for path in flat})
+    return unflatten(
+        {path: next((f for pattern, f in config.lr_scale if re.search(pattern, path)), 1.0) for path in flat}
+    )
 
 
 def scale_by_tree(factors: Params) -> optax.GradientTransformation:

@@ -21,12 +21,16 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+            self._previous = {
+                number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+            }
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: jax's own, which Python cannot put back
+            signal.signal(
+                number, signal.SIG_DFL if handler is None else handler
+            )  # None: jax's own, which Python cannot put back
 
     def _note(self, number: int, _frame) -> None:
         self.signal = number

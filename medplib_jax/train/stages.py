@@ -40,7 +40,9 @@ def hand_over(config: ExperimentConfig, fresh: Params, base: Checkpoint, groundi
 def check_stage(field: str, stage: int, found: int, allowed: Sequence[int]) -> None:
     if found not in allowed:
         expected = " or ".join(f"{i} ({NAMES[i]})" for i in allowed)
-        raise ValueError(f"{field}: stage {stage} ({NAMES[stage]}) starts from a checkpoint of stage {expected}, found stage {found} ({NAMES[found]})")
+        raise ValueError(
+            f"{field}: stage {stage} ({NAMES[stage]}) starts from a checkpoint of stage {expected}, found stage {found} ({NAMES[found]})"
+        )
 
 
 def merged(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -53,17 +55,23 @@ def with_experts(model: ModelConfig, language: dict, grounding: dict) -> dict:
     """Parameters of the mixture: expert 0 is the grounding checkpoint's MLP, expert 1 the language checkpoint's (which also gives
     the MLPs of layers without experts, and the residual MLP); SEG MLP and mask head come from grounding, the rest from language."""
     if model.moe.num_experts != 2:
-        raise ValueError(f"stage 4 builds 2 experts from two checkpoints, but moe.num_experts is {model.moe.num_experts}")
+        raise ValueError(
+            f"stage 4 builds 2 experts from two checkpoints, but moe.num_experts is {model.moe.num_experts}"
+        )
     check_same_shapes(language, grounding)
     sparse = list(model.moe_layers)
     dense = [i for i in range(model.llm.num_layers) if i not in sparse]
-    source = {path: grounding[path] if path.startswith(("seg_mlp/", "sam/")) else leaf for path, leaf in language.items()}
+    source = {
+        path: grounding[path] if path.startswith(("seg_mlp/", "sam/")) else leaf for path, leaf in language.items()
+    }
     for name in ("gate", "up", "down"):
         path = f"llm/mlp/{name}/kernel"
         mlp = source.pop(path)
         if dense:
             source[path] = mlp[np.array(dense)]
-        source[f"llm/moe/experts/{name}/kernel"] = np.stack([grounding[path][np.array(sparse)], mlp[np.array(sparse)]], axis=1)
+        source[f"llm/moe/experts/{name}/kernel"] = np.stack(
+            [grounding[path][np.array(sparse)], mlp[np.array(sparse)]], axis=1
+        )
         if model.moe.residual:
             source[f"llm/moe/residual/{name}/kernel"] = mlp[np.array(sparse)]
     return source
@@ -73,7 +81,9 @@ def check_same_shapes(language: dict, grounding: dict) -> None:
     for path in sorted(set(language) | set(grounding)):
         shapes = [tree[path].shape if path in tree else None for tree in (language, grounding)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"{path}: init.base has shape {shapes[0]}, init.grounding {shapes[1]}; both must be of one model")
+            raise ValueError(
+                f"{path}: init.base has shape {shapes[0]}, init.grounding {shapes[1]}; both must be of one model"
+            )
 
 
 def copy_into(fresh: Params, source: dict) -> Params:
@@ -81,7 +91,9 @@ def copy_into(fresh: Params, source: dict) -> Params:
     wanted = flatten(fresh)
     left_over = sorted(set(source) - set(wanted))
     if left_over:
-        raise ValueError(f"the checkpoint holds {len(left_over)} parameters that the new model lacks, first {left_over[0]}")
+        raise ValueError(
+            f"the checkpoint holds {len(left_over)} parameters that the new model lacks, first {left_over[0]}"
+        )
     result = {}
     for path, leaf in wanted.items():
         if path not in source:
@@ -89,7 +101,9 @@ def copy_into(fresh: Params, source: dict) -> Params:
                 raise ValueError(f"{path}: not in the checkpoint, and not a part that may start fresh")
             result[path] = leaf
         elif source[path].shape != leaf.shape:
-            raise ValueError(f"{path}: the new model expects shape {leaf.shape}, the checkpoint has {source[path].shape}")
+            raise ValueError(
+                f"{path}: the new model expects shape {leaf.shape}, the checkpoint has {source[path].shape}"
+            )
         else:
             result[path] = source[path].astype(leaf.dtype)
     return unflatten(result)

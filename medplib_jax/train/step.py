@@ -36,7 +36,9 @@ def abstract_model(config: ModelConfig) -> MedPLIB:
 
 def place(params: Params, shardings: Params) -> Params:
     """Host arrays, the same in every process, to global arrays. (`device_put` would send all of them around to compare them.)"""
-    return jax.tree.map(lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), params, shardings)
+    return jax.tree.map(
+        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), params, shardings
+    )
 
 
 def model_shardings(model: MedPLIB, mesh: Mesh, sharding: ShardingConfig = ShardingConfig()) -> Params:
@@ -51,12 +53,16 @@ def make_state(params: Params, config: ExperimentConfig, tx: optax.GradientTrans
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))
 
 
-def state_shardings(model: MedPLIB, config: ExperimentConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(
+    model: MedPLIB, config: ExperimentConfig, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
     """A TrainState of NamedShardings: moments lie where their parameter lies. Raises ValueError for a mesh that does not fit."""
     check_fits(config, mesh)
     shapes, _ = partition(params_of(model), config.optim.trainable)
     trainable, frozen = partition(model_shardings(model, mesh, config.sharding), config.optim.trainable)
-    return TrainState(NamedSharding(mesh, PartitionSpec()), trainable, frozen, optimizer_shardings(tx, shapes, trainable, mesh))
+    return TrainState(
+        NamedSharding(mesh, PartitionSpec()), trainable, frozen, optimizer_shardings(tx, shapes, trainable, mesh)
+    )
 
 
 def make_train_step(
@@ -84,7 +90,9 @@ def make_train_step(
 
         def add(total: Params, inputs):
             micro_batch, index = inputs
-            (_, metrics), grads = gradient(state.trainable, state.frozen, micro_batch, jax.random.fold_in(rng, index), divide_by)
+            (_, metrics), grads = gradient(
+                state.trainable, state.frozen, micro_batch, jax.random.fold_in(rng, index), divide_by
+            )
             return jax.tree.map(jnp.add, total, grads), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, state.trainable)
@@ -138,5 +146,10 @@ class CompiledStep:
             self.compile_seconds[length] = time.perf_counter() - start
             release_memory()
             wait_for_others(f"compiled_{length}")
-            log.info("compiled the step for length %d in %.1f s (%d so far)", length, self.compile_seconds[length], len(self._compiled))
+            log.info(
+                "compiled the step for length %d in %.1f s (%d so far)",
+                length,
+                self.compile_seconds[length],
+                len(self._compiled),
+            )
         return self._compiled[length](state, batch)

@@ -23,7 +23,10 @@ def test_products_scans_loops_and_branches():
         return jax.lax.cond(y[0, 0] > 2, lambda: y + x @ x.T, lambda: y)
 
     assert flops(program, x, loop_trips=7) == (5 + 7 + 1) * n
-    assert flops(lambda x, k: jax.lax.conv(x, k, (1, 1), "VALID"), jnp.ones((2, 3, 8, 8)), jnp.ones((5, 3, 3, 3))) == 2 * (2 * 5 * 36) * 27
+    assert (
+        flops(lambda x, k: jax.lax.conv(x, k, (1, 1), "VALID"), jnp.ones((2, 3, 8, 8)), jnp.ones((5, 3, 3, 3)))
+        == 2 * (2 * 5 * 36) * 27
+    )
 
 
 def test_gradients_of_what_is_frozen_do_not_count():
@@ -50,8 +53,14 @@ def test_attention_counts_half_of_the_scores_and_executes_whole_blocks():
 
 
 def test_grouped_products_execute_tiles_on_a_border_twice():
-    sizes = [Shape("s32", (), False), Shape("s32", (4,), False), Shape("s32", (18,), False)]  # two groups: three borders and the rest's
-    rows, wide, weights, back = (Shape("bf16", dims, False) for dims in ((2048, 512), (2048, 768), (2, 512, 768), (2, 768, 512)))
+    sizes = [
+        Shape("s32", (), False),
+        Shape("s32", (4,), False),
+        Shape("s32", (18,), False),
+    ]  # two groups: three borders and the rest's
+    rows, wide, weights, back = (
+        Shape("bf16", dims, False) for dims in ((2048, 512), (2048, 768), (2, 512, 768), (2, 768, 512))
+    )
     expected = 2 * (2048 + 128) * 512 * 768
     assert executed_kernel_flops("gmm.3", [*sizes, rows, weights]) == expected
     assert executed_kernel_flops("gmm.4", [*sizes, wide, weights]) == expected  # with the weights transposed
@@ -65,7 +74,9 @@ def test_grouped_products_of_a_gpu_execute_tiles_of_every_group():
     tiles, groups = (Shape("s32", (number,), False) for number in (2000 // 128 + 3, 2))  # two groups and the rest
     rows, wide, weights = (Shape("bf16", dims, False) for dims in ((2000, 512), (2000, 768), (2, 512, 768)))
     assert executed_kernel_flops("gmm_triton", [tiles, tiles, tiles, rows, weights]) == 2 * 17 * 128 * 512 * 768
-    assert executed_kernel_flops("gmm_triton", [tiles, tiles, tiles, wide, weights]) == 2 * 17 * 128 * 512 * 768  # with the weights transposed
+    assert (
+        executed_kernel_flops("gmm_triton", [tiles, tiles, tiles, wide, weights]) == 2 * 17 * 128 * 512 * 768
+    )  # with the weights transposed
     assert executed_kernel_flops("tgmm_triton", [groups, groups, rows, wide]) == 2 * (2000 + 2 * 64) * 512 * 768
 
 
@@ -86,4 +97,6 @@ def test_cudnn_needs_what_splash_needs(monkeypatch):
         return count_flops(jax.jit(jax.grad(loss, (0, 1, 2))).trace(queries, keys, keys).jaxpr.jaxpr)
 
     assert counted("gpu") == (2 + 4) * 2 * 2 * 4 * 1024 * 1024 * 128 / 2
-    assert counted("gpu") == pytest.approx(counted("tpu"), rel=1e-3)  # which has sums of products with dy outside the kernel
+    assert counted("gpu") == pytest.approx(
+        counted("tpu"), rel=1e-3
+    )  # which has sums of products with dy outside the kernel

@@ -15,7 +15,8 @@ from medplib_jax.parallel.mesh import make_mesh
 from tests.aot.test_report import config
 
 needs_cuda = pytest.mark.skipif(
-    not any(importlib.util.find_spec(plugin) for plugin in topologies.CUDA_PLUGINS), reason="JAX's CUDA plugin (the extra gpu) is not installed"
+    not any(importlib.util.find_spec(plugin) for plugin in topologies.CUDA_PLUGINS),
+    reason="JAX's CUDA plugin (the extra gpu) is not installed",
 )
 
 # Two trips of a product with gathered weights, whose gradient is scattered; attention, a kernel of ours and convolutions outside.
@@ -115,7 +116,12 @@ def test_a_condition_inside_a_fusion_bounds_a_loop():
 def test_asynchronous_collectives(usage):
     gather, scatter = sorted(usage.collectives, key=lambda c: c.kind)
     assert (gather.kind, gather.count, gather.group, gather.bytes) == ("all-gather", 2, 8, 2 * 56 * 32 * 2)
-    assert (scatter.kind, scatter.count, scatter.group, scatter.bytes) == ("reduce-scatter", 2, 8, 2 * 16 * 32 * 2 * 7 / 8)
+    assert (scatter.kind, scatter.count, scatter.group, scatter.bytes) == (
+        "reduce-scatter",
+        2,
+        8,
+        2 * 16 * 32 * 2 * 7 / 8,
+    )
 
 
 def test_traffic_counts_neither_workspaces_nor_what_a_collective_names_twice(usage):
@@ -123,12 +129,19 @@ def test_traffic_counts_neither_workspaces_nor_what_a_collective_names_twice(usa
     q, k, image, out, kernel = 2 * 640 * 4 * 128, 2 * 640 * 2 * 128, 2 * 64 * 4, 2 * 64 * 5, 5 * 9 * 4
     sums = 2 * 2 * 640 * 4  # float32, counted in bfloat16's size
     attention = (q + 2 * k + q + sums) + (3 * q + 2 * k + sums + q + 2 * k)
-    assert usage.hbm_bytes == 2 * (2 * (gather + product + scatter) + attention + 2 * 16 * 64 + 3 * (image + out + kernel))
+    assert usage.hbm_bytes == 2 * (
+        2 * (gather + product + scatter) + attention + 2 * 16 * 64 + 3 * (image + out + kernel)
+    )
 
 
 def test_what_is_missing_or_misspelt_is_said(monkeypatch):
     nodes = "a node has 1 to 8 GPUs"
-    for misspelt, message in (("b200:8", "GPUs: a100, h100, h200"), ("h200", "nor KIND:NUMBER"), ("h200:16", nodes), ("h100:2x4", nodes)):
+    for misspelt, message in (
+        ("b200:8", "GPUs: a100, h100, h200"),
+        ("h200", "nor KIND:NUMBER"),
+        ("h200:16", nodes),
+        ("h100:2x4", nodes),
+    ):
         with pytest.raises(ValueError, match=message):
             topologies.devices_of(misspelt)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -140,7 +153,11 @@ def test_what_is_missing_or_misspelt_is_said(monkeypatch):
 @pytest.mark.parametrize("kind", chips.GPUS)
 def test_nodes_of_every_kind(kind):
     devices = topologies.devices_of(f"{kind}:4", slices=2)
-    assert len(devices) == 8 and {device.platform for device in devices} == {"gpu"} and kind.upper() in devices[0].device_kind
+    assert (
+        len(devices) == 8
+        and {device.platform for device in devices} == {"gpu"}
+        and kind.upper() in devices[0].device_kind
+    )
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1, dcn_data=2), devices)
     assert [{device.process_index for device in row.flat} for row in mesh.devices] == [{0}, {1}]
 
@@ -150,7 +167,9 @@ def test_a_training_step_for_two_gpus():
     report = examine(Request(config(), "h100:2", "train", rows=8, length=128))
     assert report["fits"] and report["mesh"] == {"data": 1, "fsdp": 2, "expert": 1, "tensor": 1}
     assert 0 < report["argument_gb_per_chip"] <= report["peak_hbm_gb_per_chip"] < report["hbm_gb_per_chip"]
-    assert {"cublas$lt$matmul", "cudnn$fmhaSoftmax", "cudnn$fmhaSoftmaxBackward", "gmm_triton"} <= report["kernels"].keys()
+    assert {"cublas$lt$matmul", "cudnn$fmhaSoftmax", "cudnn$fmhaSoftmaxBackward", "gmm_triton"} <= report[
+        "kernels"
+    ].keys()
     assert report["collectives"]["all-gather"]["count"] >= 2  # the compiler joins a layer's
     assert report["full_rematerialisations"] == []
     assert "kernels             calls" in as_text(json.loads(json.dumps(report)))

@@ -19,7 +19,9 @@ from medplib_jax.models.language.expert_exchange import carries_ragged, with_exc
 from medplib_jax.parallel.mesh import make_mesh
 from tests.helpers import MODEL, random_batch, tiny_experiment
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra tpu) is not installed")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra tpu) is not installed"
+)
 
 
 def config(**mesh):
@@ -27,7 +29,9 @@ def config(**mesh):
     llm = dataclasses.replace(MODEL.llm, hidden_size=256, mlp_dim=512, max_positions=256)
     model = dataclasses.replace(MODEL, llm=llm, dtype="bfloat16", remat="outputs")
     data = dataclasses.replace(tiny_experiment().data, max_masks=0, max_regions=0)
-    optim = dataclasses.replace(tiny_experiment().optim, trainable=("lora_[ab]$", "^llm/moe/router/"), frozen_dtype="bfloat16")
+    optim = dataclasses.replace(
+        tiny_experiment().optim, trainable=("lora_[ab]$", "^llm/moe/router/"), frozen_dtype="bfloat16"
+    )
     return tiny_experiment(model=model, data=data, optim=optim, mesh=MeshConfig(**{"data": 1, "fsdp": -1} | mesh))
 
 
@@ -36,8 +40,12 @@ def test_a_training_step_for_four_chips():
     report = examine(Request(config(), "v5e:2x2", "train", rows=32, length=128))
     assert report["fits"] and report["mesh"] == {"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}
     assert 0 < report["argument_gb_per_chip"] <= report["peak_hbm_gb_per_chip"] < report["hbm_gb_per_chip"]
-    assert {"splash_mha_fwd_segmented_residuals", "splash_mha_dkv_segmented_no_residuals", "gmm"} <= report["kernels"].keys()
-    assert report["kernels"]["splash_mha_fwd_segmented_residuals"]["calls"] == 2  # its results are kept, not computed again
+    assert {"splash_mha_fwd_segmented_residuals", "splash_mha_dkv_segmented_no_residuals", "gmm"} <= report[
+        "kernels"
+    ].keys()
+    assert (
+        report["kernels"]["splash_mha_fwd_segmented_residuals"]["calls"] == 2
+    )  # its results are kept, not computed again
     # Frozen experts need no weight gradients, and of what is recomputed the experts' last product is kept.
     assert 1.0 <= report["executed_over_model"] < 1.5
     assert report["collectives"]["all-gather"]["count"] >= 2 * 7  # seven matrices in two layers
@@ -68,7 +76,11 @@ def test_programs_have_the_shapes_of_real_batches():
     experiment = tiny_experiment()
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     abstract = abstract_batch(experiment.data, experiment.model, mesh, 8, 16)
-    jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b.shape} {b.dtype}"), abstract, random_batch(experiment))
+    jax.tree.map(
+        lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b.shape} {b.dtype}"),
+        abstract,
+        random_batch(experiment),
+    )
     with pytest.raises(ValueError, match="length 65 is outside \\[1, model.llm.max_positions=64\\]"):
         make_program("train", experiment, mesh, 8, 65)
     with pytest.raises(ValueError, match="length 64 leaves no room for a prompt"):
@@ -94,7 +106,9 @@ def test_bad_shardings_are_heard_of():
         a = jax.lax.with_sharding_constraint(jnp.sin(a), NamedSharding(mesh, PartitionSpec("x", None, "y")))
         return jax.lax.with_sharding_constraint(a + 1, NamedSharding(mesh, PartitionSpec(None, ("y", "x"))))
 
-    jax.jit(reshard).lower(jax.ShapeDtypeStruct((16, 8, 8), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("x", "y")))).compile()
+    jax.jit(reshard).lower(
+        jax.ShapeDtypeStruct((16, 8, 8), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("x", "y")))
+    ).compile()
     assert len(full_rematerialisations()) > before
 
 
@@ -115,9 +129,20 @@ def test_slices_become_the_outer_part_of_the_data_axis():
 
 def test_candidates_of_a_sweep():
     found = list(candidates(Request(config(), "v5e:4x4", "train", rows=16, length=128), chips=16))
-    assert {(c.rows, c.config.model.remat) for c in found} == {(r, p) for r in (16, 32) for p in ("projections", "outputs", "full")}
+    assert {(c.rows, c.config.model.remat) for c in found} == {
+        (r, p) for r in (16, 32) for p in ("projections", "outputs", "full")
+    }
     assert {c.config.mesh.sizes for c in found} == {(1, 16, 1, 1), (4, 4, 1, 1), (1, 8, 1, 2)}
     generation = list(candidates(Request(config(), "v5e:4x4", "decode", rows=4, length=128), chips=16))
-    assert {c.config.mesh.sizes for c in generation} == {(1, 8, 1, 2), (1, 1, 1, 16)}  # four rows do not divide over sixteen chips; eight do over eight
-    row = {"mesh": {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}, "rows": 16, "remat": "full", "peak_hbm_gb_per_chip": 20.0, "spare_share": -0.25}
+    assert {c.config.mesh.sizes for c in generation} == {
+        (1, 8, 1, 2),
+        (1, 1, 1, 16),
+    }  # four rows do not divide over sixteen chips; eight do over eight
+    row = {
+        "mesh": {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1},
+        "rows": 16,
+        "remat": "full",
+        "peak_hbm_gb_per_chip": 20.0,
+        "spare_share": -0.25,
+    }
     assert "does not fit" in as_table([row | {"fits": False}])

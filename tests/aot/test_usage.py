@@ -66,7 +66,13 @@ def test_products_count_as_often_as_their_loop_runs(usage):
 def test_collectives_count_what_a_chip_receives(usage):
     gather, reduce = sorted(usage.collectives, key=lambda c: c.kind)
     half = 16 * 32 * 2
-    assert (gather.kind, gather.count, gather.group, gather.in_loop, gather.bytes) == ("all-gather", 5, 2, True, 5 * half)
+    assert (gather.kind, gather.count, gather.group, gather.in_loop, gather.bytes) == (
+        "all-gather",
+        5,
+        2,
+        True,
+        5 * half,
+    )
     assert gather.source == "jit(f)/while/body/dot_general" and gather.output.dims == (16, 64)
     assert (reduce.kind, reduce.count, reduce.group, reduce.in_loop) == ("all-reduce", 1, 4, False)
     assert reduce.bytes == 2 * 16 * 64 * 2 * 3 / 4
@@ -75,7 +81,9 @@ def test_collectives_count_what_a_chip_receives(usage):
 def test_traffic_counts_slices_and_leaves_out_what_stays_on_the_chip(usage):
     half, slice_, whole = 16 * 32 * 2, 64 * 32 * 2, 16 * 64 * 2
     scalar = 4  # the slice's index is an operand too
-    loop = 5 * ((slice_ + scalar + half) + half)  # the product; the gather reads its input, its output stays on the chip
+    loop = 5 * (
+        (slice_ + scalar + half) + half
+    )  # the product; the gather reads its input, its output stays on the chip
     kernel, reduce = 4 * 2 * 256 * 128 * 2, 2 * whole
     assert usage.hbm_bytes == loop + kernel + reduce
 
@@ -85,9 +93,21 @@ def test_traffic_counts_slices_and_leaves_out_what_stays_on_the_chip(usage):
     [
         ("dim_labels=bf_io->bf", (8, 16), (16, 32), (8, 32), 8 * 16 * 32),
         ("dim_labels=fb_io->bf", (16, 8), (16, 32), (8, 32), 8 * 16 * 32),
-        ("window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f", (2, 8, 8, 4), (3, 3, 4, 5), (2, 8, 8, 5), 2 * 4 * 5 * 22 * 22),
+        (
+            "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
+            (2, 8, 8, 4),
+            (3, 3, 4, 5),
+            (2, 8, 8, 5),
+            2 * 4 * 5 * 22 * 22,
+        ),
         # a batched product: the batch is a spatial axis with holes, of which every output position meets one
-        ("window={size=6 stride=5 lhs_dilate=6}, dim_labels=0bf_0io->0bf", (6, 8, 16), (6, 16, 32), (6, 8, 32), 6 * 8 * 16 * 32),
+        (
+            "window={size=6 stride=5 lhs_dilate=6}, dim_labels=0bf_0io->0bf",
+            (6, 8, 16),
+            (6, 16, 32),
+            (6, 8, 32),
+            6 * 8 * 16 * 32,
+        ),
     ],
 )
 def test_convolutions(attributes, lhs, rhs, out, products):
@@ -106,12 +126,15 @@ def test_convolutions(attributes, lhs, rhs, out, products):
 def test_a_loop_without_a_bound_runs_as_often_as_it_is_said_to():
     unbounded = MODULE.replace("constant(5)", "constant(0)")
     kernels = 2 * 256 * 128
-    assert read_usage(unbounded, lambda name, operands: float(operands[0].size), loop_trips=7).flops == 7 * 2 * 16 * 64 * 32 + kernels
+    assert (
+        read_usage(unbounded, lambda name, operands: float(operands[0].size), loop_trips=7).flops
+        == 7 * 2 * 16 * 64 * 32 + kernels
+    )
 
 
 def test_one_branch_of_a_conditional_runs():
     calls = (
-        "custom-call(%q, %q, %q), custom_call_target=\"tpu_custom_call\"",
+        'custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"',
         "conditional(%which, %q, %q), branch_computations={%scaled, %same}",
         "conditional(%which, %q, %q), true_computation=%scaled, false_computation=%same",
     )

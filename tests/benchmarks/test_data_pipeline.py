@@ -33,5 +33,11 @@ def test_both_sides_prepare_the_same_pixels(tmp_path):
 
 def test_a_warm_cache_is_faster(tmp_path):
     times = data_pipeline.compare(dataset(tmp_path), rounds=1)
-    assert list(times) == ["PyTorch DataLoader", "no cache", "assembled, no cache", "disk cache, first epoch", "disk cache, later epochs"]
+    assert list(times) == [
+        "PyTorch DataLoader",
+        "no cache",
+        "assembled, no cache",
+        "disk cache, first epoch",
+        "disk cache, later epochs",
+    ]
     assert times["disk cache, later epochs"] < times["no cache"]

@@ -30,14 +30,29 @@ def test_memory_of_each_side_beside_what_is_predicted(tmp_path):
 
 
 def test_answers(tmp_path):
-    flat = figures(tmp_path, "--suite", "decode", "--size", "tiny", "--against", "torch", "--batch", "2", "--new-tokens", "3")
+    flat = figures(
+        tmp_path, "--suite", "decode", "--size", "tiny", "--against", "torch", "--batch", "2", "--new-tokens", "3"
+    )
     assert flat["decode.batch_2.speedup"] > 0 and flat["first_token.batch_2.speedup"] > 0
     assert flat["decode.batch_2.ours.per_second"] == pytest.approx(3 * 2 / flat["decode.batch_2.ours.seconds"])
 
 
 @pytest.mark.slow
 def test_the_accelerator_suite_runs_on_a_cpu(tmp_path):
-    arguments = ("--size", "tiny", "--device", "cpu", "--batch", "1", "--new-tokens", "24", "--workers", "1", "--seconds", "2")
+    arguments = (
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--batch",
+        "1",
+        "--new-tokens",
+        "24",
+        "--workers",
+        "1",
+        "--seconds",
+        "2",
+    )
     flat = figures(tmp_path, "--suite", "gpu", *arguments)
     assert flat["machine.matmul_flops"] > 0 and flat["decode.batch_1.bandwidth_share"] > 0
     assert flat["memory.measured_over_predicted"] > 0 and 0 <= flat["input.waiting_share"] <= 1

@@ -34,7 +34,9 @@ def test_the_same_parts_train(stage):
     ours, _ = partition(drawn, config.optim.trainable)
     theirs = loaded(config.model, drawn, config.optim.trainable).trainable()
     unused = sum(leaf.size for path, leaf in flatten(ours).items() if "prompt_encoder" in path)
-    assert sum(parameter.numel() for parameter in theirs) == sum(leaf.size for leaf in jax.tree.leaves(ours)) - unused > 0
+    assert (
+        sum(parameter.numel() for parameter in theirs) == sum(leaf.size for leaf in jax.tree.leaves(ours)) - unused > 0
+    )
 
 
 def test_loss_and_gradient_are_the_same():
@@ -46,7 +48,9 @@ def test_loss_and_gradient_are_the_same():
         return total_loss(output, joined["llm"]["head"]["kernel"], batch, CONFIG.loss, CONFIG.model, divisors(batch))[0]
 
     ours, gradient = jax.jit(jax.value_and_grad(loss))({"head": params()["llm"]["head"]}, params())
-    peer = loaded(CONFIG.model, params(), CONFIG.optim.trainable).eval()  # evaluation: no dropout, and room for every token
+    peer = loaded(
+        CONFIG.model, params(), CONFIG.optim.trainable
+    ).eval()  # evaluation: no dropout, and room for every token
     theirs = peer(to_torch(batch), {name: getattr(CONFIG.loss, name) for name in ("ce", "dice", "bce")})
     theirs.backward()
     np.testing.assert_allclose(ours, theirs.item(), rtol=1e-5)
@@ -63,6 +67,11 @@ def test_answers_are_the_same():
 
 
 def test_a_table_names_the_speedup():
-    table = side_by_side("Step", "train_step", {"ours": Samples([2.0, 1.0, 3.0], [4.0] * 3), "torch eager": Samples([5.0, 6.0, 7.0], [8.0] * 3)}, "step")
+    table = side_by_side(
+        "Step",
+        "train_step",
+        {"ours": Samples([2.0, 1.0, 3.0], [4.0] * 3), "torch eager": Samples([5.0, 6.0, 7.0], [8.0] * 3)},
+        "step",
+    )
     assert table.flat["train_step.speedup"] == 3.0 and table.flat["train_step.ours.spread"] == 0.5
     assert "| torch eager | 6.000 | 17 % | 8.000 | 3.00 | 5.00 |" in str(table)

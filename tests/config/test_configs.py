@@ -29,9 +29,13 @@ def experiment(name: str, size: str) -> ExperimentConfig:
 def test_stages_follow_each_other_and_their_patterns_match(stage, size):
     config = experiment(STAGES[stage], size)
     assert config.init.stage == stage + 1
-    trainable, frozen = partition(params_of(abstract_model(config.model)), config.optim.trainable)  # a pattern without a match raises
+    trainable, frozen = partition(
+        params_of(abstract_model(config.model)), config.optim.trainable
+    )  # a pattern without a match raises
     assert trainable and frozen
-    assert config.init.base == ("" if (stage, size) == (0, "tiny") else config.init.base) and (stage == 0 or config.init.base)
+    assert config.init.base == ("" if (stage, size) == (0, "tiny") else config.init.base) and (
+        stage == 0 or config.init.base
+    )
 
 
 def test_the_original_hyperparameters():
@@ -39,17 +43,37 @@ def test_the_original_hyperparameters():
     assert [c.optim.lr for c in (two, three, four)] == [1e-4, 3e-4, 3e-4]
     assert [c.train.epochs for c in (two, three, four)] == [3, 10, 3]
     assert [c.data.batch_size for c in (two, three, four)] == [128] * 3
-    assert [(c.model.lora.rank, c.model.lora.alpha, c.model.lora.dropout) for c in (two, three, four)] == [(16, 16, 0.05), (8, 16, 0.05), (8, 16, 0.05)]
-    assert dataclasses.astuple(three.loss)[:5] == (1, 5, 1, 1, 0) and dataclasses.astuple(four.loss)[:5] == (1, 0.5, 2, 0, 0)
+    assert [(c.model.lora.rank, c.model.lora.alpha, c.model.lora.dropout) for c in (two, three, four)] == [
+        (16, 16, 0.05),
+        (8, 16, 0.05),
+        (8, 16, 0.05),
+    ]
+    assert dataclasses.astuple(three.loss)[:5] == (1, 5, 1, 1, 0) and dataclasses.astuple(four.loss)[:5] == (
+        1,
+        0.5,
+        2,
+        0,
+        0,
+    )
     assert len(four.model.moe_layers) == 32
 
 
 def test_what_trains_in_stage_4():
     config = experiment("stage4_moe", "7b")
     trainable, _ = partition(params_of(abstract_model(config.model)), config.optim.trainable)
-    parts = {re.sub(r"/(kernel|bias|scale|embedding)$", "", path) for path in flatten(trainable) if not path.startswith(("sam/", "region/", "seg_mlp/"))}
+    parts = {
+        re.sub(r"/(kernel|bias|scale|embedding)$", "", path)
+        for path in flatten(trainable)
+        if not path.startswith(("sam/", "region/", "seg_mlp/"))
+    }
     experts = {f"llm/moe/experts/{name}/lora_{ab}" for name in ("gate", "up", "down") for ab in "ab"}
-    assert parts == {"llm/embed", "llm/head", "llm/moe/router", *experts, *(f"llm/layers/attn/{n}/lora_{ab}" for n in "qv" for ab in "ab")}
+    assert parts == {
+        "llm/embed",
+        "llm/head",
+        "llm/moe/router",
+        *experts,
+        *(f"llm/layers/attn/{n}/lora_{ab}" for n in "qv" for ab in "ab"),
+    }
     assert {path.split("/")[1] for path in flatten(trainable) if path.startswith("sam/")} == {"mask_decoder"}
 
 
@@ -67,8 +91,18 @@ def parse(monkeypatch):
 
 
 def test_flags_change_fields(parse):
-    config = parse("--config.optim.lr=0.5", "--config.data.bucket_lengths=(128,256)", "--config.model.clip.num_layers=3", "--config.mesh.fsdp=2")
-    assert (config.optim.lr, config.data.bucket_lengths, config.model.clip.num_layers, config.mesh.fsdp) == (0.5, (128, 256), 3, 2)
+    config = parse(
+        "--config.optim.lr=0.5",
+        "--config.data.bucket_lengths=(128,256)",
+        "--config.model.clip.num_layers=3",
+        "--config.mesh.fsdp=2",
+    )
+    assert (config.optim.lr, config.data.bucket_lengths, config.model.clip.num_layers, config.mesh.fsdp) == (
+        0.5,
+        (128, 256),
+        3,
+        2,
+    )
 
 
 @pytest.mark.parametrize("argument", ["--config.optim.lrate=0.5", "--config.otpim.lr=0.5"])
@@ -89,7 +123,12 @@ def test_a_folder_becomes_an_experiment(tmp_path):
     (tmp_path / "train" / "a.json").write_text(json.dumps([]))
     config = experiment("finetune_folder", str(tmp_path))
     assert config.data.sources == (str(tmp_path / "train" / "a.json"),) and config.data.root == str(tmp_path)
-    for name, content in (("manifest", {"records": 3}), ("slake_test", []), ("slake_validation", []), ("slake_train", [])):
+    for name, content in (
+        ("manifest", {"records": 3}),
+        ("slake_test", []),
+        ("slake_validation", []),
+        ("slake_train", []),
+    ):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     assert experiment("finetune_folder", str(tmp_path)).data.sources == (str(tmp_path / "slake_train.json"),)
 
@@ -103,6 +142,11 @@ def fields(cls):
 def test_every_field_is_read_somewhere(section, name):
     declared = [ROOT / "medplib_jax" / file for file in ("config.py", "experiment.py")]
     sources = [path for path in (ROOT / "medplib_jax").rglob("*.py") if path not in declared]
-    within = section == "MeshConfig" or name in ("alpha", "max_positions")  # by astuple, LoraConfig.scale, ExperimentConfig
-    use = rf'"{name}"' if section == "ShardingConfig" else rf"\.{name}\b"  # rules are looked up by the name that a parameter carries
+    within = section == "MeshConfig" or name in (
+        "alpha",
+        "max_positions",
+    )  # by astuple, LoraConfig.scale, ExperimentConfig
+    use = (
+        rf'"{name}"' if section == "ShardingConfig" else rf"\.{name}\b"
+    )  # rules are looked up by the name that a parameter carries
     assert within or any(re.search(use, path.read_text()) for path in sources)

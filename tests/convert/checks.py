@@ -98,7 +98,9 @@ class Converted:
         return cls(dataclasses.replace(experiment.model, moe=moe, mask=mask), params, seg_id)
 
     def with_moe(self, **changes) -> "Converted":
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, moe=dataclasses.replace(self.config.moe, **changes)))
+        return dataclasses.replace(
+            self, config=dataclasses.replace(self.config, moe=dataclasses.replace(self.config.moe, **changes))
+        )
 
     def with_tensors(self, tensors: Arrays) -> "Converted":
         """With some parameters replaced by (PyTorch-shaped) tensors."""
@@ -169,7 +171,9 @@ def check_forward(converted: Converted, z: Arrays) -> Iterator[Row]:
         noise = router_noise(z, kind if train else f"eval_{kind}", converted.config.moe_layers)
         if not train and noise is None and kind == "uniform":
             noise = router_noise(z, kind, converted.config.moe_layers)
-        output, out = jax.jit(lambda params, batch: forward(bind(model, params), batch, train, noise))(converted.params, batch)
+        output, out = jax.jit(lambda params, batch: forward(bind(model, params), batch, train, noise))(
+            converted.params, batch
+        )
         if not train and "clip_features" in z:
             yield Row("clip features", relative(out["clip_features"], z["clip_features"]))
         if not train:
@@ -195,7 +199,9 @@ def _language(converted, z, batch, output, out, prefix, mode) -> Iterator[Row]:
     elif prefix + "logits_sel" in z:
         chosen = np.asarray(out["logits"])[:, z["logits_pos"]]
         yield Row(mode + "logits", at_valid(chosen, z[prefix + "logits_sel"], batch.valid[:, z["logits_pos"]]))
-    _, terms = total_loss(output, converted.params["llm"]["head"]["kernel"], batch, LossConfig(), converted.config, divisors(batch))
+    _, terms = total_loss(
+        output, converted.params["llm"]["head"]["kernel"], batch, LossConfig(), converted.config, divisors(batch)
+    )
     yield Row(mode + "loss", relative(terms["loss"], z[prefix + "loss"]))
 
 
@@ -226,7 +232,9 @@ def check_segmentation(converted: Converted, z: Arrays, loss: LossConfig, train:
     embedding = image_embedding(converted, batch) if "images" in z else jnp.moveaxis(z["image_embeddings"], 1, -1)
     if "images" in z and "image_embeddings" in z:
         yield Row("SAM image embedding", relative(embedding, z["image_embeddings"].transpose(0, 2, 3, 1)))
-    (terms, output, out), gradients = jax.jit(loss_and_gradients(converted, loss, train))(converted.params, batch, noise, embedding, rows)
+    (terms, output, out), gradients = jax.jit(loss_and_gradients(converted, loss, train))(
+        converted.params, batch, noise, embedding, rows
+    )
     yield from _check_spliced(z, batch, out)
     yield from check_router(converted, z, batch, out, "", "")
     yield from _check_masks(converted, z, batch, output, out)
@@ -237,7 +245,9 @@ def check_segmentation(converted: Converted, z: Arrays, loss: LossConfig, train:
     places = converted.places()
     for key in z:
         if key.startswith("grad.") and not ALWAYS_ZERO.search(key):
-            yield Row("gradients", relative(as_torch(gradients, places, key.removeprefix("grad.")), z[key]), GRADIENT_BAR)
+            yield Row(
+                "gradients", relative(as_torch(gradients, places, key.removeprefix("grad.")), z[key]), GRADIENT_BAR
+            )
 
 
 def language_loss(converted: Converted, terms):
@@ -250,7 +260,9 @@ def loss_and_gradients(converted: Converted, loss: LossConfig, train: bool) -> C
 
     def compute(params, batch, noise, embedding, rows):
         output, out = forward(bind(model, params), batch, train, noise, embedding, rows)
-        total, terms = total_loss(output, params["llm"]["head"]["kernel"], batch, loss, converted.config, divisors(batch))
+        total, terms = total_loss(
+            output, params["llm"]["head"]["kernel"], batch, loss, converted.config, divisors(batch)
+        )
         return total, (terms, output, out)
 
     def run(params, batch, noise, embedding, rows):
@@ -262,15 +274,21 @@ def loss_and_gradients(converted: Converted, loss: LossConfig, train: bool) -> C
 
 def _check_masks(converted, z, batch, output, out) -> Iterator[Row]:
     canvas = batch.gt_masks.shape[-2:]
-    logits, _ = resample_to_canvas(output.mask_logits, batch.sam_box, batch.mask_size, canvas=canvas, sam_size=SAM_SIDE, mode="reference")
-    recorded = [(i, row, slot) for i, (row, slot) in enumerate(np.argwhere(batch.mask_valid)) if f"low_res_mask_{i}" in z]
+    logits, _ = resample_to_canvas(
+        output.mask_logits, batch.sam_box, batch.mask_size, canvas=canvas, sam_size=SAM_SIDE, mode="reference"
+    )
+    recorded = [
+        (i, row, slot) for i, (row, slot) in enumerate(np.argwhere(batch.mask_valid)) if f"low_res_mask_{i}" in z
+    ]
     for i, row, slot in recorded:
         rows, columns = batch.mask_size[row]
         yield Row("<SEG> embedding", relative(out["seg_embedding"][row, slot], z[f"seg_embedding_{i}"][0, 0]))
         yield Row("mask logits", at_steps(output.mask_logits[row, slot], z[f"low_res_mask_{i}"][0, 0]))
         yield Row("masks at original size", at_steps(logits[row, slot, :rows, :columns], z[f"pred_mask_{i}"][0, 0]))
     # all of a batch at once: a single one may be as near to 0 as float32 errs
-    found, expected = zip(*((output.predicted_iou[row, slot], z[f"iou_{i}"][0, 0]) for i, row, slot in recorded), strict=True)
+    found, expected = zip(
+        *((output.predicted_iou[row, slot], z[f"iou_{i}"][0, 0]) for i, row, slot in recorded), strict=True
+    )
     yield Row("predicted IoU", relative(found, expected))
 
 
@@ -287,14 +305,21 @@ def prompt(z: Arrays, prefix: str, ids: str = "input_ids") -> dict[str, np.ndarr
 def check_generation(converted: Converted, z: Arrays) -> Iterator[Row]:
     """Greedy answers of 16 tokens."""
     generator = Generator(
-        converted.config, converted.params, eos_id=Tokenizer.eos_id, seg_id=converted.seg_id, max_new_tokens=16, max_masks=0
+        converted.config,
+        converted.params,
+        eos_id=Tokenizer.eos_id,
+        seg_id=converted.seg_id,
+        max_new_tokens=16,
+        max_masks=0,
     )
     for name in sorted(key.removesuffix("_output_ids") for key in z if key.endswith("_output_ids")):
         item = prompt(z, name.removesuffix("_noregion") + "_")
         if name.endswith("_noregion"):
             item.pop("valid_region")
         made = generator(converted.batch(item))
-        yield Row("generated ids (share that differs)", _answer_differs(made, z[name + "_output_ids"], item["input_ids"]), 0.0)
+        yield Row(
+            "generated ids (share that differs)", _answer_differs(made, z[name + "_output_ids"], item["input_ids"]), 0.0
+        )
 
 
 def check_noisy_generation(converted: Converted, z: Arrays) -> Iterator[Row]:
@@ -309,10 +334,14 @@ def check_noisy_generation(converted: Converted, z: Arrays) -> Iterator[Row]:
         return logits, bound.llm.embed(logits.argmax(-1)[:, None]), out["cache"]
 
     for name in sorted(key.removesuffix("_output_ids") for key in z if key.endswith("_output_ids")):
-        x, _ = jax.jit(lambda params, batch: bind(model, params).embed(batch))(converted.params, converted.batch(prompt(z, name + "_")))
+        x, _ = jax.jit(lambda params, batch: bind(model, params).embed(batch))(
+            converted.params, converted.batch(prompt(z, name + "_"))
+        )
         cache, steps = init_cache(converted.config, 1, x.shape[1] + 16, jnp.float32), []
         for _ in range(16):
-            draws = [np.random.RandomState(1000 * 51 + 7 * layer + 2).gumbel(size=(x.shape[1], experts)) for layer in layers]
+            draws = [
+                np.random.RandomState(1000 * 51 + 7 * layer + 2).gumbel(size=(x.shape[1], experts)) for layer in layers
+            ]
             logits, x, cache = run(converted.params, x, cache, np.float32(draws))
             steps.append(np.asarray(logits)[0])
         yield Row("logits of every step", relative(np.stack(steps)[None], z[name + "_step_logits"]))
@@ -346,19 +375,31 @@ def check_evaluate(converted: Converted, z: Arrays) -> Iterator[Row]:
         batch = converted.batch(item)
         rows, columns = z["region_original_size" if name == "region" else "original_size"]
         batch = batch.replace(mask_size=np.int32([[rows, columns]]))
-        generator = Generator(chosen.config, chosen.params, eos_id=Tokenizer.eos_id, seg_id=chosen.seg_id, max_new_tokens=16, max_masks=1)
+        generator = Generator(
+            chosen.config, chosen.params, eos_id=Tokenizer.eos_id, seg_id=chosen.seg_id, max_new_tokens=16, max_masks=1
+        )
         made = generator(batch)
-        yield Row("generated ids (share that differs)", _answer_differs(made, z[name + "_output_ids"], item["input_ids"]), 0.0)
+        yield Row(
+            "generated ids (share that differs)", _answer_differs(made, z[name + "_output_ids"], item["input_ids"]), 0.0
+        )
         if name != "history" and converted.seg_id in z[name + "_output_ids"][0, item["input_ids"].shape[1] :]:
             masks, _ = resample_to_canvas(
-                made.mask_logits, batch.sam_box, batch.mask_size, canvas=(int(rows), int(columns)), sam_size=SAM_SIDE, mode="reference"
+                made.mask_logits,
+                batch.sam_box,
+                batch.mask_size,
+                canvas=(int(rows), int(columns)),
+                sam_size=SAM_SIDE,
+                mode="reference",
             )
             yield Row("masks of answers", relative(masks[0], z[name + "_pred_mask"]))
 
 
 def check_gradient_norms(converted: Converted, z: Arrays, stats: Mapping[str, list[float]]) -> Iterator[Row]:
     """Length and sum of every trainable tensor's gradient."""
-    (batch, rows), noise = seg_rows(converted.batch(z), converted.seg_id), router_noise(z, "uniform", converted.config.moe_layers)
+    (batch, rows), noise = (
+        seg_rows(converted.batch(z), converted.seg_id),
+        router_noise(z, "uniform", converted.config.moe_layers),
+    )
     run = jax.jit(loss_and_gradients(converted, STAGE4_LOSS, True))
     _, gradients = run(converted.params, batch, noise, image_embedding(converted, batch), rows)
     places = converted.places()
@@ -367,7 +408,11 @@ def check_gradient_norms(converted: Converted, z: Arrays, stats: Mapping[str, li
             norm, total = recorded
             gradient = as_torch(gradients, places, key).astype(np.float64)
             yield Row("length and sum of all gradients", abs(np.linalg.norm(gradient) - norm) / norm, GRADIENT_BAR)
-            yield Row("length and sum of all gradients", abs(gradient.sum() - total) / (norm * gradient.size**0.5), GRADIENT_BAR)
+            yield Row(
+                "length and sum of all gradients",
+                abs(gradient.sum() - total) / (norm * gradient.size**0.5),
+                GRADIENT_BAR,
+            )
 
 
 def check_optimizer(converted: Converted, z: Arrays, case: Mapping, final: Arrays) -> Iterator[Row]:
@@ -393,7 +438,10 @@ def check_optimizer(converted: Converted, z: Arrays, case: Mapping, final: Array
     for i, expected in enumerate(case["trajectory"]):
         layers = converted.config.moe_layers
         noise = np.stack(
-            [np.random.RandomState(1000 * (800 + i) + 7 * layer + 1).random_sample((tokens, 2)).astype(np.float32) for layer in layers]
+            [
+                np.random.RandomState(1000 * (800 + i) + 7 * layer + 1).random_sample((tokens, 2)).astype(np.float32)
+                for layer in layers
+            ]
         )
         trainable, state, terms, norm = step(trainable, state, noise)
         yield Row("losses of six steps", relative(terms["loss"], expected["loss"]))
@@ -401,7 +449,9 @@ def check_optimizer(converted: Converted, z: Arrays, case: Mapping, final: Array
         yield Row("gradient norms of six steps", relative(norm, expected["grad_norm_before_clip"]), GRADIENT_BAR)
     for key in final:
         if not ALWAYS_ZERO.search(key):
-            yield Row("parameters after six steps", relative(as_torch(combine(trainable, frozen), places, key), final[key]))
+            yield Row(
+                "parameters after six steps", relative(as_torch(combine(trainable, frozen), places, key), final[key])
+            )
 
 
 def check_icl(sources: tuple[pathlib.Path, ...], extra: pathlib.Path) -> Iterator[Row]:
@@ -412,7 +462,11 @@ def check_icl(sources: tuple[pathlib.Path, ...], extra: pathlib.Path) -> Iterato
         to_torch.convert(work / "converted", work / "back")
         back = torch_files.read_folder(work / "back")
         for key, tensor in torch_files.read_file(extra).items():
-            yield Row("tensors that come back (share that differs)", differing(back[mapping.canonical(key)].read(), tensor.read()), 0.0)
+            yield Row(
+                "tensors that come back (share that differs)",
+                differing(back[mapping.canonical(key)].read(), tensor.read()),
+                0.0,
+            )
 
 
 def summarise(rows: Iterator[Row]) -> list[Row]:

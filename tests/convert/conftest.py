@@ -51,7 +51,10 @@ def random_tensors(config: ModelConfig, dtype=np.float32, seed: int = 0) -> dict
     shapes = {path: leaf.shape for path, leaf in flatten(params_of(from_torch.model_shapes(config))).items()}
     random = np.random.default_rng(seed)
     places = mapping.entries(config, shapes)
-    return {key: random.standard_normal(place.torch_shape(shapes[place.path])).astype(dtype) for key, place in places.items()}
+    return {
+        key: random.standard_normal(place.torch_shape(shapes[place.path])).astype(dtype)
+        for key, place in places.items()
+    }
 
 
 def write_folder(folder: pathlib.Path, config: ModelConfig, tensors: dict[str, np.ndarray]) -> pathlib.Path:
@@ -75,11 +78,15 @@ def save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
 
     def as_torch(x):
         return (
-            torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16) if x.dtype == ml_dtypes.bfloat16 else torch.from_numpy(x.copy())
+            torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
+            if x.dtype == ml_dtypes.bfloat16
+            else torch.from_numpy(x.copy())
         )
 
     converted = {name: as_torch(x) for name, x in tensors.items()}
-    save_file(converted, path, metadata={"format": "pt"}) if path.suffix == ".safetensors" else torch.save(converted, path)
+    save_file(converted, path, metadata={"format": "pt"}) if path.suffix == ".safetensors" else torch.save(
+        converted, path
+    )
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -90,7 +97,9 @@ def load(path: pathlib.Path) -> dict[str, np.ndarray]:
     tensors = {}
     for file in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
         tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-    return {name: x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy() for name, x in tensors.items()}
+    return {
+        name: x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy() for name, x in tensors.items()
+    }
 
 
 def bits(x: np.ndarray) -> bytes:

@@ -26,7 +26,10 @@ def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> 
     regions = {row: masks[i] for i, row in enumerate(np.flatnonzero(has_region))}
     pictures = _pictures(z, ids)
     total = pictures.shape[1] * num_patches
-    rows = [_splice(ids[i], labels[i], z["attention_mask"][i].astype(bool), num_patches, total, i in regions) for i in range(len(ids))]
+    rows = [
+        _splice(ids[i], labels[i], z["attention_mask"][i].astype(bool), num_patches, total, i in regions)
+        for i in range(len(ids))
+    ]
     lengths = {len(row["tokens"]) for row in rows}
     length, region_slots = max(lengths), (1 if regions else 0) + (len(lengths) > 1)
     # Rows of fewer image tokens end in zero vectors, which an expert's capacity counts: what a region without points is.
@@ -71,7 +74,9 @@ def _splice(ids, labels, attended, num_patches, total, has_region) -> dict[str, 
         valid += [bool(on)] * len(feature)
         index += feature
     kinds = {"tokens": np.int32, "labels": np.int32, "valid": bool, "feature_index": np.int32}
-    return {name: np.array(values, kind) for (name, kind), values in zip(kinds.items(), (tokens, row_labels, valid, index))}
+    return {
+        name: np.array(values, kind) for (name, kind), values in zip(kinds.items(), (tokens, row_labels, valid, index))
+    }
 
 
 def _pad(x: np.ndarray, length: int, value) -> np.ndarray:
@@ -96,7 +101,11 @@ def _sam_pixels(z: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray
         spans = [np.flatnonzero((image != 0).any(axis)) for axis in ((0, 2), (0, 1))]
         boxes.append([spans[0][0], spans[1][0], np.ptp(spans[0]) + 1, np.ptp(spans[1]) + 1])
     padding = (images == 0).all(1)[..., None]
-    pixels = _to_uint8(np.where(padding.transpose(0, 3, 1, 2), -np.divide(MEAN, STD)[:, None, None].astype(np.float32), images), MEAN, STD)
+    pixels = _to_uint8(
+        np.where(padding.transpose(0, 3, 1, 2), -np.divide(MEAN, STD)[:, None, None].astype(np.float32), images),
+        MEAN,
+        STD,
+    )
     return {"sam_pixels": pixels, "sam_box": np.array(boxes, np.int32)}
 
 

@@ -80,7 +80,12 @@ def fixtures(golden: pathlib.Path) -> Iterator[tuple[str, Callable[[], Iterator[
         if name not in loaded:
             special = {
                 "lora": adapted,
-                "sft": (golden / "opt_sft_only_init.safetensors", golden / "opt_sft_only_frozen.safetensors", clip, sam),
+                "sft": (
+                    golden / "opt_sft_only_init.safetensors",
+                    golden / "opt_sft_only_frozen.safetensors",
+                    clip,
+                    sam,
+                ),
                 "sam": (sam,),
             }
             sources = special.get(name, (golden / name,))
@@ -102,7 +107,12 @@ def fixtures(golden: pathlib.Path) -> Iterator[tuple[str, Callable[[], Iterator[
         ("forward_vqa_top2", top2, {}),
         ("forward_vqa_top2_drop", top2, drop2),
     ):
-        yield name, lambda name=name, source=source, moe=moe: checks.check_forward(weights(source).with_moe(**moe), read(name + ".npz"))
+        yield (
+            name,
+            lambda name=name, source=source, moe=moe: checks.check_forward(
+                weights(source).with_moe(**moe), read(name + ".npz")
+            ),
+        )
     for name, source, train in (
         ("forward_seg_mixed_56", top1_56, True),
         ("forward_seg_eval_56", top1_56, False),
@@ -112,8 +122,11 @@ def fixtures(golden: pathlib.Path) -> Iterator[tuple[str, Callable[[], Iterator[
         ("icl_overlay_multi", top1_56, True),
         ("icl_separate_multi", top1_56, True),
     ):
-        yield name, lambda name=name, source=source, train=train: checks.check_segmentation(
-            weights(source), read(name + ".npz"), checks.SEG_LOSS, train
+        yield (
+            name,
+            lambda name=name, source=source, train=train: checks.check_segmentation(
+                weights(source), read(name + ".npz"), checks.SEG_LOSS, train
+            ),
         )
     for name, source in (("generate_vqa_56", top1_56), ("generate_vqa", top1)):
         yield name, lambda name=name, source=source: checks.check_generation(weights(source), read(name + ".npz"))
@@ -132,14 +145,26 @@ def fixtures(golden: pathlib.Path) -> Iterator[tuple[str, Callable[[], Iterator[
         yield name, lambda name=name: checks.check_icl((golden / top1_56,), golden / f"{name}.safetensors")
     of_336 = (adapted[0], golden / "clip-tiny-336", sam)  # the names were recorded with pictures of this size
     yield "lora", lambda: part_checks.check_adapters(of_336, golden / top1, golden / "lora")
-    yield "train_lora_56", lambda: checks.check_segmentation(weights("lora"), read("train_lora_56.npz"), checks.STAGE4_LOSS, True)
+    yield (
+        "train_lora_56",
+        lambda: checks.check_segmentation(weights("lora"), read("train_lora_56.npz"), checks.STAGE4_LOSS, True),
+    )
     notes = json.loads((golden / "README.json").read_text())
     stats = json.loads(notes["train_lora_56.npz"]["note"])["trainable_grad_[l2norm,sum]"]
-    yield "train_lora_56, all tensors", lambda: checks.check_gradient_norms(weights("lora"), read("train_lora_56.npz"), stats)
+    yield (
+        "train_lora_56, all tensors",
+        lambda: checks.check_gradient_norms(weights("lora"), read("train_lora_56.npz"), stats),
+    )
     cases = json.loads((golden / "opt_step.json").read_text())
-    for name, source, case in (("opt_step_stage4_lora", "lora", "stage4_lora"), ("opt_step_sft_only", "sft", "sft_only")):
-        yield name, lambda name=name, source=source, case=case: checks.check_optimizer(
-            weights(source), read("train_lora_56.npz"), cases[case], read(name + ".npz")
+    for name, source, case in (
+        ("opt_step_stage4_lora", "lora", "stage4_lora"),
+        ("opt_step_sft_only", "sft", "sft_only"),
+    ):
+        yield (
+            name,
+            lambda name=name, source=source, case=case: checks.check_optimizer(
+                weights(source), read("train_lora_56.npz"), cases[case], read(name + ".npz")
+            ),
         )
 
 
@@ -147,7 +172,10 @@ def not_compared(golden: pathlib.Path, names: set[str]) -> Iterator[tuple[str, s
     """(file, where it counts) of every recorded file that no fixture is named after; None: nowhere."""
     for path in sorted(path.relative_to(golden) for path in golden.rglob("*") if path.is_file()):
         if str(path.with_suffix("")) not in names:
-            yield str(path), next((where for pattern, where in ELSEWHERE.items() if fnmatch.fnmatch(str(path), pattern)), None)
+            yield (
+                str(path),
+                next((where for pattern, where in ELSEWHERE.items() if fnmatch.fnmatch(str(path), pattern)), None),
+            )
 
 
 def main() -> None:

@@ -44,14 +44,19 @@ MOE_CASES = {  # as they were recorded
 def check_sam(converted: Converted, z: Arrays) -> Iterator[Row]:
     """SAM-Med2D alone: every block, every sort of prompt, single masks and three at a time."""
     image = z["image"] if "image" in z else z["image_low8"].repeat(8, 2).repeat(8, 3)
-    sam = bind(abstract_module(lambda rngs: SamMed2d(converted.config.mask, rngs)), jax.tree.map(jnp.asarray, converted.params["sam"]))
+    sam = bind(
+        abstract_module(lambda rngs: SamMed2d(converted.config.mask, rngs)),
+        jax.tree.map(jnp.asarray, converted.params["sam"]),
+    )
     embedding, out = jax.jit(lambda pixels: sam.image_encoder(pixels))(image.transpose(0, 2, 3, 1))
     for i, block in enumerate(out["blocks"]):
         if f"block{i}" in z:
             yield Row("SAM blocks", relative(block, z[f"block{i}"]))
     yield Row("SAM image embedding", relative(embedding, z["image_embedding"].transpose(0, 2, 3, 1)))
     if "dense_pe" in z:
-        yield Row("SAM prompts", relative(sam.prompt_encoder.grid_position()[None], z["dense_pe"].transpose(0, 2, 3, 1)))
+        yield Row(
+            "SAM prompts", relative(sam.prompt_encoder.grid_position()[None], z["dense_pe"].transpose(0, 2, 3, 1))
+        )
         masks = sam.prompt_encoder.dense(z["in_masks"][:, 0])
         yield Row("SAM prompts", relative(masks, z["prompt_masks_dense"].transpose(0, 2, 3, 1)))
     inputs = {name: z[key] for name, key in _prompt_keys().items() if key in z}
@@ -70,7 +75,9 @@ def _check_prompt(sam: SamMed2d, z: Arrays, embedding, prompt: str, given: Array
         yield Row("SAM prompts", relative(sparse, z[f"prompt_{prompt}_sparse"]))
     dense = sam.prompt_encoder.dense(z["in_masks"][:, 0] if prompt == "all" else None)
     for several in (False, True):
-        masks, iou = sam.mask_decoder(embedding, sam.prompt_encoder.grid_position(), sparse[:, None], dense, multimask=several)
+        masks, iou = sam.mask_decoder(
+            embedding, sam.prompt_encoder.grid_position(), sparse[:, None], dense, multimask=several
+        )
         masks, iou = (masks[:, 0], iou[:, 0]) if several else (masks, iou)
         for what, found, name in (("mask logits", masks, "masks"), ("predicted IoU", iou, "iou")):
             expected = z.get(f"dec_{prompt}_mm{several:d}_{name}")
@@ -97,7 +104,9 @@ def check_geometry(z: Arrays) -> Iterator[Row]:
     yield Row("farthest and nearest points (share that differs)", differing(found, z["unit_fps"]), 0.0)
     centres = np.take_along_axis(z["unit_points"], np.asarray(found)[..., None], axis=1)
     nearest = np.sort(nearest_points(z["unit_points"], centres, 9), axis=-1)
-    yield Row("farthest and nearest points (share that differs)", differing(nearest, np.sort(z["unit_knn"], axis=-1)), 0.0)
+    yield Row(
+        "farthest and nearest points (share that differs)", differing(nearest, np.sort(z["unit_knn"], axis=-1)), 0.0
+    )
     for pooling in ("max", "mean"):
         yield from _check_pooling(z, pooling)
 
@@ -105,7 +114,9 @@ def check_geometry(z: Arrays) -> Iterator[Row]:
 def _check_pooling(z: Arrays, pooling: str) -> Iterator[Row]:
     module = abstract_module(lambda rngs: GeometrySampler(10, 12, pooling, rngs, centres=(24, 8), neighbours=(12, 6)))
     prefix, start = "region/geometry/", f"{pooling}_param."
-    tensors = {"model.region_geo_sampler." + key.removeprefix(start): x for key, x in z.items() if key.startswith(start)}
+    tensors = {
+        "model.region_geo_sampler." + key.removeprefix(start): x for key, x in z.items() if key.startswith(start)
+    }
     shapes = under(prefix, module)
     params = table_params(ModelConfig(), shapes, tensors)["region"]["geometry"]
     places = mapping.entries(ModelConfig(), shapes)
@@ -126,7 +137,10 @@ def _check_pooling(z: Arrays, pooling: str) -> Iterator[Row]:
     made, flat = read(params, z["feature_map"])
     yield Row("region features", relative(made, np.concatenate([z[f"{pooling}_region_feature_{i}"] for i in (0, 2)])))
     # The loss is not recorded; what reached `flatten` follows from its gradient (30 unknowns, 800 equations).
-    recorded, key = z[f"{pooling}_grad_flatten_projector.weight"], "model.region_geo_sampler.diff_projector_list.0.weight"
+    recorded, key = (
+        z[f"{pooling}_grad_flatten_projector.weight"],
+        "model.region_geo_sampler.diff_projector_list.0.weight",
+    )
     incoming = recorded @ np.linalg.pinv(np.asarray(flat, np.float64))
 
     def loss(params, feature_map):
@@ -144,7 +158,9 @@ def check_experts(z: Arrays) -> Iterator[Row]:
         moe = dataclasses.replace(case, dispatch="capacity")
         x = z[f"{name}_x"]
         weight = np.random.RandomState(7).standard_normal(x.shape).astype(np.float32)
-        config = ModelConfig(llm=LlmConfig(vocab_size=8, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_dim=24), moe=moe)
+        config = ModelConfig(
+            llm=LlmConfig(vocab_size=8, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_dim=24), moe=moe
+        )
         module = abstract_module(lambda rngs: MoeMlp(config.llm, moe, LoraConfig(), rngs))
         for mode in ("eval", "train"):
             yield from _check_mixture(z, f"{name}_", mode, config, module, weight)
@@ -153,14 +169,18 @@ def check_experts(z: Arrays) -> Iterator[Row]:
 def _check_mixture(z: Arrays, name: str, mode: str, config: ModelConfig, module, weight: np.ndarray) -> Iterator[Row]:
     def stack(prefix: str) -> dict:
         """The tree of the tensors under a prefix; the table stacks layers, of which there is one."""
-        tensors = {"model.layers.0.mlp." + key.removeprefix(prefix): x for key, x in z.items() if key.startswith(prefix)}
+        tensors = {
+            "model.layers.0.mlp." + key.removeprefix(prefix): x for key, x in z.items() if key.startswith(prefix)
+        }
         shapes = {path: (1, *shape) for path, shape in under("llm/moe/", module).items()}
         return jax.tree.map(lambda x: x[0], table_params(config, shapes, tensors)["llm"]["moe"]) if tensors else {}
 
     x = jnp.asarray(z[name + "x"])
 
     def objective(params, x):
-        y, out = bind(module, params)(x, jnp.ones(x.shape[:2], bool), train=mode == "train", noise_SxE=z[f"{name}{mode}_noise"])
+        y, out = bind(module, params)(
+            x, jnp.ones(x.shape[:2], bool), train=mode == "train", noise_SxE=z[f"{name}{mode}_noise"]
+        )
         return jnp.sum(y * weight) + 3 * out["aux_loss"], (y, out)
 
     compute = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
@@ -178,7 +198,10 @@ def _check_mixture(z: Arrays, name: str, mode: str, config: ModelConfig, module,
 
 def check_capacities(table: np.ndarray) -> Iterator[Row]:
     """Rows of (tokens, experts, factor, least, capacity)."""
-    ours = [expert_capacity(int(tokens), int(experts), float(factor), int(least)) for tokens, experts, factor, least in table[:, :4]]
+    ours = [
+        expert_capacity(int(tokens), int(experts), float(factor), int(least))
+        for tokens, experts, factor, least in table[:, :4]
+    ]
     yield Row("capacities (share that differs)", differing(ours, table[:, 4]), 0.0)
 
 
@@ -205,7 +228,9 @@ def check_adapters(sources: tuple[pathlib.Path, ...], config: pathlib.Path, lora
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)
         one_layer = lora / "layer1_before_merge.safetensors"  # the first source counts
-        options = from_torch.Options((one_layer, *sources), work / "jax", config=config, lora_alpha=layout["lora"]["alpha"])
+        options = from_torch.Options(
+            (one_layer, *sources), work / "jax", config=config, lora_alpha=layout["lora"]["alpha"]
+        )
         from_torch.convert(options)
         for name, keys in (("lora", "keys"), ("merged", "merged_keys")):
             to_torch.convert(work / "jax", work / name, layout=name)

@@ -22,7 +22,16 @@ def test_both_sides_say_the_same(tmp_path, monkeypatch, capsys):
     check.made_up_images(images, count=1)
     with pytest.raises(SystemExit) as end:
         check.main(
-            ["--torch", str(source), "--checkpoint", str(tmp_path / "jax"), "--images", str(images), "--max_new_tokens", "3"]
+            [
+                "--torch",
+                str(source),
+                "--checkpoint",
+                str(tmp_path / "jax"),
+                "--images",
+                str(images),
+                "--max_new_tokens",
+                "3",
+            ]
         )
     *_, row, verdict = capsys.readouterr().out.splitlines()
     name, logits, _, greedy, mask, dice = row.strip("| ").split(" | ")
@@ -42,4 +51,6 @@ def test_a_difference_does_not_pass():
     other = logits.copy()
     other[5, (answer[1] + 1) % 20] += 5
     changed = check.comparison("logits", (logits, mask), (other, mask), answer, 5)
-    assert changed.greedy == 2 / 3 and changed.kl > 0 and not changed.passes("float32") and not changed.passes("bfloat16")
+    assert (
+        changed.greedy == 2 / 3 and changed.kl > 0 and not changed.passes("float32") and not changed.passes("bfloat16")
+    )

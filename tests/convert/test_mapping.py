@@ -38,7 +38,9 @@ def test_full_size_model_maps_completely_both_ways(shapes):
     config, params, places = plan(shapes)
     assert set(shapes) - set(places) == {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(32)}
     assert {place.path for place in places.values()} == set(params)
-    assert {key: place.torch_shape(params[place.path]) for key, place in places.items()} == {key: shapes[key] for key in places}
+    assert {key: place.torch_shape(params[place.path]) for key, place in places.items()} == {
+        key: shapes[key] for key in places
+    }
     # every element of a parameter is filled once: as many slabs as the stacked axes have places, all different
     for path, shape in params.items():
         filled = [place.index for place in places.values() if place.path == path]
@@ -50,27 +52,46 @@ def test_full_size_model_maps_completely_both_ways(shapes):
 def test_every_detected_size_of_the_full_model_is_the_default():
     config, _, _ = plan(MOE)
     default = type(config)()
-    assert (config.clip, config.llm, dataclasses.replace(config.mask, unpad="exact")) == (default.clip, default.llm, default.mask)
+    assert (config.clip, config.llm, dataclasses.replace(config.mask, unpad="exact")) == (
+        default.clip,
+        default.llm,
+        default.mask,
+    )
 
 
 def test_masks_are_unpadded_as_they_were_trained():
     fresh = {key: shape for key, shape in MOE.items() if "text_hidden_fcs" not in key}
-    ways = {(name, said): dict(mask_unpad=said) if said else {} for name in ("trained", "fresh") for said in (None, "exact", "reference")}
+    ways = {
+        (name, said): dict(mask_unpad=said) if said else {}
+        for name in ("trained", "fresh")
+        for said in (None, "exact", "reference")
+    }
     found = {
         way: kinds.detect_config(MOE if way[0] == "trained" else fresh, LANGUAGE | written, {}, 16.0).mask.unpad
         for way, written in ways.items()
     }
-    assert [way for way, unpad in found.items() if unpad == "reference"] == [("trained", None), ("trained", "reference")]
+    assert [way for way, unpad in found.items() if unpad == "reference"] == [
+        ("trained", None),
+        ("trained", "reference"),
+    ]
 
 
 def test_files_follow_the_shards_of_a_mesh():
     config, params, _ = plan(MOE)
     pieces = from_torch.shard_counts(from_torch.model_shapes(config), params, MeshConfig(data=1, fsdp=8, tensor=4))
-    assert pieces["llm/moe/experts/gate/kernel"] == (1, 1, 8, 4) and pieces["llm/moe/experts/down/kernel"] == (1, 1, 4, 8)
+    assert pieces["llm/moe/experts/gate/kernel"] == (1, 1, 8, 4) and pieces["llm/moe/experts/down/kernel"] == (
+        1,
+        1,
+        4,
+        8,
+    )
 
 
 def tiny_shapes():
-    params = {path: leaf.shape for path, leaf in from_torch.flatten(from_torch.params_of(from_torch.model_shapes(TINY))).items()}
+    params = {
+        path: leaf.shape
+        for path, leaf in from_torch.flatten(from_torch.params_of(from_torch.model_shapes(TINY))).items()
+    }
     return params, {key: place.torch_shape(params[place.path]) for key, place in mapping.entries(TINY, params).items()}
 
 
@@ -90,8 +111,14 @@ def test_strictness_names_what_is_wrong():
 @pytest.mark.parametrize(
     "key, name",
     [
-        ("base_model.model.model.layers.1.self_attn.q_proj.base_layer.weight", "model.layers.1.self_attn.q_proj.weight"),
-        ("base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight", "model.layers.1.self_attn.q_proj.lora_A.weight"),
+        (
+            "base_model.model.model.layers.1.self_attn.q_proj.base_layer.weight",
+            "model.layers.1.self_attn.q_proj.weight",
+        ),
+        (
+            "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight",
+            "model.layers.1.self_attn.q_proj.lora_A.weight",
+        ),
         ("base_model.model.lm_head.weight", "lm_head.weight"),
         ("vision_model.post_layernorm.bias", "model.vision_tower.vision_tower.vision_model.post_layernorm.bias"),
         ("language_model.model.norm.weight", "model.norm.weight"),
@@ -106,7 +133,11 @@ def test_other_names_of_the_same_tensor(key, name):
 
 def test_unmerged_names_come_back():
     adapted = "model.layers.0.mlp.gate_proj.weight"
-    for key, is_adapted in ((adapted, True), ("model.layers.0.mlp.gate_proj.lora_B.weight", False), ("lm_head.weight", False)):
+    for key, is_adapted in (
+        (adapted, True),
+        ("model.layers.0.mlp.gate_proj.lora_B.weight", False),
+        ("lm_head.weight", False),
+    ):
         assert mapping.canonical(mapping.unmerged_name(key, is_adapted)) == key
     assert mapping.unmerged_name(adapted, True) == "base_model.model.model.layers.0.mlp.gate_proj.base_layer.weight"
 
@@ -115,9 +146,13 @@ def test_unmerged_names_come_back():
 @given(st.data())
 def test_layouts_are_inverse(data):
     layout = data.draw(
-        st.sampled_from([mapping.SAME, mapping.LINEAR, mapping.CONV, mapping.CONV_TRANSPOSE, mapping.CONV_POINT, mapping.ROW])
+        st.sampled_from(
+            [mapping.SAME, mapping.LINEAR, mapping.CONV, mapping.CONV_TRANSPOSE, mapping.CONV_POINT, mapping.ROW]
+        )
     )
-    shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=len(layout.order) or 2, max_size=len(layout.order) or 2)))
+    shape = tuple(
+        data.draw(st.lists(st.integers(1, 4), min_size=len(layout.order) or 2, max_size=len(layout.order) or 2))
+    )
     for i in range(layout.drop):
         shape = tuple(1 if axis == (layout.order or (0,))[i] else size for axis, size in enumerate(shape))
     tensor = np.arange(np.prod(shape)).reshape(shape)
@@ -144,7 +179,10 @@ def test_sizes_that_disagree_are_refused():
         kinds.detect_config(MOE, {}, {}, 16.0)
     with pytest.raises(ValueError, match="moe.moe_layers_idx"):
         kinds.detect_config(MOE, LANGUAGE | {"moe": {"moe_layers_idx": [0, 2]}}, {}, 16.0)
-    adapters = {"model.layers.0.mlp.gate_proj.lora_A.weight": (4, 16), "model.layers.1.mlp.gate_proj.lora_A.weight": (LORA.rank, 16)}
+    adapters = {
+        "model.layers.0.mlp.gate_proj.lora_A.weight": (4, 16),
+        "model.layers.1.mlp.gate_proj.lora_A.weight": (LORA.rank, 16),
+    }
     with pytest.raises(ValueError, match="adapters of several ranks"):
         kinds.detect_config(stage23() | adapters, LANGUAGE, {}, 16.0)
 

@@ -19,7 +19,15 @@ CONFIG = ModelConfig(
     clip=ClipConfig(image_size=56, hidden_size=48, num_layers=3, num_heads=4, mlp_dim=192),
     llm=LlmConfig(vocab_size=667, hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=128),
     moe=MoeConfig(num_experts=2, aux_loss_weight=0.01),
-    mask=MaskConfig(hidden_size=48, num_layers=4, num_heads=4, global_layers=(1, 3), out_dim=64, decoder_mlp_dim=128, iou_head_dim=64),
+    mask=MaskConfig(
+        hidden_size=48,
+        num_layers=4,
+        num_heads=4,
+        global_layers=(1, 3),
+        out_dim=64,
+        decoder_mlp_dim=128,
+        iou_head_dim=64,
+    ),
 )
 
 
@@ -81,7 +89,14 @@ def test_language_and_regions(converted, recorded):
     for mode in ("", "train_"):
         for i in range(4):
             z[f"{mode}moe{i}_gate"] = z[f"{mode}moe{i}_kept"]
-    both = {"router logits", "chosen experts (share that differs)", "dropped share (difference)", "hidden states", "logits", "loss"}
+    both = {
+        "router logits",
+        "chosen experts (share that differs)",
+        "dropped share (difference)",
+        "hidden states",
+        "logits",
+        "loss",
+    }
     seen = {"clip features", "merged embeddings", "region features"}
     check(checks.check_forward(converted, z), seen | {f"{mode} {what}" for mode in ("eval", "train") for what in both})
 

@@ -56,9 +56,13 @@ def test_missing_shard(source, tensors):
     save(source / "model-00001-of-00002.safetensors", tensors)
     refused(source, FileNotFoundError, "shard model-00002-of-00002.safetensors is missing")
     (source / "model-00001-of-00002.safetensors").rename(source / "model.safetensors")
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.more.weight": "model-b.safetensors"}}))
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.more.weight": "model-b.safetensors"}})
+    )
     refused(
-        source, FileNotFoundError, "'model.more.weight' is in no file, and the shard model-b.safetensors that should hold it is missing"
+        source,
+        FileNotFoundError,
+        "'model.more.weight' is in no file, and the shard model-b.safetensors that should hold it is missing",
     )
 
 
@@ -68,7 +72,9 @@ def test_wrong_shape_missing_and_unknown_tensors(source, tensors):
     rewrite(source, {name: x for name, x in tensors.items() if "text_hidden_fcs" not in name})
     refused(source, ValueError, "4 tensors of the model are not in the source: model.text_hidden_fcs.0.0.bias")
     rewrite(source, tensors | {"model.layers.1.self_attn.q_norm.weight": np.zeros(16, np.float32)})
-    refused(source, ValueError, "1 tensors of the source have no place in the model: model.layers.1.self_attn.q_norm.weight")
+    refused(
+        source, ValueError, "1 tensors of the source have no place in the model: model.layers.1.self_attn.q_norm.weight"
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -109,7 +115,9 @@ def test_pickle_with_code(source, tmp_path, monkeypatch):
 
 
 def test_wrong_tokenizer(source, tensors, tmp_path):
-    short = {name: x[:500] if name in ("model.embed_tokens.weight", "lm_head.weight") else x for name, x in tensors.items()}
+    short = {
+        name: x[:500] if name in ("model.embed_tokens.weight", "lm_head.weight") else x for name, x in tensors.items()
+    }
     rewrite(source, short)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
@@ -148,7 +156,13 @@ def test_options_that_do_not_fit(source, tmp_path):
 
 def test_mixed_types_need_a_choice(source, tensors):
     rewrite(
-        source, tensors | {"model.layers.1.self_attn.q_proj.weight": tensors["model.layers.1.self_attn.q_proj.weight"].astype(np.float16)}
+        source,
+        tensors
+        | {
+            "model.layers.1.self_attn.q_proj.weight": tensors["model.layers.1.self_attn.q_proj.weight"].astype(
+                np.float16
+            )
+        },
     )
     refused(source, ValueError, "llm/layers/attn/q/kernel: its tensors are of types .*choose one with --dtype")
 
@@ -182,7 +196,9 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(source, tmp_path):
 
 def test_export_refuses_values_that_are_not_finite(source, tmp_path, monkeypatch):
     from_torch.convert(from_torch.Options((source,), tmp_path / "jax"))
-    monkeypatch.setattr(to_torch, "_read", lambda stored, path, index: np.full(stored.arrays[path][index].shape, np.nan, np.float32))
+    monkeypatch.setattr(
+        to_torch, "_read", lambda stored, path, index: np.full(stored.arrays[path][index].shape, np.nan, np.float32)
+    )
     with pytest.raises(ValueError, match="holds NaN"):
         to_torch.convert(tmp_path / "jax", tmp_path / "torch")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["jax", "source"]

@@ -37,7 +37,9 @@ def without_rotary(tensors: dict) -> dict:
     return {name: x for name, x in tensors.items() if not mapping.ignored(name)}
 
 
-@pytest.mark.parametrize("dtype, file_format", [(np.float32, "bin"), (ml_dtypes.bfloat16, "safetensors"), (np.float16, "safetensors")])
+@pytest.mark.parametrize(
+    "dtype, file_format", [(np.float32, "bin"), (ml_dtypes.bfloat16, "safetensors"), (np.float16, "safetensors")]
+)
 def test_merged_layout_is_bit_exact(tmp_path, dtype, file_format):
     tensors = random_tensors(TINY, dtype)
     source = write_folder(tmp_path / "source", TINY, tensors)
@@ -52,21 +54,28 @@ def test_merged_layout_is_bit_exact(tmp_path, dtype, file_format):
     assert all(name in torch_files.read_file(tmp_path / "torch" / file) for name, file in index["weight_map"].items())
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in written.values())
     # everything around the weights comes back as it was, and what the source lacked is there
-    assert {"generation_config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json"} <= {
-        path.name for path in (tmp_path / "torch").iterdir()
-    }
+    assert {
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    } <= {path.name for path in (tmp_path / "torch").iterdir()}
     for name in ("config.json", "tokenizer.model", "added_tokens.json"):
         assert (tmp_path / "torch" / name).read_bytes() == (source / name).read_bytes() or name == "config.json"
     written = json.loads((tmp_path / "torch" / "config.json").read_text())
     assert written == json.loads((source / "config.json").read_text()) and written["moe"]["num_experts"] == [2, 2]
 
 
-@pytest.mark.parametrize("dtype, file_format", [(np.float32, "safetensors"), (ml_dtypes.bfloat16, "bin"), (np.float16, "safetensors")])
+@pytest.mark.parametrize(
+    "dtype, file_format", [(np.float32, "safetensors"), (ml_dtypes.bfloat16, "bin"), (np.float16, "safetensors")]
+)
 def test_training_layout_with_adapters(tmp_path, dtype, file_format):
     tensors = random_tensors(ADAPTED, dtype)
     adapted = {name.replace(".lora_A.weight", ".weight") for name in tensors if ".lora_A." in name}
     unmerged = {mapping.unmerged_name(name, name in adapted): x for name, x in tensors.items()}
-    assert any(".base_layer.weight" in name for name in unmerged) and any(".lora_B.default.weight" in name for name in unmerged)
+    assert any(".base_layer.weight" in name for name in unmerged) and any(
+        ".lora_B.default.weight" in name for name in unmerged
+    )
     source = write_folder(tmp_path / "source", ADAPTED, unmerged)
     assert convert(tmp_path / "jax", source, kind="lora", lora_alpha=LORA.alpha) == ADAPTED
     to_torch.convert(tmp_path / "jax", tmp_path / "lora", file_format, layout="lora")
@@ -97,7 +106,9 @@ def test_merging_adds_the_adapters(tmp_path):
         "model.layers.2.mlp.deepspeed_moe.experts.deepspeed_experts.1.down_proj",
         "model.layers.1.mlp.gate_proj",
     ):
-        expected = tensors[name + ".weight"] + LORA.scale * tensors[name + ".lora_B.weight"] @ tensors[name + ".lora_A.weight"]
+        expected = (
+            tensors[name + ".weight"] + LORA.scale * tensors[name + ".lora_B.weight"] @ tensors[name + ".lora_A.weight"]
+        )
         np.testing.assert_allclose(written[name + ".weight"], expected, rtol=1e-5, atol=1e-5)
     # the same as the model code's own merge
     _, params, _ = checkpoint.load_params(str(tmp_path / "jax"))
@@ -105,7 +116,10 @@ def test_merging_adds_the_adapters(tmp_path):
     places = mapping.entries(TINY, merged)
     for name, x in written.items():
         np.testing.assert_allclose(
-            places[name].layout.to_torch(np.asarray(merged[places[name].path])[places[name].index]), x, rtol=1e-5, atol=1e-5
+            places[name].layout.to_torch(np.asarray(merged[places[name].path])[places[name].index]),
+            x,
+            rtol=1e-5,
+            atol=1e-5,
         )
 
 
@@ -142,7 +156,9 @@ def test_rotary_buffers_equal_pytorchs():
     import torch
 
     stored = to_torch.Stored(
-        dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, hidden_size=256)), {"llm/embed/embedding": FakeArray}, TOKENIZER
+        dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, hidden_size=256)),
+        {"llm/embed/embedding": FakeArray},
+        TOKENIZER,
     )
     made = next(to_torch.rotary_buffers(stored, "merged")).make()
     expected = 1.0 / (10000.0 ** (torch.arange(0, 128, 2).float() / 128))
@@ -164,9 +180,15 @@ def test_parts_from_several_sources_make_one_model(tmp_path):
         if name.startswith(("model.layers.", "model.norm", "model.mm_projector", "model.embed", "lm_head"))
     }
     llava |= {name: llava[name][:base] for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    source = write_folder(tmp_path / "llava", dataclasses.replace(DENSE, llm=dataclasses.replace(DENSE.llm, vocab_size=base)), llava)
+    source = write_folder(
+        tmp_path / "llava", dataclasses.replace(DENSE, llm=dataclasses.replace(DENSE.llm, vocab_size=base)), llava
+    )
     (source / "added_tokens.json").unlink()
-    clip = {name.removeprefix("model.vision_tower.vision_tower."): x for name, x in tensors.items() if "vision_tower" in name}
+    clip = {
+        name.removeprefix("model.vision_tower.vision_tower."): x
+        for name, x in tensors.items()
+        if "vision_tower" in name
+    }
     (tmp_path / "clip").mkdir()
     save(
         tmp_path / "clip" / "pytorch_model.bin",
@@ -177,23 +199,45 @@ def test_parts_from_several_sources_make_one_model(tmp_path):
     save(tmp_path / "sam.pth", {})
     import torch
 
-    torch.save({"model": {name: torch.from_numpy(x.astype(np.float32)) for name, x in sam.items()}}, tmp_path / "sam.pth")
+    torch.save(
+        {"model": {name: torch.from_numpy(x.astype(np.float32)) for name, x in sam.items()}}, tmp_path / "sam.pth"
+    )
 
-    config = convert(tmp_path / "jax", source, tmp_path / "clip", tmp_path / "sam.pth", fresh=("region", "seg_mlp"), dtype="fp32", stage=1)
+    config = convert(
+        tmp_path / "jax",
+        source,
+        tmp_path / "clip",
+        tmp_path / "sam.pth",
+        fresh=("region", "seg_mlp"),
+        dtype="fp32",
+        stage=1,
+    )
     assert config == DENSE
     _, params, tokenizer = checkpoint.load_params(str(tmp_path / "jax"))
     assert Tokenizer.load(tokenizer).vocab_size == DENSE.llm.vocab_size
-    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, from_torch.params_of(from_torch.model_shapes(DENSE)))
+    assert jax.tree.map(np.shape, params) == jax.tree.map(
+        np.shape, from_torch.params_of(from_torch.model_shapes(DENSE))
+    )
     embedding, head = params["llm"]["embed"]["embedding"], params["llm"]["head"]["kernel"]
     assert np.array_equal(embedding[:base], llava["model.embed_tokens.weight"].astype(np.float32))
-    np.testing.assert_allclose(embedding[base:], np.tile(embedding[:base].mean(0), (len(embedding) - VOCAB_WITHOUT_ADDED, 1)), atol=1e-5)
-    np.testing.assert_allclose(head[:, base:], np.tile(head[:, :base].mean(1, keepdims=True), (1, len(embedding) - base)), atol=1e-5)
-    assert np.array_equal(params["sam"]["mask_decoder"]["mask_tokens"], sam["mask_decoder.mask_tokens.weight"].astype(np.float32))
+    np.testing.assert_allclose(
+        embedding[base:], np.tile(embedding[:base].mean(0), (len(embedding) - VOCAB_WITHOUT_ADDED, 1)), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        head[:, base:], np.tile(head[:, :base].mean(1, keepdims=True), (1, len(embedding) - base)), atol=1e-5
+    )
+    assert np.array_equal(
+        params["sam"]["mask_decoder"]["mask_tokens"], sam["mask_decoder.mask_tokens.weight"].astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize(
     "kind, prefix, part",
-    [("clip", "model.vision_tower.", "clip"), ("sam_med2d", "model.visual_model.", "sam"), ("llama", "model.layers.", "llm")],
+    [
+        ("clip", "model.vision_tower.", "clip"),
+        ("sam_med2d", "model.visual_model.", "sam"),
+        ("llama", "model.layers.", "llm"),
+    ],
 )
 def test_one_part_alone(tmp_path, kind, prefix, part):
     tensors = {
@@ -250,7 +294,9 @@ def test_restores_onto_a_mesh(tmp_path):
 
     convert(tmp_path / "jax", write_folder(tmp_path / "source", DENSE, random_tensors(DENSE)))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    _, placed, _ = checkpoint.load_params(str(tmp_path / "jax"), shardings=model_shardings(from_torch.model_shapes(DENSE), mesh))
+    _, placed, _ = checkpoint.load_params(
+        str(tmp_path / "jax"), shardings=model_shardings(from_torch.model_shapes(DENSE), mesh)
+    )
     _, whole, _ = checkpoint.load_params(str(tmp_path / "jax"))
     gate = placed["llm"]["mlp"]["gate"]["kernel"]
     assert gate.addressable_shards[0].data.shape == (3, 8, 12)

@@ -27,7 +27,13 @@ def run(tmp_path):
     experiment = ExperimentConfig(model=TINY, data=DataConfig(tokenizer=str(TOKENIZER)))
     params = draw_params(abstract_module(functools.partial(MedPLIB, TINY)), 0)
     with checkpoint.make_manager(str(path), keep=1) as manager:
-        checkpoint.save(manager, TrainState(step=jnp.asarray(3), trainable=params, frozen={}, opt_state={}), experiment, total_steps=3, loss=1.0)
+        checkpoint.save(
+            manager,
+            TrainState(step=jnp.asarray(3), trainable=params, frozen={}, opt_state={}),
+            experiment,
+            total_steps=3,
+            loss=1.0,
+        )
         manager.wait_until_finished()
     return path
 
@@ -35,18 +41,29 @@ def run(tmp_path):
 def test_a_folder_of_pytorch_weights_answers_like_its_checkpoint(run, tmp_path):
     folder = tmp_path / "MedPLIB-tiny"
     to_torch.convert(run, folder)
-    tower = folder / json.loads((folder / "config.json").read_text())["mm_vision_tower"]  # the number of heads is in no tensor
+    tower = (
+        folder / json.loads((folder / "config.json").read_text())["mm_vision_tower"]
+    )  # the number of heads is in no tensor
     tower.mkdir(parents=True)
-    (tower / "config.json").write_text(json.dumps({"model_type": "clip_vision_model", "num_attention_heads": TINY.clip.num_heads}))
+    (tower / "config.json").write_text(
+        json.dumps({"model_type": "clip_vision_model", "num_attention_heads": TINY.clip.num_heads})
+    )
     tasks = folder_tasks(tiny.write_data(tmp_path / "data"))
-    config = SweepConfig(checkpoints=f"{run},{folder}", tasks=tasks, protocol="both", max_new_tokens=4, limit=2, slots=2, refill=2)
+    config = SweepConfig(
+        checkpoints=f"{run},{folder}", tasks=tasks, protocol="both", max_new_tokens=4, limit=2, slots=2, refill=2
+    )
     result = run_sweep(config, tmp_path / "sweep")
-    assert [(c["name"], c["kind"], c["step"]) for c in result["checkpoints"]] == [("runs-tiny-3", "jax", 3), ("MedPLIB_tiny", "torch", 0)]
+    assert [(c["name"], c["kind"], c["step"]) for c in result["checkpoints"]] == [
+        ("runs-tiny-3", "jax", 3),
+        ("MedPLIB_tiny", "torch", 0),
+    ]
     assert [path.name.rpartition("-")[0] for path in (tmp_path / "sweep" / "converted").iterdir()] == ["MedPLIB-tiny"]
     answers = {}
     for cell in result["cells"]:
         assert cell["records"] == 2 and not cell["skipped"]
         rows = [row for path in cell["predictions"] for row in read_rows(tmp_path / "sweep" / path)]
-        answers.setdefault(cell["checkpoint"], {})[cell["task"], cell["protocol"]] = json.dumps([rows, cell["metrics"], cell["router"]])
+        answers.setdefault(cell["checkpoint"], {})[cell["task"], cell["protocol"]] = json.dumps(
+            [rows, cell["metrics"], cell["router"]]
+        )
         assert all(row["answer"] for row in rows) and ("masks" in rows[0]) == (cell["task"] == "grounding")
     assert answers["MedPLIB_tiny"] == answers["runs-tiny-3"] and len(answers["runs-tiny-3"]) == 6

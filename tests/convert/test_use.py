@@ -35,12 +35,16 @@ def data(tmp_path_factory):
 
 
 def of_medplib(folder) -> from_torch.Options:
-    return from_torch.Options((write_folder(folder / "source", TINY, random_tensors(TINY)),), folder / "jax", kind="medplib", stage=4)
+    return from_torch.Options(
+        (write_folder(folder / "source", TINY, random_tensors(TINY)),), folder / "jax", kind="medplib", stage=4
+    )
 
 
 def of_adapters(folder) -> from_torch.Options:
     config = dataclasses.replace(TINY, lora=LORA)
-    return from_torch.Options((write_folder(folder / "source", config, random_tensors(config)),), folder / "jax", kind="lora", stage=4)
+    return from_torch.Options(
+        (write_folder(folder / "source", config, random_tensors(config)),), folder / "jax", kind="lora", stage=4
+    )
 
 
 def of_llava(folder) -> from_torch.Options:
@@ -48,11 +52,16 @@ def of_llava(folder) -> from_torch.Options:
     tensors, words = random_tensors(DENSE), Tokenizer.load(str(TOKENIZER)).seg_id
     small = dataclasses.replace(DENSE, llm=dataclasses.replace(DENSE.llm, vocab_size=words))
     language = ("model.layers.", "model.norm", "model.mm_projector", "model.embed", "lm_head")
-    llava = write_folder(folder / "llava", small, {name: x[:words] for name, x in tensors.items() if name.startswith(language)})
+    llava = write_folder(
+        folder / "llava", small, {name: x[:words] for name, x in tensors.items() if name.startswith(language)}
+    )
     (folder / "clip").mkdir()
     shutil.copyfile(llava / "clip/config.json", folder / "clip/config.json")
     tower, sam = "model.vision_tower.vision_tower.", "model.visual_model."
-    save(folder / "clip/model.safetensors", {name.removeprefix(tower): x for name, x in tensors.items() if name.startswith(tower)})
+    save(
+        folder / "clip/model.safetensors",
+        {name.removeprefix(tower): x for name, x in tensors.items() if name.startswith(tower)},
+    )
     save(folder / "sam.pth", {name.removeprefix(sam): x for name, x in tensors.items() if name.startswith(sam)})
     return from_torch.Options((llava, folder / "clip", folder / "sam.pth"), folder / "jax", fresh=("region", "seg_mlp"))
 
@@ -65,7 +74,9 @@ def test_predicts_evaluates_and_trains(options_of, data, tmp_path, monkeypatch):
     picture = next((data / "images").rglob("*.png"))
     assert isinstance(Predictor(str(options.out), max_new_tokens=3)(picture, "Please segment the lesion.").answer, str)
     tasks = folder_tasks(data / FILES["test"]["grounding"])
-    result = run_sweep(SweepConfig(checkpoints=str(options.out), tasks=tasks, max_new_tokens=3, limit=2), tmp_path / "evaluation")
+    result = run_sweep(
+        SweepConfig(checkpoints=str(options.out), tasks=tasks, max_new_tokens=3, limit=2), tmp_path / "evaluation"
+    )
     assert [cell["records"] for cell in result["cells"]] == [2]
 
     monkeypatch.setattr(train_module, "make_mesh", lambda mesh: make_mesh(mesh, from_torch.jax.devices()[:1]))

@@ -98,14 +98,31 @@ BROKEN_MASKS = {
 ODD_MASKS = {
     "RGBA": lambda rng: png(np.full((*SIZE, 4), 255, np.uint8)),
     "16-bit": lambda rng: png(np.ones(SIZE, np.uint16)),
-    "palette": lambda rng: saved(Image.new("RGB", SIZE[::-1], (128, 0, 0)).convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
+    "palette": lambda rng: saved(
+        Image.new("RGB", SIZE[::-1], (128, 0, 0)).convert("P", palette=Image.Palette.ADAPTIVE), "PNG"
+    ),
 }
 JUNK = (None, True, 3.5, 7, [], {}, [[]], [None], {"a": 1}, float("nan"), [1, "x"])
 PATHS = (
-    "../../etc/passwd", "/etc/passwd", "images/../../../etc/passwd", "..", ".", "/", "//etc//passwd", "~/secret.png", "images/", "link.png",
-    "folder/secret.png", "file:///etc/passwd", "http://example.org/a.png", "a\0b.png", "x" * 5000, "images/" + "../" * 50 + "etc/passwd",
-    "C:\\secret.png", "half \ud800.png",
-)  # fmt: skip
+    "../../etc/passwd",
+    "/etc/passwd",
+    "images/../../../etc/passwd",
+    "..",
+    ".",
+    "/",
+    "//etc//passwd",
+    "~/secret.png",
+    "images/",
+    "link.png",
+    "folder/secret.png",
+    "file:///etc/passwd",
+    "http://example.org/a.png",
+    "a\0b.png",
+    "x" * 5000,
+    "images/" + "../" * 50 + "etc/passwd",
+    "C:\\secret.png",
+    "half \ud800.png",
+)
 
 
 def rotated_mask(rng) -> bytes:
@@ -149,18 +166,31 @@ class Faults:
         record = self.good(index)
         kind = pick(self._rng, ("picture", "odd picture", "mask", "odd mask", "path", "type", "text"))
         return {
-            "picture": self._file, "odd picture": self._file, "mask": self._file, "odd mask": self._file,
-            "path": self._path, "type": self._type, "text": self._text,
-        }[kind](record, kind)  # fmt: skip
+            "picture": self._file,
+            "odd picture": self._file,
+            "mask": self._file,
+            "odd mask": self._file,
+            "path": self._path,
+            "type": self._type,
+            "text": self._text,
+        }[kind](record, kind)
 
     def _file(self, record, kind):
-        tables = {"picture": BROKEN_FILES, "odd picture": ODD_PICTURES, "mask": BROKEN_FILES | BROKEN_MASKS, "odd mask": ODD_MASKS}
+        tables = {
+            "picture": BROKEN_FILES,
+            "odd picture": ODD_PICTURES,
+            "mask": BROKEN_FILES | BROKEN_MASKS,
+            "odd mask": ODD_MASKS,
+        }
         name = pick(self._rng, list(tables[kind]))
         content = tables[kind][name](self._rng)
         reference = record["image"] if "picture" in kind else record["image"].replace("images", "masks")
         (self.folder / reference).write_bytes(content)
         if kind == "odd picture":  # its masks would be of another size
-            record["conversations"] = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cyst."}]
+            record["conversations"] = [
+                {"from": "human", "value": "<image>\nWhat is it?"},
+                {"from": "gpt", "value": "A cyst."},
+            ]
         return record, NOTED if kind.startswith("odd") else REFUSED, f"{kind}: {name}"
 
     def _path(self, record, kind):
@@ -205,7 +235,9 @@ class Faults:
             "half a surrogate pair": lambda: question.update(value=question["value"] + "\udc00"),
             "too long": lambda: question.update(value=question["value"] + " why" * 2000),
             "region outside": lambda: question.update(value="<image>\nWhat is in <region>box:0,0,999,999</region>?"),
-            "region without numbers": lambda: question.update(value="<image>\nWhat is in <region>point:nan,1</region>?"),
+            "region without numbers": lambda: question.update(
+                value="<image>\nWhat is in <region>point:nan,1</region>?"
+            ),
         }
         name = pick(self._rng, list(faults))
         faults[name]()

@@ -39,9 +39,14 @@ def dataset(tmp_path_factory):
 
 def config(root, on_error):
     return DataConfig(
-        sources=(str(root / "train.json"),), tokenizer=str(GOLDEN / "tokenizer"), bucket_lengths=(160,), batch_size=8, mask_canvas=64,
-        on_error=on_error, workers=0,
-    )  # fmt: skip
+        sources=(str(root / "train.json"),),
+        tokenizer=str(GOLDEN / "tokenizer"),
+        bucket_lengths=(160,),
+        batch_size=8,
+        mask_canvas=64,
+        on_error=on_error,
+        workers=0,
+    )
 
 
 def check(outcomes, refused, noted, used):
@@ -95,7 +100,9 @@ def test_assembling_names_every_fault(dataset, tmp_path):
     # a picture with too many words is a matter of the model, and assembling repairs what it can
     mendable = {index for index, (_, fault) in outcomes.items() if fault == "text: too long" or index in noted}
     check({index: one for index, one in outcomes.items() if index not in mendable}, refused, noted, set())
-    mended = collections.Counter(fault for index, (outcome, fault) in outcomes.items() if outcome == REFUSED and index in noted - refused)
+    mended = collections.Counter(
+        fault for index, (outcome, fault) in outcomes.items() if outcome == REFUSED and index in noted - refused
+    )
     assert not mended, mended.most_common()
 
 

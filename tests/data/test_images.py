@@ -1,6 +1,5 @@
 """Pixels against the original's, every kind of picture file, and files that must be refused."""
 
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -99,7 +98,9 @@ def test_any_grey_value_from_one_is_mask(tmp_path):
 def test_a_mask_of_another_size_is_refused(tmp_path):
     path = str(tmp_path / "m.png")
     Image.new("L", (6, 4)).save(path)
-    with pytest.raises(DataError, match=r"m.png: mask and picture differ in size; expected 6 x 4 \(h x w\), found 4 x 6"):
+    with pytest.raises(
+        DataError, match=r"m.png: mask and picture differ in size; expected 6 x 4 \(h x w\), found 4 x 6"
+    ):
         images.load_mask(path, (6, 4))
 
 

@@ -23,7 +23,9 @@ from tests.helpers import MODEL
 from tests.paths import GOLDEN
 
 LENGTH = 448
-costs_of = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 2), st.integers(0, 2), st.booleans()), min_size=1, max_size=200)
+costs_of = st.lists(
+    st.tuples(st.integers(1, 50), st.integers(0, 2), st.integers(0, 2), st.booleans()), min_size=1, max_size=200
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -50,7 +52,9 @@ def test_a_plan_of_groups_holds_every_record_once_per_epoch():
     groups = [np.array(one) for one in ([0, 3], [1], [2, 4, 5], [6])]
     plan = BatchPlan([[30, 10], [35, 5]], (10, 40), 3, 0, groups=groups)
     for epoch in (0, 1):
-        numbers = np.concatenate([plan.batch(epoch * plan.steps_per_epoch + step)[1] for step in range(plan.steps_per_epoch)])
+        numbers = np.concatenate(
+            [plan.batch(epoch * plan.steps_per_epoch + step)[1] for step in range(plan.steps_per_epoch)]
+        )
         assert sorted(record for number in numbers for record in plan.records(number)) == list(range(7))
 
 
@@ -58,14 +62,24 @@ def test_a_plan_of_groups_holds_every_record_once_per_epoch():
 def data(tmp_path):
     """Questions about whole pictures, about regions, without a picture, and one that asks for a mask."""
     root = collection.make_images(tmp_path) / "SAMed2Dv1"
-    text_only = [{"conversations": collection.record(0, f"What is {word}?", "A disease.")["conversations"]} for word in ("gout", "flu")]
+    text_only = [
+        {"conversations": collection.record(0, f"What is {word}?", "A disease.")["conversations"]}
+        for word in ("gout", "flu")
+    ]
     mask = f"masks/{collection.CT.format(3, 3)}--0001_000.png"
     records = [collection.vqa(0), collection.region(1), *text_only, collection.grounding(3, mask), collection.vqa(2)]
     collection.write(root, "train.json", records)
     return DataConfig(
-        sources=(str(root / "train.json"),), root=str(root), tokenizer=str(GOLDEN / "tokenizer"), bucket_lengths=(LENGTH,), batch_size=2,
-        max_images=3, max_regions=2, mask_canvas=32, workers=0,
-    )  # fmt: skip
+        sources=(str(root / "train.json"),),
+        root=str(root),
+        tokenizer=str(GOLDEN / "tokenizer"),
+        bucket_lengths=(LENGTH,),
+        batch_size=2,
+        max_images=3,
+        max_regions=2,
+        mask_canvas=32,
+        workers=0,
+    )
 
 
 def summed_loss_and_gradient(config, batches):
@@ -92,7 +106,11 @@ def epoch(data, config):
     loader = make_loader(data, config, data.root)
     plan, problems = loader.plan(seed=0)
     assert problems == []
-    return loader, plan, [arrays for arrays, _ in train_batches(loader, plan, range(data.batch_size), 0, plan.steps_per_epoch, 0)]
+    return (
+        loader,
+        plan,
+        [arrays for arrays, _ in train_batches(loader, plan, range(data.batch_size), 0, plan.steps_per_epoch, 0)],
+    )
 
 
 def test_the_loss_and_its_gradient_equal_those_of_one_conversation_a_row(data):
@@ -106,7 +124,9 @@ def test_the_loss_and_its_gradient_equal_those_of_one_conversation_a_row(data):
     assert (4,) in rows  # the one with a mask has its row for itself
     for arrays in packed:
         np.testing.assert_array_equal(arrays["segment"] > 0, arrays["valid"] & (arrays["record"] >= 0)[:, None])
-    (loss, weight, gradient), (expected, count, truth) = (summed_loss_and_gradient(config, batches) for batches in (packed, plain))
+    (loss, weight, gradient), (expected, count, truth) = (
+        summed_loss_and_gradient(config, batches) for batches in (packed, plain)
+    )
     assert weight == count > 10
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for found, right in zip(jax.tree.leaves(gradient), jax.tree.leaves(truth), strict=True):
@@ -127,7 +147,11 @@ def test_pictures_and_regions_of_a_row_have_their_own_slots(data):
             assert arrays["region_point_valid"][row].any(axis=1).sum() == regions
             used = arrays["feature_index"][row]
             used = used[used >= 0]
-            assert len(used) == len(set(used.tolist())) == sum(int((single["feature_index"] >= 0).sum()) for single in alone)
+            assert (
+                len(used)
+                == len(set(used.tolist()))
+                == sum(int((single["feature_index"] >= 0).sum()) for single in alone)
+            )
 
 
 def test_a_bad_record_leaves_only_its_place_in_the_row(data):

@@ -61,7 +61,11 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(lengths, batch_size, step):
 
 
 @some
-@given(lengths_of_sources, st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 5)), min_size=1, max_size=8), st.integers(0, 3))
+@given(
+    lengths_of_sources,
+    st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 5)), min_size=1, max_size=8),
+    st.integers(0, 3),
+)
 def test_interruptions_and_other_process_counts_lose_and_repeat_nothing(lengths, legs, seed):
     """A run in legs, each with its number of processes and steps; every process makes the plan anew and resumes at the step."""
     step, found, batch_size = 0, [], 4
@@ -142,9 +146,17 @@ def write_good(folder):
         [
             {"image": "wide.png", "conversations": turns("What is it?", "A liver.")},
             {"image": "wide.png", "conversations": turns("Segment it.", "It is <SEG>.<mask>wide_mask.png</mask>")},
-            {"image": "tall.png", "conversations": turns("Segment it.", "<SEG><mask>tall_mask.png</mask> and <SEG><mask>tall_mask</mask>")},
+            {
+                "image": "tall.png",
+                "conversations": turns(
+                    "Segment it.", "<SEG><mask>tall_mask.png</mask> and <SEG><mask>tall_mask</mask>"
+                ),
+            },
             {"image": "tall.png", "conversations": turns("What is <region>tall_mask.png</region> here?", "A kidney.")},
-            {"image": "tall.png", "conversations": turns("Is <region>point:3,5</region> in <region>box:0,0,9,9</region>?", "Yes.")},
+            {
+                "image": "tall.png",
+                "conversations": turns("Is <region>point:3,5</region> in <region>box:0,0,9,9</region>?", "Yes."),
+            },
             {"conversations": text_only("What is pneumonia?", "An infection.")},
             {"image": "wide.png", "conversations": turns("Describe it at length. " * 6, "A cyst.")},
         ],
@@ -156,7 +168,14 @@ def write(folder, records):
 
 
 def config(folder, **changes):
-    values = {"batch_size": 4, "max_regions": 2, "max_masks": 2, "mask_canvas": 32, "bucket_lengths": BUCKETS, "workers": 0} | changes
+    values = {
+        "batch_size": 4,
+        "max_regions": 2,
+        "max_masks": 2,
+        "mask_canvas": 32,
+        "bucket_lengths": BUCKETS,
+        "workers": 0,
+    } | changes
     return DataConfig(sources=(str(folder / "train.json"),), tokenizer=str(GOLDEN / "tokenizer"), **values)
 
 
@@ -179,7 +198,9 @@ def check_form(arrays, rows, length):
         array = arrays[field.name]
         axes = field.type.dim_str.split()
         assert array.dtype.name in field.type.dtypes, field.name
-        assert array.shape == tuple(sizes.setdefault(axis, size) for axis, size in zip(axes, array.shape, strict=True)), field.name
+        assert array.shape == tuple(
+            sizes.setdefault(axis, size) for axis, size in zip(axes, array.shape, strict=True)
+        ), field.name
     assert [sizes[axis] for axis in "N Ic Is R S M I J".split()] == [1, 28, 32, 2, 16, 2, 32, 32]
 
 
@@ -255,20 +276,44 @@ BAD_TEXT = [
     ({"image": "wide.png"}, "record without conversations"),
     ({"image": "wide.png", "conversations": [{"from": "system", "value": "x"}]}, "unknown role"),
     ({"image": "wide.png", "conversations": turns("Segment it.", "It is <SEG>.")}, "<SEG> and masks do not pair up"),
-    ({"image": "wide.png", "conversations": turns("Segment it. " * 40, "No.")}, "text too long; expected at most 256 positions"),
-    ({"image": "wide.png", "conversations": turns("<region>point:1,1</region>" * 3, "No.")}, "too many regions; .* 2, found 3"),
-    ({"image": "wide.png", "conversations": turns("All.", "<SEG><mask>wide_mask.png</mask>" * 3)}, "too many masks; .* 2, found 3"),
-    ({"image": ["wide.png"] * 2, "conversations": turns("<image>?", "No.")}, "too many images; expected at most 1, found 2"),
+    (
+        {"image": "wide.png", "conversations": turns("Segment it. " * 40, "No.")},
+        "text too long; expected at most 256 positions",
+    ),
+    (
+        {"image": "wide.png", "conversations": turns("<region>point:1,1</region>" * 3, "No.")},
+        "too many regions; .* 2, found 3",
+    ),
+    (
+        {"image": "wide.png", "conversations": turns("All.", "<SEG><mask>wide_mask.png</mask>" * 3)},
+        "too many masks; .* 2, found 3",
+    ),
+    (
+        {"image": ["wide.png"] * 2, "conversations": turns("<image>?", "No.")},
+        "too many images; expected at most 1, found 2",
+    ),
 ]
 BAD_FILES = [
     ({"image": "gone.png", "conversations": turns("What?", "No.")}, "file is missing"),
     ({"image": "broken.png", "conversations": turns("What?", "No.")}, "picture cannot be read .*broken.png"),
     ({"image": "../train.json", "conversations": turns("What?", "No.")}, "path leaves the data folder"),
-    ({"image": "wide.png", "conversations": turns("Segment.", "<SEG><mask>tall_mask.png</mask>")}, "mask and picture differ .*20 x 30"),
-    ({"image": "wide.png", "conversations": turns("<region>tall_mask.png</region>?", "No.")}, "mask and picture differ in size"),
-    ({"image": "wide.png", "conversations": turns("<region>point:31,3</region>?", "No.")}, "region is outside the picture"),
+    (
+        {"image": "wide.png", "conversations": turns("Segment.", "<SEG><mask>tall_mask.png</mask>")},
+        "mask and picture differ .*20 x 30",
+    ),
+    (
+        {"image": "wide.png", "conversations": turns("<region>tall_mask.png</region>?", "No.")},
+        "mask and picture differ in size",
+    ),
+    (
+        {"image": "wide.png", "conversations": turns("<region>point:31,3</region>?", "No.")},
+        "region is outside the picture",
+    ),
     ({"image": "wide.png", "conversations": turns("<region>empty.png</region>?", "No.")}, "region is empty"),
-    ({"image": [], "conversations": text_only("Segment it.", "<SEG><mask>wide_mask.png</mask>")}, "mask without an image"),
+    (
+        {"image": [], "conversations": text_only("Segment it.", "<SEG><mask>wide_mask.png</mask>")},
+        "mask without an image",
+    ),
 ]
 
 
@@ -330,7 +375,9 @@ def test_odd_files_are_noted_and_used(folder):
 def test_an_empty_mask_is_noted(folder):
     Image.new("L", (30, 20)).save(folder / "wide_mask.png")
     notices = [error for _, errors in epoch(folder)[0] for error in errors]
-    assert {(notice.record, notice.what.split(" (")[0], type(notice)) for notice in notices} == {(1, "mask is empty", Notice)}
+    assert {(notice.record, notice.what.split(" (")[0], type(notice)) for notice in notices} == {
+        (1, "mask is empty", Notice)
+    }
 
 
 def test_evaluation_logs_notices_and_counts_errors_only(folder, caplog):
@@ -368,7 +415,11 @@ def test_augmented_regions_are_parts_and_come_back_on_resuming(folder, mode):
     whole = [arrays for arrays, _ in train_batches(loader, plan, range(4), 0, 40, workers=0)]
     (resumed, _), *_ = train_batches(loader, plan, range(4), 39, 40, workers=0)
     np.testing.assert_array_equal(resumed["region_points"], whole[-1]["region_points"])
-    counts = [int(arrays["region_point_valid"][row, 0].sum()) for arrays in whole for row in np.flatnonzero(arrays["record"] == 3)]
+    counts = [
+        int(arrays["region_point_valid"][row, 0].sum())
+        for arrays in whole
+        for row in np.flatnonzero(arrays["record"] == 3)
+    ]
     evaluated, _ = loader.load_eval([3], [0], True)
     cells = evaluated["region_point_valid"][0, 0].sum()  # evaluation sees the whole region
     assert cells == 24 * 9  # the picture is 16 of 40 wide
@@ -418,7 +469,9 @@ def test_worker_processes_give_the_same_batches_and_errors(bad_files):
     write_good(bad_files)
     script = bad_files / "script.py"
     good = config(bad_files)
-    script.write_text(WORKER_SCRIPT.format(data=good, model=MODEL, broken=dataclasses.replace(good, sources=(str(broken),))))
+    script.write_text(
+        WORKER_SCRIPT.format(data=good, model=MODEL, broken=dataclasses.replace(good, sources=(str(broken),)))
+    )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
     steps, equal, record = done.stdout.split()

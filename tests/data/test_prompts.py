@@ -41,7 +41,9 @@ def test_ids_and_labels_equal_the_originals(tokenizer, name):
     case = CASES["conversations"][name]
     turns = case["turns"][1:] if case["turns"][0][0] == "gpt" else case["turns"]
     one = record(turns, ("a.png",) if case["has_image"] else ())
-    ids, labels = original_form(encode_conversation(one, tokenizer, **options(template=name.split("/")[0], image_tokens=1)))
+    ids, labels = original_form(
+        encode_conversation(one, tokenizer, **options(template=name.split("/")[0], image_tokens=1))
+    )
     assert ids == case["input_ids"]
     if name.endswith("contains_role"):  # the original masks all labels
         assert [label for label in labels if label != IGNORED] == [*tokenizer.encode("No."), tokenizer.eos_id]
@@ -73,7 +75,9 @@ def test_records_of_the_original_program(tokenizer):
 
 
 def test_splicing_widens_images_and_numbers_regions(tokenizer):
-    one = record([("human", "<image>\nCompare <region>a.png</region> with <region>point:3,4</region>."), ("gpt", "Same.")])
+    one = record(
+        [("human", "<image>\nCompare <region>a.png</region> with <region>point:3,4</region>."), ("gpt", "Same.")]
+    )
     encoded = encode_conversation(one, tokenizer, **options())
     start = int(np.flatnonzero(encoded.feature_index == 0)[0])
     np.testing.assert_array_equal(encoded.feature_index[start : start + 4], range(4))
@@ -86,7 +90,10 @@ def test_splicing_widens_images_and_numbers_regions(tokenizer):
 
 
 def test_several_images_stay_in_place_and_regions_know_theirs(tokenizer):
-    turns = [("human", "A: <image> <region>a.png</region> B: <image> <region>b.png</region> <region>c.png</region>"), ("gpt", "Yes.")]
+    turns = [
+        ("human", "A: <image> <region>a.png</region> B: <image> <region>b.png</region> <region>c.png</region>"),
+        ("gpt", "Yes."),
+    ]
     encoded = encode_conversation(record(turns, ("a.png", "b.png")), tokenizer, **options(max_images=3))
     assert encoded.feature_index[encoded.feature_index >= 0].tolist() == [0, 1, 2, 3, 12, 4, 5, 6, 7, 13, 14]
     assert encoded.region_images == (0, 1, 1)
@@ -117,10 +124,20 @@ def test_a_question_keeps_the_history_before_it(tokenizer):
 @pytest.mark.parametrize(
     ("turns", "images", "changes", "message"),
     [
-        ([("human", "<image>\nWhy? " * 9), ("gpt", "So.")], ("a.png",), {"max_length": 64}, "text too long; expected at most 64 positions"),
+        (
+            [("human", "<image>\nWhy? " * 9), ("gpt", "So.")],
+            ("a.png",),
+            {"max_length": 64},
+            "text too long; expected at most 64 positions",
+        ),
         ([("human", "Why?"), ("gpt", "So.")], ("a.png",), {}, "do not pair up; expected 1 <image>, found 0"),
         ([("human", "<image>"), ("gpt", "So.")], (), {}, "expected 0 <image>, found 1"),
-        ([("human", "<image> <image>"), ("gpt", "So.")], ("a.png", "b.png"), {}, "too many images; expected at most 1, found 2"),
+        (
+            [("human", "<image> <image>"), ("gpt", "So.")],
+            ("a.png", "b.png"),
+            {},
+            "too many images; expected at most 1, found 2",
+        ),
         ([("human", "<region>a.png</region>?"), ("gpt", "So.")], (), {}, "region without an image"),
         ([("human", "<image>\nWhy?")], ("a.png",), {}, "conversation without an answer"),
     ],

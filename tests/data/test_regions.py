@@ -1,6 +1,5 @@
 """Regions against the original's grid, and properties that hold for any region."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -94,7 +93,9 @@ def test_the_border_belongs_to_the_picture(reference):
     assert regions.draw(reference, (60, 80)).any()
 
 
-@pytest.mark.parametrize("reference", ["point:81,3", "point:3,-1", "box:0,0,80,61", "polygon:0,0 5,5 90,1", "scribble:1,1 2,70"])
+@pytest.mark.parametrize(
+    "reference", ["point:81,3", "point:3,-1", "box:0,0,80,61", "polygon:0,0 5,5 90,1", "scribble:1,1 2,70"]
+)
 def test_outside_the_picture_is_refused(reference):
     with pytest.raises(DataError, match=r"region is outside the picture; expected x in \[0, 80\], y in \[0, 60\]"):
         regions.draw(reference, (60, 80))

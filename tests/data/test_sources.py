@@ -20,7 +20,13 @@ def parse(raw):
 
 
 def test_a_record_keeps_its_references_and_texts():
-    record = parse({"image": "a.png", "conversations": conversation(answer="It is <SEG>.<mask>m.png</mask>"), "answer_type": "open"})
+    record = parse(
+        {
+            "image": "a.png",
+            "conversations": conversation(answer="It is <SEG>.<mask>m.png</mask>"),
+            "answer_type": "open",
+        }
+    )
     assert record.images == ("a.png",)
     assert record.turns == (("human", "<image>\nWhat is it?"), ("gpt", "It is <SEG>.<mask>m.png</mask>"))
     assert record.answer_type == "open"
@@ -42,18 +48,30 @@ def test_a_greeting_is_left_out_and_numbers_become_text():
         ({"conversations": [{"from": "user", "value": "x"}]}, "unknown role; expected human or gpt, found 'user'"),
         ({"conversations": ["x"]}, "unknown role"),
         ({"conversations": [{"from": "human"}]}, "turn without text"),
-        ({"conversations": conversation() + conversation()[1:]}, "roles do not alternate; expected human in turn 2, found gpt"),
+        (
+            {"conversations": conversation() + conversation()[1:]},
+            "roles do not alternate; expected human in turn 2, found gpt",
+        ),
         ({"conversations": [{"from": "gpt", "value": "Hello."}]}, "record without a question"),
         ({"conversations": conversation(answer=" ")}, "empty answer"),
         ({"conversations": conversation(question="")}, "empty question"),
-        ({"conversations": conversation(answer="It is <SEG>.")}, "<SEG> and masks do not pair up; expected 1 <mask> for 1 <SEG>, found 0"),
+        (
+            {"conversations": conversation(answer="It is <SEG>.")},
+            "<SEG> and masks do not pair up; expected 1 <mask> for 1 <SEG>, found 0",
+        ),
         ({"conversations": conversation(answer="It.<mask>m.png</mask>")}, "expected 0 <mask> for 0 <SEG>, found 1"),
-        ({"conversations": conversation(answer="<SEG><mask>a</mask><mask>b</mask>")}, "expected 1 <mask> for 1 <SEG>, found 2"),
+        (
+            {"conversations": conversation(answer="<SEG><mask>a</mask><mask>b</mask>")},
+            "expected 1 <mask> for 1 <SEG>, found 2",
+        ),
         ({"conversations": conversation(answer="<SEG><mask></mask>")}, "without a reference"),
         ({"conversations": conversation(question="<region> </region>?")}, "without a reference"),
         ({"conversations": conversation(question="<mask>m.png</mask>?")}, "mask in a question"),
         ({"conversations": conversation(answer="<image>")}, "image in an answer"),
-        ({"image": 3, "conversations": conversation()}, "image is not a path; expected a path or a list of paths, found 3"),
+        (
+            {"image": 3, "conversations": conversation()},
+            "image is not a path; expected a path or a list of paths, found 3",
+        ),
         ({"image": ["a.png", ""], "conversations": conversation()}, "image is not a path"),
         ({"image": {}, "conversations": conversation()}, "image is not a path"),
         ({"image": "a\ud800.png", "conversations": conversation()}, "image is not a path"),
@@ -90,7 +108,8 @@ def test_a_file_of_records(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "annotation file cannot be read"), ("{}", "not a list of records; expected a JSON list, found dict")]
+    ("text", "message"),
+    [("{", "annotation file cannot be read"), ("{}", "not a list of records; expected a JSON list, found dict")],
 )
 def test_a_bad_file_is_named(tmp_path, text, message):
     path = tmp_path / "train.json"
@@ -120,7 +139,9 @@ def test_paths_are_found_and_the_suffix_is_tried(root, reference):
     assert at(root).path(reference) == str(root / "a.png")
 
 
-@pytest.mark.parametrize("reference", ["../secret.png", "link.png", "link", "up/secret.png", "/etc/hostname", "../gone.png"])
+@pytest.mark.parametrize(
+    "reference", ["../secret.png", "link.png", "link", "up/secret.png", "/etc/hostname", "../gone.png"]
+)
 def test_paths_do_not_leave_the_root(root, reference):
     with pytest.raises(DataError, match="record 7: path leaves the data folder"):
         at(root).path(reference)

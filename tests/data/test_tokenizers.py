@@ -44,8 +44,14 @@ def test_sizes_and_control_ids_equal_the_originals(tokenizer, golden):
 def test_save_and_pickle_keep_the_tokenizer(tokenizer, tmp_path):
     tokenizer.save(str(tmp_path))
     text = "The <SEG> of 3 肝 <gen_256>"
-    assert json.loads((tmp_path / "added_tokens.json").read_text()) == json.loads((TOKENIZER / "added_tokens.json").read_text())
-    assert Tokenizer.load(str(tmp_path)).encode(text) == tokenizer.encode(text) == pickle.loads(pickle.dumps(tokenizer)).encode(text)
+    assert json.loads((tmp_path / "added_tokens.json").read_text()) == json.loads(
+        (TOKENIZER / "added_tokens.json").read_text()
+    )
+    assert (
+        Tokenizer.load(str(tmp_path)).encode(text)
+        == tokenizer.encode(text)
+        == pickle.loads(pickle.dumps(tokenizer)).encode(text)
+    )
 
 
 def test_added_tokens_are_optional(tokenizer, tmp_path):
@@ -82,7 +88,9 @@ def test_a_model_without_llamas_control_ids_is_refused(tmp_path):
 
     texts = iter(["a tumour in the left lung"] * 3)
     options = {"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2, "pad_id": 0, "unk_id": 3}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=str(tmp_path / "tokenizer"), **options)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_prefix=str(tmp_path / "tokenizer"), **options
+    )
     with pytest.raises(ValueError, match="not a LLaMA tokenizer"):
         Tokenizer.load(str(tmp_path))
 

@@ -44,7 +44,11 @@ assemble.assemble(*sys.argv[1:], workers=1)
 
 @pytest.fixture
 def folders(tmp_path):
-    return collection.make_annotations(tmp_path / "MeCoVQA"), collection.make_images(tmp_path / "SA-Med2D-20M"), tmp_path / "out"
+    return (
+        collection.make_annotations(tmp_path / "MeCoVQA"),
+        collection.make_images(tmp_path / "SA-Med2D-20M"),
+        tmp_path / "out",
+    )
 
 
 def run(folders, workers=0):
@@ -59,7 +63,13 @@ def problems(out):
 def test_published_files_become_configs_and_splits(folders):
     manifest = run(folders, workers=2)
     counts = {name: counts["written"] for name, counts in manifest["splits"].items()}
-    assert counts == {"grounding/test": 1, "complex/train": 2, "region/train": 2, "grounding/train": 3, "zeroshot/mr": 1}
+    assert counts == {
+        "grounding/test": 1,
+        "complex/train": 2,
+        "region/train": 2,
+        "grounding/train": 3,
+        "zeroshot/mr": 1,
+    }
     assert (manifest["records"], manifest["written"], manifest["left_out"]) == (9, 9, {})
     assert "test/MeCoVQA_Region_VQA_test.json" in manifest["annotation_files_absent"]
     assert len(manifest["sources"]) == 5 and all(len(open_source(source)) for source in manifest["sources"])
@@ -99,14 +109,18 @@ def test_the_dataset_equals_its_files(folders):
         rgb = images.load_image(ours.find(ours.images[0]))
         np.testing.assert_array_equal(rgb, images.load_image(theirs.find(theirs.images[0])))
         mask = f"masks/{CT.format(ours.index, ours.index)}--0002_000.png"
-        np.testing.assert_array_equal(images.load_mask(ours.find(mask), rgb.shape[:2]), images.load_mask(theirs.find(mask), rgb.shape[:2]))
+        np.testing.assert_array_equal(
+            images.load_mask(ours.find(mask), rgb.shape[:2]), images.load_mask(theirs.find(mask), rgb.shape[:2])
+        )
 
 
 def test_training_reads_the_same_batches_from_both(folders):
     annotations, pictures, out = folders
     run(folders)
     shape = DataConfig(tokenizer=str(GOLDEN / "tokenizer"), bucket_lengths=(128,), batch_size=2, mask_canvas=32)
-    model = ModelConfig(clip=ClipConfig(image_size=28), mask=MaskConfig(image_size=32), region=RegionConfig(max_points=16))
+    model = ModelConfig(
+        clip=ClipConfig(image_size=28), mask=MaskConfig(image_size=32), region=RegionConfig(max_points=16)
+    )
     names = ("grounding", "train/MeCoVQA-Grounding.json"), ("region", "train/MeCoVQA-Complex_local+Region.json")
     united = out / "masks_merged"
     united.rename(pictures / "SAMed2Dv1" / "masks_merged")
@@ -115,7 +129,8 @@ def test_training_reads_the_same_batches_from_both(folders):
         theirs = dataclasses.replace(shape, sources=(str(annotations / file),))
         for rows in ([0, 1], [1]):
             found, expected = (
-                make_loader(one, model, str(pictures / "SAMed2Dv1")).load_eval([0, 1], rows, False)[0] for one in (ours, theirs)
+                make_loader(one, model, str(pictures / "SAMed2Dv1")).load_eval([0, 1], rows, False)[0]
+                for one in (ours, theirs)
             )
             for name, array in expected.items():
                 np.testing.assert_array_equal(found[name], array, err_msg=name)
@@ -136,7 +151,9 @@ REPAIRS = [
 def test_repairs(folders, raw, what):
     write(folders[0], "train/MeCoVQA-Complex.json", [raw])
     assert run(folders)["repaired"] == {what: 1}
-    assert {"action": "repaired", "file": "train/MeCoVQA-Complex.json", "record": 0, "what": what} in problems(folders[2])
+    assert {"action": "repaired", "file": "train/MeCoVQA-Complex.json", "record": 0, "what": what} in problems(
+        folders[2]
+    )
     one = open_source(f"{folders[2]}/mecovqa/complex/1.0.0")[0]
     assert one.images == (f"images/{NAME}.png",) and one.turns[0][1].startswith("<image>")
     assert set(one.contents) <= {one.images[0], f"masks_merged/{NAME}--0001_merged.png"}
@@ -181,7 +198,9 @@ def test_missing_images_are_listed_and_taken_in_when_they_come(folders):
     write(folders[0], "train/MeCoVQA-Complex.json", [vqa(case) for case in range(6)])
     manifest = run(folders)
     assert manifest["missing_files"] == 2 and manifest["missing_by_folder"] == {"images/ct_00--ORGANS": 2}
-    assert (folders[2] / "missing.txt").read_text().splitlines() == [f"images/{CT.format(case, case)}.png" for case in (4, 5)]
+    assert (folders[2] / "missing.txt").read_text().splitlines() == [
+        f"images/{CT.format(case, case)}.png" for case in (4, 5)
+    ]
     assert "files are missing" in program.describe(manifest, str(folders[2]))
     collection.make_images(folders[1], [4, 5])
     assert run(folders)["missing_files"] == 0
@@ -223,10 +242,16 @@ def test_a_killed_run_continues_and_leaves_no_process(folders, tmp_path):
     """SIGKILL in the middle; the same command then gives what an uninterrupted one gives."""
     write(folders[0], "train/MeCoVQA-Complex.json", [vqa(case % 4) for case in range(60)])
     with open(tmp_path / "pids", "w") as pids:  # not a pipe, which a worker that lives on would hold open
-        process = subprocess.run([sys.executable, "-c", KILLED, *map(str, folders)], cwd=ROOT, stdout=pids, stderr=subprocess.DEVNULL)
+        process = subprocess.run(
+            [sys.executable, "-c", KILLED, *map(str, folders)], cwd=ROOT, stdout=pids, stderr=subprocess.DEVNULL
+        )
     assert process.returncode == -signal.SIGKILL
-    workers = [psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split() if psutil.pid_exists(int(pid))]
-    assert not [worker for worker in psutil.wait_procs(workers, timeout=60)[1] if worker.status() != psutil.STATUS_ZOMBIE]
+    workers = [
+        psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split() if psutil.pid_exists(int(pid))
+    ]
+    assert not [
+        worker for worker in psutil.wait_procs(workers, timeout=60)[1] if worker.status() != psutil.STATUS_ZOMBIE
+    ]
     assert not (folders[2] / "manifest.json").exists() and len(list((folders[2] / ".shards").glob("*.json"))) < 67
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "RECORDS_PER_SHARD", 1)
@@ -237,7 +262,11 @@ def test_a_killed_run_continues_and_leaves_no_process(folders, tmp_path):
 
 def contents(out) -> dict:
     """Everything that a user reads, by name; paths in the manifest are relative."""
-    found = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file() and ".shards" not in path.parts}
+    found = {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and ".shards" not in path.parts
+    }
     return found | {"manifest.json": found["manifest.json"].replace(str(out).encode(), b"OUT")}
 
 

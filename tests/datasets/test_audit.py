@@ -50,7 +50,9 @@ def findings(root, *records, **files):
 def test_a_clean_dataset_has_no_findings(root):
     assert (
         findings(
-            root, region(1, "box:1,1,9,9"), record(1, "<image>\nSegment the liver on the left of the image.", f"<SEG><mask>{LIVER}</mask>")
+            root,
+            region(1, "box:1,1,9,9"),
+            record(1, "<image>\nSegment the liver on the left of the image.", f"<SEG><mask>{LIVER}</mask>"),
         )
         == []
     )
@@ -68,10 +70,16 @@ PLANTED = [
     (segment("Segment the liver.", "../../../etc/passwd"), "unusable: path leaves the data folder"),
     (segment("Segment the body.", f"masks/{NAME}--body.png"), "mask covers the whole picture"),
     (segment("Segment the liver at the right side of the image.", LIVER), "mask and text are at different places"),
-    (segment("Segment the organ.", KIDNEY, "It lies in the lower-right of this CT image: <SEG>."), "mask and text are at different places"),
+    (
+        segment("Segment the organ.", KIDNEY, "It lies in the lower-right of this CT image: <SEG>."),
+        "mask and text are at different places",
+    ),
     (segment("Segment the kidney.", LIVER), "mask of another class than the text names"),
     (record(0, "<image>\nIs this a CT  image", "No", answer_type="closed"), "question asked twice"),
-    (record(0, "<image>\nWhat does the cyst of the kidney show?", "The cyst.", answer_type="open"), "answer stands in the question"),
+    (
+        record(0, "<image>\nWhat does the cyst of the kidney show?", "The cyst.", answer_type="open"),
+        "answer stands in the question",
+    ),
 ]
 
 
@@ -89,7 +97,9 @@ def test_other_rounds_may_name_other_classes(root):
 
 def test_a_region_may_be_denied_to_be_something_else(root):
     asked = region(0, LIVER)
-    asked["conversations"] = record(0, f"<image>\nDoes <region>{LIVER}</region> show the kidney?", "No.")["conversations"]
+    asked["conversations"] = record(0, f"<image>\nDoes <region>{LIVER}</region> show the kidney?", "No.")[
+        "conversations"
+    ]
     assert findings(root, asked) == []
 
 
@@ -100,7 +110,9 @@ def test_an_answer_may_be_one_of_the_choices(root):
 def test_a_kidney_on_the_unusual_side_is_found(root):
     usual = [grounding(case, f"masks/{CT.format(case, case)}--left_kidney.png") for case in range(1, 6)]
     for one in usual:
-        one["conversations"] = record(0, "<image>\nSegment the left kidney.", one["conversations"][1]["value"])["conversations"]
+        one["conversations"] = record(0, "<image>\nSegment the left kidney.", one["conversations"][1]["value"])[
+            "conversations"
+        ]
     assert findings(root, *usual) == []
     Image.fromarray(rectangle(5, 2, 12, 12)).save(root / "masks" / f"{CT.format(5, 5)}--left_kidney.png")
     assert findings(root, *usual) == [("left and right swapped", "train.json", len(GOOD) + 4)]
@@ -156,7 +168,9 @@ def test_the_report_counts(root):
     assert report["by_task"] == {"closed": 3, "grounding": 1, "region": 1}
     assert report["by_answer_type"] == {"closed": 3, "open": 1, "not stated": 1}
     assert report["lengths"]["unit"] == "tokens" and report["lengths"]["max"] >= report["lengths"]["median"] > 5
-    assert report["mask_areas"]["min"] == pytest.approx(49 / 768) and report["mask_areas"]["max"] == pytest.approx(70 / 768)
+    assert report["mask_areas"]["min"] == pytest.approx(49 / 768) and report["mask_areas"]["max"] == pytest.approx(
+        70 / 768
+    )
     assert sum(report["mask_areas"]["counts"]) == 2
 
 
@@ -172,7 +186,9 @@ def test_an_assembled_dataset_is_audited_alike(tmp_path):
 def test_command_writes_both_reports_with_worker_processes(root, monkeypatch, capsys):
     write(root, "train.json", [*GOOD, *(raw for raw, _ in PLANTED), segment("<script>alert(1)</script>", LIVER)])
     files = [root / "out" / name for name in ("report.json", "report.html")]
-    monkeypatch.setattr(sys, "argv", ["audit", str(root), "--json", str(files[0]), "--html", str(files[1]), "--workers", "1"])
+    monkeypatch.setattr(
+        sys, "argv", ["audit", str(root), "--json", str(files[0]), "--html", str(files[1]), "--workers", "1"]
+    )
     assert program.main() == 0
     report = json.loads(files[0].read_text())
     assert report["suspicious"] == len(PLANTED)

@@ -9,19 +9,42 @@ from medplib_jax.datasets.assemble import dataset as assemble
 from medplib_jax.datasets.audit import collect as audit
 
 COMMANDS = {
-    "assemble": (assemble, ["--annotations", "EMPTY", "--images", "EMPTY", "--out", "OUT"], "images/ or SAMed2Dv1/images/"),
+    "assemble": (
+        assemble,
+        ["--annotations", "EMPTY", "--images", "EMPTY", "--out", "OUT"],
+        "images/ or SAMed2Dv1/images/",
+    ),
     "audit": (audit, ["EMPTY"], "annotation files"),
     "import_dataset": (import_dataset, ["--dataset", "slake", "--source", "EMPTY", "--out", "OUT"], "train.json"),
     "sa_med2d": (sa_med2d, ["--source", "EMPTY", "--out", "OUT"], "images/ and masks/"),
     "slices": (slices, ["--source", "EMPTY", "--out", "OUT", "--modality", "CT"], "no scans"),
-    "slices, wrong option": (slices, ["--source", "EMPTY", "--out", "OUT", "--modality", "CT", "--every", "0"], "at least 1"),
+    "slices, wrong option": (
+        slices,
+        ["--source", "EMPTY", "--out", "OUT", "--modality", "CT", "--every", "0"],
+        "at least 1",
+    ),
     "write_qa": (write_qa, ["--pairs", "EMPTY", "--out", "OUT"], "no images"),
     "write_qa, wrong option": (write_qa, ["--pairs", "EMPTY", "--out", "OUT", "--test-share", "2"], "[0, 1]"),
     "write_qa, no address": (write_qa, ["--pairs", "EMPTY", "--out", "OUT", "--writer", "llm"], "expected an address"),
     "write_qa, no JSON": (
-        write_qa, ["--pairs", "EMPTY", "--out", "OUT", "--writer", "llm", "--endpoint", "http://a/v1", "--model", "m", "--request", "{"], "Expecting property name",
+        write_qa,
+        [
+            "--pairs",
+            "EMPTY",
+            "--out",
+            "OUT",
+            "--writer",
+            "llm",
+            "--endpoint",
+            "http://a/v1",
+            "--model",
+            "m",
+            "--request",
+            "{",
+        ],
+        "Expecting property name",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -25,9 +25,14 @@ def data(tmp_path):
     mask = f"masks/{collection.CT.format(2, 2)}--0001_000.png"
     collection.write(root, "train.json", [collection.region(0), collection.vqa(1), collection.grounding(2, mask)])
     return DataConfig(
-        sources=(str(root / "train.json"),), tokenizer=str(GOLDEN / "tokenizer"), bucket_lengths=(640,), batch_size=2, mask_canvas=32,
-        workers=0, cache=str(tmp_path / "cache"),
-    )  # fmt: skip
+        sources=(str(root / "train.json"),),
+        tokenizer=str(GOLDEN / "tokenizer"),
+        bucket_lengths=(640,),
+        batch_size=2,
+        mask_canvas=32,
+        workers=0,
+        cache=str(tmp_path / "cache"),
+    )
 
 
 def batches(data):

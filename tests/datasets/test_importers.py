@@ -31,27 +31,58 @@ def put(root: pathlib.Path, files: dict) -> None:
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode())
+        path.write_bytes(
+            content
+            if isinstance(content, bytes)
+            else (content if isinstance(content, str) else json.dumps(content)).encode()
+        )
 
 
 def vqa_rad(root, image="synpic1.jpg"):
-    row = {"image_name": image, "question": "Is there a mass?", "answer": "No", "answer_type": "CLOSED ", "phrase_type": "freeform"}
+    row = {
+        "image_name": image,
+        "question": "Is there a mass?",
+        "answer": "No",
+        "answer_type": "CLOSED ",
+        "phrase_type": "freeform",
+    }
     rows = [row, {**row, "answer": 3, "question": "How many?", "answer_type": "OPEN", "phrase_type": "test_freeform"}]
     put(root, {"VQA_RAD Dataset Public.json": rows, "VQA_RAD Image Folder/synpic1.jpg": picture(0)})
 
 
 def slake(root, image="xmlab1/source.jpg"):
-    row = {"img_name": image, "question": "What is it?", "answer": "Liver", "q_lang": "en", "answer_type": "OPEN", "modality": "CT"}
+    row = {
+        "img_name": image,
+        "question": "What is it?",
+        "answer": "Liver",
+        "q_lang": "en",
+        "answer_type": "OPEN",
+        "modality": "CT",
+    }
     chinese = {**row, "question": "\u8fd9\u662f\u4ec0\u4e48", "answer": "\u809d", "q_lang": "zh"}
-    put(root, {"train.json": [row, chinese], "validate.json": [row], "test.json": [row], "imgs/xmlab1/source.jpg": picture(0)})
+    put(
+        root,
+        {
+            "train.json": [row, chinese],
+            "validate.json": [row],
+            "test.json": [row],
+            "imgs/xmlab1/source.jpg": picture(0),
+        },
+    )
 
 
 def path_vqa(root, image=None):
     (root / "data").mkdir(parents=True)
     rows = [{"image": {"bytes": picture(0), "path": None}, "question": "Is it bone?", "answer": "yes"}]
     for split in ("train", "test"):
-        bad = [] if image is None else [{"image": {"bytes": b"no picture", "path": None}, "question": "What?", "answer": "bone"}]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows + bad), root / "data" / f"{split}-00000-of-00001-ab.parquet")
+        bad = (
+            []
+            if image is None
+            else [{"image": {"bytes": b"no picture", "path": None}, "question": "What?", "answer": "bone"}]
+        )
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(rows + bad), root / "data" / f"{split}-00000-of-00001-ab.parquet"
+        )
 
 
 def vqa_rad_hub(root):
@@ -62,8 +93,21 @@ def vqa_rad_hub(root):
 
 def pmc_vqa_2(root, image="PMC1_F1.jpg"):
     table = io.StringIO()
-    heading = ["index", "Figure_path", "Caption", "Question", "Choice A", "Choice B", "Choice C", "Choice D", "Answer", "split"]
-    csv.writer(table).writerows([heading, ["0", image, "A chest.", "Which organ?", " A:lung ", " B:heart", " C:liver", " D:bone", "B", "train"]])
+    heading = [
+        "index",
+        "Figure_path",
+        "Caption",
+        "Question",
+        "Choice A",
+        "Choice B",
+        "Choice C",
+        "Choice D",
+        "Answer",
+        "split",
+    ]
+    csv.writer(table).writerows(
+        [heading, ["0", image, "A chest.", "Which organ?", " A:lung ", " B:heart", " C:liver", " D:bone", "B", "train"]]
+    )
     put(root, {"train_2.csv": table.getvalue(), "test_2.csv": table.getvalue(), "figures/PMC1_F1.jpg": picture(0)})
 
 
@@ -79,15 +123,40 @@ def vqa_med(root, image="synpic2"):
     training = f"{image}|what plane is this?|axial\n{image}|is it normal?|yes\n"
     test = "VQAMed2019_Test_Questions_w_Ref_Answers.txt"
     put(root, {"Training/All_QA_Pairs_train.txt": training, "Training/Train_images/synpic2.jpg": picture(0)})
-    put(root, {f"Test/{test}": f"{image}|plane|which plane?|(slightly) axial#transverse\n", "Test/VQAMed2019_Test_Images/synpic2.jpg": picture(1)})
+    put(
+        root,
+        {
+            f"Test/{test}": f"{image}|plane|which plane?|(slightly) axial#transverse\n",
+            "Test/VQAMed2019_Test_Images/synpic2.jpg": picture(1),
+        },
+    )
     name = "VQAMed2020-Task1-VQAnswering-Test"
-    put(root, {f"2020/{name}-Questions.txt": f"{image}|what is it?\n", f"2020/{name}-ReferenceAnswers.txt": f"{image}|hernia (internal)|a hernia\n"})
+    put(
+        root,
+        {
+            f"2020/{name}-Questions.txt": f"{image}|what is it?\n",
+            f"2020/{name}-ReferenceAnswers.txt": f"{image}|hernia (internal)|a hernia\n",
+        },
+    )
     put(root, {"2020/Task1-2020-VQAnswering-Test-Images/synpic2.jpg": picture(2)})
-    put(root, {"2021/VQA-Med-2021-VQAnswering-Task1-New-ValidationSet.txt": f"{image}|what is it?|cyst\n", "2021/New-Images/synpic2.jpg": picture(3)})
+    put(
+        root,
+        {
+            "2021/VQA-Med-2021-VQAnswering-Task1-New-ValidationSet.txt": f"{image}|what is it?|cyst\n",
+            "2021/New-Images/synpic2.jpg": picture(3),
+        },
+    )
 
 
 def omnimedvqa(root, image="Images/A/1.jpg"):
-    row = {"question": "What is it?", "gt_answer": "MR", "image_path": image, "option_A": "CT", "option_B": "MR", "modality_type": "MR"}
+    row = {
+        "question": "What is it?",
+        "gt_answer": "MR",
+        "image_path": image,
+        "option_A": "CT",
+        "option_B": "MR",
+        "modality_type": "MR",
+    }
     renamed = {**{key: value for key, value in row.items() if key != "modality_type"}, "modality": "MR"}
     put(root, {"QA_information/Open-access/A.json": [row, renamed], "Images/A/1.jpg": picture(0)})
 
@@ -105,12 +174,17 @@ def med_grit(root, image="images/ct_00--A--v--x_1.jpg"):
 
 
 CASES = {  # (layout, records of each split)
-    "vqa_rad": (vqa_rad, {"train": 1, "test": 1}), "slake": (slake, {"train": 2, "validation": 1, "test": 1}),
-    "slake_en": (slake, {"train": 1, "validation": 1, "test": 1}), "path_vqa": (path_vqa, {"train": 1, "test": 1}),
-    "pmc_vqa": (pmc_vqa, {"train": 1, "test": 1}), "pmc_vqa_2": (pmc_vqa_2, {"train": 1, "test": 1}),
-    "vqa_med": (vqa_med, {"train": 2, "validation": 1, "test": 2}), "omnimedvqa": (omnimedvqa, {"test": 2}),
-    "llava_med_alignment": (llava_med, {"train": 1}), "med_grit": (med_grit, {"train": 1, "test": 1}),
-}  # fmt: skip
+    "vqa_rad": (vqa_rad, {"train": 1, "test": 1}),
+    "slake": (slake, {"train": 2, "validation": 1, "test": 1}),
+    "slake_en": (slake, {"train": 1, "validation": 1, "test": 1}),
+    "path_vqa": (path_vqa, {"train": 1, "test": 1}),
+    "pmc_vqa": (pmc_vqa, {"train": 1, "test": 1}),
+    "pmc_vqa_2": (pmc_vqa_2, {"train": 1, "test": 1}),
+    "vqa_med": (vqa_med, {"train": 2, "validation": 1, "test": 2}),
+    "omnimedvqa": (omnimedvqa, {"test": 2}),
+    "llava_med_alignment": (llava_med, {"train": 1}),
+    "med_grit": (med_grit, {"train": 1, "test": 1}),
+}
 
 
 def imported(tmp_path, name):
@@ -155,13 +229,20 @@ def test_another_folder_is_not_a_dataset(tmp_path, name):
 def test_answers_and_modalities(tmp_path):
     imported(tmp_path, "pmc_vqa")
     (record,) = json.loads((tmp_path / "out/pmc_vqa_train.json").read_text())
-    assert record["conversations"][1]["value"] == "heart, left" and record["candidates"] == ["lung", "heart, left", "liver", "bone"]
+    assert record["conversations"][1]["value"] == "heart, left" and record["candidates"] == [
+        "lung",
+        "heart, left",
+        "liver",
+        "bone",
+    ]
     assert record["answer_type"] == "closed"
 
 
 def test_the_answers_of_vqa_med_are_the_first_without_optional_parts(tmp_path):
     imported(tmp_path, "vqa_med")
-    answers = [record["conversations"][1]["value"] for record in json.loads((tmp_path / "out/vqa_med_test.json").read_text())]
+    answers = [
+        record["conversations"][1]["value"] for record in json.loads((tmp_path / "out/vqa_med_test.json").read_text())
+    ]
     assert sorted(answers) == ["axial", "hernia (internal)"]
 
 
@@ -174,8 +255,12 @@ def test_version_2_of_pmc_vqa_has_its_letter_in_another_column(tmp_path):
 def test_llava_med_may_lie_as_it_is_downloaded(tmp_path):
     llava_med(tmp_path / "source")
     (tmp_path / "source/alignment").mkdir()
-    (tmp_path / "source/llava_med_alignment_500k.json").rename(tmp_path / "source/alignment/llava_med_alignment_500k.json")
-    assert import_dataset("llava_med_alignment", str(tmp_path / "source"), str(tmp_path / "out"))["records"] == {"train": 1}
+    (tmp_path / "source/llava_med_alignment_500k.json").rename(
+        tmp_path / "source/alignment/llava_med_alignment_500k.json"
+    )
+    assert import_dataset("llava_med_alignment", str(tmp_path / "source"), str(tmp_path / "out"))["records"] == {
+        "train": 1
+    }
 
 
 def test_vqa_rad_comes_from_the_hub_too(tmp_path):

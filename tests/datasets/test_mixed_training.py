@@ -34,12 +34,19 @@ def test_a_run_on_two_imported_datasets(tmp_path, monkeypatch):
     config = tiny_experiment(
         model=dataclasses.replace(MODEL, llm=llm, moe=MoeConfig(), lora=LoraConfig(rank=2)),
         data=DataConfig(
-            sources=tuple(sources), weights=(1.0, 3.0), tokenizer=str(tmp_path / "tokenizer"), bucket_lengths=(256,), batch_size=BATCH,
-            max_regions=0, max_masks=0, mask_canvas=8, workers=0,
+            sources=tuple(sources),
+            weights=(1.0, 3.0),
+            tokenizer=str(tmp_path / "tokenizer"),
+            bucket_lengths=(256,),
+            batch_size=BATCH,
+            max_regions=0,
+            max_masks=0,
+            mask_canvas=8,
+            workers=0,
         ),
         optim=OptimConfig(lr=1e-2, trainable=("lora_[ab]$", "^llm/head/", "^llm/embed/"), warmup=0),
         train=TrainConfig(steps=STEPS, log_every=1),
-    )  # fmt: skip
+    )
     train_module.train(config, str(tmp_path / "run"))
 
     rows = list(read_metrics(str(tmp_path / "run")))

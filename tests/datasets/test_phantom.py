@@ -18,7 +18,11 @@ from medplib_jax.datasets.phantom import generate as phantom
 
 
 def digest(folder):
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def read(folder, split, kind):
@@ -36,7 +40,10 @@ def turns(records):
 
 def visible_names(folder, record):
     stem = record["image"].removeprefix("images/").removesuffix(".png")
-    return {path.stem.removeprefix(stem + "--").replace("_", " ") for path in (folder / "masks_merged").glob(stem + "--*.png")}
+    return {
+        path.stem.removeprefix(stem + "--").replace("_", " ")
+        for path in (folder / "masks_merged").glob(stem + "--*.png")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +120,13 @@ def test_answers_agree_with_the_masks(made):
     for record, question, answer in turns(read(folder, "train", "complex") + read(folder, "test", "complex")):
         names = visible_names(folder, record)
         label = labels[record["image"].removeprefix("images/").split("_00--")[0]]
-        if match := re.fullmatch(r"Is (?:the|there an?) (.*?) (?:visible )?in this image\?|Please look for the (.*)\.", question):
-            kind, expected = "presence", f"{match[1] or match[2]} {'present' if (match[1] or match[2]) in names else 'absent'}"
+        if match := re.fullmatch(
+            r"Is (?:the|there an?) (.*?) (?:visible )?in this image\?|Please look for the (.*)\.", question
+        ):
+            kind, expected = (
+                "presence",
+                f"{match[1] or match[2]} {'present' if (match[1] or match[2]) in names else 'absent'}",
+            )
         elif match := re.fullmatch(r"Is this an? (.*) image\?", question):
             kind, expected = "modality?", "Yes" if match[1] == label else "No"
         elif question.startswith("What"):
@@ -123,7 +135,14 @@ def test_answers_agree_with_the_masks(made):
             stem = record["image"].removeprefix("images/").removesuffix(".png")
             kind, expected = "count", str(len(list((folder / "masks").glob(f"{stem}--{match[1]}_*.png"))))
         elif match := re.fullmatch(r"On which side of the image is the (.*)\?", question):
-            mask = np.asarray(Image.open(folder / record["image"].replace("images/", "masks_merged/").replace(".png", f"--{match[1].replace(' ', '_')}.png")))
+            mask = np.asarray(
+                Image.open(
+                    folder
+                    / record["image"]
+                    .replace("images/", "masks_merged/")
+                    .replace(".png", f"--{match[1].replace(' ', '_')}.png")
+                )
+            )
             kind, expected = "side", "left" if np.nonzero(mask)[1].mean() + 0.5 < mask.shape[1] / 2 else "right"
         else:
             assert question == "Is this image normal or abnormal?"
@@ -155,7 +174,9 @@ def test_region_answers_match_their_masks(made):
     for _, question, answer in turns(read(folder, "train", "region") + read(folder, "test", "region")):
         (path,) = re.findall(r"<region>(.*?)</region>", question)
         name = re.fullmatch(r"masks/.*--(.*)_\d{3}\.png", path)[1].replace("_", " ")
-        assert answer == (("abnormal" if name in findings else "normal") if question.endswith("normal or abnormal?") else name)
+        assert answer == (
+            ("abnormal" if name in findings else "normal") if question.endswith("normal or abnormal?") else name
+        )
 
 
 def test_no_name_is_asked_about_twice_in_a_conversation(made):
@@ -180,7 +201,10 @@ def test_closed_questions_are_balanced(made):
 
 def test_reports_name_everything_of_the_modality(made):
     folder, _ = made
-    names = {modality.label: {thing.name for thing in modality.structures + modality.findings} for modality in phantom_draw.MODALITIES}
+    names = {
+        modality.label: {thing.name for thing in modality.structures + modality.findings}
+        for modality in phantom_draw.MODALITIES
+    }
     for record, _, answer in turns(read(folder, "train", "align")):
         modality, statements = answer.split(": ")
         found = dict(statement.rsplit(" ", 1) for statement in statements.split(", "))
@@ -193,7 +217,11 @@ def test_reports_name_everything_of_the_modality(made):
 def test_scenes_are_well_formed(modality, seed):
     scene = phantom_draw.draw_scene(modality, np.random.default_rng(seed))
     height, width = scene.image.shape[:2]
-    assert scene.image.dtype == np.uint8 and 96 <= max(height, width) <= 160 and max(height, width) <= 1.65 * min(height, width)
+    assert (
+        scene.image.dtype == np.uint8
+        and 96 <= max(height, width) <= 160
+        and max(height, width) <= 1.65 * min(height, width)
+    )
     covered = np.sum([instance.mask for instance in scene.instances], axis=0)
     assert covered.max() == 1  # visible pixels belong to one instance
     structures = {instance.name for instance in scene.instances if not instance.finding}
@@ -206,12 +234,15 @@ def test_scenes_are_well_formed(modality, seed):
 
 def test_modalities_look_different():
     """Mean colour and contrast alone tell most modalities apart: a nearest-mean rule over a dozen images of each."""
+
     def features(modality, seed):
         image = phantom_draw.draw_scene(modality, np.random.default_rng(seed)).image
         image = np.asarray(Image.fromarray(image).convert("RGB").resize((16, 16)), np.float32)
         return image.ravel()
 
-    means = np.stack([np.mean([features(modality, seed) for seed in range(6)], axis=0) for modality in phantom_draw.MODALITIES])
+    means = np.stack(
+        [np.mean([features(modality, seed) for seed in range(6)], axis=0) for modality in phantom_draw.MODALITIES]
+    )
     hits = [
         np.argmin(((means - features(modality, seed)) ** 2).sum(1)) == number
         for number, modality in enumerate(phantom_draw.MODALITIES)
@@ -226,6 +257,18 @@ def test_generator_needs_no_jax():
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "medplib_jax.datasets.phantom.generate", "--out", str(tmp_path / "out"), "--examples", "2", "--test-examples", "1", "--seed", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "medplib_jax.datasets.phantom.generate",
+        "--out",
+        str(tmp_path / "out"),
+        "--examples",
+        "2",
+        "--test-examples",
+        "1",
+        "--seed",
+        "5",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["examples"] == 2 and (tmp_path / "out" / "manifest.json").exists()

@@ -21,10 +21,14 @@ def collection(tmp_path):
     picture = Image.fromarray(np.full((20, 30), 200, np.uint8))
     for name in (CT, MR):
         picture.save(root / f"images/{name}.png")
-    own = [f"{CT}--{part}" for part in ("0003_000", "0003_001", "0004_000", "0009_000")] + [f"{MR}--{part}" for part in ("0001_000", "0002_000")]
+    own = [f"{CT}--{part}" for part in ("0003_000", "0003_001", "0004_000", "0009_000")] + [
+        f"{MR}--{part}" for part in ("0001_000", "0002_000")
+    ]
     for name in (*own, "ct_00--AbdomenCT1K--Case_9--x_0001--0003_000"):
         picture.save(root / f"masks/{name}.png")
-    (root / "SAMed2D_v1_class_mapping_id.json").write_text(json.dumps({"AbdomenCT1K": {"left_kidney": 3, "union_kidneys": 4}, "BraTS": {"tumor": 1, "class2": 2}}))
+    (root / "SAMed2D_v1_class_mapping_id.json").write_text(
+        json.dumps({"AbdomenCT1K": {"left_kidney": 3, "union_kidneys": 4}, "BraTS": {"tumor": 1, "class2": 2}})
+    )
     return root
 
 
@@ -35,7 +39,9 @@ def test_masks_come_under_their_class_names(collection, tmp_path):
     pairs, problems = scan(str(tmp_path / "out"))
     assert not problems and {pair.modality: pair.names for pair in pairs} == {"ct": ("left kidney",), "mr": ("tumor",)}
     assert len(pairs[0].masks) == 2
-    lines = [json.loads(line)["file"].split("--")[-1] for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)["file"].split("--")[-1] for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()
+    ]
     assert sorted(lines) == ["0002_000.png", "0003_000.png", "0004_000.png", "0009_000.png"]
 
 

@@ -64,7 +64,11 @@ def test_axial_slices_lie_as_a_radiologist_expects(tmp_path, volume):
 
 def test_a_volume_stored_in_another_orientation_gives_the_same_slices(tmp_path, volume):
     write_nifti(tmp_path / "a/s/images/case.nii", volume)
-    write_nifti(tmp_path / "b/s/images/case.nii", volume[::-1].transpose(1, 0, 2), np.array([[0, -1, 0, 19], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]))
+    write_nifti(
+        tmp_path / "b/s/images/case.nii",
+        volume[::-1].transpose(1, 0, 2),
+        np.array([[0, -1, 0, 19], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]),
+    )
     for folder in "ab":
         assert make_slices(str(tmp_path / folder / "s"), str(tmp_path / folder / "out"), Options("MR"))["slices"] == 3
     for number in range(3):
@@ -75,7 +79,9 @@ def test_a_volume_stored_in_another_orientation_gives_the_same_slices(tmp_path, 
 def test_dicom_is_shown_in_its_window_without_a_name_of_the_patient(tmp_path):
     units = np.array([[-200, 40], [90, 300]])
     write_dicom(tmp_path / "s/images/p/one.dcm", (units + 1024) // 2, WindowCenter=40, WindowWidth=200)
-    write_dicom(tmp_path / "s/images/inverted.dcm", (units + 1024) // 2, PhotometricInterpretation="MONOCHROME1", Modality="CR")
+    write_dicom(
+        tmp_path / "s/images/inverted.dcm", (units + 1024) // 2, PhotometricInterpretation="MONOCHROME1", Modality="CR"
+    )
     (tmp_path / "s/masks/p/one").mkdir(parents=True)
     Image.fromarray(np.array([[0, 255], [0, 0]], np.uint8)).save(tmp_path / "s/masks/p/one/cyst.png")
     make_slices(str(tmp_path / "s"), str(tmp_path / "out"), Options(window=(40, 200)))

@@ -59,9 +59,12 @@ def widened(batch, room):
     extra = room - batch.tokens.shape[1]
     pad = functools.partial(np.pad, pad_width=((0, 0), (0, extra)))
     return batch.replace(
-        tokens=pad(batch.tokens), valid=pad(batch.valid), targets=pad(batch.targets), loss_weights=pad(batch.loss_weights),
+        tokens=pad(batch.tokens),
+        valid=pad(batch.valid),
+        targets=pad(batch.targets),
+        loss_weights=pad(batch.loss_weights),
         feature_index=pad(batch.feature_index, constant_values=-1),
-    )  # fmt: skip
+    )
 
 
 def naive(batch, forward):
@@ -112,7 +115,10 @@ def generator(params):
 @pytest.fixture(scope="module")
 def one_at_a_time(generator, batch):
     """{most tokens: {record: answer made alone}}."""
-    return {most: by_record(stream_answers(generator, [batch], slots=1, refill=1, limits=dict.fromkeys(range(8), most))) for most in range(1, NEW + 1)}
+    return {
+        most: by_record(stream_answers(generator, [batch], slots=1, refill=1, limits=dict.fromkeys(range(8), most)))
+        for most in range(1, NEW + 1)
+    }
 
 
 def by_record(made):
@@ -135,10 +141,14 @@ def assert_same(found, expected):
     sizes=st.sampled_from([(4, 1, 1), (4, 4, 1), (3, 2, 1), (6, 3, 3)]),
     cuts=st.integers(1, 7),
 )
-def test_an_answer_is_the_same_in_any_slot_beside_any_others(generator, batch, one_at_a_time, order, limits, sizes, cuts):
+def test_an_answer_is_the_same_in_any_slot_beside_any_others(
+    generator, batch, one_at_a_time, order, limits, sizes, cuts
+):
     parts = [jax.tree.map(lambda x, part=part: x[np.array(part)], batch) for part in (order[:cuts], order[cuts:])]
     slots, refill, lanes = sizes
-    found = by_record(stream_answers(generator, parts, slots=slots, refill=refill, lanes=lanes, limits=dict(enumerate(limits))))
+    found = by_record(
+        stream_answers(generator, parts, slots=slots, refill=refill, lanes=lanes, limits=dict(enumerate(limits)))
+    )
     assert sorted(found) == list(range(8))
     for record, generation in found.items():
         assert_same(generation, one_at_a_time[limits[record]][record])
@@ -155,9 +165,15 @@ def test_devices_share_the_slots(params, batch, one_at_a_time):
 def test_draws_belong_to_the_record(params, batch):
     sampling = Sampling(temperature=1.0)
     drawing = Generator(MODEL, params, eos_id=EOS, seg_id=SEG, max_new_tokens=NEW, max_masks=0, sampling=sampling)
-    first, second = (by_record(stream_answers(drawing, [part], slots=4, refill=2)) for part in (batch, jax.tree.map(lambda x: x[::-1], batch)))
+    first, second = (
+        by_record(stream_answers(drawing, [part], slots=4, refill=2))
+        for part in (batch, jax.tree.map(lambda x: x[::-1], batch))
+    )
     assert all((first[record].tokens == second[record].tokens).all() for record in first)
-    assert any((first[record].tokens != made.tokens).any() for record, made in by_record(stream_answers(drawing, [batch], slots=4, refill=2, seed=1)).items())
+    assert any(
+        (first[record].tokens != made.tokens).any()
+        for record, made in by_record(stream_answers(drawing, [batch], slots=4, refill=2, seed=1)).items()
+    )
 
 
 def test_filler_rows_are_not_answered(params, batch):
@@ -169,7 +185,10 @@ def test_filler_rows_are_not_answered(params, batch):
 
 def test_sampling_keeps_to_the_nucleus():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-    draws = [int(draw_token(logits, jax.random.split(jax.random.key(i), 1), Sampling(temperature=1.0, top_p=0.7))[0]) for i in range(60)]
+    draws = [
+        int(draw_token(logits, jax.random.split(jax.random.key(i), 1), Sampling(temperature=1.0, top_p=0.7))[0])
+        for i in range(60)
+    ]
     assert set(draws) == {0, 1}
     assert int(draw_token(logits, None, Sampling())[0]) == 0
 

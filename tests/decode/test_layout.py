@@ -34,7 +34,10 @@ def test_adapters_are_merged():
     batch = jax.tree.map(lambda x: x[:2], random_batch(tiny_experiment(model=MODEL), 16))
     expected = answers(MODEL, merge_lora(drawn, ADAPTED.lora), batch, "")
     np.testing.assert_array_equal(answers(ADAPTED, drawn, batch, "").tokens, expected.tokens)
-    assert not np.array_equal(answers(MODEL, merge_lora(drawn, dataclasses.replace(ADAPTED.lora, alpha=0.0)), batch, "").tokens, expected.tokens)
+    assert not np.array_equal(
+        answers(MODEL, merge_lora(drawn, dataclasses.replace(ADAPTED.lora, alpha=0.0)), batch, "").tokens,
+        expected.tokens,
+    )
 
 
 @pytest.fixture
@@ -61,17 +64,27 @@ def test_a_gpu_gives_the_same_answers(params, rows, top_k, quantize, request):
 
 @pytest.mark.parametrize("quantize", layout.QUANTIZE)
 def test_every_parameter_has_its_place_and_shape(params, quantize, on_gpu):
-    shapes, axes = flatten(params_of(laid_out_model(MODEL, quantize))), flatten(logical_axes(laid_out_model(MODEL, quantize)))
+    shapes, axes = (
+        flatten(params_of(laid_out_model(MODEL, quantize))),
+        flatten(logical_axes(laid_out_model(MODEL, quantize))),
+    )
     found = flatten(lay_out(MODEL, params, quantize=quantize))
-    assert {path: (x.shape, x.dtype == jnp.int8) for path, x in found.items()} == {path: (x.shape, x.dtype == jnp.int8) for path, x in shapes.items()}
+    assert {path: (x.shape, x.dtype == jnp.int8) for path, x in found.items()} == {
+        path: (x.shape, x.dtype == jnp.int8) for path, x in shapes.items()
+    }
     assert all(len(axes[path]) == len(shape.shape) for path, shape in shapes.items())
-    assert axes["llm/moe/0/experts/down/kernel"] == ("expert", "embed", "mlp") and axes["llm/head/kernel"] == ("vocab", "embed")
+    assert axes["llm/moe/0/experts/down/kernel"] == ("expert", "embed", "mlp") and axes["llm/head/kernel"] == (
+        "vocab",
+        "embed",
+    )
 
 
 def test_a_token_chooses_no_program(params, on_gpu):
     generator = Generator(MODEL, params, eos_id=2, seg_id=7, max_new_tokens=6, max_masks=0)
     batch = jax.tree.map(lambda x: x[:1], random_batch(tiny_experiment(model=MODEL), 16))
-    slots = jax.eval_shape(functools.partial(generator._decoder.prefill, room=6), generator.params, batch, jnp.ones(1, jnp.int32))
+    slots = jax.eval_shape(
+        functools.partial(generator._decoder.prefill, room=6), generator.params, batch, jnp.ones(1, jnp.int32)
+    )
     step = jax.make_jaxpr(generator._decoder.decode)(generator.params, slots, 0, 0)
     names = {equation.primitive.name for equation in _equations(step.jaxpr)}
     assert "cond" not in names, "the host would wait for the router"

@@ -36,7 +36,10 @@ def test_patterns_and_names(runs, tmp_path):
 
     assert found(f"{runs}/*/model") == [("a-model-10", "model", 10, "jax"), ("b-model-3", "model", 3, "jax")]
     assert found(f"{runs}/a/model", "all") == [("a-model-3", "model", 3, "jax"), ("a-model-10", "model", 10, "jax")]
-    assert found(f"{runs}/a/model/checkpoints/*") == [("a-model-3", "model", 3, "jax"), ("a-model-10", "model", 10, "jax")]
+    assert found(f"{runs}/a/model/checkpoints/*") == [
+        ("a-model-3", "model", 3, "jax"),
+        ("a-model-10", "model", 10, "jax"),
+    ]
     assert found(f"{runs}/b/model, {runs}/b/model/checkpoints/3") == [("b-model-3", "model", 3, "jax")]
     for nothing in (f"{runs}/tokenizer", f"{runs}/a/model/checkpoints/5", f"{runs}/c/*", ""):
         with pytest.raises(FileNotFoundError, match="found none|no checkpoint was given"):
@@ -52,9 +55,21 @@ def test_two_of_one_name_are_refused(runs, tmp_path):
 def test_what_a_step_knows(runs, tmp_path):
     (found,) = find_checkpoints(f"{runs}/b/model", "newest", tmp_path)
     assert found.experiment().eval.max_new_tokens == 4
-    assert found.written > 0 and found.as_dict() == {"name": "b-model-3", "path": f"{runs}/b/model", "run": "model", "step": 3, "kind": "jax", "quantize": ""}
+    assert found.written > 0 and found.as_dict() == {
+        "name": "b-model-3",
+        "path": f"{runs}/b/model",
+        "run": "model",
+        "step": 3,
+        "kind": "jax",
+        "quantize": "",
+    }
     (small,) = find_checkpoints(f"{runs}/b/model", "newest", tmp_path, "int8")
-    assert (small.name, small.run, small.quantize, small.workdir) == ("b-model-3-int8", "model-int8", "int8", found.workdir)
+    assert (small.name, small.run, small.quantize, small.workdir) == (
+        "b-model-3-int8",
+        "model-int8",
+        "int8",
+        found.workdir,
+    )
 
 
 def test_pytorch_weights_are_converted_once(runs, tmp_path, monkeypatch):
@@ -70,7 +85,9 @@ def test_pytorch_weights_are_converted_once(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_list.subprocess, "run", convert)
     for _ in range(2):
         (found,) = find_checkpoints(str(source), "newest", tmp_path / "converted")
-        assert (found.name, found.run, found.kind) == ("MedPLIB_7b", "MedPLIB-7b", "torch") and found.path == str(source)
+        assert (found.name, found.run, found.kind) == ("MedPLIB_7b", "MedPLIB-7b", "torch") and found.path == str(
+            source
+        )
         assert Path(found.workdir).parent == tmp_path / "converted"
     assert [call["--source"] for call in calls] == [str(source)]
     os.utime(source / "model.safetensors", (1, 1))  # other files, or the same ones written anew

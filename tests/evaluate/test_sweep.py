@@ -56,15 +56,27 @@ def test_a_sweep_holds_every_cell(whole):
     workdir, result = whole
     assert result == json.loads((workdir / "sweep.json").read_text())
     assert [(c["name"], c["step"], c["kind"]) for c in result["checkpoints"]] == [("runs-tiny-3", 3, "jax")]
-    assert {task["name"]: (task["kind"], task["records"]) for task in result["tasks"]} == {"grounding": ("grounding", 6)}
+    assert {task["name"]: (task["kind"], task["records"]) for task in result["tasks"]} == {
+        "grounding": ("grounding", 6)
+    }
     cell, reference = result["cells"]
-    assert (cell["task"], cell["protocol"], cell["records"], cell["skipped"], cell["mask_threshold"]) == ("grounding", "exact", 6, [], 0.5)
+    assert (cell["task"], cell["protocol"], cell["records"], cell["skipped"], cell["mask_threshold"]) == (
+        "grounding",
+        "exact",
+        6,
+        [],
+        0.5,
+    )
     assert cell["predictions"] == [f"predictions/runs-tiny-3/exact/grounding.{i:05d}.jsonl" for i in range(2)]
     assert {"gIoU", "gIoU/ct", "gIoU/modality_mean", "no_target_accuracy"} <= set(cell["metrics"])
     assert {"text", "image"} <= set(cell["router"]["share"]) and set(cell["router"]["modalities"]) == {"ct", "mr"}
     rows = [row for path in cell["predictions"] for row in read_rows(workdir / path)]
     assert [row["record"] for row in rows] == list(range(6))
-    assert (reference["mask_threshold"], reference["protocol"], reference["metrics"]["hit_rate"]) == (0.1, "reference", 1)  # it always draws
+    assert (reference["mask_threshold"], reference["protocol"], reference["metrics"]["hit_rate"]) == (
+        0.1,
+        "reference",
+        1,
+    )  # it always draws
 
 
 def test_pieces_make_the_whole(config, whole, tmp_path):
@@ -90,8 +102,9 @@ def test_bad_records_are_lines_too(config, folder, tmp_path):
     broken = dataclasses.replace(config, tasks=folder_tasks(folder / "broken.json"), select="*")
     (cell,) = run_sweep(broken, tmp_path)["cells"]
     assert cell["records"] == 2 and [(error["record"], error["what"]) for error in cell["skipped"]] == [
-        (1, "file is missing"), (2, "question without an expected answer"),
-    ]  # fmt: skip
+        (1, "file is missing"),
+        (2, "question without an expected answer"),
+    ]
     with pytest.raises(ValueError, match="record 2: question without"):
         run_sweep(dataclasses.replace(broken, on_error="raise"), tmp_path)
 
@@ -99,7 +112,9 @@ def test_bad_records_are_lines_too(config, folder, tmp_path):
 def test_a_mask_too_many_is_drawn_and_counted(config, tmp_path, run, monkeypatch):
     # a model that says <SEG> at every step: two masks are expected at most, one slot more is drawn
     seg_id = Tokenizer.load(str(run / "tokenizer")).seg_id
-    monkeypatch.setattr(decode, "draw_token", lambda logits, key, sampling: jnp.full(logits.shape[:1], seg_id, jnp.int32))
+    monkeypatch.setattr(
+        decode, "draw_token", lambda logits, key, sampling: jnp.full(logits.shape[:1], seg_id, jnp.int32)
+    )
     result = run_sweep(config, tmp_path)
     (cell,) = result["cells"]
     assert cell["metrics"]["no_target_accuracy"] == 0 and cell["router"]["tokens"]["SEG"] == 6 * 4
@@ -124,10 +139,13 @@ def test_answers_with_weights_of_8_bits_stand_beside_the_others(config, whole, t
     result = run_sweep(small, tmp_path)
     assert {"int8", "float32"} <= {str(leaf.dtype) for leaf in jax.tree.leaves(loaded[0].params)}
     before = files(whole[0])
-    assert {name: content for name, content in files(tmp_path).items() if "-int8/" not in name and name != "sweep.json"} == {
-        name: content for name, content in before.items() if name != "sweep.json"
-    }
-    assert result["baseline"] == "runs-tiny-3" and [(c["name"], c["quantize"]) for c in result["checkpoints"]] == [("runs-tiny-3", ""), ("runs-tiny-3-int8", "int8")]
+    assert {
+        name: content for name, content in files(tmp_path).items() if "-int8/" not in name and name != "sweep.json"
+    } == {name: content for name, content in before.items() if name != "sweep.json"}
+    assert result["baseline"] == "runs-tiny-3" and [(c["name"], c["quantize"]) for c in result["checkpoints"]] == [
+        ("runs-tiny-3", ""),
+        ("runs-tiny-3-int8", "int8"),
+    ]
     plain, _, quantized = ([tmp_path / path for path in cell["predictions"]] for cell in result["cells"])
     header = json.loads(quantized[0].read_text().splitlines()[0])
     assert header["quantize"] == "int8" and [row["record"] for row in read_rows(quantized[0])] == [0, 1, 2]
@@ -139,7 +157,11 @@ def test_answers_with_weights_of_8_bits_stand_beside_the_others(config, whole, t
 
 def test_captions_are_scored_by_spice_or_it_is_said_why_not(config, folder, tmp_path, monkeypatch, caplog):
     """Without Java first, then with it; answers are made once and SPICE is run once."""
-    tasks = tuple(dataclasses.replace(task, name=name, kind="refer_box", part="RC") for name in ("RC", "GC") for task in folder_tasks(folder / "test" / "vqa.json"))
+    tasks = tuple(
+        dataclasses.replace(task, name=name, kind="refer_box", part="RC")
+        for name in ("RC", "GC")
+        for task in folder_tasks(folder / "test" / "vqa.json")
+    )
     captions = dataclasses.replace(config, tasks=tasks, select="*", limit=2)
 
     def left_out():
@@ -151,8 +173,15 @@ def test_captions_are_scored_by_spice_or_it_is_said_why_not(config, folder, tmp_
     cells = run_sweep(captions, tmp_path)["cells"]
     assert [message.partition(":")[0] for message in caplog.messages if "SPICE" in message] == ["SPICE is left out"]
     for cell in cells:
-        assert "mBMR" in cell["metrics"] and "spice" not in cell["metrics"] and "no `java` is on the PATH" in cell["left_out"]["spice"]
-    assert [note[: note.index(": SPICE is a Java program")] for note in left_out()] == ["RC: SPICE is left out", "GC: SPICE is left out"]
+        assert (
+            "mBMR" in cell["metrics"]
+            and "spice" not in cell["metrics"]
+            and "no `java` is on the PATH" in cell["left_out"]["spice"]
+        )
+    assert [note[: note.index(": SPICE is a Java program")] for note in left_out()] == [
+        "RC: SPICE is left out",
+        "GC: SPICE is left out",
+    ]
 
     caplog.clear()
     monkeypatch.setattr(sweep, "LoadedModel", None)
@@ -168,9 +197,11 @@ def test_captions_are_scored_by_spice_or_it_is_said_why_not(config, folder, tmp_
         assert cell["predictions"][-1] == f"predictions/runs-tiny-3/exact/{cell['task']}.spice.jsonl"
     assert left_out() == []
     figures = json.loads((tmp_path / "report.json").read_text())["figures"]
-    assert {figure["task"]: figure["value"] for figure in figures if (figure["metric"], figure["modality"]) == ("spice", "all")} == {
-        cell["task"]: pytest.approx(cell["metrics"]["spice"]) for cell in cells
-    }
+    assert {
+        figure["task"]: figure["value"]
+        for figure in figures
+        if (figure["metric"], figure["modality"]) == ("spice", "all")
+    } == {cell["task"]: pytest.approx(cell["metrics"]["spice"]) for cell in cells}
 
 
 @pytest.mark.slow
@@ -182,7 +213,9 @@ def test_every_task_of_the_sweep_is_asked(run, folder, tmp_path):
         root = tmp_path / "data" / os.path.relpath(task.file, tmp_path / "data").split(os.sep)[0]
         if not root.exists():
             shutil.copytree(folder, root, ignore=shutil.ignore_patterns("*.json"))
-        records = json.loads((folder / "test" / f"{'vqa' if task.kind == 'refer_box' else task.kind}.json").read_text())[:3]
+        records = json.loads(
+            (folder / "test" / f"{'vqa' if task.kind == 'refer_box' else task.kind}.json").read_text()
+        )[:3]
         for record in records:
             if task.kind == "refer_box":
                 record["conversations"][-1]["value"] = boxes if task.part == "VG" else "It is the left lung."
@@ -192,8 +225,18 @@ def test_every_task_of_the_sweep_is_asked(run, folder, tmp_path):
         Path(task.file).write_text(json.dumps(records))
     result = run_sweep(dataclasses.replace(swept, checkpoints=str(run), slots=2, refill=1), tmp_path / "out")
     metrics = {cell["task"]: cell["metrics"] for cell in result["cells"]}
-    expected = {"grounding": "mDice", "vqa": "closed_accuracy", "region": "accuracy", "VG": "recall_at_0.5", "ROC": "roc_accuracy", "RC": "mBMR", "MIA": "mBMR"}
-    assert metrics.keys() == {task.name for task in swept.tasks} and all(cell["records"] >= 2 for cell in result["cells"])
+    expected = {
+        "grounding": "mDice",
+        "vqa": "closed_accuracy",
+        "region": "accuracy",
+        "VG": "recall_at_0.5",
+        "ROC": "roc_accuracy",
+        "RC": "mBMR",
+        "MIA": "mBMR",
+    }
+    assert metrics.keys() == {task.name for task in swept.tasks} and all(
+        cell["records"] >= 2 for cell in result["cells"]
+    )
     for task in swept.tasks:
         wanted = "false_mask_rate" if task.name == "BRISC" else expected[task.part or task.kind]
         assert 0 <= metrics[task.name][wanted] <= 1 and f"{wanted}/ct" in metrics[task.name], task.name

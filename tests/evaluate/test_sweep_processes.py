@@ -25,7 +25,9 @@ KILLS = 20
 def folder(tmp_path_factory):
     folder = tiny.write_data(tmp_path_factory.mktemp("data") / "root")
     records = json.loads((folder / "test" / "grounding.json").read_text())
-    (folder / "test" / "grounding.json").write_text(json.dumps(records + records[:1]))  # 7 records: 4 shards, the last one half
+    (folder / "test" / "grounding.json").write_text(
+        json.dumps(records + records[:1])
+    )  # 7 records: 4 shards, the last one half
     return folder
 
 
@@ -40,11 +42,23 @@ def run(tmp_path_factory):
 def command(folder, run, workdir):
     values = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
     config = f"--config=configs/eval_folder.py:{folder}"
-    return [sys.executable, "-m", "medplib_jax.evaluate", config, f"--workdir={workdir}", f"--config.checkpoints={run}", *values]
+    return [
+        sys.executable,
+        "-m",
+        "medplib_jax.evaluate",
+        config,
+        f"--workdir={workdir}",
+        f"--config.checkpoints={run}",
+        *values,
+    ]
 
 
 def files(workdir):
-    return {str(path.relative_to(workdir)): path.read_bytes() for path in sorted(workdir.rglob("*.json*")) if path.name != "report.json"}
+    return {
+        str(path.relative_to(workdir)): path.read_bytes()
+        for path in sorted(workdir.rglob("*.json*"))
+        if path.name != "report.json"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +69,13 @@ def alone(folder, run, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("processes", "devices"), [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(1, 8, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow)]
+    ("processes", "devices"),
+    [
+        (2, 1),
+        pytest.param(4, 1, marks=pytest.mark.slow),
+        pytest.param(1, 8, marks=pytest.mark.slow),
+        pytest.param(2, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_any_number_of_processes_and_devices_writes_the_same(processes, devices, folder, run, alone, tmp_path):
     assert local_multiprocess.run(command(folder, run, tmp_path), processes, devices, 0) == 0

@@ -16,7 +16,10 @@ def folder(tmp_path_factory):
 
 
 def test_kind_and_slots_are_found(folder):
-    found = {kind: read_task(TaskConfig(kind, str(folder / "test" / f"{kind}.json")), 0, "raise") for kind in ("grounding", "region", "vqa")}
+    found = {
+        kind: read_task(TaskConfig(kind, str(folder / "test" / f"{kind}.json")), 0, "raise")
+        for kind in ("grounding", "region", "vqa")
+    }
     assert all(task.kind == kind for kind, task in found.items())
     assert (found["grounding"].masks, found["grounding"].regions, len(found["grounding"].records)) == (2, 0, 6)
     assert (found["region"].masks, found["region"].regions, found["region"].images) == (0, 1, 1)
@@ -41,7 +44,11 @@ def test_files_of_a_folder(folder, tmp_path):
     assert annotation_files(files[0]) == [files[0]] and {data_root(file) for file in files} == {folder.resolve()}
     with pytest.raises(FileNotFoundError, match="expected an annotation file or a folder"):
         annotation_files(tmp_path)
-    for name, content in (("manifest", "{}"), ("slake_train", "[]"), ("slake_test", "[]")):  # as an importer leaves them
+    for name, content in (
+        ("manifest", "{}"),
+        ("slake_train", "[]"),
+        ("slake_test", "[]"),
+    ):  # as an importer leaves them
         (tmp_path / f"{name}.json").write_text(content)
     assert [file.name for file in annotation_files(tmp_path)] == ["slake_test.json"]
 

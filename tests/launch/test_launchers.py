@@ -15,21 +15,47 @@ from tests.paths import ROOT
 TRAIN = ["python", "-m", "medplib_jax.train", "--config=configs/stage4_moe.py:7b", "--workdir=/mnt/bucket/a run"]
 # The flags that the launchers may use, as `gcloud ... --help` (SDK 528) and `xpk workload create --help` (1.16) list them.
 GCLOUD = {
-    "queued-resources create": {"zone", "project", "accelerator-type", "runtime-version", "node-id", "node-count", "node-prefix", "spot", "scopes", "async"},
+    "queued-resources create": {
+        "zone",
+        "project",
+        "accelerator-type",
+        "runtime-version",
+        "node-id",
+        "node-count",
+        "node-prefix",
+        "spot",
+        "scopes",
+        "async",
+    },
     "queued-resources describe": {"zone", "project", "format"},
     "queued-resources delete": {"zone", "project", "force", "quiet"},
     "tpu-vm ssh": {"zone", "project", "worker", "command"},
     "tpu-vm scp": {"zone", "project", "worker"},
 }
-XPK = {"workload", "cluster", "tpu-type", "num-slices", "docker-image", "zone", "project", "max-restarts", "restart-on-exit-codes",
-       "termination-grace-period-seconds", "command"}  # fmt: skip
+XPK = {
+    "workload",
+    "cluster",
+    "tpu-type",
+    "num-slices",
+    "docker-image",
+    "zone",
+    "project",
+    "max-restarts",
+    "restart-on-exit-codes",
+    "termination-grace-period-seconds",
+    "command",
+}
 
 
-def run(script: str, *arguments: str, path: Path | None = None, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
+def run(
+    script: str, *arguments: str, path: Path | None = None, code: int = 0, **variables: str
+) -> subprocess.CompletedProcess:
     environment = {**os.environ, **variables}
     if path is not None:
         environment["PATH"] = f"{path}:{environment['PATH']}"
-    result = subprocess.run(["bash", f"launch/{script}", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        ["bash", f"launch/{script}", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == code, result.stderr
     return result
 
@@ -61,18 +87,44 @@ def test_every_script_is_valid_bash():
 
 @pytest.mark.parametrize("slices", [1, 2])
 def test_a_queued_resource_in_a_dry_run(slices):
-    options = ["--name", "m", "--type", "v5litepod-64", "--zone", "us-west4-a", "--project", "p", "--bucket", "gs://b", "--spot"]
+    options = [
+        "--name",
+        "m",
+        "--type",
+        "v5litepod-64",
+        "--zone",
+        "us-west4-a",
+        "--project",
+        "p",
+        "--bucket",
+        "gs://b",
+        "--spot",
+    ]
     result = run("queued_resource.sh", "train", *options, "--slices", str(slices), "--dry-run", "--", *TRAIN)
     printed = [split(line) for line in result.stdout.splitlines()]
     for action, _, flags in printed:
         assert set(flags) <= GCLOUD[action] and flags["zone"] == "us-west4-a" and flags["project"] == "p"
     create = printed[0][2]
-    assert create["accelerator-type"] == "v5litepod-64" and create["runtime-version"] == "v2-alpha-tpuv5-lite" and "spot" in create
-    assert (create.get("node-id"), create.get("node-count"), create.get("node-prefix")) == (("m", None, None) if slices == 1 else (None, "2", "m"))
+    assert (
+        create["accelerator-type"] == "v5litepod-64"
+        and create["runtime-version"] == "v2-alpha-tpuv5-lite"
+        and "spot" in create
+    )
+    assert (create.get("node-id"), create.get("node-count"), create.get("node-prefix")) == (
+        ("m", None, None) if slices == 1 else (None, "2", "m")
+    )
     order = [action for action, *_ in printed]
-    assert order[0] == "queued-resources create" and order[1] == "queued-resources describe" and order[-1] == "queued-resources delete"
+    assert (
+        order[0] == "queued-resources create"
+        and order[1] == "queued-resources describe"
+        and order[-1] == "queued-resources delete"
+    )
     nodes = {"m"} if slices == 1 else {"m-0", "m-1"}
-    training = [(positional[0], shlex.split(flags["command"])) for action, positional, flags in printed if "medplib_jax.train" in flags.get("command", "")]
+    training = [
+        (positional[0], shlex.split(flags["command"]))
+        for action, positional, flags in printed
+        if "medplib_jax.train" in flags.get("command", "")
+    ]
     assert {node for node, _ in training} == nodes and len(training) == slices
     assert all(words == ["bash", "medplib_jax/launch/on_worker.sh", *TRAIN] for _, words in training)
 
@@ -96,7 +148,20 @@ def train(folder: Path, tries: str, code: int = 0) -> list[str]:
     """What queued_resource.sh train calls when the command ends as the lines of a `case` over the number of the try say."""
     fake(folder, "sleep", "")
     fake(folder, "gcloud", CLOUD.format(folder, tries))
-    run("queued_resource.sh", "train", "--name", "m", "--type", "v6e-64", "--zone", "z", "--", *TRAIN, path=folder, code=code)
+    run(
+        "queued_resource.sh",
+        "train",
+        "--name",
+        "m",
+        "--type",
+        "v6e-64",
+        "--zone",
+        "z",
+        "--",
+        *TRAIN,
+        path=folder,
+        code=code,
+    )
     names = {"create": "create", "delete": "delete", "medplib_jax.train": "train"}
     return [name for call in calls(folder) for part, name in names.items() if f" {part}" in call]
 
@@ -121,7 +186,12 @@ def test_on_a_worker_what_an_earlier_call_left_running_is_ended(tmp_path):
     path = fake(tmp_path / "bin", "sleep", "")
     environment = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"}
     script = ["bash", str(tmp_path / "launch/on_worker.sh")]
-    first = subprocess.Popen([*script, "bash", "-c", "echo ready; exec tail -f /dev/null"], env=environment, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [*script, "bash", "-c", "echo ready; exec tail -f /dev/null"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert first.stdout.readline() == "ready\n"
     second = subprocess.run([*script, "bash", "-c", "pwd; exit 75"], env=environment, capture_output=True, text=True)
     assert second.returncode == 75 and second.stdout == f"{tmp_path}\n" and "left running" in second.stderr
@@ -162,13 +232,23 @@ def test_the_image_in_a_dry_run():
     assert words[:2] == ["docker", "build"] and words[-1] == "." and push == "docker push host/p/medplib_jax:1"
     (requirements,) = [word.removeprefix("REQUIREMENTS=") for word in words if word.startswith("REQUIREMENTS=")]
     assert (ROOT / requirements).exists() and (ROOT / words[words.index("-f") + 1]).exists()
-    copied = [line.split()[1:-1] for line in (ROOT / "launch/Dockerfile").read_text().splitlines() if line.startswith("COPY")]
+    copied = [
+        line.split()[1:-1] for line in (ROOT / "launch/Dockerfile").read_text().splitlines() if line.startswith("COPY")
+    ]
     assert all(list(ROOT.glob(pattern)) for patterns in copied for pattern in patterns if pattern != ".")
 
 
 def manifest(topology: str, **changes) -> dict:
-    values = {"name": "m", "topology": topology, "slices": 1, "image": "i", "bucket": "gs://b", "service_account": "trainer",
-              "max_restarts": 5, "command": TRAIN}  # fmt: skip
+    values = {
+        "name": "m",
+        "topology": topology,
+        "slices": 1,
+        "image": "i",
+        "bucket": "gs://b",
+        "service_account": "trainer",
+        "max_restarts": 5,
+        "command": TRAIN,
+    }
     return yaml.safe_load(jobset.render(**values | changes))
 
 
@@ -187,7 +267,10 @@ def test_the_jobset_asks_for_the_right_nodes(topology, hosts, chips, accelerator
     slice_ = job["template"]["spec"]
     pod = slice_["template"]["spec"]
     assert job["replicas"] == 3 and slice_["parallelism"] == slice_["completions"] == hosts
-    assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": accelerator, "cloud.google.com/gke-tpu-topology": sizes}
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": accelerator,
+        "cloud.google.com/gke-tpu-topology": sizes,
+    }
     assert pod["containers"][0]["resources"]["limits"]["google.com/tpu"] == chips
 
 
@@ -196,7 +279,10 @@ def test_the_jobset_starts_again_on_75_and_kills_only():
     slice_ = spec["replicatedJobs"][0]["template"]["spec"]
     container = slice_["template"]["spec"]["containers"][0]
     assert container["command"] == TRAIN
-    assert spec["failurePolicy"] == {"maxRestarts": 5, "rules": [{"name": "failed_for_good", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]}
+    assert spec["failurePolicy"] == {
+        "maxRestarts": 5,
+        "rules": [{"name": "failed_for_good", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+    }
     (rule,) = slice_["podFailurePolicy"]["rules"]
     codes = rule["onExitCodes"]
     assert rule["action"] == "FailJob" and codes["operator"] == "NotIn" and codes["containerName"] == container["name"]
@@ -207,7 +293,9 @@ def test_the_jobset_starts_again_on_75_and_kills_only():
 def test_jobset_on_the_command_line():
     arguments = ["--name", "m", "--image", "i", "--bucket", "b", "--", *TRAIN]
     command = [sys.executable, "-m", "launch.jobset", "--topology"]
-    printed = subprocess.run([*command, "v5e:8x8", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [*command, "v5e:8x8", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert yaml.safe_load(printed)["metadata"]["name"] == "m" and "$" not in printed
     refused = subprocess.run([*command, "v5e-64", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "expected KIND:SIZES such as v5e:8x8" in refused.stderr
@@ -220,7 +308,11 @@ def test_jobset_on_the_command_line():
         ("xpk.sh", ["--name", "m", "--cluster", "c", "--image", "i"], "--type is required"),
         ("run_on_workers.sh", ["--name", "m", "--zone", "z"], "no COMMAND after --"),
         ("queued_resource.sh", ["start"], "ACTION is one of create"),
-        ("queued_resource.sh", ["create", "--name", "m", "--zone", "z", "--type", "v9-8"], "no --runtime known for --type v9-8"),
+        (
+            "queued_resource.sh",
+            ["create", "--name", "m", "--zone", "z", "--type", "v9-8"],
+            "no --runtime known for --type v9-8",
+        ),
     ],
 )
 def test_mistakes_are_named(script, arguments, message):

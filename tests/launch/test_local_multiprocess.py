@@ -34,7 +34,10 @@ def test_every_process_gets_its_variables_and_a_prefix(starts, capfd):
 
 
 def test_all_start_again_when_one_asks_for_it_or_is_killed(starts, capfd):
-    assert starts("n == 0 and me == '1' and sys.exit(75); n == 1 and me == '0' and os.kill(os.getpid(), signal.SIGKILL)") == 0
+    assert (
+        starts("n == 0 and me == '1' and sys.exit(75); n == 1 and me == '0' and os.kill(os.getpid(), signal.SIGKILL)")
+        == 0
+    )
     assert starts.count() == {0: 3, 1: 3}
     assert "process 0 was killed by SIGKILL" in capfd.readouterr().err
 
@@ -51,7 +54,18 @@ def test_one_that_fails_for_good_ends_all(starts, monkeypatch):
 
 
 def launcher(*command: str) -> subprocess.Popen:
-    arguments = [sys.executable, "-m", "launch.local_multiprocess", "--processes", "2", "--", sys.executable, "-S", "-c", *command]
+    arguments = [
+        sys.executable,
+        "-m",
+        "launch.local_multiprocess",
+        "--processes",
+        "2",
+        "--",
+        sys.executable,
+        "-S",
+        "-c",
+        *command,
+    ]
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
@@ -73,16 +87,35 @@ def test_no_process_outlives_the_launcher():
 
 
 def test_dry_run_prints_what_each_process_would_get():
-    arguments = ["--processes", "2", "--devices", "4", "--dry-run", "--", "python", "-m", "medplib_jax.train", "--workdir=a b"]
+    arguments = [
+        "--processes",
+        "2",
+        "--devices",
+        "4",
+        "--dry-run",
+        "--",
+        "python",
+        "-m",
+        "medplib_jax.train",
+        "--workdir=a b",
+    ]
     printed = subprocess.run(
-        [sys.executable, "-m", "launch.local_multiprocess", *arguments], cwd=ROOT, env={**os.environ, "XLA_FLAGS": "--xla_cpu_x=1"},
-        capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
+        [sys.executable, "-m", "launch.local_multiprocess", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "--xla_cpu_x=1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
     for number, line in enumerate(printed):
         words = shlex.split(line)
         variables = dict(word.split("=", 1) for word in words[:5])
         assert words[5:] == ["python", "-m", "medplib_jax.train", "--workdir=a b"]
-        assert variables["JAX_PROCESS_ID"] == str(number) and variables["JAX_NUM_PROCESSES"] == "2" and variables["JAX_PLATFORMS"] == "cpu"
+        assert (
+            variables["JAX_PROCESS_ID"] == str(number)
+            and variables["JAX_NUM_PROCESSES"] == "2"
+            and variables["JAX_PLATFORMS"] == "cpu"
+        )
         assert variables["XLA_FLAGS"] == "--xla_force_host_platform_device_count=4 --xla_cpu_x=1"
         assert variables["JAX_COORDINATOR_ADDRESS"].startswith("localhost:")
     assert len(printed) == 2

@@ -17,7 +17,7 @@ from medplib_jax.models.layers import (
     scan_layers,
     softmax_average,
     stack_layers,
-)  # fmt: skip
+)
 from medplib_jax.models.rng import dropout
 
 

@@ -37,7 +37,9 @@ def test_kernels_keep_their_values_to_half_a_step(params):
             assert scales[path].dtype == jnp.int8
             assert (np.abs(back[path] - kernel) <= 0.501 * np.asarray(step)[..., None, :]).all(), path
     kinds = {path.split("/")[0] for path, leaf in scales.items() if leaf.dtype == jnp.int8}
-    assert kinds == {"llm", "clip", "projector"} and not any("router" in path for path in scales if scales[path].dtype == jnp.int8)
+    assert kinds == {"llm", "clip", "projector"} and not any(
+        "router" in path for path in scales if scales[path].dtype == jnp.int8
+    )
     assert num_bytes(quantized) < num_bytes(plain)
 
 

@@ -23,7 +23,10 @@ def specs() -> dict[str, dict[str, list]]:
     model = abstract_model(config.model)
     meshes = {name: AbstractMesh(sizes, MESH_AXES) for name, sizes in MESHES.items()}
     return {
-        name: {path: list(sharding.spec) for path, sharding in flatten(model_shardings(model, mesh, config.sharding)).items()}
+        name: {
+            path: list(sharding.spec)
+            for path, sharding in flatten(model_shardings(model, mesh, config.sharding)).items()
+        }
         for name, mesh in meshes.items()
     }
 

@@ -8,7 +8,10 @@ from medplib_jax.parallel.compilation import Compilations, use_cache
 
 
 def test_a_second_compilation_comes_from_the_cache(tmp_path):
-    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")}
+    before = {
+        name: getattr(jax.config, name)
+        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    }
     compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     try:

@@ -40,7 +40,11 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_PROCID
     ("variables", "on_tpu", "expected"),
     [
         ({}, False, None),
-        ({"JAX_COORDINATOR_ADDRESS": "host0:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}, False, {"num_processes": 4, "process_id": 2}),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host0:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"},
+            False,
+            {"num_processes": 4, "process_id": 2},
+        ),
         (SLURM | {"SLURM_NTASKS": "16"}, False, {}),
         (SLURM | {"SLURM_NTASKS": "1"}, False, None),  # an interactive shell
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"}, False, None),  # the batch script itself, outside of srun
@@ -51,7 +55,13 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_PROCID
 )
 def test_who_joins_other_processes(monkeypatch, variables, on_tpu, expected):
     calls = []
-    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "TPU_WORKER_HOSTNAMES", "JAX_PLATFORMS"):
+    for name in (
+        "JAX_COORDINATOR_ADDRESS",
+        "SLURM_STEP_NODELIST",
+        "SLURM_NTASKS",
+        "TPU_WORKER_HOSTNAMES",
+        "JAX_PLATFORMS",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -67,5 +77,7 @@ def test_jax_finds_the_coordinator_of_a_slurm_step(monkeypatch):
 
     for name, value in (SLURM | {"SLURM_NTASKS": "16"}).items():
         monkeypatch.setenv(name, value)
-    assert SlurmCluster.is_env_present() and SlurmCluster.get_process_id() == 3 and SlurmCluster.get_process_count() == 16
+    assert (
+        SlurmCluster.is_env_present() and SlurmCluster.get_process_id() == 3 and SlurmCluster.get_process_count() == 16
+    )
     assert SlurmCluster.get_coordinator_address(None, None).startswith("gpu03:")

@@ -45,20 +45,41 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(command: list[str], folder: Path, processes: int, devices: int = 1, restarts: int = 0, **variables: str) -> subprocess.Popen:
+def start(
+    command: list[str], folder: Path, processes: int, devices: int = 1, restarts: int = 0, **variables: str
+) -> subprocess.Popen:
     """The launcher, with one pipe for what all processes say."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    launcher = [sys.executable, "-m", "launch.local_multiprocess", "--processes", str(processes), "--devices", str(devices)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "launch.local_multiprocess",
+        "--processes",
+        str(processes),
+        "--devices",
+        str(devices),
+    ]
     return subprocess.Popen(
-        [*launcher, "--max-restarts", str(restarts), "--", sys.executable, *command], cwd=ROOT, env={**os.environ, **cache, **variables},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [*launcher, "--max-restarts", str(restarts), "--", sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **cache, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def training(folder: Path, workdir: Path, **flags) -> list[str]:
     """The command of a run in which every process has one row of `fsdp`; `flags` are fields, with __ for the dots."""
     fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in flags.items()]
-    return ["-m", "tests.train.noting", f"--config={tiny_run.__file__}:{folder}", f"--workdir={workdir}", "--config.mesh.fsdp=2", *fields]
+    return [
+        "-m",
+        "tests.train.noting",
+        f"--config={tiny_run.__file__}:{folder}",
+        f"--workdir={workdir}",
+        "--config.mesh.fsdp=2",
+        *fields,
+    ]
 
 
 def losses(workdir: Path) -> dict[int, tuple[float, float]]:
@@ -73,7 +94,9 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
 
 def one_of(process: subprocess.Popen, number: int) -> psutil.Process:
     """The launcher's child that is process `number` of the run."""
-    return next(child for child in psutil.Process(process.pid).children() if child.environ()["JAX_PROCESS_ID"] == str(number))
+    return next(
+        child for child in psutil.Process(process.pid).children() if child.environ()["JAX_PROCESS_ID"] == str(number)
+    )
 
 
 def train_alone(folder: Path, workdir: Path, monkeypatch, devices: int, **settings) -> dict[int, tuple[float, float]]:
@@ -87,14 +110,20 @@ def train_alone(folder: Path, workdir: Path, monkeypatch, devices: int, **settin
 
 def assert_close(found: dict[int, tuple[float, float]], expected: dict[int, tuple[float, float]]) -> None:
     """Equal but for the order of sums: between processes they are taken in another order than between devices of one process."""
-    print("largest relative difference", max(abs(a / b - 1) for step in expected for a, b in zip(found[step], expected[step])))
+    print(
+        "largest relative difference",
+        max(abs(a / b - 1) for step in expected for a, b in zip(found[step], expected[step])),
+    )
     assert found.keys() == expected.keys()
     for step, values in found.items():
         assert values == pytest.approx(expected[step], rel=1e-5), step
 
 
 def test_processes_agree_and_an_error_in_one_ends_all(folder):
-    body = TOGETHER + "with multihost.abort_together():\n    if me == 1:\n        raise ValueError('bad record')\n    time.sleep(3600)"
+    body = (
+        TOGETHER
+        + "with multihost.abort_together():\n    if me == 1:\n        raise ValueError('bad record')\n    time.sleep(3600)"
+    )
     process = start(["-c", body], folder, processes=2, devices=2)
     said = process.communicate()[0]
     assert process.returncode == 1
@@ -107,12 +136,12 @@ def test_a_hung_process_says_where_and_all_ask_for_a_restart(folder):
     body = TOGETHER + (
         "def stuck():\n    time.sleep(3600)\n"
         "with multihost.abort_together(), multihost.Watchdog(1 if me == 1 else 3600):\n    stuck()"
-    )  # fmt: skip
+    )
     process = start(["-c", body], folder, processes=2, devices=2)
     said = process.communicate()[0]
     assert process.returncode == RESTART
     assert "no step was finished for 1 s; what each thread is doing" in said and "process 1 ends the run" in said
-    assert "[1]   File \"<string>\"" in said and " in stuck\n" in said
+    assert '[1]   File "<string>"' in said and " in stuck\n" in said
 
 
 def test_two_processes_train_as_one_and_a_signal_to_one_stops_and_restarts_both(folder, tmp_path, monkeypatch):
@@ -141,7 +170,9 @@ def test_half_and_double_the_processes_go_on_with_the_same_examples(folder, tmp_
     steps = 30
     for number, (processes, until) in enumerate([(2, 5), (1, 12), (4, None)]):
         (tmp_path / f"notes{number}").mkdir()
-        command = training(folder, tmp_path / "run", train__steps=steps, mesh__fsdp=2 if processes < 4 else 4, mesh__data=-1)
+        command = training(
+            folder, tmp_path / "run", train__steps=steps, mesh__fsdp=2 if processes < 4 else 4, mesh__data=-1
+        )
         process = start(command, folder, processes, 4 // processes, NOTES=str(tmp_path / f"notes{number}"))
         if until is not None:
             wait_for_step(tmp_path / "run", until, process)
@@ -165,7 +196,9 @@ def test_a_record_that_one_process_cannot_read_ends_all_and_is_named(folder, tmp
     records = json.loads((folder / "phantom/train/align.json").read_text())
     records[3]["image"] = "images/missing.png"
     (tmp_path / "bad.json").write_text(json.dumps(records))
-    process = start(training(folder, tmp_path / "run", data__sources=f"('{tmp_path}/bad.json',)"), folder, processes=2, restarts=3)
+    process = start(
+        training(folder, tmp_path / "run", data__sources=f"('{tmp_path}/bad.json',)"), folder, processes=2, restarts=3
+    )
     said = process.communicate()[0]
     assert process.returncode == 1 and "ends the run" in said and "bad.json, record 3" in said and "again" not in said
 
@@ -180,7 +213,12 @@ def test_a_loss_that_is_not_finite_ends_all(folder, tmp_path):
 @pytest.mark.slow
 def test_a_notice_that_comes_to_jax_before_training_begins_is_heard(folder, tmp_path):
     """Up to then the signal is the business of JAX's preemption service, which tells all processes at which step to stop."""
-    process = start(training(folder, tmp_path / "run", train__steps=2000), folder, processes=2, EARLY_SIGNAL=str(int(signal.SIGTERM)))
+    process = start(
+        training(folder, tmp_path / "run", train__steps=2000),
+        folder,
+        processes=2,
+        EARLY_SIGNAL=str(int(signal.SIGTERM)),
+    )
     said = process.communicate()[0]
     assert process.returncode == RESTART, said
     assert "SIGTERM: step 0 of 2000 is saved; run the same command to resume" in said

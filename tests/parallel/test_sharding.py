@@ -49,11 +49,21 @@ RULES = ShardingConfig().rules
     ("axes", "sizes", "rules", "message"),
     [
         (("embed", "mpl"), (4, 4), RULES, "llm/up: no sharding rule for logical axis 'mpl'"),
-        (("embed", "mlp"), (4, 4), {**RULES, "mlp": ("fsdp",)}, "llm/up: logical axes 'embed' and 'mlp' are both mapped to mesh axis 'fsdp'"),
+        (
+            ("embed", "mlp"),
+            (4, 4),
+            {**RULES, "mlp": ("fsdp",)},
+            "llm/up: logical axes 'embed' and 'mlp' are both mapped to mesh axis 'fsdp'",
+        ),
         (("embed", "embed"), (4, 4), RULES, "both mapped to mesh axis 'fsdp'"),
         (("embed", "mlp"), (4, 5), RULES, "llm/up: dimension 'mlp' of size 5 is not divisible by 2"),
         (("embed",), (4, 4), RULES, "llm/up: 1 logical axes"),
-        (("embed", "mlp"), (4, 4), {**RULES, "mlp": ("model",)}, "llm/up: rule 'mlp' -> 'model', but the mesh has axes"),
+        (
+            ("embed", "mlp"),
+            (4, 4),
+            {**RULES, "mlp": ("model",)},
+            "llm/up: rule 'mlp' -> 'model', but the mesh has axes",
+        ),
     ],
 )
 def test_errors_are_loud_and_name_the_parameter(mesh, axes, sizes, rules, message):
@@ -81,7 +91,9 @@ def test_trees_must_agree(mesh):
 def test_moments_are_sharded_like_their_parameter(mesh):
     shapes = {"kernel": shape(8, 4), "scale": shape(3)}
     shardings = param_shardings({"kernel": ("embed", "mlp"), "scale": ("norm",)}, shapes, mesh)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_learning_rate(lambda step: 1e-3))
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_learning_rate(lambda step: 1e-3)
+    )
     params = jax.tree.map(lambda s, sharding: jax.device_put(jnp.ones(s.shape), sharding), shapes, shardings)
     placed = optimizer_shardings(tx, shapes, shardings, mesh)
     state = jax.jit(tx.init, out_shardings=placed)(params)
@@ -105,14 +117,22 @@ def test_every_parameter_of_the_7b_model_lies_where_it_did():
     current = json.loads(json.dumps(sharding_golden.specs()))
     assert current.keys() == golden.keys()
     for mesh, specs in golden.items():
-        changed = {path: (specs.get(path), current[mesh].get(path)) for path in specs | current[mesh] if specs.get(path) != current[mesh].get(path)}
+        changed = {
+            path: (specs.get(path), current[mesh].get(path))
+            for path in specs | current[mesh]
+            if specs.get(path) != current[mesh].get(path)
+        }
         assert not changed, f"{mesh}: {changed}"
 
 
 @pytest.mark.parametrize(
     ("sizes", "changes", "message"),
     [
-        ((8, 1, 1, 1), {"optim": {"accumulate": 2}}, "data.batch_size / optim.accumulate 4 cannot be shared out evenly over the mesh's data=8 x fsdp=1 x expert=1"),
+        (
+            (8, 1, 1, 1),
+            {"optim": {"accumulate": 2}},
+            "data.batch_size / optim.accumulate 4 cannot be shared out evenly over the mesh's data=8 x fsdp=1 x expert=1",
+        ),
         ((1, 1, 1, 8), {}, "model.llm.num_heads 2 cannot be shared out evenly over the mesh's tensor=8"),
         ((1, 1, 8, 1), {}, "model.moe.num_experts 2 cannot be shared out evenly over the mesh's expert=8"),
         ((8, 1, 1, 1), {"optim": {"accumulate": 3}}, "data.batch_size 8 is not a multiple of optim.accumulate 3"),
@@ -120,6 +140,8 @@ def test_every_parameter_of_the_7b_model_lies_where_it_did():
 )
 def test_what_a_mesh_cannot_share_out_is_said_before_anything_compiles(sizes, changes, message):
     config = tiny_experiment()
-    config = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in changes.items()})
+    config = dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in changes.items()}
+    )
     with pytest.raises(ValueError, match=message):
         state_shardings(abstract_model(config.model), config, optax.sgd(1.0), make_mesh(MeshConfig(*sizes)))

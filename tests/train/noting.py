@@ -16,7 +16,9 @@ def note_records(folder: str) -> None:
     def noting(loader, plan, rows, start, stop, workers):
         for step, (arrays, skipped) in enumerate(read(loader, plan, rows, start, stop, workers), start):
             with open(f"{folder}/{jax.process_index()}.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, "rows": rows.tolist(), "records": arrays["record"].tolist()}) + "\n")
+                file.write(
+                    json.dumps({"step": step, "rows": rows.tolist(), "records": arrays["record"].tolist()}) + "\n"
+                )
             yield arrays, skipped
 
     train.train_batches = noting

@@ -56,7 +56,9 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def config(folder):
     """8 steps, a checkpoint every 3."""
-    return dataclasses.replace(tiny_run.experiment(str(folder)), train=TrainConfig(steps=8, checkpoint_every=3, log_every=1))
+    return dataclasses.replace(
+        tiny_run.experiment(str(folder)), train=TrainConfig(steps=8, checkpoint_every=3, log_every=1)
+    )
 
 
 def losses(workdir) -> dict[int, tuple[float, float]]:
@@ -89,7 +91,9 @@ def test_resuming_after_sigkill_gives_the_same_losses(uninterrupted, config, fol
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "config.json"), str(tmp_path / "run")], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "config.json"), str(tmp_path / "run")], env=environment
+    )
     deadline = time.time() + 200
     while len(losses(tmp_path / "run")) < 5 and process.poll() is None and time.time() < deadline:
         time.sleep(0.005)
@@ -159,13 +163,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(config, t
 
 
 def test_another_model_cannot_resume_a_workdir(uninterrupted, config, folder):
-    other = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=LoraConfig(rank=3)), train=TrainConfig(steps=9))
+    other = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, lora=LoraConfig(rank=3)), train=TrainConfig(steps=9)
+    )
     with pytest.raises(ValueError, match="cannot be resumed.*model.lora.rank: 2 in the checkpoint, 3 now"):
         train(other, str(folder / "whole"))
 
 
 def test_a_tokenizer_of_another_size_is_refused(config, tmp_path):
-    other = dataclasses.replace(config, model=dataclasses.replace(config.model, llm=dataclasses.replace(config.model.llm, vocab_size=41)))
+    other = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, llm=dataclasses.replace(config.model.llm, vocab_size=41))
+    )
     with pytest.raises(ValueError, match="model.llm.vocab_size is 41, but data.tokenizer .* has"):
         train(other, str(tmp_path / "run"))
 

@@ -1,4 +1,3 @@
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +30,9 @@ def on_canvas(case, extra_rows, extra_columns):
 @pytest.mark.parametrize("extra", [(0, 0), (7, 5)])
 def test_mask_losses_equal_the_original(case, term, extra):
     logits, gt, inside, iou = on_canvas(case, *extra)
-    value, (gradient, iou_gradient) = jax.value_and_grad(lambda x, i: mask_losses(x, gt, inside, i)[term].sum(), argnums=(0, 1))(logits, iou)
+    value, (gradient, iou_gradient) = jax.value_and_grad(
+        lambda x, i: mask_losses(x, gt, inside, i)[term].sum(), argnums=(0, 1)
+    )(logits, iou)
     height, width = golden[f"{case}_gt"].shape[1:]
     close(value, golden[f"{case}_{term}"], 1e-4)
     close(gradient[0, :, :height, :width], golden[f"{case}_{term}_grad"], 1e-3)
@@ -43,7 +44,9 @@ def test_mask_losses_equal_the_original(case, term, extra):
 def test_saturated_logits_stay_finite():
     logits = jnp.array([-200.0, 200.0, 0.0, 90.0]).reshape(1, 1, 2, 2)
     gt = jnp.array([1.0, 0.0, 1.0, 1.0]).reshape(1, 1, 2, 2)
-    losses, gradients = jax.value_and_grad(lambda x: sum(v.sum() for v in mask_losses(x, gt, jnp.ones((1, 2, 2)), jnp.zeros((1, 1))).values()))(logits)
+    losses, gradients = jax.value_and_grad(
+        lambda x: sum(v.sum() for v in mask_losses(x, gt, jnp.ones((1, 2, 2)), jnp.zeros((1, 1))).values())
+    )(logits)
     assert np.isfinite(losses) and np.isfinite(gradients).all()
 
 
@@ -74,6 +77,8 @@ def test_cross_entropy_never_holds_all_logits():
     """The largest array of the gradient's program is a chunk of logits, not [B, L, V]."""
     B, L, D, V, chunk = 2, 64, 4, 1000, 8
     arguments = (jnp.ones((B, L, D)), jnp.ones((D, V)))
-    gradient = jax.grad(lambda h, k: token_cross_entropy(h, k, jnp.zeros((B, L), int), jnp.ones((B, L)), chunk)[0], argnums=(0, 1))
+    gradient = jax.grad(
+        lambda h, k: token_cross_entropy(h, k, jnp.zeros((B, L), int), jnp.ones((B, L)), chunk)[0], argnums=(0, 1)
+    )
     memory = jax.jit(gradient).lower(*arguments).compile().memory_analysis()
     assert memory.temp_size_in_bytes < B * L * V * 4

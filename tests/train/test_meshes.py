@@ -64,7 +64,9 @@ def step(config: ExperimentConfig, sizes: tuple[int, ...]):
     before = jax.device_get(state.trainable)
     run = CompiledStep(make_train_step(model, config, tx, lambda step: RATE), shardings)
     state, metrics = run(state, put_batch(random_batch(config), mesh, config.data.batch_size))
-    return jax.device_get(metrics), flatten(jax.tree.map(lambda old, new: (old - new) / RATE, before, jax.device_get(state.trainable)))
+    return jax.device_get(metrics), flatten(
+        jax.tree.map(lambda old, new: (old - new) / RATE, before, jax.device_get(state.trainable))
+    )
 
 
 def varied(params):
@@ -83,7 +85,9 @@ def on_one_device(stage: str, dispatch: str):
 
 def _case(stage, dispatch, mesh):
     name = f"{stage}-{dispatch}-{'x'.join(map(str, mesh))}"
-    return pytest.param(stage, dispatch, mesh, id=name, marks=() if (stage, dispatch, mesh) in SELECTED else pytest.mark.slow)
+    return pytest.param(
+        stage, dispatch, mesh, id=name, marks=() if (stage, dispatch, mesh) in SELECTED else pytest.mark.slow
+    )
 
 
 @pytest.mark.parametrize(("stage", "dispatch", "mesh"), [_case(*case, mesh) for case in CASES for mesh in MESHES])
@@ -101,6 +105,6 @@ def test_a_mesh_changes_neither_losses_nor_gradients(stage, dispatch, mesh, capf
         # (more so a key's bias, which shifts all scores alike and has no gradient but rounding)
         scale = max(np.abs(gradient).max(), (1e-2 if path.endswith("attn/k/bias") else 1e-3) * largest)
         np.testing.assert_allclose(gradients[path], gradient, rtol=0, atol=1e-5 * scale, err_msg=path)
-        assert gradient.any() or re.search("^region|hypernetworks/[1-9]", path), path  # not of every batch; of masks that are not drawn
-
-
+        assert gradient.any() or re.search("^region|hypernetworks/[1-9]", path), (
+            path
+        )  # not of every batch; of masks that are not drawn

@@ -10,7 +10,9 @@ from medplib_jax.train.metrics_log import Clock, MetricWriter, read_metrics
 
 def test_rows_after_the_resumed_step_and_half_written_ones_are_removed(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step, "loss": 1.0 / step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
+    path.write_text(
+        "".join(json.dumps({"step": step, "loss": 1.0 / step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo'
+    )
     writer = MetricWriter(str(tmp_path), start_step=2)
     writer.write(3, {"loss": 7.0})
     writer.close()
@@ -23,7 +25,9 @@ def test_flops_of_the_7b_decoder():
     model, tokens = ModelConfig(), 2 * 1024
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32267
     decoder = step_flops(model, 2, 1024, images=0, masks=0, trainable_share=1.0)
-    attention = 3 * 2 * 32 * 2 * (1024**2 / 2) * 2 * 4096  # forward and twice that backward; scores and values; causal half
+    attention = (
+        3 * 2 * 32 * 2 * (1024**2 / 2) * 2 * 4096
+    )  # forward and twice that backward; scores and values; causal half
     assert abs(decoder / (6 * weights * tokens + attention) - 1) < 1e-6
     experts = dataclasses.replace(model, moe=MoeConfig(num_experts=2))
     assert step_flops(experts, 2, 1024, 0, 0, 1.0) == decoder

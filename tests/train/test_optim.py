@@ -14,7 +14,10 @@ from medplib_jax.train.optim import lr_factors, make_optimizer, make_schedule, p
 from tests.paths import GOLDEN
 
 schedules = json.loads((GOLDEN / "schedules.json").read_text())
-params = {"llm": {"head": {"kernel": 1.0}, "layers": {"q": {"kernel": 2.0, "lora_a": 3.0}}}, "sam": {"blocks": {"0": {"bias": 4.0}}}}
+params = {
+    "llm": {"head": {"kernel": 1.0}, "layers": {"q": {"kernel": 2.0, "lora_a": 3.0}}},
+    "sam": {"blocks": {"0": {"bias": 4.0}}},
+}
 
 
 @pytest.mark.parametrize("name", schedules)
@@ -66,8 +69,11 @@ def test_partition_never_loses_a_leaf(names, letter):
 def test_rate_factors_take_the_first_match():
     config = OptimConfig(lr_scale=(("sam", 0.1), (".*bias", 5.0), ("head", 2.0)))
     assert flatten(lr_factors(config, params)) == {
-        "llm/head/kernel": 2.0, "llm/layers/q/kernel": 1.0, "llm/layers/q/lora_a": 1.0, "sam/blocks/0/bias": 0.1,
-    }  # fmt: skip
+        "llm/head/kernel": 2.0,
+        "llm/layers/q/kernel": 1.0,
+        "llm/layers/q/lora_a": 1.0,
+        "sam/blocks/0/bias": 0.1,
+    }
     with pytest.raises(ValueError, match="optim.lr_scale pattern 'norm' matches no"):
         lr_factors(OptimConfig(lr_scale=(("norm", 0.1),)), params)
 
@@ -76,7 +82,10 @@ def test_updates_equal_torch():
     """AdamW with decay, clipping and a per-group rate against torch.optim, 6 steps with gradients that are clipped and not."""
     rng = np.random.default_rng(0)
     start = {"a": rng.normal(size=(4, 3)).astype(np.float32), "b": rng.normal(size=5).astype(np.float32)}
-    gradients = [{k: (scale * rng.normal(size=v.shape)).astype(np.float32) for k, v in start.items()} for scale in (9, 0.1, 3, 0.01, 1, 7)]
+    gradients = [
+        {k: (scale * rng.normal(size=v.shape)).astype(np.float32) for k, v in start.items()}
+        for scale in (9, 0.1, 3, 0.01, 1, 7)
+    ]
     config = OptimConfig(lr=1e-2, weight_decay=0.1, schedule="reference", warmup=0.03, lr_scale=(("^b", 0.5),))
     schedule = make_schedule(config, total_steps=12, epoch_steps=100)
 

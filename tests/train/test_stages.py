@@ -60,11 +60,17 @@ def test_stage_4_takes_each_expert_from_its_checkpoint(layers):
         np.testing.assert_array_equal(experts[:, 0], grounding[1]["llm"]["mlp"][name]["kernel"][sparse])
         np.testing.assert_array_equal(experts[:, 1], language[1]["llm"]["mlp"][name]["kernel"][sparse])
     if layers == (1,):
-        np.testing.assert_array_equal(result["llm"]["mlp"]["up"]["kernel"], language[1]["llm"]["mlp"]["up"]["kernel"][:1])
+        np.testing.assert_array_equal(
+            result["llm"]["mlp"]["up"]["kernel"], language[1]["llm"]["mlp"]["up"]["kernel"][:1]
+        )
     origin = {path: float(leaf.reshape(-1)[0]) for path, leaf in flatten(result).items() if "experts" not in path}
     assert all(value == 30 for path, value in origin.items() if path.startswith(("sam/", "seg_mlp/")))
     assert all(value == 100 for path, value in origin.items() if "lora_" in path or "router" in path)
-    rest = {path: v for path, v in origin.items() if not path.startswith(("sam/", "seg_mlp/")) and "lora_" not in path and "router" not in path}
+    rest = {
+        path: v
+        for path, v in origin.items()
+        if not path.startswith(("sam/", "seg_mlp/")) and "lora_" not in path and "router" not in path
+    }
     assert len(rest) > 20 and set(rest.values()) == {20}
 
 
@@ -78,7 +84,12 @@ def test_frozen_precision_does_not_leak_into_the_next_stage():
 @pytest.mark.parametrize(
     ("stage", "base", "grounding", "message"),
     [
-        (3, 1, None, "init.base: stage 3 .grounding expert. starts from a checkpoint of stage 2 .*, found stage 1 .align."),
+        (
+            3,
+            1,
+            None,
+            "init.base: stage 3 .grounding expert. starts from a checkpoint of stage 2 .*, found stage 1 .align.",
+        ),
         (2, 3, None, "init.base: stage 2 .* found stage 3"),
         (4, 2, 2, "init.grounding: stage 4 .* of stage 3 .*, found stage 2"),
         (4, 2, None, "stage 4 .* needs init.grounding"),
@@ -93,7 +104,9 @@ def test_a_checkpoint_of_the_wrong_stage_is_refused(stage, base, grounding, mess
 def test_another_size_is_refused_by_name():
     wide = dataclasses.replace(MODEL.llm, mlp_dim=48)
     config = experiment(3, llm=wide)
-    with pytest.raises(ValueError, match=r"llm/mlp/\w+/kernel: the new model expects shape .*48.*, the checkpoint has .*32"):
+    with pytest.raises(
+        ValueError, match=r"llm/mlp/\w+/kernel: the new model expects shape .*48.*, the checkpoint has .*32"
+    ):
         hand_over(config, params(config, 0.0), checkpoint(2, 0.0))
     config = experiment(4, moe=MoeConfig(num_experts=2))
     with pytest.raises(ValueError, match=r"llm/mlp/\w+/kernel: init.base has shape .*32.*, init.grounding .*48"):

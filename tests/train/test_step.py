@@ -56,7 +56,9 @@ def same(actual, expected, skip_metrics=()):
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-4, atol=1e-6, err_msg=name)
     scale = max(np.abs(g).max() for g in expected_gradients.values())
     for path, gradient in expected_gradients.items():
-        np.testing.assert_allclose(gradients[path], gradient, atol=1e-4 * max(np.abs(gradient).max(), 1e-3 * scale), err_msg=path)
+        np.testing.assert_allclose(
+            gradients[path], gradient, atol=1e-4 * max(np.abs(gradient).max(), 1e-3 * scale), err_msg=path
+        )
 
 
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 4}, {"fsdp": 2, "expert": 2, "tensor": 2, "data": 1}])
@@ -109,5 +111,9 @@ def test_frozen_parameters_keep_their_values_and_take_their_dtype():
     assert all(path.endswith(("lora_a", "lora_b")) for path in flatten(state.trainable))
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state.frozen))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.frozen), before[1])
-    changed = [path for path, leaf in flatten(jax.device_get(state.trainable)).items() if (leaf != flatten(before[0])[path]).any()]
+    changed = [
+        path
+        for path, leaf in flatten(jax.device_get(state.trainable)).items()
+        if (leaf != flatten(before[0])[path]).any()
+    ]
     assert changed and metrics["grad_norm"] > 0 and metrics["lr"] > 0

@@ -15,7 +15,9 @@ from medplib_jax.datasets.assemble.dataset import assemble, describe
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", required=True, help="folder of the MeCoVQA JSON files")
-    parser.add_argument("--images", required=True, help="SA-Med2D-20M: the folder that has images/ and masks/, or SAMed2Dv1/ with them")
+    parser.add_argument(
+        "--images", required=True, help="SA-Med2D-20M: the folder that has images/ and masks/, or SAMed2Dv1/ with them"
+    )
     parser.add_argument("--out", required=True)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: this one only")
     arguments = parser.parse_args()

@@ -43,7 +43,10 @@ PUBLISHED = {
     "test/MeCoVQA_Complex_VQA_test.json": ("complex", "test"),
     "test/MeCoVQA_Region_VQA_test.json": ("region", "test"),
     "test/MeCoVQA_Grounding_test.json": ("grounding", "test"),
-} | {f"zeroshot4grounding/{name}.json": ("zeroshot", name) for name in ("endoscopy", "fundus", "mr", "pet", "ultrasound", "xray")}
+} | {
+    f"zeroshot4grounding/{name}.json": ("zeroshot", name)
+    for name in ("endoscopy", "fundus", "mr", "pet", "ultrasound", "xray")
+}
 RECORDS_PER_SHARD = 1000
 _MERGED = re.compile(r"masks_merged[/\\][^<>\"]+")
 _INSTANCE = re.compile(r"(.+)_[0-9]{3}\.png")
@@ -80,7 +83,9 @@ def assemble(annotations: str, images: str, out: str, workers: int) -> dict[str,
     """Does what the module says, and returns the manifest. DataError when an annotation file or the image folder cannot be read."""
     root = find_collection(images)
     files = find_annotations(annotations)
-    loaded = {file: read_records(os.path.join(annotations, file)) for file in tqdm(files, desc="annotations", unit=" files")}
+    loaded = {
+        file: read_records(os.path.join(annotations, file)) for file in tqdm(files, desc="annotations", unit=" files")
+    }
     plan = {file: PUBLISHED.get(file) or guess(file, loaded[file]) for file in files}
     instances = find_instances(root, loaded.values())
     for partial in pathlib.Path(out, ".shards").glob("*.tmp"):  # of a run that was killed
@@ -210,7 +215,10 @@ def build_shard(task: Task) -> dict[str, Any]:
                 continue
             writer.write(example)
             written += 1
-            problems += [{"action": "repaired", "file": task.file, "record": index, "what": what} for what in dict.fromkeys(repairs)]
+            problems += [
+                {"action": "repaired", "file": task.file, "record": index, "what": what}
+                for what in dict.fromkeys(repairs)
+            ]
     note = {"fingerprint": task.fingerprint, "written": written, "problems": problems, "missing": sorted(files.missing)}
     write_json(task.path + ".json", note)
     return note
@@ -239,12 +247,16 @@ def write_manifest(out: str, tasks, notes, folders: dict[str, str], absent: list
     }
     write_json(os.path.join(out, "manifest.json"), manifest)
     _write_lines(os.path.join(out, "missing.txt"), missing)
-    _write_lines(os.path.join(out, "problems.jsonl"), [json.dumps(problem) for note in notes for problem in note["problems"]])
+    _write_lines(
+        os.path.join(out, "problems.jsonl"), [json.dumps(problem) for note in notes for problem in note["problems"]]
+    )
     return manifest
 
 
 def _splits_of(config: str, splits) -> list[str]:
-    return [name.split("/")[1] for name, counts in splits.items() if name.startswith(f"{config}/") and counts["written"]]
+    return [
+        name.split("/")[1] for name, counts in splits.items() if name.startswith(f"{config}/") and counts["written"]
+    ]
 
 
 def _kind(what: str) -> str:
@@ -264,7 +276,10 @@ def _write_lines(path: str, lines: list[str]) -> None:
 
 def describe(manifest: dict[str, Any], out: str) -> str:
     """What a person wants to know at the end of a run."""
-    lines = [f"{name:24} {counts['written']:>8} of {counts['records']} records" for name, counts in manifest["splits"].items()]
+    lines = [
+        f"{name:24} {counts['written']:>8} of {counts['records']} records"
+        for name, counts in manifest["splits"].items()
+    ]
     for title in ("repaired", "left_out"):
         lines += [f"{title.replace('_', ' '):10} {count:>8}  {what}" for what, count in manifest[title].items()]
     if manifest["missing_files"]:

@@ -46,16 +46,31 @@ class Files:
 
     def mask(self, reference: str, size: tuple[int, int]) -> bytes:
         """A mask of this size (0 or 255) as `encode` makes it, united from its instances when it is one of masks_merged/ (and then kept there)."""
-        there = next((name for name in (reference, reference.replace("_merged.png", ".png")) if os.path.isfile(os.path.join(self.root, name))), None)
-        if not reference.startswith("masks_merged/") or there:  # some collections have united masks, with or without the suffix
+        there = next(
+            (
+                name
+                for name in (reference, reference.replace("_merged.png", ".png"))
+                if os.path.isfile(os.path.join(self.root, name))
+            ),
+            None,
+        )
+        if (
+            not reference.startswith("masks_merged/") or there
+        ):  # some collections have united masks, with or without the suffix
             return encode(visible(reference, images.load_mask(self.find(there or reference), size, self.notices)))
         instances = self.instances.get(reference, ())
         if not instances:
             self.missing.add(reference)
             raise DataError(
-                reference, None, "no instance mask to unite", f"masks/{stem(reference).removesuffix('_merged')}_NNN.png", "none"
+                reference,
+                None,
+                "no instance mask to unite",
+                f"masks/{stem(reference).removesuffix('_merged')}_NNN.png",
+                "none",
             )
-        united = visible(reference, unite(images.load_mask(self.find(f"masks/{name}"), size, self.notices) for name in instances))
+        united = visible(
+            reference, unite(images.load_mask(self.find(f"masks/{name}"), size, self.notices) for name in instances)
+        )
         write_once(os.path.join(self.out, reference), encode(united, "PNG"))
         return encode(united)
 
@@ -110,7 +125,9 @@ def repair_text(raw: dict[str, Any], repairs: list[str]) -> dict[str, Any]:
 def repair_turn(turn: Any, repairs: list[str]) -> Any:
     if not _is_text(turn):
         return dict(turn) if isinstance(turn, dict) else turn
-    value = _REFERENCE.sub(lambda match: f"<{match[1]}>{repair_reference(match[2], repairs)}</{match[1]}>", turn["value"])
+    value = _REFERENCE.sub(
+        lambda match: f"<{match[1]}>{repair_reference(match[2], repairs)}</{match[1]}>", turn["value"]
+    )
     return {**turn, "value": value}
 
 
@@ -151,7 +168,9 @@ def read_picture(path: str, notices: list[Notice]) -> tuple[bytes, tuple[int, in
 
 def read_masks(record: Record, files: Files, size: tuple[int, int]) -> dict[str, bytes]:
     """Every mask and region that the text refers to by a file, by name. DataError for an empty one, or a drawn region that is none."""
-    references = dict.fromkeys(name for _, text in record.turns for pattern in (REGION, MASK) for name in pattern.findall(text))
+    references = dict.fromkeys(
+        name for _, text in record.turns for pattern in (REGION, MASK) for name in pattern.findall(text)
+    )
     for shape in filter(is_shape, references):
         draw(shape, size)
     return {name: files.mask(name, size) for name in references if not is_shape(name)}

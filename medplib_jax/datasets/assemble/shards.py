@@ -61,7 +61,9 @@ class ShardWriter:
 
         os.makedirs(os.path.dirname(path), exist_ok=True)
         self._path, self._temporary = path, f"{path}.{os.getpid()}.tmp"
-        self._writer = ArrayRecordWriter(self._temporary, "group_size:1")  # one record a group: random access reads no neighbours
+        self._writer = ArrayRecordWriter(
+            self._temporary, "group_size:1"
+        )  # one record a group: random access reads no neighbours
 
     def write(self, example: dict[str, Any]) -> None:
         self._writer.write(serialize(example))
@@ -90,15 +92,21 @@ def publish(out: str, config: str, shards: Mapping[str, Sequence[tuple[str, int]
     os.makedirs(folder)
     splits = []
     for split, files in shards.items():
-        template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=DATASET, split=split, filetype_suffix="array_record")
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=DATASET, split=split, filetype_suffix="array_record"
+        )
         for i, (path, _) in enumerate(files):
             link_or_copy(path, str(template.sharded_filepath(shard_index=i, num_shards=len(files))))
         size = sum(os.path.getsize(path) for path, _ in files)
         splits.append(tfds.core.SplitInfo(split, [count for _, count in files], size, filename_template=template))
     tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=features(), split_infos=splits, check_data=False,
-        description=_DESCRIPTION + CONFIGS[config], homepage=_HOMEPAGE,
-    )  # fmt: skip
+        data_dir=folder,
+        features=features(),
+        split_infos=splits,
+        check_data=False,
+        description=_DESCRIPTION + CONFIGS[config],
+        homepage=_HOMEPAGE,
+    )
     return folder
 
 

@@ -49,11 +49,17 @@ def find_sources(folder: str) -> list[str]:
 
         places = [dataset_folder(folder, config) for config in sorted(os.listdir(assembled))]
         return [f"{place}#{split}" for place in places for split in tfds.builder_from_directory(place).info.splits]
-    files = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name.endswith(".json")]
-    beside = tuple(os.path.join(folder, name, "") for name in ("grit", "answers"))  # what `write_qa` puts there in other forms
+    files = [
+        os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name.endswith(".json")
+    ]
+    beside = tuple(
+        os.path.join(folder, name, "") for name in ("grit", "answers")
+    )  # what `write_qa` puts there in other forms
     found = [file for file in files if not file.startswith(beside) and may_hold_records(file)]
     if not found:
-        raise DataError(folder, None, "no dataset", f"annotation files *.json, or {DATASET}/ of an assembled one", "neither")
+        raise DataError(
+            folder, None, "no dataset", f"annotation files *.json, or {DATASET}/ of an assembled one", "neither"
+        )
     return sorted(found)
 
 
@@ -117,7 +123,12 @@ def summarize(facts: Sequence[Facts], findings: Sequence[Finding], unit: str) ->
         "by_task": _count(one.task for one in usable),
         "by_answer_type": _count(one.answer_type or "not stated" for one in usable),
         "lengths": {"unit": unit, **_spread([one.length for one in usable])},
-        "mask_areas": {"unit": "share of the picture", **_spread(areas), "edges": AREA_EDGES, "counts": counts.tolist()},
+        "mask_areas": {
+            "unit": "share of the picture",
+            **_spread(areas),
+            "edges": AREA_EDGES,
+            "counts": counts.tolist(),
+        },
         "finding_counts": _count(finding.kind for finding in findings),
         "findings": [finding.as_dict() for finding in findings],
     }
@@ -136,8 +147,12 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def describe(report: dict[str, Any]) -> str:
     """The report in a few lines."""
-    lines = [f"{report['records']} records, {report['usable']} usable, {report['pictures']} pictures, {report['suspicious']} suspicious"]
+    lines = [
+        f"{report['records']} records, {report['usable']} usable, {report['pictures']} pictures, {report['suspicious']} suspicious"
+    ]
     for title in ("by_split", "by_modality", "by_task"):
-        lines.append(f"{title.replace('_', ' '):12} " + ", ".join(f"{name} {count}" for name, count in report[title].items()))
+        lines.append(
+            f"{title.replace('_', ' '):12} " + ", ".join(f"{name} {count}" for name, count in report[title].items())
+        )
     lines += [f"{count:>8}  {kind}" for kind, count in report["finding_counts"].items()]
     return "\n".join(lines)

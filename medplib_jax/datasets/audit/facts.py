@@ -66,7 +66,9 @@ class _Picture:
 class Reader:
     """Facts of the records of one source. Pictures are decoded once per name; only their size and hash are kept."""
 
-    def __init__(self, source: Sequence[Record], name: str, held_out: bool, measure: Callable[[Record], int], class_names: dict):
+    def __init__(
+        self, source: Sequence[Record], name: str, held_out: bool, measure: Callable[[Record], int], class_names: dict
+    ):
         self._source, self._name, self._held_out = source, name, held_out
         self._measure, self._class_names = measure, class_names
         self._pictures: dict[str, _Picture] = {}
@@ -78,11 +80,19 @@ class Reader:
         except DataError as error:
             return Facts(self._name, index, self._held_out, error)
         known = Facts(
-            self._name, index, self._held_out, None, record.images, record.modality,
-            parse_image_name(record.images[0]).patient if record.images else "", task_of(record), record.answer_type,
+            self._name,
+            index,
+            self._held_out,
+            None,
+            record.images,
+            record.modality,
+            parse_image_name(record.images[0]).patient if record.images else "",
+            task_of(record),
+            record.answer_type,
             tuple(plain(text) for role, text in record.turns if role == "human"),
-            tuple(plain(text) for role, text in record.turns if role == "gpt"), self._measure(record),
-        )  # fmt: skip
+            tuple(plain(text) for role, text in record.turns if role == "gpt"),
+            self._measure(record),
+        )
         notices: list[Notice] = []
         try:
             pictures = [self._picture(record, name) for name in record.images]
@@ -91,15 +101,19 @@ class Reader:
             return dataclasses.replace(known, problem=error)
         odd = [*(notice for picture in pictures for notice in picture.notices), *notices]
         return dataclasses.replace(
-            known, picture_hash="".join(picture.hash for picture in pictures), masks=masks,
+            known,
+            picture_hash="".join(picture.hash for picture in pictures),
+            masks=masks,
             notices=tuple(f"{os.path.basename(one.file)}: {one.found}" for one in odd),
-        )  # fmt: skip
+        )
 
     def _picture(self, record: Record, name: str) -> "_Picture":
         if name not in self._pictures:
             notices: list[Notice] = []
             rgb = images.load_image(record.find(name), notices)
-            self._pictures[name] = _Picture(rgb.shape[:2], hashlib.blake2b(rgb.tobytes(), digest_size=12).hexdigest(), tuple(notices))
+            self._pictures[name] = _Picture(
+                rgb.shape[:2], hashlib.blake2b(rgb.tobytes(), digest_size=12).hexdigest(), tuple(notices)
+            )
         return self._pictures[name]
 
     def _masks(self, record: Record, sizes: Sequence[tuple[int, int]], notices: list[Notice]) -> Iterator[MaskFacts]:
@@ -110,7 +124,10 @@ class Reader:
                 if regions.is_shape(name):
                     mask, label = regions.draw(name, sizes[-1]), ""
                 else:
-                    mask, label = images.load_mask(record.find(name), sizes[-1], notices), class_name(name, self._class_names)
+                    mask, label = (
+                        images.load_mask(record.find(name), sizes[-1], notices),
+                        class_name(name, self._class_names),
+                    )
                 if not mask.any():
                     raise record.error("mask is empty", "at least one pixel", name)
                 yield measure_mask(mask, name, label, role == "human", turn)
@@ -123,7 +140,9 @@ def measure_mask(mask: np.ndarray, name: str, label: str, in_question: bool, tur
     box = (columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height)
     centre = ((columns.mean() + 0.5) / width, (rows.mean() + 0.5) / height)
     content = hashlib.blake2b(np.packbits(mask).tobytes(), digest_size=12).hexdigest()
-    return MaskFacts(name, label, in_question, turn, len(rows) / mask.size, *map(float, centre), tuple(map(float, box)), content)
+    return MaskFacts(
+        name, label, in_question, turn, len(rows) / mask.size, *map(float, centre), tuple(map(float, box)), content
+    )
 
 
 def plain(text: str) -> str:

@@ -18,7 +18,24 @@ MAJORITY, ENOUGH = 0.8, 5  # a custom of a collection: this share of at least so
 _LATERAL = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _CHOICE = re.compile(r"\bor\b|\b[A-D][).:]", re.IGNORECASE)
 _WORD = re.compile(r"[a-z]+|\d+")
-_TRIVIAL = {"yes", "no", "not", "the", "a", "an", "is", "it", "none", "normal", "abnormal", "left", "right", "both", "image", "other"}
+_TRIVIAL = {
+    "yes",
+    "no",
+    "not",
+    "the",
+    "a",
+    "an",
+    "is",
+    "it",
+    "none",
+    "normal",
+    "abnormal",
+    "left",
+    "right",
+    "both",
+    "image",
+    "other",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +119,11 @@ def wrong_side(facts: Sequence[Facts]) -> Found:
         custom = same * 2 > len(cases)
         for one, mask, word, shown in cases:
             if (word == shown) != custom:
-                yield one, f'"{word}" is shown on the {shown} here, in {share:.0%} of its collection on the other side', mask.name
+                yield (
+                    one,
+                    f'"{word}" is shown on the {shown} here, in {share:.0%} of its collection on the other side',
+                    mask.name,
+                )
 
 
 def same_place(facts: Sequence[Facts]) -> Found:
@@ -114,7 +135,9 @@ def same_place(facts: Sequence[Facts]) -> Found:
             pairs[one.images[-1], _LATERAL.sub("", mask.label)].setdefault(word, []).append((one, mask))
     for sides in pairs.values():
         for one, mask in sides.get("right", ()):
-            other = max((left for _, left in sides.get("left", ())), key=lambda left: _overlap(left.box, mask.box), default=None)
+            other = max(
+                (left for _, left in sides.get("left", ())), key=lambda left: _overlap(left.box, mask.box), default=None
+            )
             if other and _overlap(other.box, mask.box) > 0.5:
                 yield one, f'lies where "{other.label}" lies ({other.name})', mask.name
 
@@ -151,7 +174,11 @@ def duplicates(facts: Sequence[Facts]) -> Found:
     for first, *others in groups.values():
         for other in others:
             same = tuple(map(_normal, first.answers)) == tuple(map(_normal, other.answers))
-            answer = "the same answer" if same else f'another answer: "{_first(first.answers)}" and "{_first(other.answers)}"'
+            answer = (
+                "the same answer"
+                if same
+                else f'another answer: "{_first(first.answers)}" and "{_first(other.answers)}"'
+            )
             yield other, f"asks what {first.source}, record {first.record} asks, with {answer}", ""
 
 

@@ -58,9 +58,13 @@ def write_page(report: dict[str, Any], facts: Sequence[Facts], folder: str, path
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("audit_page.html").render(
-        title=Path(folder).resolve().name, report=report, findings=findings, gallery=[card_of(one, pictures, unit) for one in gallery(facts)],
-        areas=area_labels(report["mask_areas"]), listed=LISTED,
-    )  # fmt: skip
+        title=Path(folder).resolve().name,
+        report=report,
+        findings=findings,
+        gallery=[card_of(one, pictures, unit) for one in gallery(facts)],
+        areas=area_labels(report["mask_areas"]),
+        listed=LISTED,
+    )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
 
@@ -86,7 +90,15 @@ def gallery(facts: Sequence[Facts]) -> list[Facts]:
 
 def card_of(one: Facts, pictures: "Pictures", unit: str, detail: str = "", mask: str = "") -> Card:
     chips = tuple(
-        filter(None, (one.modality, one.task, "held out" if one.held_out else "training", f"{one.length} {unit}" if one.length else ""))
+        filter(
+            None,
+            (
+                one.modality,
+                one.task,
+                "held out" if one.held_out else "training",
+                f"{one.length} {unit}" if one.length else "",
+            ),
+        )
     )
     questions = [("Q", text) for text in one.questions]
     answers = [("A", text) for text in one.answers]

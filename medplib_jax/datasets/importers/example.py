@@ -29,7 +29,9 @@ class Example:
     modality: str = ""  # in the dataset's own word
     answer_type: str = ""  # open, closed or empty
     candidates: tuple[str, ...] = ()
-    content: bytes | None = dataclasses.field(default=None, repr=False)  # the image's file, where it is not one of its own
+    content: bytes | None = dataclasses.field(
+        default=None, repr=False
+    )  # the image's file, where it is not one of its own
 
 
 def answer_type(answer: str) -> str:
@@ -56,7 +58,11 @@ def json_rows(root: str, name: str) -> Iterator[tuple[tuple[str, int], Any]]:
 
 def parquet_rows(root: str) -> Iterator[tuple[tuple[str, int], str, Any]]:
     """(place, split, row) of data/{train,validation,test}-*.parquet with image {bytes}, question, answer, the form on the Hugging Face hub."""
-    files = [(split, path) for split in ("train", "validation", "test") for path in sorted(pathlib.Path(root, "data").glob(f"{split}-*.parquet"))]
+    files = [
+        (split, path)
+        for split in ("train", "validation", "test")
+        for path in sorted(pathlib.Path(root, "data").glob(f"{split}-*.parquet"))
+    ]
     if not files:
         raise DataError(root, None, "dataset not found", "data/train-*.parquet", "none")
     for split, path in files:
@@ -66,7 +72,9 @@ def parquet_rows(root: str) -> Iterator[tuple[tuple[str, int], str, Any]]:
             for index, row in enumerate(rows):
                 yield (str(path), index), split, row
         except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(str(path), None, "table cannot be read", "Parquet with image, question, answer", str(error)) from error
+            raise DataError(
+                str(path), None, "table cannot be read", "Parquet with image, question, answer", str(error)
+            ) from error
 
 
 def parquet_example(place: tuple[str, int], split: str, row: Any, modality: str = "") -> Example:

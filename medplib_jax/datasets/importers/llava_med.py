@@ -24,5 +24,9 @@ def _example(place, row) -> Example:
         raise DataError(*place, "no conversation", "pairs of question and answer", repr(messages))
     values = [text(message, "value", place).replace("<image>", "").strip() for message in messages]
     domain = row.get("domain")
-    modality = next((_MODALITIES[name] for name, there in domain.items() if there and name in _MODALITIES), "") if isinstance(domain, dict) else ""
+    modality = (
+        next((_MODALITIES[name] for name, there in domain.items() if there and name in _MODALITIES), "")
+        if isinstance(domain, dict)
+        else ""
+    )
     return Example(place, f"images/{image}", "train", tuple(zip(values[::2], values[1::2], strict=True)), modality)

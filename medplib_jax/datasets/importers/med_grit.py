@@ -17,22 +17,38 @@ _PICTURE = re.compile(r"Picture \d+:\s*<img>(.*?)</img>\s*")
 
 def read(root: str) -> Iterator[Callable[[], Example]]:
     own = pathlib.Path(root, "grit")  # in a folder that `write_qa` made
-    files = [path for path in sorted((own if own.is_dir() else pathlib.Path(root)).rglob("*.json")) if may_hold_records(str(path))]
+    files = [
+        path
+        for path in sorted((own if own.is_dir() else pathlib.Path(root)).rglob("*.json"))
+        if may_hold_records(str(path))
+    ]
     if not files:
         raise DataError(root, None, "dataset not found", "JSON lists of records", "none")
     for path in files:
         name = str(path.relative_to(root))
         for place, row in json_rows(root, name):
-            yield lambda place=place, row=row, split="test" if is_held_out(name) else "train": _example(root, place, row, split)
+            yield (
+                lambda place=place, row=row, split="test" if is_held_out(name) else "train": _example(
+                    root, place, row, split
+                )
+            )
 
 
 def _example(root, place, row, split) -> Example:
     turns = row.get("conversations") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(x, str) for x in turn) for turn in turns):
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or not all(
+            isinstance(turn, list) and len(turn) == 2 and all(isinstance(x, str) for x in turn) for turn in turns
+        )
+    ):
         raise DataError(*place, "no conversation", "[[question, answer], ...]", repr(turns)[:200])
     images = dict.fromkeys(image for question, _ in turns for image in _PICTURE.findall(question))
     if len(images) != 1:
         raise DataError(*place, "not about one picture", "Picture 1: <img>path</img>", str(list(images)))
     (named,) = images
     image = first_existing(root, [named, f"images/{pathlib.PurePosixPath(named).name}", f"images/{row.get('id')}.png"])
-    return Example(place, image, split, tuple((_PICTURE.sub("", question).strip(), answer.strip()) for question, answer in turns))
+    return Example(
+        place, image, split, tuple((_PICTURE.sub("", question).strip(), answer.strip()) for question, answer in turns)
+    )

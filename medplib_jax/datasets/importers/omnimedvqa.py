@@ -18,9 +18,19 @@ def read(root: str) -> Iterator[Callable[[], Example]]:
 
 def _example(place, row) -> Example:
     question, answer = text(row, "question", place), text(row, "gt_answer", place)
-    options = {letter: str(row[f"option_{letter}"]).strip() for letter in "ABCD" if row.get(f"option_{letter}") is not None}
+    options = {
+        letter: str(row[f"option_{letter}"]).strip() for letter in "ABCD" if row.get(f"option_{letter}") is not None
+    }
     if answer not in options.values():
         raise DataError(*place, "answer is not among the options", "one of option_A ...", answer)
     question += "".join(f"\n{letter}. {option}" for letter, option in options.items())
     modality = text(row, "modality_type" if "modality_type" in row else "modality", place)
-    return Example(place, text(row, "image_path", place), "test", ((question, answer),), modality, "closed", tuple(options.values()))
+    return Example(
+        place,
+        text(row, "image_path", place),
+        "test",
+        ((question, answer),),
+        modality,
+        "closed",
+        tuple(options.values()),
+    )

@@ -16,14 +16,18 @@ _LETTER = re.compile(r"^\s*[A-D]\s*:\s*")
 _FOLDERS = ("images", "figures", "images_2/figures", "images_2")
 
 
-def read(root: str, files: tuple[str, ...] = ("train.csv", "test.csv", "test_clean.csv"), label: str = "Answer_label") -> Iterator[Callable[[], Example]]:
+def read(
+    root: str, files: tuple[str, ...] = ("train.csv", "test.csv", "test_clean.csv"), label: str = "Answer_label"
+) -> Iterator[Callable[[], Example]]:
     """files: of the version; label: the column of the letter."""
     names = existing(root, files)
     for name in names:
         if name == "test_clean.csv" and "test.csv" in names:  # a part of test.csv
             continue
         for place, row in csv_rows(root, name):
-            yield lambda place=place, row=row, split=os.path.splitext(name)[0].split("_")[0]: _example(root, place, row, split, label)
+            yield lambda place=place, row=row, split=os.path.splitext(name)[0].split("_")[0]: _example(
+                root, place, row, split, label
+            )
 
 
 def _example(root, place, row, split, column) -> Example:

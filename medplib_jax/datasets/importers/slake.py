@@ -19,7 +19,9 @@ def read(root: str, language: str = "") -> Iterator[Callable[[], Example]]:
 def _example(place, row, split) -> Example:
     turn = text(row, "question", place), text(row, "answer", place)
     modality = text(row, "modality", place)
-    return Example(place, f"imgs/{text(row, 'img_name', place)}", split, (turn,), modality, text(row, "answer_type", place).lower())
+    return Example(
+        place, f"imgs/{text(row, 'img_name', place)}", split, (turn,), modality, text(row, "answer_type", place).lower()
+    )
 
 
 read_english = functools.partial(read, language="en")

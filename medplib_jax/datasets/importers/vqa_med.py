@@ -21,7 +21,10 @@ FILES = {
     "VQAMed2019_Test_Questions_w_Ref_Answers.txt": ("test", _CATEGORIES),
     "VQAnswering_2020_Train_QA_pairs.txt": ("train", _PLAIN),
     "VQAnswering_2020_Val_QA_Pairs.txt": ("validation", _PLAIN),
-    "VQAMed2020-Task1-VQAnswering-Test-Questions.txt": ("test", "VQAMed2020-Task1-VQAnswering-Test-ReferenceAnswers.txt"),
+    "VQAMed2020-Task1-VQAnswering-Test-Questions.txt": (
+        "test",
+        "VQAMed2020-Task1-VQAnswering-Test-ReferenceAnswers.txt",
+    ),
     "VQA-Med-2021-VQAnswering-Task1-New-ValidationSet.txt": ("validation", _PLAIN),
     "Task1-VQA-2021-TestSet-Questions.txt": ("test", "Task1-VQA-2021-TestSet-ReferenceAnswers.txt"),
 }
@@ -39,8 +42,10 @@ def read(root: str) -> Iterator[Callable[[], Example]]:
         folder = os.path.relpath(path.parent, root)
         for index, line in enumerate(_lines(path)):
             if line.strip():
-                yield lambda place=(str(path), index), line=line, split=split, answers=answers, pictures=pictures, folder=folder: _example(
-                    place, line, split, answers, pictures, folder
+                yield (
+                    lambda place=(str(path), index), line=line, split=split, answers=answers, pictures=pictures, folder=folder: (
+                        _example(place, line, split, answers, pictures, folder)
+                    )
                 )
 
 
@@ -48,7 +53,9 @@ def _lines(path: pathlib.Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     except OSError as error:
-        raise DataError(str(path), None, "annotation file cannot be read", "lines with | between fields", str(error)) from error
+        raise DataError(
+            str(path), None, "annotation file cannot be read", "lines with | between fields", str(error)
+        ) from error
 
 
 def _answers(path: pathlib.Path) -> dict[str, str]:

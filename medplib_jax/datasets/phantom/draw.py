@@ -85,49 +85,103 @@ def gray(value, texture="plain", rim=None):
 HOT, COLD = Look((0.95, 0.35, 0.1), rim=(0.95, 0.85, 0.2)), Look((0.1, 0.25, 0.85), rim=(0.2, 0.75, 0.85))
 
 MODALITIES = (
-    Modality("ct", "CT", (
-        Structure("liver", gray(0.66), (0.27, 0.42), (0.155, 0.16), angle=-20, power=2.4),
-        Structure("spleen", gray(0.05), (0.81, 0.45), (0.095, 0.14), angle=20),
-        Structure("stomach", gray(0.85, "stripes"), (0.57, 0.31), (0.13, 0.105), angle=15, bend=0.3),
-        Structure("kidney", gray(0.9, "rings"), (0.26, 0.72), (0.1, 0.115), angle=25, pair=True),
-        Structure("spine", gray(1.0), (0.5, 0.75), (0.105, 0.11), power=5),
-    ), (Finding("tumor", HOT, 0.1), Finding("cyst", COLD, 0.0)), (0.5, 0.52, 0.28, 0.26)),
-    Modality("mr", "MR", (
-        Structure("ventricle", gray(0.0, rim=0.9), (0.5, 0.45), (0.1, 0.14), bend=0.5),
-        Structure("cerebellum", gray(0.72, "stripes"), (0.5, 0.77), (0.2, 0.11)),
-        Structure("eye", gray(0.95, "rings"), (0.3, 0.19), (0.1, 0.1), pair=True),
-    ), (Finding("tumor", HOT, 0.15), Finding("hemorrhage", COLD, 0.2)), (0.5, 0.52, 0.26, 0.22)),
-    Modality("x_ray", "X-ray", (
-        Structure("lung", gray(0.1), (0.25, 0.46), (0.135, 0.25), angle=6, power=2.4, pair=True),
-        Structure("heart", gray(0.9), (0.55, 0.62), (0.14, 0.13), angle=25),
-        Structure("spine", gray(0.75, "stripes"), (0.5, 0.28), (0.075, 0.2), power=5),
-    ), (Finding("nodule", HOT, 0.0), Finding("infiltrate", COLD, 0.3)), (0.5, 0.5, 0.3, 0.3)),
-    Modality("pet", "PET", (
-        Structure("brain", gray(0.72), (0.5, 0.17), (0.125, 0.115)),
-        Structure("heart", gray(0.7, "stripes"), (0.6, 0.42), (0.1, 0.1), angle=20),
-        Structure("liver", gray(0.45), (0.36, 0.58), (0.14, 0.105), angle=-10),
-        Structure("bladder", gray(0.9), (0.5, 0.85), (0.115, 0.1)),
-    ), (Finding("lesion", gray(1.0), 0.1), Finding("tumor", gray(1.0, "rings"), 0.1)), (0.5, 0.56, 0.22, 0.26)),
-    Modality("ultrasound", "ultrasound", (
-        Structure("liver", gray(0.6, "grain"), (0.36, 0.44), (0.15, 0.15), angle=-15),
-        Structure("gallbladder", gray(0.0, rim=0.8), (0.64, 0.4), (0.09, 0.145), angle=-20),
-        Structure("kidney", gray(0.8, "rings"), (0.56, 0.75), (0.18, 0.11), angle=5, bend=0.25),
-    ), (Finding("stone", gray(1.0), 0.05), Finding("tumor", HOT, 0.1)), (0.5, 0.6, 0.24, 0.22)),
-    Modality("fundus", "fundus", (
-        Structure("optic disc", Look((1.0, 0.85, 0.55), rim=(1.0, 0.65, 0.3)), (0.24, 0.48), (0.105, 0.11)),
-        Structure("macula", Look((0.1, 0.25, 0.1)), (0.58, 0.5), (0.11, 0.115)),
-        Structure("vessel", Look((0.62, 0.03, 0.1)), (0.52, 0.22), (0.27, 0.065), bend=-0.35),
-    ), (Finding("hemorrhage", Look((0.3, 0.0, 0.32)), 0.3), Finding("exudate", Look((1.0, 0.98, 0.3), "grain"), 0.3)), (0.54, 0.56, 0.27, 0.27)),
-    Modality("dermoscopy", "dermoscopy", (
-        Structure("nevus", Look((0.5, 0.29, 0.17), "rings"), (0.5, 0.5), (0.14, 0.13), anywhere=True),
-        Structure("freckle", Look((0.78, 0.52, 0.3)), (0.5, 0.5), (0.13, 0.12), anywhere=True),
-        Structure("scar", Look((1.0, 0.97, 1.0)), (0.5, 0.5), (0.2, 0.075), angle=30, anywhere=True),
-    ), (Finding("melanoma", Look((0.1, 0.08, 0.14), "grain"), 0.35), Finding("angioma", Look((0.85, 0.08, 0.12)), 0.05)), (0.5, 0.5, 0.33, 0.33)),
-    Modality("endoscopy", "endoscopy", (
-        Structure("lumen", Look((0.1, 0.02, 0.03)), (0.5, 0.46), (0.15, 0.15)),
-        Structure("fold", Look((1.0, 0.72, 0.62), "stripes"), (0.5, 0.8), (0.25, 0.075), bend=-0.25),
-        Structure("vessel", Look((0.38, 0.22, 0.5)), (0.25, 0.36), (0.075, 0.2), angle=20, bend=0.2),
-    ), (Finding("polyp", Look((0.25, 0.6, 0.5), rim=(0.1, 0.35, 0.3)), 0.0), Finding("ulcer", Look((0.95, 0.93, 0.6), rim=(0.75, 0.1, 0.1)), 0.2)), (0.5, 0.5, 0.28, 0.28)),
+    Modality(
+        "ct",
+        "CT",
+        (
+            Structure("liver", gray(0.66), (0.27, 0.42), (0.155, 0.16), angle=-20, power=2.4),
+            Structure("spleen", gray(0.05), (0.81, 0.45), (0.095, 0.14), angle=20),
+            Structure("stomach", gray(0.85, "stripes"), (0.57, 0.31), (0.13, 0.105), angle=15, bend=0.3),
+            Structure("kidney", gray(0.9, "rings"), (0.26, 0.72), (0.1, 0.115), angle=25, pair=True),
+            Structure("spine", gray(1.0), (0.5, 0.75), (0.105, 0.11), power=5),
+        ),
+        (Finding("tumor", HOT, 0.1), Finding("cyst", COLD, 0.0)),
+        (0.5, 0.52, 0.28, 0.26),
+    ),
+    Modality(
+        "mr",
+        "MR",
+        (
+            Structure("ventricle", gray(0.0, rim=0.9), (0.5, 0.45), (0.1, 0.14), bend=0.5),
+            Structure("cerebellum", gray(0.72, "stripes"), (0.5, 0.77), (0.2, 0.11)),
+            Structure("eye", gray(0.95, "rings"), (0.3, 0.19), (0.1, 0.1), pair=True),
+        ),
+        (Finding("tumor", HOT, 0.15), Finding("hemorrhage", COLD, 0.2)),
+        (0.5, 0.52, 0.26, 0.22),
+    ),
+    Modality(
+        "x_ray",
+        "X-ray",
+        (
+            Structure("lung", gray(0.1), (0.25, 0.46), (0.135, 0.25), angle=6, power=2.4, pair=True),
+            Structure("heart", gray(0.9), (0.55, 0.62), (0.14, 0.13), angle=25),
+            Structure("spine", gray(0.75, "stripes"), (0.5, 0.28), (0.075, 0.2), power=5),
+        ),
+        (Finding("nodule", HOT, 0.0), Finding("infiltrate", COLD, 0.3)),
+        (0.5, 0.5, 0.3, 0.3),
+    ),
+    Modality(
+        "pet",
+        "PET",
+        (
+            Structure("brain", gray(0.72), (0.5, 0.17), (0.125, 0.115)),
+            Structure("heart", gray(0.7, "stripes"), (0.6, 0.42), (0.1, 0.1), angle=20),
+            Structure("liver", gray(0.45), (0.36, 0.58), (0.14, 0.105), angle=-10),
+            Structure("bladder", gray(0.9), (0.5, 0.85), (0.115, 0.1)),
+        ),
+        (Finding("lesion", gray(1.0), 0.1), Finding("tumor", gray(1.0, "rings"), 0.1)),
+        (0.5, 0.56, 0.22, 0.26),
+    ),
+    Modality(
+        "ultrasound",
+        "ultrasound",
+        (
+            Structure("liver", gray(0.6, "grain"), (0.36, 0.44), (0.15, 0.15), angle=-15),
+            Structure("gallbladder", gray(0.0, rim=0.8), (0.64, 0.4), (0.09, 0.145), angle=-20),
+            Structure("kidney", gray(0.8, "rings"), (0.56, 0.75), (0.18, 0.11), angle=5, bend=0.25),
+        ),
+        (Finding("stone", gray(1.0), 0.05), Finding("tumor", HOT, 0.1)),
+        (0.5, 0.6, 0.24, 0.22),
+    ),
+    Modality(
+        "fundus",
+        "fundus",
+        (
+            Structure("optic disc", Look((1.0, 0.85, 0.55), rim=(1.0, 0.65, 0.3)), (0.24, 0.48), (0.105, 0.11)),
+            Structure("macula", Look((0.1, 0.25, 0.1)), (0.58, 0.5), (0.11, 0.115)),
+            Structure("vessel", Look((0.62, 0.03, 0.1)), (0.52, 0.22), (0.27, 0.065), bend=-0.35),
+        ),
+        (Finding("hemorrhage", Look((0.3, 0.0, 0.32)), 0.3), Finding("exudate", Look((1.0, 0.98, 0.3), "grain"), 0.3)),
+        (0.54, 0.56, 0.27, 0.27),
+    ),
+    Modality(
+        "dermoscopy",
+        "dermoscopy",
+        (
+            Structure("nevus", Look((0.5, 0.29, 0.17), "rings"), (0.5, 0.5), (0.14, 0.13), anywhere=True),
+            Structure("freckle", Look((0.78, 0.52, 0.3)), (0.5, 0.5), (0.13, 0.12), anywhere=True),
+            Structure("scar", Look((1.0, 0.97, 1.0)), (0.5, 0.5), (0.2, 0.075), angle=30, anywhere=True),
+        ),
+        (
+            Finding("melanoma", Look((0.1, 0.08, 0.14), "grain"), 0.35),
+            Finding("angioma", Look((0.85, 0.08, 0.12)), 0.05),
+        ),
+        (0.5, 0.5, 0.33, 0.33),
+    ),
+    Modality(
+        "endoscopy",
+        "endoscopy",
+        (
+            Structure("lumen", Look((0.1, 0.02, 0.03)), (0.5, 0.46), (0.15, 0.15)),
+            Structure("fold", Look((1.0, 0.72, 0.62), "stripes"), (0.5, 0.8), (0.25, 0.075), bend=-0.25),
+            Structure("vessel", Look((0.38, 0.22, 0.5)), (0.25, 0.36), (0.075, 0.2), angle=20, bend=0.2),
+        ),
+        (
+            Finding("polyp", Look((0.25, 0.6, 0.5), rim=(0.1, 0.35, 0.3)), 0.0),
+            Finding("ulcer", Look((0.95, 0.93, 0.6), rim=(0.75, 0.1, 0.1)), 0.2),
+        ),
+        (0.5, 0.5, 0.28, 0.28),
+    ),
 )
 
 
@@ -259,7 +313,11 @@ def _finish_pet(painter):
 
 
 def _finish_ultrasound(painter):
-    speckle = 1 + 0.22 * painter.rng.standard_normal((painter.height, painter.width), dtype=np.float32) + 0.15 * painter.noise(24)
+    speckle = (
+        1
+        + 0.22 * painter.rng.standard_normal((painter.height, painter.width), dtype=np.float32)
+        + 0.15 * painter.noise(24)
+    )
     return painter.canvas * (speckle * _fan(painter))[..., None]
 
 
@@ -269,8 +327,14 @@ def _finish_endoscopy(painter):
 
 
 _BACKGROUNDS = {
-    "ct": _background_ct, "mr": _background_mr, "x_ray": _background_x_ray, "pet": _background_pet, "ultrasound": _background_ultrasound,
-    "fundus": _background_fundus, "dermoscopy": _background_dermoscopy, "endoscopy": _background_endoscopy,
+    "ct": _background_ct,
+    "mr": _background_mr,
+    "x_ray": _background_x_ray,
+    "pet": _background_pet,
+    "ultrasound": _background_ultrasound,
+    "fundus": _background_fundus,
+    "dermoscopy": _background_dermoscopy,
+    "endoscopy": _background_endoscopy,
 }
 _FINISHES = {"pet": _finish_pet, "ultrasound": _finish_ultrasound, "endoscopy": _finish_endoscopy}
 
@@ -304,7 +368,9 @@ def _place_structure(painter, structure, field, taken, index, flip):
     """Level function, local coordinates and edge radius (pixels) of one instance, varied around its typical place."""
     rng = painter.rng
     size = structure.size * rng.uniform(0.9, 1.15, 2)
-    centre = _free_point(rng, field, size, taken) if structure.anywhere else structure.centre + rng.uniform(-0.035, 0.035, 2)
+    centre = (
+        _free_point(rng, field, size, taken) if structure.anywhere else structure.centre + rng.uniform(-0.035, 0.035, 2)
+    )
     turn = structure.angle + rng.uniform(-12, 12)
     if structure.pair and (index == 1) != flip:  # the other one of the pair
         centre, turn = (1 - centre[0], centre[1]), -turn
@@ -346,7 +412,11 @@ def _layout(painter, modality, visible):
     for thing, count in visible:
         for index in range(count):
             finding = isinstance(thing, Finding)
-            place = _place_finding(painter, thing, field, taken) if finding else _place_structure(painter, thing, field, taken, index, flip)
+            place = (
+                _place_finding(painter, thing, field, taken)
+                if finding
+                else _place_structure(painter, thing, field, taken, index, flip)
+            )
             mask = (place[0] < 1) & inside
             placed.append((thing, place))
             masks.append(mask)
@@ -355,7 +425,10 @@ def _layout(painter, modality, visible):
     for (thing, _), mask in zip(reversed(placed), reversed(masks), strict=True):
         seen = mask & ~later
         finding = isinstance(thing, Finding)
-        if seen.mean() < (MIN_FINDING_AREA if finding else MIN_STRUCTURE_AREA) or seen.sum() < (0.97 if finding else MIN_VISIBLE) * mask.sum():
+        if (
+            seen.mean() < (MIN_FINDING_AREA if finding else MIN_STRUCTURE_AREA)
+            or seen.sum() < (0.97 if finding else MIN_VISIBLE) * mask.sum()
+        ):
             return None
         shown.append(Instance(thing.name, finding, seen))
         later |= mask
@@ -371,7 +444,9 @@ def draw_scene(modality: Modality, rng: np.random.Generator) -> Scene:
         layout = _layout(painter, modality, visible)
     placed, instances = layout
     background = _BACKGROUNDS[modality.prefix](painter).astype(np.float32)
-    channels = max(background.shape[-1], *(len(thing.look.colour) for thing, _ in placed))  # a coloured finding colours a grey image
+    channels = max(
+        background.shape[-1], *(len(thing.look.colour) for thing, _ in placed)
+    )  # a coloured finding colours a grey image
     painter.canvas = np.repeat(background, channels // background.shape[-1], axis=-1)
     for thing, (rho, u, v, radius) in placed:
         painter.paint(rho, u, v, radius, thing.look)

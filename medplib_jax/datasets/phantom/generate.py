@@ -21,22 +21,33 @@ from medplib_jax.datasets.processes import make_pool
 VERSION = 4  # raise it when the same arguments give other files
 LABELS = tuple(modality.label for modality in MODALITIES)
 FILES = {
-    "train": {"align": "train/align.json", "complex": "train/MeCoVQA-Complex.json",
-              "region": "train/MeCoVQA-Complex_local+Region.json", "grounding": "train/MeCoVQA-Grounding.json"},
-    "test": {"complex": "test/MeCoVQA_Complex_VQA_test.json", "region": "test/MeCoVQA_Region_VQA_test.json",
-             "grounding": "test/MeCoVQA_Grounding_test.json"},
-}  # fmt: skip
+    "train": {
+        "align": "train/align.json",
+        "complex": "train/MeCoVQA-Complex.json",
+        "region": "train/MeCoVQA-Complex_local+Region.json",
+        "grounding": "train/MeCoVQA-Grounding.json",
+    },
+    "test": {
+        "complex": "test/MeCoVQA_Complex_VQA_test.json",
+        "region": "test/MeCoVQA_Region_VQA_test.json",
+        "grounding": "test/MeCoVQA_Grounding_test.json",
+    },
+}
 _IN_PROCESS = 64  # fewer images are not worth starting processes for
 
 
-def generate(out_dir: str | os.PathLike, examples: int, test_examples: int, seed: int = 0, processes: int | None = None) -> dict:
+def generate(
+    out_dir: str | os.PathLike, examples: int, test_examples: int, seed: int = 0, processes: int | None = None
+) -> dict:
     """Write `examples` training and `test_examples` test images with masks and records below `out_dir`; return its manifest.
 
     A folder whose `manifest.json` says that it is complete is left as it is; an interrupted one is written anew.
     `processes`: None takes every core. Raises ValueError for counts below 1 or when `out_dir` holds a phantom made with other arguments.
     """
     if examples < 1 or test_examples < 1:
-        raise ValueError(f"phantom: examples and test_examples must be at least 1, found {examples} and {test_examples}")
+        raise ValueError(
+            f"phantom: examples and test_examples must be at least 1, found {examples} and {test_examples}"
+        )
     out = Path(out_dir)
     wanted = {"version": VERSION, "examples": examples, "test_examples": test_examples, "seed": seed}
     manifest_file = out / "manifest.json"
@@ -44,13 +55,19 @@ def generate(out_dir: str | os.PathLike, examples: int, test_examples: int, seed
         manifest = json.loads(manifest_file.read_text())
         found = {key: manifest.get(key) for key in wanted}
         if found != wanted:
-            raise ValueError(f"{manifest_file}: holds a phantom of {found}, expected {wanted}; choose another folder or remove this one")
+            raise ValueError(
+                f"{manifest_file}: holds a phantom of {found}, expected {wanted}; choose another folder or remove this one"
+            )
         return manifest
     for folder in ("images", "masks", "masks_merged", "train", "test"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     jobs = [("train", index) for index in range(examples)] + [("test", index) for index in range(test_examples)]
     records = {split: {kind: [] for kind in files} for split, files in FILES.items()}
-    for (split, _), made in zip(jobs, tqdm(_map(functools.partial(_write_example, out, seed), jobs, processes), total=len(jobs), desc="phantom"), strict=True):
+    for (split, _), made in zip(
+        jobs,
+        tqdm(_map(functools.partial(_write_example, out, seed), jobs, processes), total=len(jobs), desc="phantom"),
+        strict=True,
+    ):
         for kind, new in made.items():
             records[split][kind].extend(new)
     for split, files in FILES.items():
@@ -81,14 +98,17 @@ def _write_example(out: Path, seed: int, job: tuple[str, int]) -> dict[str, list
     facts = _save(out, f"{scene.modality.prefix}_00--phantom--{split}_{index:05d}--2d_none", scene)
     if split == "train":
         turns = {
-            "align": text.align_turns(facts, rng), "complex": text.complex_turns(facts, rng, LABELS, more_presence=2),
-            "region": text.region_turns(facts, rng), "grounding": text.grounding_turns(facts, rng),
-        }  # fmt: skip
+            "align": text.align_turns(facts, rng),
+            "complex": text.complex_turns(facts, rng, LABELS, more_presence=2),
+            "region": text.region_turns(facts, rng),
+            "grounding": text.grounding_turns(facts, rng),
+        }
         return {kind: [text.conversation(facts, turns)] for kind, turns in turns.items() if turns}
     turns = {
         "complex": text.sample(rng, text.complex_turns(facts, rng, LABELS, more_presence=0), 3),
-        "region": text.region_turns(facts, rng)[:2], "grounding": text.grounding_turns(facts, rng)[:3],
-    }  # fmt: skip
+        "region": text.region_turns(facts, rng)[:2],
+        "grounding": text.grounding_turns(facts, rng)[:3],
+    }
     return {kind: text.single_records(facts, turns) for kind, turns in turns.items()}
 
 
@@ -110,7 +130,9 @@ def _save(out: Path, stem: str, scene: Scene) -> text.Facts:
     visible = {target.name for target in targets}
     modality = scene.modality
     names = [(thing.name, False) for thing in modality.structures] + [(thing.name, True) for thing in modality.findings]
-    return text.Facts(f"images/{stem}.png", modality.label, tuple(targets), tuple(entry for entry in names if entry[0] not in visible))
+    return text.Facts(
+        f"images/{stem}.png", modality.label, tuple(targets), tuple(entry for entry in names if entry[0] not in visible)
+    )
 
 
 def _write_png(path: Path, pixels: np.ndarray):

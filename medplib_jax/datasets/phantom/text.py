@@ -67,7 +67,11 @@ def modality_turns(facts, rng, labels):
     asked = facts.modality if same else _pick(rng, [label for label in labels if label != facts.modality])
     return [
         (f"Is this {article(asked)} image?", "Yes" if same else "No", "closed"),
-        (_pick(rng, ("What imaging modality was used to take this image?", "What modality is this?")), facts.modality, "open"),
+        (
+            _pick(rng, ("What imaging modality was used to take this image?", "What modality is this?")),
+            facts.modality,
+            "open",
+        ),
     ]
 
 
@@ -101,7 +105,14 @@ def absent(name):
 
 def more_presence_turns(facts, rng, asked, kinds, count):
     """Up to `count` of (name, turn) about names not `asked` about yet, yes and no by a fair coin for as long as there are both."""
-    present = sample(rng, [(target.name, target.finding) for target in facts.targets if target.name not in asked and target.finding in kinds])
+    present = sample(
+        rng,
+        [
+            (target.name, target.finding)
+            for target in facts.targets
+            if target.name not in asked and target.finding in kinds
+        ],
+    )
     absent = sample(rng, [entry for entry in facts.absent if entry[0] not in asked and entry[1] in kinds])
     turns = []
     while len(turns) < count and present and absent:
@@ -151,12 +162,16 @@ def complex_turns(facts, rng, labels, more_presence):
     for name, turn in more_presence_turns(facts, rng, named, kinds, more_presence):
         named.add(name)
         turns.append(turn)
-    turns += place_turns(rng, [target for target in facts.targets if target.name not in named and target.finding in kinds])
+    turns += place_turns(
+        rng, [target for target in facts.targets if target.name not in named and target.finding in kinds]
+    )
     if normality:
         turns.append(normality_turn(facts))
     turns.append(closed)
     turns = sample(rng, turns)
-    turns.insert(int(rng.integers(turns.index(closed) + 1, len(turns) + 1)), open_)  # never before the closed one, whose answer it gives away
+    turns.insert(
+        int(rng.integers(turns.index(closed) + 1, len(turns) + 1)), open_
+    )  # never before the closed one, whose answer it gives away
     return turns
 
 
@@ -171,14 +186,23 @@ def region_turns(facts, rng):
         if number == 0:
             turns.append((f"Is {region} normal or abnormal?", "abnormal" if target.finding else "normal", "closed"))
         else:
-            turns.append((_pick(rng, (f"What is {region}?", f"What is the structure in {region}?")), target.name, "open"))
+            turns.append(
+                (_pick(rng, (f"What is {region}?", f"What is the structure in {region}?")), target.name, "open")
+            )
     return sample(rng, turns)
 
 
 def _request(rng, facts, *names):
     wanted = " and ".join(f"the {name}" for name in names)
     verb = "is" if len(names) == 1 else "are"
-    return _pick(rng, (f"Please segment {wanted} in this {facts.modality} image.", f"Please segment {wanted}.", f"Where {verb} {wanted}?"))
+    return _pick(
+        rng,
+        (
+            f"Please segment {wanted} in this {facts.modality} image.",
+            f"Please segment {wanted}.",
+            f"Where {verb} {wanted}?",
+        ),
+    )
 
 
 def single_turn(facts, rng, target):

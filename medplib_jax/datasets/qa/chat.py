@@ -74,7 +74,9 @@ class Chat:
 
     def __init__(self, endpoint: Endpoint, cache: str):
         self._endpoint, self._cache = endpoint, cache
-        self._threads = threading.local()  # a session each, because requests does not promise that threads can share one
+        self._threads = (
+            threading.local()
+        )  # a session each, because requests does not promise that threads can share one
         self._guard = threading.Lock()
         self._under_way: dict[str, threading.Lock] = {}
         self._stopped = threading.Event()
@@ -104,7 +106,11 @@ class Chat:
     def failures(self) -> dict[str, int]:
         """How many tries failed, by kind."""
         with self._guard:
-            return {name.removeprefix(_FAILED): count for name, count in sorted(self.counts.items()) if name.startswith(_FAILED)}
+            return {
+                name.removeprefix(_FAILED): count
+                for name, count in sorted(self.counts.items())
+                if name.startswith(_FAILED)
+            }
 
     def stop(self) -> None:
         """Nothing is tried again from now on, and those that wait for their next try give up."""
@@ -122,11 +128,15 @@ class Chat:
             except _Failure as failure:
                 self.count(**{_FAILED + failure.kind: 1})
                 last = failure
-                backoff = self._endpoint.backoff * 2**number * random.uniform(0.5, 1)  # apart, lest all come back at one moment
+                backoff = (
+                    self._endpoint.backoff * 2**number * random.uniform(0.5, 1)
+                )  # apart, lest all come back at one moment
                 if number + 1 == TRIES or self._stopped.wait(backoff if failure.wait is None else failure.wait):
                     break
                 continue
-            self.count(answers_paid=1, prompt_tokens=answer["prompt_tokens"], completion_tokens=answer["completion_tokens"])
+            self.count(
+                answers_paid=1, prompt_tokens=answer["prompt_tokens"], completion_tokens=answer["completion_tokens"]
+            )
             return answer
         raise NoAnswer(f"{number + 1} tries; the last: {last.kind} ({last})")
 
@@ -134,9 +144,15 @@ class Chat:
         endpoint, deadline = self._endpoint, time.monotonic() + self._endpoint.timeout
         headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
         try:
-            with self._session().post(endpoint.address, json=request, headers=headers, timeout=endpoint.timeout, stream=True) as response:
+            with self._session().post(
+                endpoint.address, json=request, headers=headers, timeout=endpoint.timeout, stream=True
+            ) as response:
                 status, body = response.status_code, _body(response, deadline)
-        except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.TooManyRedirects) as error:
+        except (
+            requests.exceptions.InvalidURL,
+            requests.exceptions.MissingSchema,
+            requests.exceptions.TooManyRedirects,
+        ) as error:
             raise EndpointError(f"{endpoint.address}: {error}") from error
         except (requests.exceptions.Timeout, TimeoutError) as error:
             raise _Failure("no answer in time", f"{endpoint.timeout:g} s") from error

@@ -42,7 +42,11 @@ class Target:
     def place(self) -> str:
         """The cell of the 3 x 3 parts of the image in which the centre lies."""
         x, y = (min(2, int(3 * value)) for value in self.centre)
-        return (("upper left", "upper middle", "upper right"), ("middle left", "centre", "middle right"), ("lower left", "lower middle", "lower right"))[y][x]
+        return (
+            ("upper left", "upper middle", "upper right"),
+            ("middle left", "centre", "middle right"),
+            ("lower left", "lower middle", "lower right"),
+        )[y][x]
 
     @property
     def is_compact(self) -> bool:
@@ -86,11 +90,17 @@ class Facts:
         return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
 
 
-def measure(named: Mapping[str, Sequence[np.ndarray]], references: Mapping[str, tuple[tuple[str, ...], str]]) -> tuple[tuple[Target, ...], frozenset]:
+def measure(
+    named: Mapping[str, Sequence[np.ndarray]], references: Mapping[str, tuple[tuple[str, ...], str]]
+) -> tuple[tuple[Target, ...], frozenset]:
     """Targets and touching pairs. named: each name's 0/1 masks uint8 [h, w], none empty; references: (instances, union) of each name."""
     united = {name: unite(masks).astype(bool) for name, masks in named.items()}
-    targets = tuple(_target(name, mask, tuple(map(_box, named[name])), *references[name]) for name, mask in united.items())
-    touching = frozenset(frozenset(pair) for pair in itertools.combinations(united, 2) if (united[pair[0]] & united[pair[1]]).any())
+    targets = tuple(
+        _target(name, mask, tuple(map(_box, named[name])), *references[name]) for name, mask in united.items()
+    )
+    touching = frozenset(
+        frozenset(pair) for pair in itertools.combinations(united, 2) if (united[pair[0]] & united[pair[1]]).any()
+    )
     return targets, touching
 
 

@@ -60,7 +60,15 @@ def scan(root: str) -> tuple[list[Pair], list[DataError]]:
         known = metadata.get(name) or metadata.get(os.path.basename(file)) or {}
         reference = image_reference(os.path.relpath(file, "images"), modalities.prefix_of(known.get("modality", "")))
         if stem(reference) in taken:
-            problems.append(DataError(os.path.join(root, file), None, "image name is not unique", "one image of each name", taken[stem(reference)]))
+            problems.append(
+                DataError(
+                    os.path.join(root, file),
+                    None,
+                    "image name is not unique",
+                    "one image of each name",
+                    taken[stem(reference)],
+                )
+            )
             continue
         taken[stem(reference)] = file
         masks = []
@@ -69,7 +77,15 @@ def scan(root: str) -> tuple[list[Pair], list[DataError]]:
             if _NAME.fullmatch(label):
                 masks.append((label, mask))
             else:
-                problems.append(DataError(os.path.join(root, mask), None, "mask name cannot be used", "up to 80 letters, digits, or . + ( ) ' % = , -", repr(label)))
+                problems.append(
+                    DataError(
+                        os.path.join(root, mask),
+                        None,
+                        "mask name cannot be used",
+                        "up to 80 letters, digits, or . + ( ) ' % = , -",
+                        repr(label),
+                    )
+                )
         pairs.append(Pair(root, file, tuple(masks), known, reference))
     return pairs, problems
 
@@ -101,7 +117,9 @@ def _metadata(root: str) -> dict[str, dict[str, str]]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(path, None, "metadata cannot be read", "a JSON object", str(error)) from error
     if not isinstance(metadata, dict) or not all(isinstance(entry, dict) for entry in metadata.values()):
-        raise DataError(path, None, "metadata of another form", '{"<image>": {"modality": ...}}', type(metadata).__name__)
+        raise DataError(
+            path, None, "metadata of another form", '{"<image>": {"modality": ...}}', type(metadata).__name__
+        )
     return {name: {str(key): str(value) for key, value in entry.items()} for name, entry in metadata.items()}
 
 

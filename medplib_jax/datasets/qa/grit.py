@@ -22,13 +22,20 @@ def turns(facts: Facts, rng: np.random.Generator) -> dict[str, list[Turn]]:
     """Turns by task: one per name, and one for the whole image; none without targets."""
     if not facts.targets:
         return {task: [] for task in TASKS}
-    made = {task: [make(facts, target, rng) for target in facts.targets] for task, make in (("VG", find_turn), ("ROC", name_turn), ("RC", _describe))}
+    made = {
+        task: [make(facts, target, rng) for target in facts.targets]
+        for task, make in (("VG", find_turn), ("ROC", name_turn), ("RC", _describe))
+    }
     return {**made, "MIA": [_analyse(facts, rng)]}
 
 
 def record(facts: Facts, turn: Turn) -> dict[str, Any]:
     question, answer = turn
-    return {"id": stem(facts.image), "conversations": [[f"Picture 1: <img>{facts.image}</img>\n{question}", answer]], "modality": facts.modality}
+    return {
+        "id": stem(facts.image),
+        "conversations": [[f"Picture 1: <img>{facts.image}</img>\n{question}", answer]],
+        "modality": facts.modality,
+    }
 
 
 def boxes(target: Target) -> Sequence[Box]:
@@ -44,7 +51,14 @@ def referred(facts: Facts, phrase: str, around: Sequence[Box]) -> str:
 def find_turn(facts: Facts, target: Target, rng: np.random.Generator) -> Turn:
     """VG: where a name is."""
     phrase = f"<ref>the {target.name}</ref>"
-    question = pick(rng, (f"Where {verb(target.name)} {phrase} in this image?", f"Please find {phrase} in this image.", f"Point out {phrase}."))
+    question = pick(
+        rng,
+        (
+            f"Where {verb(target.name)} {phrase} in this image?",
+            f"Please find {phrase} in this image.",
+            f"Point out {phrase}.",
+        ),
+    )
     return question, referred(facts, f"the {target.name}", boxes(target))
 
 
@@ -71,7 +85,9 @@ def _describe(facts: Facts, target: Target, rng: np.random.Generator) -> Turn:
 
 def _analyse(facts: Facts, rng: np.random.Generator) -> Turn:
     phrases = [referred(facts, f"the {target.name}", boxes(target)) for target in facts.targets]
-    return analysis_request(rng), " ".join([f"{_sentence(facts)[:-1]} with {enumerate_names(phrases)}.", *map(_place, facts.targets)])
+    return analysis_request(rng), " ".join(
+        [f"{_sentence(facts)[:-1]} with {enumerate_names(phrases)}.", *map(_place, facts.targets)]
+    )
 
 
 def _sentence(facts: Facts) -> str:
@@ -81,6 +97,10 @@ def _sentence(facts: Facts) -> str:
 def _place(target: Target) -> str:
     """A sentence on where a name lies and how large it is, as far as its mask tells."""
     name, is_are = f"The {target.name}", verb(target.name)
-    where = f"{is_are} in the {target.place} of the image" if target.is_compact else f"{'spreads' if is_are == 'is' else 'spread'} over much of the image"
+    where = (
+        f"{is_are} in the {target.place} of the image"
+        if target.is_compact
+        else f"{'spreads' if is_are == 'is' else 'spread'} over much of the image"
+    )
     size = f"{share(target.area)}" if target.area >= 0.01 else "less than 1 percent"
     return f"{name} {where} and {'covers' if is_are == 'is' else 'cover'} {size} of it."

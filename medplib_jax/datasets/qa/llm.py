@@ -66,32 +66,56 @@ class Writer:
             for result in results:
                 bar.update()
                 counts = self._chat.counts
-                bar.set_postfix(tokens=counts["prompt_tokens"] + counts["completion_tokens"], failed_tries=sum(self._chat.failures().values()))
+                bar.set_postfix(
+                    tokens=counts["prompt_tokens"] + counts["completion_tokens"],
+                    failed_tries=sum(self._chat.failures().values()),
+                )
                 yield result
 
 
 def _unanswered(facts: Facts, error: NoAnswer) -> Written:
-    return Written(facts, problems=[DataError(facts.image, None, "the language model did not answer", "an answer", str(error))])
+    return Written(
+        facts, problems=[DataError(facts.image, None, "the language model did not answer", "an answer", str(error))]
+    )
 
 
 def write_image(chat: Chat, facts: Facts, rng: np.random.Generator) -> Written:
     """The turns about one image; those that could not be used are named."""
     if not facts.targets and not facts.label and not facts.metadata:
-        return Written(facts, problems=[DataError(facts.image, None, "nothing to ask about", "a mask or a modality", "neither")])
+        return Written(
+            facts, problems=[DataError(facts.image, None, "nothing to ask about", "a mask or a modality", "neither")]
+        )
     targets = sorted(template.sample(rng, facts.targets, MOST_TARGETS), key=facts.targets.index)
     problems: list[DataError] = []
-    description = _ask(chat, facts, llm_prompts.description_request(facts, targets), lambda text: llm_answers.parse_description(text, targets), problems)
+    description = _ask(
+        chat,
+        facts,
+        llm_prompts.description_request(facts, targets),
+        lambda text: llm_answers.parse_description(text, targets),
+        problems,
+    )
     if description is None:
         return Written(facts, problems=problems)
     request = llm_prompts.questions_request(llm_answers.plain(description), targets)
-    questions = _ask(chat, facts, request, lambda text: llm_answers.parse_questions(text, facts, targets, rng), problems)
+    questions = _ask(
+        chat, facts, request, lambda text: llm_answers.parse_questions(text, facts, targets, rng), problems
+    )
     if questions is None:
         return Written(facts, problems=problems)
-    problems += [DataError(facts.image, None, what, "the form that was asked for", item) for what, item in questions.problems]
-    return Written(facts, questions.turns + template.absent_turns(facts, rng), _grit(facts, targets, description, questions.captions, rng), problems)
+    problems += [
+        DataError(facts.image, None, what, "the form that was asked for", item) for what, item in questions.problems
+    ]
+    return Written(
+        facts,
+        questions.turns + template.absent_turns(facts, rng),
+        _grit(facts, targets, description, questions.captions, rng),
+        problems,
+    )
 
 
-def _ask(chat: Chat, facts: Facts, messages: list[Message], parse: Callable[[str], T], problems: list[DataError]) -> T | None:
+def _ask(
+    chat: Chat, facts: Facts, messages: list[Message], parse: Callable[[str], T], problems: list[DataError]
+) -> T | None:
     """The first answer that can be used; None, with the reason among the problems, when none can."""
     for _ in range(ANSWERS):
         text = chat.ask(messages)
@@ -100,16 +124,24 @@ def _ask(chat: Chat, facts: Facts, messages: list[Message], parse: Callable[[str
         except llm_answers.BadAnswer as error:
             chat.count(bad_answers=1)
             messages, last = llm_prompts.again(messages, text, str(error)), error
-    problems.append(DataError(facts.image, None, "no answer of the language model can be used", f"one in {ANSWERS}", str(last)))
+    problems.append(
+        DataError(facts.image, None, "no answer of the language model can be used", f"one in {ANSWERS}", str(last))
+    )
     return None
 
 
-def _grit(facts: Facts, targets: Sequence[Target], description: str, captions: dict[str, str], rng: np.random.Generator) -> dict[str, list[grit.Turn]]:
+def _grit(
+    facts: Facts, targets: Sequence[Target], description: str, captions: dict[str, str], rng: np.random.Generator
+) -> dict[str, list[grit.Turn]]:
     if not targets:
         return {}
     return {
         "VG": [grit.find_turn(facts, target, rng) for target in targets],
         "ROC": [grit.name_turn(facts, target, rng) for target in targets],
-        "RC": [(grit.caption_request(facts, target, rng), captions[target.name]) for target in targets if target.name in captions],
+        "RC": [
+            (grit.caption_request(facts, target, rng), captions[target.name])
+            for target in targets
+            if target.name in captions
+        ],
         "MIA": [(grit.analysis_request(rng), llm_answers.with_boxes(description, facts))],
     }

@@ -23,7 +23,10 @@ LONGEST = 2000  # characters of one text
 _REF = re.compile(r"<ref>(.*?)</ref>")
 _TAG = re.compile(r"<[^<>]*>")
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
-_TELLTALE = re.compile(r"\b(descri(?:bed|ption)|captions?|annotat\w+|facts?|provided|the (?:text|list|structures? listed|information given))\b", re.IGNORECASE)
+_TELLTALE = re.compile(
+    r"\b(descri(?:bed|ption)|captions?|annotat\w+|facts?|provided|the (?:text|list|structures? listed|information given))\b",
+    re.IGNORECASE,
+)
 _MASKS = re.compile(r"\b(masks?|segmentations?)\b", re.IGNORECASE)  # grounding may ask for one
 
 
@@ -68,7 +71,9 @@ def plain(description: str) -> str:
 
 def with_boxes(description: str, facts: Facts) -> str:
     """The description in Med-GRIT's form: boxes after each marked phrase."""
-    return _REF.sub(lambda match: grit.referred(facts, match[1], grit.boxes(meant(match[1], facts.targets))), description)
+    return _REF.sub(
+        lambda match: grit.referred(facts, match[1], grit.boxes(meant(match[1], facts.targets))), description
+    )
 
 
 def meant(phrase: str, targets: Sequence[Target]) -> Target | None:
@@ -105,7 +110,9 @@ def parse_questions(text: str, facts: Facts, targets: Sequence[Target], rng: np.
         except _BadItem as error:
             found.problems.append(("caption cannot be used", f"{error}: {json.dumps(item)[:300]}"))
     if not found.turns:
-        raise BadAnswer(f"it holds no usable question; the first problem: {': '.join(found.problems[0]) if found.problems else 'all lists are empty'}")
+        raise BadAnswer(
+            f"it holds no usable question; the first problem: {': '.join(found.problems[0]) if found.problems else 'all lists are empty'}"
+        )
     return found
 
 
@@ -126,7 +133,9 @@ def _items(value: dict[str, Any], key: str, found: Questions) -> list[dict]:
     items = value.get(key, [])
     if not isinstance(items, list):
         items = [items]
-    found.problems += [(f"{key} item is not an object", json.dumps(item)[:300]) for item in items if not isinstance(item, dict)]
+    found.problems += [
+        (f"{key} item is not an object", json.dumps(item)[:300]) for item in items if not isinstance(item, dict)
+    ]
     return [item for item in items if isinstance(item, dict)]
 
 
@@ -199,7 +208,11 @@ def _grounding(item: dict, by_name: dict[str, Target]) -> Turn:
             raise _BadItem(f"<SEG> does not follow the name {target.name!r}")
     masks = [f"<SEG><mask>{target.merged}</mask>" for target in targets]
     answer = "".join(part + mask for part, mask in zip(parts, [*masks, ""], strict=True))
-    return Turn("grounding" if len(targets) == 1 else "grounding_pairs", _plain_text(item.get("question"), "question", grounding=True), answer)
+    return Turn(
+        "grounding" if len(targets) == 1 else "grounding_pairs",
+        _plain_text(item.get("question"), "question", grounding=True),
+        answer,
+    )
 
 
 def _target(name: Any, by_name: dict[str, Target]) -> Target:

@@ -72,7 +72,12 @@ def known(facts: Facts, targets: Sequence[Target]) -> list[str]:
     lines = [f"- Modality: {facts.label or 'not known'}"]
     lines += [f"- {key}: {value}" for key, value in sorted(facts.metadata.items()) if key not in _OWN and value.strip()]
     lines += [_structure(target) for target in targets]
-    lines += [line for first, second in facts.pairs_apart() if first in targets and second in targets for line in _relation(first, second)]
+    lines += [
+        line
+        for first, second in facts.pairs_apart()
+        if first in targets and second in targets
+        for line in _relation(first, second)
+    ]
     if facts.absent:
         lines.append(f"- Certainly not in the image: {', '.join(facts.absent)}")
     return lines if targets else [*lines, "- No structure is known."]
@@ -86,6 +91,9 @@ def _structure(target: Target) -> str:
 
 def _relation(first: Target, second: Target) -> list[str]:
     """Clear cases only."""
-    sides = [(words, order(first, second, axis)) for axis, words in enumerate((("to the left of", "to the right of"), ("above", "below")))]
+    sides = [
+        (words, order(first, second, axis))
+        for axis, words in enumerate((("to the left of", "to the right of"), ("above", "below")))
+    ]
     words = [words[side] for words, side in sides if side is not None]
     return [f"- The {first.name} {verb(first.name)} {' and '.join(words)} the {second.name}."] if words else []

@@ -86,5 +86,8 @@ def record(facts: Facts, turns: Sequence[Turn]) -> dict[str, Any]:
         messages.append({"from": "gpt", "value": turn.answer})
     extra = {}
     if len(turns) == 1:
-        extra = {"answer_type": turns[0].answer_type, **({"candidates": list(turns[0].candidates)} if turns[0].candidates else {})}
+        extra = {
+            "answer_type": turns[0].answer_type,
+            **({"candidates": list(turns[0].candidates)} if turns[0].candidates else {}),
+        }
     return {"image": facts.image, "conversations": messages, **extra, "modality": facts.modality}

@@ -59,7 +59,9 @@ def vqa_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
     """About the whole image: its modality, what is there, a place, side or size for each name, and comparisons of names."""
     made = [*_modality(facts, rng), *_presence(facts, rng)]
     if 0 < len(facts.targets) <= LISTED:
-        question = pick(rng, ("Which structures can be seen in this image?", "Name the structures that are visible in this image."))
+        question = pick(
+            rng, ("Which structures can be seen in this image?", "Name the structures that are visible in this image.")
+        )
         made.append(Turn("vqa", question, enumerate_names([target.name for target in facts.targets])))
     for target in facts.targets:
         made += sample(rng, _single(target), 1)
@@ -73,9 +75,19 @@ def _modality(facts: Facts, rng: np.random.Generator) -> list[Turn]:
     if not facts.label:
         return []
     if rng.random() < 0.5:
-        return [Turn("vqa", pick(rng, ("What imaging modality was used to take this image?", "What kind of image is this?")), facts.label)]
+        return [
+            Turn(
+                "vqa",
+                pick(rng, ("What imaging modality was used to take this image?", "What kind of image is this?")),
+                facts.label,
+            )
+        ]
     other = pick(rng, [LABELS[prefix] for prefix in COMMON if prefix != facts.modality])
-    return [_yes_no(f"Is this {article(facts.label)} image?", True) if rng.random() < 0.5 else _yes_no(f"Is this {article(other)} image?", False)]
+    return [
+        _yes_no(f"Is this {article(facts.label)} image?", True)
+        if rng.random() < 0.5
+        else _yes_no(f"Is this {article(other)} image?", False)
+    ]
 
 
 def _yes_no(question: str, yes: bool, kind: str = "vqa") -> Turn:
@@ -86,7 +98,9 @@ def _presence(facts: Facts, rng: np.random.Generator) -> list[Turn]:
     """About as many names that are there as names that are not; nothing where nothing is known to be absent."""
     present = [target.name for target in facts.targets]
     count = min(len(present), len(facts.absent), 2)
-    names = [(name, True) for name in sample(rng, present, count)] + [(name, False) for name in sample(rng, facts.absent, count)]
+    names = [(name, True) for name in sample(rng, present, count)] + [
+        (name, False) for name in sample(rng, facts.absent, count)
+    ]
     return [_yes_no(f"{verb(name).capitalize()} the {name} visible in this image?", yes) for name, yes in names]
 
 
@@ -99,7 +113,13 @@ def _single(target: Target) -> list[Turn]:
             side = "left" if target.centre[0] < 0.5 else "right"
             made.append(Turn("vqa", f"On which side of the image {is_are} the {name}?", side, ("left", "right")))
     if target.area >= 0.02:
-        made.append(Turn("vqa", f"About how much of the image {'does' if is_are == 'is' else 'do'} the {name} cover?", share(target.area)))
+        made.append(
+            Turn(
+                "vqa",
+                f"About how much of the image {'does' if is_are == 'is' else 'do'} the {name} cover?",
+                share(target.area),
+            )
+        )
     return made
 
 
@@ -130,7 +150,14 @@ def region_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
     made = []
     for target in facts.targets:
         region = f"<region>{pick(rng, target.masks)}</region>"
-        question = pick(rng, (f"What is the structure in {region}?", f"What does {region} show?", f"Which structure is marked by {region}?"))
+        question = pick(
+            rng,
+            (
+                f"What is the structure in {region}?",
+                f"What does {region} show?",
+                f"Which structure is marked by {region}?",
+            ),
+        )
         made.append(Turn("region", question, target.name))
     for pair in sample(rng, facts.pairs_apart(), (len(facts.targets) + 1) // 2):
         shown, other = sample(rng, pair)
@@ -139,22 +166,32 @@ def region_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
         made.append(_yes_no(f"Does {region} show the {(shown if yes else other).name}?", yes, "region"))
     compact = [target for target in facts.targets if target.is_compact]
     for target in sample(rng, compact, 1):
-        made.append(Turn("region", f"In which part of the image does <region>{target.merged}</region> lie?", target.place))
+        made.append(
+            Turn("region", f"In which part of the image does <region>{target.merged}</region> lie?", target.place)
+        )
     return made
 
 
 def grounding_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
     """A mask of each name, one pair in one answer, and, where names are known to be absent, one that is not there."""
-    made = [Turn("grounding", _request(facts, rng, target.name), f"{_the(target.name)} <SEG>.<mask>{target.merged}</mask>") for target in facts.targets]
+    made = [
+        Turn("grounding", _request(facts, rng, target.name), f"{_the(target.name)} <SEG>.<mask>{target.merged}</mask>")
+        for target in facts.targets
+    ]
     for first, second in sample(rng, facts.pairs_apart(), 1):
         answer = " and ".join(f"the {target.name} <SEG><mask>{target.merged}</mask>" for target in (first, second))
-        made.append(Turn("grounding_pairs", _request(facts, rng, first.name, second.name), f"{answer[0].upper()}{answer[1:]}."))
+        made.append(
+            Turn("grounding_pairs", _request(facts, rng, first.name, second.name), f"{answer[0].upper()}{answer[1:]}.")
+        )
     return made + absent_turns(facts, rng)
 
 
 def absent_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
     """A request for a mask of something that is known not to be there; none where nothing is."""
-    return [Turn("grounding", _request(facts, rng, name), f"The {name} {verb(name)} not visible in this image.") for name in sample(rng, facts.absent, 1)]
+    return [
+        Turn("grounding", _request(facts, rng, name), f"The {name} {verb(name)} not visible in this image.")
+        for name in sample(rng, facts.absent, 1)
+    ]
 
 
 def _the(name: str) -> str:
@@ -164,4 +201,11 @@ def _the(name: str) -> str:
 def _request(facts: Facts, rng: np.random.Generator, *names: str) -> str:
     wanted = enumerate_names([f"the {name}" for name in names])
     image = f"{facts.label} image" if facts.label else "image"
-    return pick(rng, (f"Please segment {wanted} in this {image}.", f"Segment {wanted}.", f"Can you outline {wanted} in this {image}?"))
+    return pick(
+        rng,
+        (
+            f"Please segment {wanted} in this {image}.",
+            f"Segment {wanted}.",
+            f"Can you outline {wanted} in this {image}?",
+        ),
+    )

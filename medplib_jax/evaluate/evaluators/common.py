@@ -57,10 +57,14 @@ class Evaluator(abc.ABC):
             drawn = {
                 "masks": [encode_rle(mask) for mask in masks],
                 "true_masks": [encode_rle(mask) for mask in true_masks],
-                "predicted_iou": [round(float(value), 4) for value in generation.predicted_iou[0, generation.mask_valid[0]]],
+                "predicted_iou": [
+                    round(float(value), 4) for value in generation.predicted_iou[0, generation.mask_valid[0]]
+                ],
             }
         text = self._loader.tokenizer.decode(generation.tokens[0, : generation.lengths[0]]).strip()
-        answer = Answer(text, self._loader.encode(record, question=True).answer.strip(), record.answer_type, masks, true_masks)
+        answer = Answer(
+            text, self._loader.encode(record, question=True).answer.strip(), record.answer_type, masks, true_masks
+        )
         row = {
             "record": record.index,
             "image": list(record.images),

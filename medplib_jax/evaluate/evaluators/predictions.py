@@ -79,7 +79,9 @@ def _check_header(path: str | os.PathLike, lines: Sequence[Row], header: Row) ->
     header = json.loads(json.dumps(header))
     if lines and lines[0] != header:
         differing = ", ".join(sorted(key for key in {*lines[0], *header} if lines[0].get(key) != header.get(key)))
-        raise ValueError(f"{path}: predictions of another run (different {differing}); expected {header}, found {lines[0]}")
+        raise ValueError(
+            f"{path}: predictions of another run (different {differing}); expected {header}, found {lines[0]}"
+        )
 
 
 def _line(row: Row) -> str:

@@ -27,4 +27,9 @@ class CaptionEvaluator(Evaluator):
         return {"scores": metrics.mia_scores(answer.text, answer.expected)}
 
 
-PARTS: dict[str, type[Evaluator]] = {"VG": GroundBoxEvaluator, "ROC": ReferClassEvaluator, "RC": CaptionEvaluator, "MIA": CaptionEvaluator}
+PARTS: dict[str, type[Evaluator]] = {
+    "VG": GroundBoxEvaluator,
+    "ROC": ReferClassEvaluator,
+    "RC": CaptionEvaluator,
+    "MIA": CaptionEvaluator,
+}

@@ -18,4 +18,6 @@ class RegionVqaEvaluator(VqaEvaluator):
         expected = sum(len(REGION.findall(text)) for role, text in record.turns if role == "human")
         with_points = int(prompt.region_point_valid[0].any(-1).sum())
         if not expected == with_points == placed:
-            raise record.error("region is not in the prompt", f"{expected} regions", f"{with_points} with points, {placed} in the text")
+            raise record.error(
+                "region is not in the prompt", f"{expected} regions", f"{with_points} with points, {placed} in the text"
+            )

@@ -16,7 +16,9 @@ def parse_boxes(text: str) -> np.ndarray:
     which meets no other.
     """
     found = [_BOX.search(inside) for inside in _TAGGED.findall(text)] or list(_BOX.finditer(text))
-    return np.array([[float(number) for number in match.groups()] if match else [0.0] * 4 for match in found]).reshape(-1, 4)
+    return np.array([[float(number) for number in match.groups()] if match else [0.0] * 4 for match in found]).reshape(
+        -1, 4
+    )
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

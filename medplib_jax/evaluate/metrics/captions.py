@@ -18,7 +18,9 @@ from medplib_jax.evaluate.metrics.text import meteor, rouge_l
 ORDERS = (1, 2, 3, 4)
 BLEU_COUNTS = ("words", "words_true", *(f"ngrams_{n}{suffix}" for n in ORDERS for suffix in ("", "_found")))
 # What pycocoevalcap's ptbtokenizer drops; nltk writes the same signs.
-_PUNCTUATION = frozenset(["''", "'", "``", "`", "(", ")", "{", "}", "[", "]", "<", ">", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
+_PUNCTUATION = frozenset(
+    ["''", "'", "``", "`", "(", ")", "{", "}", "[", "]", "<", ">", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
+)
 _COCO_BETA = 1.2  # of ROUGE-L in pycocoevalcap
 
 
@@ -49,7 +51,12 @@ def corpus_bleu(counts: np.ndarray, order: int) -> np.ndarray:
 
     As in pycocoevalcap, an order without a shared n-gram counts as nearly 0.
     """
-    words, words_true, there, found = counts[..., 0], counts[..., 1], counts[..., 2::2][..., :order], counts[..., 3::2][..., :order]
+    words, words_true, there, found = (
+        counts[..., 0],
+        counts[..., 1],
+        counts[..., 2::2][..., :order],
+        counts[..., 3::2][..., :order],
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         log_precision = np.log((found + 1e-15) / (there + 1e-9)).mean(-1)
         brevity = np.minimum(0.0, 1 - words_true / words)
@@ -62,11 +69,15 @@ def spice(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
     Raises MissingExtra when Java, pycocoevalcap (`pip install medplib_jax[caption]`) or its parser's models are absent.
     """
     if shutil.which("java") is None:
-        raise MissingExtra("SPICE is a Java program, and no `java` is on the PATH: install a Java runtime, or leave SPICE out")
+        raise MissingExtra(
+            "SPICE is a Java program, and no `java` is on the PATH: install a Java runtime, or leave SPICE out"
+        )
     try:
         from pycocoevalcap.spice.spice import Spice  # an extra
     except ImportError as error:
-        raise MissingExtra("SPICE needs pycocoevalcap: pip install 'medplib_jax[caption]', or leave SPICE out") from error
+        raise MissingExtra(
+            "SPICE needs pycocoevalcap: pip install 'medplib_jax[caption]', or leave SPICE out"
+        ) from error
     references = {i: [_one_line(truth)] for i, truth in enumerate(truths)}
     captions = {i: [_one_line(answer)] for i, answer in enumerate(answers)}
     try:

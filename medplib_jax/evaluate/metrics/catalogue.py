@@ -17,29 +17,51 @@ METRICS = {
     "mIoU": Metric("mIoU", "mean IoU of questions with a target; reference: of all questions"),
     "gIoU": Metric("gIoU", "mean IoU of all questions, where a rightly empty answer counts 1 (LISA)"),
     "cIoU": Metric("cIoU", "all intersections over all unions (LISA)"),
-    "surface_dice": Metric("surface Dice", "share of both outlines within 1 % of the picture's diagonal of the other one"),
+    "surface_dice": Metric(
+        "surface Dice", "share of both outlines within 1 % of the picture's diagonal of the other one"
+    ),
     "precision_at_0.5": Metric("P@0.5", "share of questions with a target whose IoU exceeds 0.5"),
     "hit_rate": Metric("hit rate", "share of questions with a target for which anything is drawn"),
-    "no_target_accuracy": Metric("no-target accuracy", "share of questions without a target that are answered without a mask"),
-    "false_mask_rate": Metric("false-mask rate", "share of questions without a target for which anything is drawn", "lower"),
-    "accuracy": Metric("accuracy", "closed answers that are right and open ones that match exactly; reference: word precision of the open ones"),
-    "closed_accuracy": Metric("closed accuracy", "share of closed answers equal to the expected one after normalisation"),
-    "open_exact_match": Metric("open exact match", "share of open answers equal after normalisation; reference: word precision"),
+    "no_target_accuracy": Metric(
+        "no-target accuracy", "share of questions without a target that are answered without a mask"
+    ),
+    "false_mask_rate": Metric(
+        "false-mask rate", "share of questions without a target for which anything is drawn", "lower"
+    ),
+    "accuracy": Metric(
+        "accuracy",
+        "closed answers that are right and open ones that match exactly; reference: word precision of the open ones",
+    ),
+    "closed_accuracy": Metric(
+        "closed accuracy", "share of closed answers equal to the expected one after normalisation"
+    ),
+    "open_exact_match": Metric(
+        "open exact match", "share of open answers equal after normalisation; reference: word precision"
+    ),
     "open_f1": Metric("open F1", "mean F1 of the words of open answers"),
     "open_precision": Metric("open precision", "mean precision of the words of open answers"),
     "open_recall": Metric("open recall", "mean recall of the words of open answers"),
-    "open_candidate_accuracy": Metric("candidate accuracy", "share of open answers whose nearest expected answer of the file is their own"),
-    **{f"open_bleu_{n}": Metric(f"open BLEU-{n}", f"mean BLEU-{n} of open answers; reference: order {n} alone" if n < 4 else "mean BLEU-4") for n in (1, 2, 3, 4)},
+    "open_candidate_accuracy": Metric(
+        "candidate accuracy", "share of open answers whose nearest expected answer of the file is their own"
+    ),
+    **{
+        f"open_bleu_{n}": Metric(
+            f"open BLEU-{n}", f"mean BLEU-{n} of open answers; reference: order {n} alone" if n < 4 else "mean BLEU-4"
+        )
+        for n in (1, 2, 3, 4)
+    },
     "open_rouge_l": Metric("open ROUGE-L", "mean ROUGE-L of open answers"),
     "open_meteor": Metric("open METEOR", "mean METEOR of open answers, exact and stem stages (no synonyms)"),
     "recall_at_0.5": Metric("Recall@0.5", "share of true boxes that any predicted box meets at IoU above 0.5"),
     "roc_accuracy": Metric("ROC accuracy", "share of answers that hold every word of the truth"),
     "mBMR": Metric("mBMR", "mean of BLEU-1 to BLEU-4, METEOR and ROUGE-L"),
     **{f"bleu_{n}": Metric(f"BLEU-{n}", f"BLEU-{n} of the corpus") for n in (1, 2, 3, 4)},
-    "meteor": Metric("METEOR", "mean METEOR, exact and stem stages (no synonyms; the originals' Java METEOR 1.5 gives higher values)"),
+    "meteor": Metric(
+        "METEOR", "mean METEOR, exact and stem stages (no synonyms; the originals' Java METEOR 1.5 gives higher values)"
+    ),
     "rouge_l": Metric("ROUGE-L", "mean ROUGE-L with recall weighing 1.2 times precision"),
     "spice": Metric("SPICE", "mean SPICE"),
-}  # fmt: skip
+}
 # Which stand for a task, the first that it has; and which are shown by modality.
 MAIN = ("mDice", "recall_at_0.5", "roc_accuracy", "mBMR", "spice", "accuracy", "no_target_accuracy")
 BY_MODALITY = (*MAIN, "mIoU", "surface_dice", "false_mask_rate", "closed_accuracy", "open_f1")

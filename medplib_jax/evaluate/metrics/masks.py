@@ -46,7 +46,9 @@ def surface_dice(prediction: np.ndarray, truth: np.ndarray, protocol: str = "exa
     return float(near / (np.count_nonzero(outlines[0]) + np.count_nonzero(outlines[1])))
 
 
-def mask_scores(predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], protocol: str = "exact") -> dict[str, float]:
+def mask_scores(
+    predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], protocol: str = "exact"
+) -> dict[str, float]:
     """Scores of one question: its predicted masks against its true ones, matched in order; boolean arrays of one shape.
 
     A true mask without a prediction is paired with an empty mask, and so is a drawn one without a true mask (`reference`: it is ignored).

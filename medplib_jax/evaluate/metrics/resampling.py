@@ -36,7 +36,11 @@ def bootstrap(blocks: Sequence[tuple[np.ndarray, Sequence[Statistic]]], count: i
         drawn_RxG = rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float32)
         for values, (members, columns, edges), (_, statistics) in zip(found, parts, blocks, strict=True):
             resampled = np.split(drawn_RxG[:, members] @ columns, edges, axis=1)
-            values.append(np.stack([statistic.of_sums(sums) for statistic, sums in zip(statistics, resampled, strict=True)], axis=1))
+            values.append(
+                np.stack(
+                    [statistic.of_sums(sums) for statistic, sums in zip(statistics, resampled, strict=True)], axis=1
+                )
+            )
     return [np.concatenate(values) for values in found]
 
 
@@ -46,11 +50,15 @@ def intervals(values_RxN: np.ndarray) -> np.ndarray:
     known_N = np.count_nonzero(~np.isnan(ordered), axis=0)
     place_2xN = np.array([[(1 - CONFIDENCE) / 2], [(1 + CONFIDENCE) / 2]]) * np.maximum(known_N - 1, 0)
     below = np.floor(place_2xN).astype(int)
-    low, high = (np.take_along_axis(ordered, np.minimum(at, np.maximum(known_N - 1, 0)), axis=0) for at in (below, below + 1))
+    low, high = (
+        np.take_along_axis(ordered, np.minimum(at, np.maximum(known_N - 1, 0)), axis=0) for at in (below, below + 1)
+    )
     return np.where(2 * known_N >= len(ordered), low + (high - low) * (place_2xN - below), np.nan)
 
 
-def paired_p_values(blocks: Sequence[tuple[np.ndarray, Sequence[tuple[Statistic, Statistic]]]], count: int, seed: int) -> list[list[float]]:
+def paired_p_values(
+    blocks: Sequence[tuple[np.ndarray, Sequence[tuple[Statistic, Statistic]]]], count: int, seed: int
+) -> list[list[float]]:
     """For each pair of each block the two-sided p of the hypothesis that its two sets of answers could be exchanged (a permutation test).
 
     Blocks as in `bootstrap`, with pairs (a, b) of one metric. Each permutation exchanges the answers in a random half of the groups and
@@ -64,9 +72,14 @@ def paired_p_values(blocks: Sequence[tuple[np.ndarray, Sequence[tuple[Statistic,
         exchanged_PxG = rng.integers(0, 2, (size, count), np.int8).astype(np.float32)
         for (members, columns, edges), (_, pairs), seen, hits in zip(parts, blocks, observed, at_least, strict=True):
             for i, moved in enumerate(np.split(exchanged_PxG[:, members] @ columns, edges, axis=1)):
-                of_a, of_b = (statistic.of_sums(statistic.parts.sum(0) + sign * moved) for statistic, sign in zip(pairs[i], (1, -1), strict=True))
+                of_a, of_b = (
+                    statistic.of_sums(statistic.parts.sum(0) + sign * moved)
+                    for statistic, sign in zip(pairs[i], (1, -1), strict=True)
+                )
                 hits[i] += np.sum(np.abs(of_a - of_b) >= seen[i] - _TIE)
-    p_values = ((1 + hits) / (1 + PERMUTATIONS) + 0 * seen for hits, seen in zip(at_least, observed, strict=True))  # 0 * NaN is NaN
+    p_values = (
+        (1 + hits) / (1 + PERMUTATIONS) + 0 * seen for hits, seen in zip(at_least, observed, strict=True)
+    )  # 0 * NaN is NaN
     return [values.tolist() for values in p_values]
 
 

@@ -57,11 +57,17 @@ def statistics(rows: Sequence[Mapping[str, Any]], protocol: str = "exact") -> di
         found["recall_at_0.5"] = Statistic(_columns(scores, ("boxes_found", "boxes")), modalities=modalities)
     if "ngrams_1" in names:
         found |= caption_statistics(scores, protocol)
-    means = {name: _mean_statistic([score.get(name) for score in scores]) for name in names if name not in found and not _is_part(name)}
+    means = {
+        name: _mean_statistic([score.get(name) for score in scores])
+        for name in names
+        if name not in found and not _is_part(name)
+    }
     if "roc_accuracy" in means and protocol == "reference":
         means["roc_accuracy"] = dataclasses.replace(means["roc_accuracy"], modalities=MED_GRIT_MODALITIES)
     if {"closed_accuracy", "open_exact_match"} & names.keys():
-        found["accuracy"] = _mean_statistic([score.get("closed_accuracy", score.get("open_exact_match")) for score in scores])
+        found["accuracy"] = _mean_statistic(
+            [score.get("closed_accuracy", score.get("open_exact_match")) for score in scores]
+        )
     if "open_exact_match" in names:
         is_open = [i for i, score in enumerate(scores) if "open_exact_match" in score]
         texts = ([rows[i][key] for i in is_open] for key in ("answer", "expected"))
@@ -116,12 +122,16 @@ def caption_statistics(scores: Sequence[Mapping[str, float]], protocol: str = "e
 
 
 def _columns(scores, names) -> np.ndarray:
-    return np.array([[score.get(name, 0) for name in names] for score in scores], float).reshape(len(scores), len(names))
+    return np.array([[score.get(name, 0) for name in names] for score in scores], float).reshape(
+        len(scores), len(names)
+    )
 
 
 def _mean_statistic(values: Sequence[float | None]) -> Statistic:
     """The mean of the values that there are."""
-    return Statistic(np.array([(0.0, 0.0) if value is None else (value, 1.0) for value in values], float).reshape(-1, 2))
+    return Statistic(
+        np.array([(0.0, 0.0) if value is None else (value, 1.0) for value in values], float).reshape(-1, 2)
+    )
 
 
 def values(found: Mapping[str, Statistic]) -> dict[str, float]:
@@ -134,7 +144,10 @@ def by_modality(found: Mapping[str, Statistic], modalities: Sequence[str]) -> di
     """`values` of all records, as `metric/<modality>` (`none` for records without one), and the mean of those as `metric/modality_mean`."""
     result = values(found)
     of_record = np.array([modality or "none" for modality in modalities])
-    each = {modality: values({name: found[name][of_record == modality] for name in result}) for modality in sorted(set(of_record.tolist()))}
+    each = {
+        modality: values({name: found[name][of_record == modality] for name in result})
+        for modality in sorted(set(of_record.tolist()))
+    }
     for name in tuple(result):
         measured = {modality: split[name] for modality, split in each.items() if name in split}
         result |= {f"{name}/{modality}": value for modality, value in measured.items()}

@@ -19,7 +19,9 @@ _CHUNK = 4_000_000  # numbers in a matrix of answers and candidates, which bound
 # Normalisation of answers: the VQA challenge's rules and word lists (Antol et al. 2015), as in model/eval/glossary.py.
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _ARTICLES = frozenset({"a", "an", "the"})
-_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {
+    "none": "0"
+}
 _CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll
     how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've
@@ -143,7 +145,9 @@ def open_scores(prediction: str, truth: str, protocol: str = "exact") -> dict[st
     return scores
 
 
-def candidate_hits(predictions: Sequence[str], truths: Sequence[str], candidates: Iterable[str], protocol: str = "exact") -> list[float]:
+def candidate_hits(
+    predictions: Sequence[str], truths: Sequence[str], candidates: Iterable[str], protocol: str = "exact"
+) -> list[float]:
     """1 for each prediction that IS the truth, or whose nearest candidate is.
 
     Source: model/eval/evaluate_metrics.py calculate_appearance_with_normalization.
@@ -152,7 +156,9 @@ def candidate_hits(predictions: Sequence[str], truths: Sequence[str], candidates
     """
     texts = [normalise_answer(candidate) for candidate in sorted(set(candidates))]
     predicted, true = ([normalise_answer(text.lower()) for text in side] for side in (predictions, truths))
-    column_of = {word: column for column, word in enumerate(dict.fromkeys(word for text in texts for word in text.split()))}
+    column_of = {
+        word: column for column, word in enumerate(dict.fromkeys(word for text in texts for word in text.split()))
+    }
     said_NxW, wanted_CxW = _occurrences(predicted, column_of), _occurrences(texts, column_of)
     sizes_C = np.maximum(wanted_CxW.sum(1), 1)
     hits, rows = [], max(1, _CHUNK // max(len(texts), 1))

@@ -84,8 +84,14 @@ def compare(sweep: Sweep) -> list[Figure]:
         figures += _Column(sweep, task, protocol, cells).figures()
     for protocol in sweep.protocols:
         for overall in (True, False):
-            tested = [figure for figure in figures if figure.p is not None and figure.protocol == protocol and (figure.modality == ALL) == overall]
-            for figure, q in zip(tested, false_discovery_control([figure.p for figure in tested]) if tested else (), strict=True):
+            tested = [
+                figure
+                for figure in figures
+                if figure.p is not None and figure.protocol == protocol and (figure.modality == ALL) == overall
+            ]
+            for figure, q in zip(
+                tested, false_discovery_control([figure.p for figure in tested]) if tested else (), strict=True
+            ):
                 figure.q = float(q)
     return figures
 
@@ -102,10 +108,16 @@ class _Column:
         self.baseline = next((cell for cell in cells if cell.checkpoint == sweep.baseline), None)
         self.seed = zlib.crc32(f"{task.name}/{protocol}".encode())
         self.main = main_metric(in_order({name for cell in cells for name in values(cell.statistics)}))
-        modality_of = {image: modality for cell in cells for image, modality in zip(cell.images, cell.modalities.tolist(), strict=True)}
+        modality_of = {
+            image: modality
+            for cell in cells
+            for image, modality in zip(cell.images, cell.modalities.tolist(), strict=True)
+        }
         self.group_of = {image: group for group, image in enumerate(sorted(modality_of))}
         modality_G = np.array([modality_of[image] for image in self.group_of])
-        self.members = {ALL: np.arange(len(modality_G))} | {name: np.flatnonzero(modality_G == name) for name in sorted(set(modality_of.values()))}
+        self.members = {ALL: np.arange(len(modality_G))} | {
+            name: np.flatnonzero(modality_G == name) for name in sorted(set(modality_of.values()))
+        }
 
     def figures(self) -> list[Figure]:
         measured = {cell.checkpoint: self._measure(cell) for cell in self.cells}
@@ -117,9 +129,22 @@ class _Column:
             spread = intervals(np.stack([resampled[cell.checkpoint][key] for key in found], axis=1))
             for (key, value), (low, high) in zip(found.items(), spread.T.tolist(), strict=True):
                 figures.append(
-                    Figure(checkpoint.name, checkpoint.run, checkpoint.step, self.task.name, self.task.kind, self.protocol, key[0],
-                           key[0] == self.main, key[1], value, _known(low), _known(high), counted[key])
-                )  # fmt: skip
+                    Figure(
+                        checkpoint.name,
+                        checkpoint.run,
+                        checkpoint.step,
+                        self.task.name,
+                        self.task.kind,
+                        self.protocol,
+                        key[0],
+                        key[0] == self.main,
+                        key[1],
+                        value,
+                        _known(low),
+                        _known(high),
+                        counted[key],
+                    )
+                )
         if self.baseline is not None:
             self._add_deltas(figures, measured, resampled)
         return figures
@@ -141,7 +166,9 @@ class _Column:
         counted = {}
         for name, statistic in cell.statistics.items():
             counts = statistic.parts[:, -1] != 0  # the last part is a weight
-            each = {modality: int(counts[cell.modalities == modality].sum()) for modality in self.members if modality != ALL}
+            each = {
+                modality: int(counts[cell.modalities == modality].sum()) for modality in self.members if modality != ALL
+            }
             counted |= {(name, modality): count for modality, count in each.items()}
             counted |= {(name, ALL): int(counts.sum()), (name, MEAN): sum(count > 0 for count in each.values())}
         return counted
@@ -149,14 +176,19 @@ class _Column:
     def _values(self, measured: Mapping[Key, Statistic]) -> dict[Key, float]:
         """The value of every statistic, and the means over modalities."""
         found = {key: statistic.value() for key, statistic in measured.items()}
-        for metric, at_least in [(metric, statistic.modalities) for (metric, modality), statistic in measured.items() if modality == ALL]:
+        for metric, at_least in [
+            (metric, statistic.modalities) for (metric, modality), statistic in measured.items() if modality == ALL
+        ]:
             each = [found[metric, name] for name in self.members if name != ALL and (metric, name) in found]
             found[metric, MEAN] = sum(each) / max(len(each), at_least)
         return found
 
     def _resample(self, measured: Mapping[str, Mapping[Key, Statistic]]) -> dict[str, dict[Key, np.ndarray]]:
         """Bootstrap values [R] of every figure of every checkpoint; one draw of images for all of them."""
-        keys = [[(name, key) for name, found in measured.items() for key in found if key[1] == modality] for modality in self.members]
+        keys = [
+            [(name, key) for name, found in measured.items() for key in found if key[1] == modality]
+            for modality in self.members
+        ]
         keys = [block for block in keys if block]
         blocks = [(self.members[block[0][1][1]], [measured[name][key] for name, key in block]) for block in keys]
         resampled: dict[str, dict[Key, np.ndarray]] = {name: {} for name in measured}
@@ -164,9 +196,19 @@ class _Column:
             for (name, key), values_R in zip(block, values_RxN.T, strict=True):
                 resampled[name][key] = values_R
         for name, found in measured.items():
-            for metric, at_least in [(metric, statistic.modalities) for (metric, modality), statistic in found.items() if modality == ALL]:
-                each = np.stack([resampled[name][metric, modality] for modality in self.members if modality != ALL and (metric, modality) in found])
-                resampled[name][metric, MEAN] = np.nansum(each, axis=0) / np.maximum((~np.isnan(each)).sum(0), max(at_least, 1))
+            for metric, at_least in [
+                (metric, statistic.modalities) for (metric, modality), statistic in found.items() if modality == ALL
+            ]:
+                each = np.stack(
+                    [
+                        resampled[name][metric, modality]
+                        for modality in self.members
+                        if modality != ALL and (metric, modality) in found
+                    ]
+                )
+                resampled[name][metric, MEAN] = np.nansum(each, axis=0) / np.maximum(
+                    (~np.isnan(each)).sum(0), max(at_least, 1)
+                )
         return resampled
 
     def _add_deltas(self, figures: list[Figure], measured, resampled) -> None:
@@ -182,16 +224,31 @@ class _Column:
                 pair = tuple(self._measure(one, np.isin(one.records, common)) for one in (cell, base))
                 draws = self._resample(dict(zip((cell.checkpoint, base.checkpoint), pair, strict=True)))
             ours, theirs = (self._values(found) for found in pair)
-            shown = [figure for figure in figures if figure.checkpoint == cell.checkpoint and figure.key in ours and figure.key in theirs]
-            spread = intervals(np.stack([draws[cell.checkpoint][figure.key] - draws[base.checkpoint][figure.key] for figure in shown], axis=1))
+            shown = [
+                figure
+                for figure in figures
+                if figure.checkpoint == cell.checkpoint and figure.key in ours and figure.key in theirs
+            ]
+            spread = intervals(
+                np.stack(
+                    [draws[cell.checkpoint][figure.key] - draws[base.checkpoint][figure.key] for figure in shown],
+                    axis=1,
+                )
+            )
             for figure, (low, high) in zip(shown, spread.T.tolist(), strict=True):
-                figure.baseline, figure.paired, figure.delta = base.checkpoint, len(common), ours[figure.key] - theirs[figure.key]
+                figure.baseline, figure.paired, figure.delta = (
+                    base.checkpoint,
+                    len(common),
+                    ours[figure.key] - theirs[figure.key],
+                )
                 figure.delta_low, figure.delta_high = _known(low), _known(high)
                 if figure.main and figure.modality != MEAN:
                     tests[figure.modality].append((figure, (pair[0][figure.key], pair[1][figure.key])))
         tests = {modality: found for modality, found in tests.items() if found}
         blocks = [(self.members[modality], [pair for _, pair in found]) for modality, found in tests.items()]
-        for found, p_values in zip(tests.values(), paired_p_values(blocks, len(self.group_of), self.seed + 1), strict=True):
+        for found, p_values in zip(
+            tests.values(), paired_p_values(blocks, len(self.group_of), self.seed + 1), strict=True
+        ):
             for (figure, _), p in zip(found, p_values, strict=True):
                 figure.p = p
 

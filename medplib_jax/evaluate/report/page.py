@@ -72,7 +72,11 @@ def write_report(data: ReportData, out_dir: str | Path) -> Path:
     (out / "figures").mkdir(parents=True, exist_ok=True)
     (out / "examples").mkdir(exist_ok=True)
     figures = {}
-    for name, content, draw in (("curves", data.curves, draw_curves), ("stages", data.stages, draw_stages), ("router", data.router, draw_router)):
+    for name, content, draw in (
+        ("curves", data.curves, draw_curves),
+        ("stages", data.stages, draw_stages),
+        ("router", data.router, draw_router),
+    ):
         if content:
             figures[name] = f"figures/{name}.png"
             draw(content).savefig(out / figures[name], dpi=150, bbox_inches="tight")
@@ -100,13 +104,19 @@ def _check(data):
     if data.router:
         expected = (len(data.router.layers), len(data.router.kinds), len(data.router.experts))
         if np.shape(data.router.share) != expected:
-            raise ValueError(f"report: router.share must be [layers, kinds, experts] = {expected}, found {np.shape(data.router.share)}")
+            raise ValueError(
+                f"report: router.share must be [layers, kinds, experts] = {expected}, found {np.shape(data.router.share)}"
+            )
 
 
 def template(name: str) -> jinja2.Template:
     """A template of this package; everything that it shows is escaped, and a name that it does not know is an error."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader(__package__),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template(name)
 
@@ -138,11 +148,18 @@ def _card(out, number, example):
         file = f"examples/{number:03d}_{caption.split(':')[0]}.png"
         Image.fromarray(pixels).save(out / file)
         panels.append({"caption": caption, "file": file, "height": pixels.shape[0], "width": pixels.shape[1]})
-    scores = [{"name": name, "value": format_value(value), "level": _level(value)} for name, value in example.scores.items()]
+    scores = [
+        {"name": name, "value": format_value(value), "level": _level(value)} for name, value in example.scores.items()
+    ]
     return {
-        "task": example.task, "modality": example.modality, "panels": panels, "scores": scores,
-        "question": mark_tokens(example.question), "answer": mark_tokens(example.answer), "expected": mark_tokens(example.expected),
-    }  # fmt: skip
+        "task": example.task,
+        "modality": example.modality,
+        "panels": panels,
+        "scores": scores,
+        "question": mark_tokens(example.question),
+        "answer": mark_tokens(example.answer),
+        "expected": mark_tokens(example.expected),
+    }
 
 
 def _level(score):

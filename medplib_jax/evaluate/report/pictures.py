@@ -53,7 +53,9 @@ def mark_tokens(text: str) -> markupsafe.Markup:
     marked, masks = markupsafe.Markup(), 0
     for part in re.split(r"(<region>.*?</region>|<SEG>)", plain.strip()):
         if part == "<SEG>":
-            marked += markupsafe.Markup('<span class="token" style="background:{}">SEG</span>').format(PALETTE[masks % len(PALETTE)])
+            marked += markupsafe.Markup('<span class="token" style="background:{}">SEG</span>').format(
+                PALETTE[masks % len(PALETTE)]
+            )
             masks += 1
         elif part.startswith("<region>") and part.endswith("</region>"):
             marked += markupsafe.Markup('<span class="token region">region</span>')

@@ -16,9 +16,16 @@ from medplib_jax.evaluate.report.pictures import readable
 _INK = "#010203"  # stands for the page's text colour
 
 _STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "medplib_jax", "text.parse_math": False, "font.family": "sans-serif",
-    "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "medplib_jax",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
 
 
 def style():
@@ -32,7 +39,9 @@ def as_svg(figure: Figure) -> markupsafe.Markup:
     figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    return markupsafe.Markup(re.sub(r' id="[a-z.]+[0-9]*_[0-9]+"', "", text))  # ids of parts, which repeat from figure to figure
+    return markupsafe.Markup(
+        re.sub(r' id="[a-z.]+[0-9]*_[0-9]+"', "", text)
+    )  # ids of parts, which repeat from figure to figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +62,9 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (stage, series) in zip(axes, curves.items(), strict=False):
         steps = np.asarray(series["step"])
-        for colour, (name, values) in zip(_cycle(), ((name, values) for name, values in series.items() if name != "step"), strict=False):
+        for colour, (name, values) in zip(
+            _cycle(), ((name, values) for name, values in series.items() if name != "step"), strict=False
+        ):
             values = np.asarray(values, float)
             axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
             axis.plot(steps, running_mean(values), color=colour, linewidth=1.8, label=name)
@@ -71,7 +82,10 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     half = max(1, len(values) // 40)
     known = np.concatenate([[0], np.cumsum(~np.isnan(values))])
     sums = np.concatenate([[0], np.cumsum(np.nan_to_num(values))])
-    start, stop = np.maximum(np.arange(len(values)) - half, 0), np.minimum(np.arange(len(values)) + half + 1, len(values))
+    start, stop = (
+        np.maximum(np.arange(len(values)) - half, 0),
+        np.minimum(np.arange(len(values)) + half + 1, len(values)),
+    )
     counts = known[stop] - known[start]
     return np.where(counts > 0, (sums[stop] - sums[start]) / np.maximum(counts, 1), np.nan)
 
@@ -84,7 +98,13 @@ def draw_stages(stages: Mapping[str, Mapping[str, float]]) -> Figure:
     width = 0.84 / len(names)
     for number, (colour, stage) in enumerate(zip(_cycle(), names, strict=False)):
         heights = [values.get(stage, np.nan) for values in stages.values()]
-        bars = axis.bar(np.arange(len(stages)) + (number - (len(names) - 1) / 2) * width, heights, width * 0.92, color=colour, label=stage)
+        bars = axis.bar(
+            np.arange(len(stages)) + (number - (len(names) - 1) / 2) * width,
+            heights,
+            width * 0.92,
+            color=colour,
+            label=stage,
+        )
         axis.bar_label(bars, ["" if np.isnan(height) else f"{height:.2f}" for height in heights], fontsize=7, padding=1)
     axis.set_xticks(np.arange(len(stages)), list(stages))
     axis.set_ylim(0, 1.1)
@@ -106,9 +126,19 @@ def draw_router(router: Router) -> Figure:
             part = np.nan_to_num(share[:, kind, expert])
             axis.barh(rows, part, left=left, color=colour, label=name, height=0.8)
             for row in np.flatnonzero(part > 0.12):
-                axis.text(left[row] + part[row] / 2, row, f"{part[row]:.0%}", ha="center", va="center", fontsize=7, color=readable(colour))
+                axis.text(
+                    left[row] + part[row] / 2,
+                    row,
+                    f"{part[row]:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color=readable(colour),
+                )
             left += part
-        axis.set(title=f"{router.kinds[kind]} tokens", xlim=(0, 1), xticks=[0, 0.5, 1], xticklabels=["0", "50 %", "100 %"])
+        axis.set(
+            title=f"{router.kinds[kind]} tokens", xlim=(0, 1), xticks=[0, 0.5, 1], xticklabels=["0", "50 %", "100 %"]
+        )
         axis.set_yticks(rows, [f"layer {layer}" for layer in router.layers])
         _tidy(axis)
     axes[0].invert_yaxis()
@@ -148,15 +178,28 @@ def draw_steps(lines: Sequence[Line], ylabel: str) -> Figure:
     for line in lines:
         colour = PALETTE[line.colour % len(PALETTE)]
         percent = {name: 100 * np.array(getattr(line, name), float) for name in ("values", "low", "high")}
-        axis.fill_between(line.steps, percent["low"], percent["high"], color=colour, alpha=0.07 if line.dashed else 0.15, linewidth=0)
-        axis.plot(line.steps, percent["values"], color=colour, marker="o", markersize=4, linewidth=1.8, label=line.label, linestyle="--" if line.dashed else "-")
+        axis.fill_between(
+            line.steps, percent["low"], percent["high"], color=colour, alpha=0.07 if line.dashed else 0.15, linewidth=0
+        )
+        axis.plot(
+            line.steps,
+            percent["values"],
+            color=colour,
+            marker="o",
+            markersize=4,
+            linewidth=1.8,
+            label=line.label,
+            linestyle="--" if line.dashed else "-",
+        )
     axis.set(xlabel="training step", ylabel=f"{ylabel} (%)")
     figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=len(lines) if len(lines) < 5 else 3)
     _tidy(axis)
     return figure
 
 
-def draw_router_map(layers: Sequence[int], columns: Sequence[tuple[str, str]], share: np.ndarray, expert: str) -> Figure:
+def draw_router_map(
+    layers: Sequence[int], columns: Sequence[tuple[str, str]], share: np.ndarray, expert: str
+) -> Figure:
     """Share of tokens [layers, columns] that one expert receives; a column is (kind of token, modality), kinds stand together."""
     figure = Figure(figsize=(0.24 * len(columns) + 1.8, 0.17 * len(layers) + 1.9), layout="constrained")
     axis = figure.subplots()

@@ -10,13 +10,21 @@ SUMMARY = {
 }
 # (subject, exact, reference)
 DIFFERENCES = (
-    ("prompt", "the whole question, in the template of training", "the template v1; the conversation is cut behind its last colon, which lies in the answer if that holds one"),
+    (
+        "prompt",
+        "the whole question, in the template of training",
+        "the template v1; the conversation is cut behind its last colon, which lies in the answer if that holds one",
+    ),
     ("region", "the marked region's features are passed to the model", "only the words around it are"),
     ("mask threshold", "as configured, 0.5 by default", "0.1 on the sigmoid"),
     ("which mask", "the k-th <SEG> draws the k-th mask", "the first <SEG> only"),
     ("answer without <SEG>", "draws nothing", "a mask is drawn all the same"),
     ("un-padding", "as the model was trained", "the 256-scale window is subtracted on the 64-scale grid"),
-    ("Dice", "an empty union counts 1; questions without a target stay out of mDice and mIoU", "2 IoU / (1 + IoU); an empty union counts 0 and stays in"),
+    (
+        "Dice",
+        "an empty union counts 1; questions without a target stay out of mDice and mIoU",
+        "2 IoU / (1 + IoU); an empty union counts 0 and stays in",
+    ),
     ("surplus masks", "a mask beyond the true ones is a pair of IoU 0", "ignored"),
     ("gIoU", "mean IoU", "1e-5 is added to every union"),
     ("exact match", "1 when the normalised answers are equal", "distinct true words found over predicted words"),
@@ -29,7 +37,9 @@ DIFFERENCES = (
 
 def settings(cells: Sequence[Cell]) -> str:
     """One line for a table: what its cells of one protocol were made with."""
-    thresholds, lengths = ({getattr(cell, name) for cell in cells} - {None} for name in ("mask_threshold", "max_new_tokens"))
+    thresholds, lengths = (
+        {getattr(cell, name) for cell in cells} - {None} for name in ("mask_threshold", "max_new_tokens")
+    )
     found = []
     if thresholds and any("gIoU" in cell.statistics for cell in cells):
         found.append(f"masks where the sigmoid exceeds {' or '.join(f'{value:g}' for value in sorted(thresholds))}")

@@ -49,7 +49,17 @@ def published() -> tuple[Published, ...]:
         source, task = raw["sources"][entry["source"]], raw["tasks"][entry["task"]]
         values = {modality: value / 100 for modality, value in entry["values"].items()}
         found.append(
-            Published(source["label"], source["cite"], source["how"], raw["groups"][task["kind"]], task["label"], task["metric"], task["kind"],
-                      re.compile(task["name"]), values, task.get("records"))
-        )  # fmt: skip
+            Published(
+                source["label"],
+                source["cite"],
+                source["how"],
+                raw["groups"][task["kind"]],
+                task["label"],
+                task["metric"],
+                task["kind"],
+                re.compile(task["name"]),
+                values,
+                task.get("records"),
+            )
+        )
     return tuple(found)

@@ -38,14 +38,19 @@ def write_sweep_report(workdir: str | Path) -> Path:
     sweep = load_sweep(workdir)
     figures = compare(sweep)
     tables = Tables(sweep, figures)
-    notes = list(dict.fromkeys(note for cell in sweep.cells for note in cell.notes))  # what all checkpoints lack is said once
+    notes = list(
+        dict.fromkeys(note for cell in sweep.cells for note in cell.notes)
+    )  # what all checkpoints lack is said once
     galleries = make_galleries(sweep, figures)
     with style():
         page = template("sweep.html").render(
             sweep=sweep,
             overview=tables.overview(),
             tasks=[_task_view(sweep, tables, figures, task, galleries.get(task.name)) for task in sweep.tasks],
-            statements={protocol: settings([cell for cell in sweep.cells if cell.protocol == protocol]) for protocol in sweep.protocols},
+            statements={
+                protocol: settings([cell for cell in sweep.cells if cell.protocol == protocol])
+                for protocol in sweep.protocols
+            },
             summaries=SUMMARY,
             differences=DIFFERENCES,
             beside=tables.beside_published(),
@@ -58,7 +63,9 @@ def write_sweep_report(workdir: str | Path) -> Path:
             tests=sum(figure.p is not None for figure in figures),
             region_colour=REGION_COLOUR,
         )
-    (sweep.workdir / "report.json").write_text(json.dumps(_as_json(sweep, figures, notes), indent=1) + "\n", encoding="utf-8")
+    (sweep.workdir / "report.json").write_text(
+        json.dumps(_as_json(sweep, figures, notes), indent=1) + "\n", encoding="utf-8"
+    )
     (sweep.workdir / "report.md").write_text(to_markdown(sweep, tables, notes), encoding="utf-8")
     path = sweep.workdir / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -69,7 +76,9 @@ def _task_view(sweep: Sweep, tables: Tables, figures: Sequence[Figure], task, ga
     cells = [cell for cell in sweep.cells if cell.task == task.name]
     return {
         "task": task,
-        "statements": {protocol: settings(column) for protocol in sweep.protocols if (column := sweep.column(task.name, protocol))},
+        "statements": {
+            protocol: settings(column) for protocol in sweep.protocols if (column := sweep.column(task.name, protocol))
+        },
         "metrics": tables.metrics(task) if cells else None,
         "modalities": tables.modalities(task) if cells else [],
         "curves": _curves(sweep, figures, task),
@@ -81,15 +90,25 @@ def _task_view(sweep: Sweep, tables: Tables, figures: Sequence[Figure], task, ga
 def _curves(sweep: Sweep, figures: Sequence[Figure], task):
     """The main metric over the steps of each run that has two checkpoints or more; None without one."""
     lines = []
-    shown = [figure for figure in figures if figure.task == task.name and figure.main and figure.modality == ALL and figure.step is not None]
+    shown = [
+        figure
+        for figure in figures
+        if figure.task == task.name and figure.main and figure.modality == ALL and figure.step is not None
+    ]
     runs = list(dict.fromkeys(checkpoint.run for checkpoint in sweep.checkpoints))
     for protocol in sweep.protocols:
         for colour, run in enumerate(runs):
-            points = sorted((figure for figure in shown if (figure.run, figure.protocol) == (run, protocol)), key=lambda figure: figure.step)
+            points = sorted(
+                (figure for figure in shown if (figure.run, figure.protocol) == (run, protocol)),
+                key=lambda figure: figure.step,
+            )
             if len({figure.step for figure in points}) < 2:
                 continue
             label = f"{run} ({protocol})" if len(sweep.protocols) > 1 else run
-            low, high = ([getattr(figure, end) if getattr(figure, end) is not None else np.nan for figure in points] for end in ("low", "high"))
+            low, high = (
+                [getattr(figure, end) if getattr(figure, end) is not None else np.nan for figure in points]
+                for end in ("low", "high")
+            )
             steps, values = [figure.step for figure in points], [figure.value for figure in points]
             lines.append(Line(label, steps, values, low, high, colour, dashed=protocol != sweep.protocols[0]))
     return as_svg(draw_steps(lines, describe(shown[0].metric).label)) if lines else None
@@ -99,7 +118,11 @@ def _routers(sweep: Sweep) -> dict[str, dict[str, Any]]:
     """{checkpoint: picture and token counts}: where tokens go, over all tasks under the first protocol."""
     found = {}
     for checkpoint in sweep.checkpoints:
-        cells = [cell for cell in sweep.cells if cell.checkpoint == checkpoint.name and cell.protocol == sweep.protocols[0] and cell.router]
+        cells = [
+            cell
+            for cell in sweep.cells
+            if cell.checkpoint == checkpoint.name and cell.protocol == sweep.protocols[0] and cell.router
+        ]
         if not cells:
             continue
         layers = cells[0].router["layers"]
@@ -111,10 +134,18 @@ def _routers(sweep: Sweep) -> dict[str, dict[str, Any]]:
                     weighted = np.array(share) * split["tokens"][kind]
                     totals[kind, modality or "none"] = totals.get((kind, modality or "none"), 0) + weighted
                     tokens[kind] = tokens.get(kind, 0) + split["tokens"][kind]
-        columns = [(kind, modality) for kind in tokens for modality in sorted({modality for _, modality in totals}) if (kind, modality) in totals]
+        columns = [
+            (kind, modality)
+            for kind in tokens
+            for modality in sorted({modality for _, modality in totals})
+            if (kind, modality) in totals
+        ]
         share_CxLxE = np.stack([totals[column] / totals[column].sum(-1, keepdims=True) for column in columns])
         experts = range(share_CxLxE.shape[-1] if share_CxLxE.shape[-1] > 2 else 1)  # of two experts, one says it all
-        maps = [as_svg(draw_router_map(layers, columns, share_CxLxE[..., expert].T, f"expert {expert}")) for expert in experts]
+        maps = [
+            as_svg(draw_router_map(layers, columns, share_CxLxE[..., expert].T, f"expert {expert}"))
+            for expert in experts
+        ]
         found[checkpoint.name] = {"maps": maps, "tokens": tokens, "experts": share_CxLxE.shape[-1]}
     return found
 
@@ -133,13 +164,25 @@ def _skipped(sweep: Sweep) -> list[dict[str, Any]]:
 
 def _as_json(sweep: Sweep, figures: Sequence[Figure], notes: Sequence[str]) -> dict[str, Any]:
     elsewhere = [
-        {"source": figure.label, "cite": figure.cite, "protocol": figure.how, "task": figure.task, "metric": figure.metric, "modality": modality, "value": value}
-        for figure in published() for modality, value in figure.values.items()
-    ]  # fmt: skip
+        {
+            "source": figure.label,
+            "cite": figure.cite,
+            "protocol": figure.how,
+            "task": figure.task,
+            "metric": figure.metric,
+            "modality": modality,
+            "value": value,
+        }
+        for figure in published()
+        for modality, value in figure.values.items()
+    ]
     return {
         "about": "One entry of `figures` per checkpoint, task, protocol, metric and modality; `fields` says what its values mean.",
         "fields": FIELDS,
-        "metrics": {name: {"label": metric.label, "meaning": metric.meaning, "better": metric.better} for name, metric in METRICS.items()},
+        "metrics": {
+            name: {"label": metric.label, "meaning": metric.meaning, "better": metric.better}
+            for name, metric in METRICS.items()
+        },
         "protocols": SUMMARY,
         "baseline": sweep.baseline,
         "notes": list(notes),

@@ -23,7 +23,13 @@ PER_GROUP = 3
 FOLDER = "report_pictures"
 BOX_GRID = 1000  # boxes in text lie on a grid of this size, stretched over the picture
 # What stands for one answer: the first of these scores that it has.
-SCORES = {"dice": "Dice", "closed_accuracy": "", "open_f1": "F1", "roc_accuracy": "", "rouge_l": "ROUGE-L"}  # no name: right or wrong
+SCORES = {
+    "dice": "Dice",
+    "closed_accuracy": "",
+    "open_f1": "F1",
+    "roc_accuracy": "",
+    "rouge_l": "ROUGE-L",
+}  # no name: right or wrong
 Row = Mapping[str, Any]
 
 
@@ -42,7 +48,11 @@ def make_galleries(sweep: Sweep, figures: Sequence[Figure]) -> dict[str, Gallery
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.webp"):
         old.unlink()
-    values = {(figure.task, figure.protocol, figure.checkpoint): figure.value for figure in figures if figure.main and figure.modality == ALL}
+    values = {
+        (figure.task, figure.protocol, figure.checkpoint): figure.value
+        for figure in figures
+        if figure.main and figure.modality == ALL
+    }
     galleries = {}
     for task, protocol, cells in tqdm(sweep.columns, desc="pictures", unit="task"):
         if task.name in galleries:
@@ -58,7 +68,9 @@ def _gallery(folder: Path, stem: str, task: Task, cells: Sequence[Cell]) -> Gall
     cards = []
     for group, records in choose(*rows).items():
         for record in records:
-            answers = {cell.checkpoint: found[record] for cell, found in zip(cells, rows, strict=True) if record in found}
+            answers = {
+                cell.checkpoint: found[record] for cell, found in zip(cells, rows, strict=True) if record in found
+            }
             cards.append(_card(folder, f"{stem}-{record}", task, group, answers))
     return Gallery(cells[0].protocol, tuple(cell.checkpoint for cell in cells), tuple(cards))
 
@@ -87,7 +99,9 @@ def choose(rows: Mapping[int, Row], baseline: Mapping[int, Row] | None = None) -
     ordered = sorted(scores, key=lambda record: (scores[record], record))
     middle = max(0, len(ordered) // 2 - PER_GROUP // 2)
     groups = {"worst": ordered[:PER_GROUP], "best": ordered[::-1][:PER_GROUP], "median": ordered[middle:][:PER_GROUP]}
-    false_masks = [record for record, row in sorted(rows.items()) if row["scores"].get("drawn") and not row["scores"]["target"]]
+    false_masks = [
+        record for record, row in sorted(rows.items()) if row["scores"].get("drawn") and not row["scores"]["target"]
+    ]
     groups["false mask"] = false_masks[:PER_GROUP]
     if baseline:
         before = {record: found[1] for record in scores if record in baseline and (found := score_of(baseline[record]))}
@@ -117,11 +131,20 @@ def _card(folder: Path, stem: str, task: Task, group: str, rows: Mapping[str, Ro
         Image.fromarray(pixels).save(folder / f"{stem}-{number}.webp", quality=85, method=2)
         size = {"height": pixels.shape[0], "width": pixels.shape[1]}
         panels.append({"caption": caption, "file": f"{FOLDER}/{stem}-{number}.webp", "empty": shapes == []} | size)
-    answers = [{"checkpoint": name, "text": mark_tokens(row["answer"]), "score": _shown(score_of(row))} for name, row in rows.items()]
+    answers = [
+        {"checkpoint": name, "text": mark_tokens(row["answer"]), "score": _shown(score_of(row))}
+        for name, row in rows.items()
+    ]
     return {
-        "group": group, "modality": first["modality"] or "none", "record": first["record"], "panels": panels, "problem": problem,
-        "question": mark_tokens(first["question"]), "expected": mark_tokens(first["expected"]), "answers": answers,
-    }  # fmt: skip
+        "group": group,
+        "modality": first["modality"] or "none",
+        "record": first["record"],
+        "panels": panels,
+        "problem": problem,
+        "question": mark_tokens(first["question"]),
+        "expected": mark_tokens(first["expected"]),
+        "answers": answers,
+    }
 
 
 def _picture(task: Task, row: Row) -> tuple[np.ndarray | None, str]:

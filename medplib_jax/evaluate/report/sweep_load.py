@@ -14,7 +14,14 @@ from medplib_jax.evaluate.metrics import PROTOCOLS, Statistic, statistics, value
 from medplib_jax.evaluate.metrics.catalogue import describe
 
 FORMAT = ("checkpoints", "tasks", "cells")
-_FIELDS = ("record", "image", "modality", "answer", "expected", "scores")  # masks and routers of a million rows would fill the memory
+_FIELDS = (
+    "record",
+    "image",
+    "modality",
+    "answer",
+    "expected",
+    "scores",
+)  # masks and routers of a million rows would fill the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +90,17 @@ class Sweep:
     def column(self, task: str, protocol: str) -> list[Cell]:
         """The cells of one task and protocol in the order of the checkpoints."""
         order = {checkpoint.name: number for number, checkpoint in enumerate(self.checkpoints)}
-        return sorted((cell for cell in self.cells if (cell.task, cell.protocol) == (task, protocol)), key=lambda cell: order[cell.checkpoint])
+        return sorted(
+            (cell for cell in self.cells if (cell.task, cell.protocol) == (task, protocol)),
+            key=lambda cell: order[cell.checkpoint],
+        )
 
     @property
     def columns(self) -> list[tuple[Task, str, list[Cell]]]:
         """Every task and protocol that has cells, with them."""
-        pairs = ((task, protocol, self.column(task.name, protocol)) for task in self.tasks for protocol in self.protocols)
+        pairs = (
+            (task, protocol, self.column(task.name, protocol)) for task in self.tasks for protocol in self.protocols
+        )
         return [(task, protocol, cells) for task, protocol, cells in pairs if cells]
 
 
@@ -110,7 +122,9 @@ def load_sweep(workdir: str | Path) -> Sweep:
         raise ValueError(f"{file}: baseline {baseline!r} is not one of the checkpoints {names}")
     for cell in raw["cells"]:
         if cell["checkpoint"] not in names or cell["task"] not in [task.name for task in tasks]:
-            raise ValueError(f"{file}: a cell of {cell['checkpoint']!r} on {cell['task']!r}, one of which is not listed")
+            raise ValueError(
+                f"{file}: a cell of {cell['checkpoint']!r} on {cell['task']!r}, one of which is not listed"
+            )
     cells = tuple(_load_cell(workdir, entry) for entry in tqdm(raw["cells"], desc="reading predictions", unit="cell"))
     return Sweep(workdir, baseline, checkpoints, tasks, tuple(cell for cell in cells if cell.statistics))
 

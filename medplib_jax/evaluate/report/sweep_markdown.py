@@ -14,14 +14,26 @@ WIDTH = 118  # characters of a table's line, beyond which its columns are split 
 
 def to_markdown(sweep: Sweep, tables: Tables, notes: Sequence[str]) -> str:
     """Overview, each task's metrics and modalities (main metric), skipped records."""
-    lines = ["# Evaluation sweep", "", *_wrapped("All figures in percent; `±` is the half width of the 95 % bootstrap interval (images resampled).")]
+    lines = [
+        "# Evaluation sweep",
+        "",
+        *_wrapped("All figures in percent; `±` is the half width of the 95 % bootstrap interval (images resampled)."),
+    ]
     if sweep.baseline:
-        lines += _wrapped(f"Differences are to `{sweep.baseline}`; `*` marks a false discovery rate below 5 % (paired permutation test).")
+        lines += _wrapped(
+            f"Differences are to `{sweep.baseline}`; `*` marks a false discovery rate below 5 % (paired permutation test)."
+        )
     lines += [line for note in notes for line in ("", *_wrapped(f"- {note}"))]
     overview = tables.overview()
     for protocol in sweep.protocols:
         cells = [cell for cell in sweep.cells if cell.protocol == protocol]
-        lines += ["", f"## Overview, protocol {protocol}", "", *_wrapped(f"The protocol {SUMMARY[protocol]}; {settings(cells)}."), ""]
+        lines += [
+            "",
+            f"## Overview, protocol {protocol}",
+            "",
+            *_wrapped(f"The protocol {SUMMARY[protocol]}; {settings(cells)}."),
+            "",
+        ]
         lines += _table(_only(overview, protocol, lambda column: column.scope != MEAN), metric=True)
     for task in sweep.tasks:
         protocols = [protocol for protocol in sweep.protocols if sweep.column(task.name, protocol)]
@@ -31,12 +43,18 @@ def to_markdown(sweep: Sweep, tables: Tables, notes: Sequence[str]) -> str:
         by_modality = tables.modalities(task)[:1]
         for protocol in protocols:
             for table in (tables.metrics(task), *by_modality):
-                lines += ["", *_wrapped(f"{table.title}, protocol {protocol}: {settings(sweep.column(task.name, protocol))}"), ""]
+                lines += [
+                    "",
+                    *_wrapped(f"{table.title}, protocol {protocol}: {settings(sweep.column(task.name, protocol))}"),
+                    "",
+                ]
                 lines += _table(_only(table, protocol, lambda column: True))
     skipped = [(cell, error) for cell in sweep.cells for error in cell.skipped]
     if skipped:
         lines += ["", "## Skipped records", ""]
-        named = dict.fromkeys(f"- {cell.task}: {error['file']}, record {error['record']}: {error['what']}" for cell, error in skipped)
+        named = dict.fromkeys(
+            f"- {cell.task}: {error['file']}, record {error['record']}: {error['what']}" for cell, error in skipped
+        )
         lines += [line for name in named for line in _wrapped(name)]
     return "\n".join(lines) + "\n"
 
@@ -50,7 +68,13 @@ def _only(table: Table, protocol: str, wanted) -> Table:
         return tuple(row for row in picked if any(row.entries))
 
     elsewhere = pick(table.elsewhere)
-    return Table(table.title, tuple(table.columns[i] for i in places), pick(table.rows), elsewhere, table.notes if elsewhere else ())
+    return Table(
+        table.title,
+        tuple(table.columns[i] for i in places),
+        pick(table.rows),
+        elsewhere,
+        table.notes if elsewhere else (),
+    )
 
 
 def _table(table: Table, metric: bool = False) -> list[str]:
@@ -63,7 +87,10 @@ def _table(table: Table, metric: bool = False) -> list[str]:
         widths = [max(_width(line[i]) for line in part) for i in range(len(part[0]))]
         rule = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
         for line in (part[0], rule, *part[1:]):
-            cells = [_pad(line[0], widths[0]), *(_pad(text, width, right=True) for text, width in zip(line[1:], widths[1:], strict=True))]
+            cells = [
+                _pad(line[0], widths[0]),
+                *(_pad(text, width, right=True) for text, width in zip(line[1:], widths[1:], strict=True)),
+            ]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     notes = [line for note in table.notes for line in _wrapped(f"- {note}")]
@@ -71,7 +98,13 @@ def _table(table: Table, metric: bool = False) -> list[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  " if text.startswith("- ") else "", break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        subsequent_indent="  " if text.startswith("- ") else "",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _parts(lines: list[list[str]]) -> list[list[list[str]]]:

@@ -73,7 +73,9 @@ def entry(figure: Figure, best: bool) -> Entry:
             mark = "up" if (figure.delta > 0) != lower_is_better else "down"
         hint.append(f"{100 * figure.delta:+.2f} to {figure.baseline} on {figure.paired:,} common records")
         if figure.delta_low is not None:
-            hint.append(f"95 % interval of the difference {100 * figure.delta_low:+.2f} to {100 * figure.delta_high:+.2f}")
+            hint.append(
+                f"95 % interval of the difference {100 * figure.delta_low:+.2f} to {100 * figure.delta_high:+.2f}"
+            )
         if figure.p is not None:
             hint.append(f"p {figure.p:.4f}, q {figure.q:.4f}")
     return Entry(figure.value, percent(figure.value), interval, delta, mark, best, "; ".join(hint))
@@ -84,7 +86,10 @@ class Tables:
 
     def __init__(self, sweep: Sweep, figures: Sequence[Figure]):
         self.sweep = sweep
-        self.figures = {(figure.checkpoint, figure.task, figure.protocol, figure.metric, figure.modality): figure for figure in figures}
+        self.figures = {
+            (figure.checkpoint, figure.task, figure.protocol, figure.metric, figure.modality): figure
+            for figure in figures
+        }
         self.nearest = "reference" if "reference" in sweep.protocols else "exact"  # under which figures of others stand
         self.main = {(figure.task, figure.protocol): figure.metric for figure in figures if figure.main}
         self._best: dict[tuple[str, str, str, str], float] = {}  # of each column
@@ -103,14 +108,23 @@ class Tables:
         for task, protocol, _ in self.sweep.columns:
             metric = self.main[task.name, protocol]
             for scope in (ALL, MEAN):
-                columns.append(Column(task.name, describe(metric).label, protocol, scope, task.name, describe(metric).meaning))
+                columns.append(
+                    Column(task.name, describe(metric).label, protocol, scope, task.name, describe(metric).meaning)
+                )
                 keys.append((task.name, protocol, metric, scope))
         return Table("Overview", tuple(columns), self._rows(keys))
 
     def metrics(self, task: Task) -> Table:
         """Checkpoints x every metric of one task, over all records."""
-        keys = [(task.name, protocol, metric, ALL) for metric in self._metrics(task) for protocol in self._protocols(task, metric)]
-        columns = [Column(describe(metric).label, "", protocol, explained=describe(metric).meaning) for _, protocol, metric, _ in keys]
+        keys = [
+            (task.name, protocol, metric, ALL)
+            for metric in self._metrics(task)
+            for protocol in self._protocols(task, metric)
+        ]
+        columns = [
+            Column(describe(metric).label, "", protocol, explained=describe(metric).meaning)
+            for _, protocol, metric, _ in keys
+        ]
         return Table("All metrics, all records", tuple(columns), self._rows(keys))
 
     def modalities(self, task: Task) -> list[Table]:
@@ -122,16 +136,25 @@ class Tables:
 
     def _by_modality(self, task: Task, metric: str) -> Table:
         modalities = [ALL, MEAN, *sorted(self._seen[task.name, metric]["modalities"] - {ALL, MEAN})]
-        keys = [(task.name, protocol, metric, modality) for modality in modalities for protocol in self._protocols(task, metric)]
+        keys = [
+            (task.name, protocol, metric, modality)
+            for modality in modalities
+            for protocol in self._protocols(task, metric)
+        ]
         columns = [Column(MODALITY_TITLES.get(modality, modality), "", protocol) for _, protocol, _, modality in keys]
         others = [figure for figure in published() if figure.metric == metric and figure.belongs_to(task)]
         notes = [*(figure.origin for figure in others), *(figure.caveat(task) for figure in others)]
         rows = tuple(self._elsewhere(figure, keys) for figure in others)
-        return Table(describe(metric).label, tuple(columns), self._rows(keys), rows, tuple(dict.fromkeys(filter(None, notes))))
+        return Table(
+            describe(metric).label, tuple(columns), self._rows(keys), rows, tuple(dict.fromkeys(filter(None, notes)))
+        )
 
     def beside_published(self) -> list[Table]:
         """One table per kind of task: the published figures, and over them those of this sweep's tasks of the same name."""
-        return [self._beside([figure for figure in published() if figure.kind == kind]) for kind in dict.fromkeys(figure.kind for figure in published())]
+        return [
+            self._beside([figure for figure in published() if figure.kind == kind])
+            for kind in dict.fromkeys(figure.kind for figure in published())
+        ]
 
     def _beside(self, figures: Sequence[Published]) -> Table:
         places = list(dict.fromkeys((figure.task, modality) for figure in figures for modality in figure.values))
@@ -142,21 +165,35 @@ class Tables:
             keys.append((ours.name if ours else "", self.nearest, metric, modality))
         sources: dict[str, dict[tuple[str, str], float]] = {}
         for figure in figures:
-            sources.setdefault(figure.label, {}).update({(figure.task, modality): value for modality, value in figure.values.items()})
+            sources.setdefault(figure.label, {}).update(
+                {(figure.task, modality): value for modality, value in figure.values.items()}
+            )
         elsewhere = [
-            Row(label, "", tuple(Entry(values[place], percent(values[place], 2)) if place in values else None for place in places))
+            Row(
+                label,
+                "",
+                tuple(Entry(values[place], percent(values[place], 2)) if place in values else None for place in places),
+            )
             for label, values in sources.items()
         ]
         notes = [figure.origin for figure in figures]
-        notes += [f"{figure.task}: {caveat}" for figure in figures if (ours := self._namesake(figure)) and (caveat := figure.caveat(ours))]
+        notes += [
+            f"{figure.task}: {caveat}"
+            for figure in figures
+            if (ours := self._namesake(figure)) and (caveat := figure.caveat(ours))
+        ]
         return Table(figures[0].group, tuple(columns), self._rows(keys), tuple(elsewhere), tuple(dict.fromkeys(notes)))
 
     def _namesake(self, figure: Published) -> Task | None:
         return next((task for task in self.sweep.tasks if figure.belongs_to(task)), None)
 
     def _elsewhere(self, figure: Published, keys) -> Row:
-        values = [figure.values.get(modality) if protocol == self.nearest else None for _, protocol, _, modality in keys]
-        return Row(figure.label, "", tuple(None if value is None else Entry(value, percent(value, 2)) for value in values))
+        values = [
+            figure.values.get(modality) if protocol == self.nearest else None for _, protocol, _, modality in keys
+        ]
+        return Row(
+            figure.label, "", tuple(None if value is None else Entry(value, percent(value, 2)) for value in values)
+        )
 
     def _rows(self, keys: Iterable[tuple[str, str, str, str]]) -> tuple[Row, ...]:
         keys = list(keys)
@@ -165,7 +202,10 @@ class Tables:
             figures = [self.figures.get((checkpoint.name, *key)) for key in keys]
             if not any(figures):
                 continue
-            entries = tuple(figure and entry(figure, figure.value == self._best[key]) for figure, key in zip(figures, keys, strict=True))
+            entries = tuple(
+                figure and entry(figure, figure.value == self._best[key])
+                for figure, key in zip(figures, keys, strict=True)
+            )
             steps = "" if checkpoint.step is None else f"step {checkpoint.step:,}"
             weights = f"{checkpoint.quantize} weights" if checkpoint.quantize else ""
             note = ", ".join(filter(None, [steps, checkpoint.kind if checkpoint.kind != "jax" else "", weights]))

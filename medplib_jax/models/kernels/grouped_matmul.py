@@ -123,7 +123,9 @@ def _weight_gradient_blocks(x, dy, sizes):
             rows, grads = (jax.lax.dynamic_slice_in_dim(a, row, count) for a in (x, dy))
             if keep is not None:
                 grads = jnp.where(keep, grads, 0)
-            return total + jax.lax.dot_general(rows, grads, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            return total + jax.lax.dot_general(
+                rows, grads, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            )
 
         return _each_block(starts[e], sizes[e], x.shape[0], jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32), block)
 
@@ -164,4 +166,6 @@ def _weight_gradient_tpu(x, dy, sizes):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     rows, grads = _pad_rows(x), _pad_rows(dy)
-    return tgmm(rows.T, grads, _with_rest(sizes, rows.shape[0]), jnp.float32, _gradient_tiling, num_actual_groups=sizes.shape[0])
+    return tgmm(
+        rows.T, grads, _with_rest(sizes, rows.shape[0]), jnp.float32, _gradient_tiling, num_actual_groups=sizes.shape[0]
+    )

@@ -55,7 +55,9 @@ def weight_gradient(x_SxD: Array, dy_SxF: Array, sizes_E: Array, *, device) -> A
     tile_of = _largest_tile(device)
     height, columns = tile_of(inner, ROWS), tile_of(outer, 256)
     stop_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
-    kernel = functools.partial(_weight_gradient_kernel, height=height, columns=columns, depth=DEPTH_BYTES // x_SxD.dtype.itemsize)
+    kernel = functools.partial(
+        _weight_gradient_kernel, height=height, columns=columns, depth=DEPTH_BYTES // x_SxD.dtype.itemsize
+    )
     call = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((len(sizes_E), inner, outer), jnp.float32),
@@ -88,7 +90,11 @@ def _largest_tile(device):
 
 def _how(device, flops: int) -> dict:
     cost = pl.CostEstimate(flops=flops, bytes_accessed=0, transcendentals=0)
-    return {"compiler_params": plgpu.CompilerParams(num_warps=8, num_stages=STAGES), "interpret": device.platform != "gpu", "cost_estimate": cost}
+    return {
+        "compiler_params": plgpu.CompilerParams(num_warps=8, num_stages=STAGES),
+        "interpret": device.platform != "gpu",
+        "cost_estimate": cost,
+    }
 
 
 def _bind(call, *args: Array) -> Array:
@@ -141,4 +147,6 @@ def _weight_gradient_kernel(start_ref, stop_ref, x_ref, dy_ref, dw_ref, *, heigh
         return total + jnp.dot(x, dy, preferred_element_type=jnp.float32)
 
     trips = jax.lax.div(stop - start + depth - 1, depth)
-    dw_ref[group, inner[:, None], column[None, :]] = jax.lax.fori_loop(0, trips, step, jnp.zeros((height, columns), jnp.float32))
+    dw_ref[group, inner[:, None], column[None, :]] = jax.lax.fori_loop(
+        0, trips, step, jnp.zeros((height, columns), jnp.float32)
+    )

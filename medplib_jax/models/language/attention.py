@@ -86,7 +86,9 @@ def begin_cache(k_BxLxGxK: Array, v_BxLxGxK: Array, length: int) -> tuple[Array,
     return jnp.pad(k_BxGxKxL, ((0, 0), (0, 0), (0, 0), beyond)), jnp.pad(v_BxGxLxK, ((0, 0), (0, 0), beyond, (0, 0)))
 
 
-def extend_cache(k_BxGxKxS: Array, v_BxGxSxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, index_BxL: Array) -> tuple[Array, Array]:
+def extend_cache(
+    k_BxGxKxS: Array, v_BxGxSxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, index_BxL: Array
+) -> tuple[Array, Array]:
     """One layer's cache with the keys and values of L new positions written at `index_BxL`, all heads of a position at once: written
     value by value, sixteen rows take six times as long."""
     k_BxLxGxK, v_BxLxGxK = k_BxLxGxK.astype(k_BxGxKxS.dtype), v_BxLxGxK.astype(v_BxGxSxK.dtype)
@@ -101,7 +103,9 @@ def extend_cache(k_BxGxKxS: Array, v_BxGxSxK: Array, k_BxLxGxK: Array, v_BxLxGxK
 
 def attend_cached(q_BxLxHxK: Array, k_BxGxKxS: Array, v_BxGxSxK: Array, query_position_BxL: Array) -> Array:
     """`attend` to a cache, whose rows hold no gaps: what lies at or before a query's position is valid."""
-    return _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, jnp.arange(k_BxGxKxS.shape[3]) <= query_position_BxL[..., None])
+    return _attend_visible(
+        q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, jnp.arange(k_BxGxKxS.shape[3]) <= query_position_BxL[..., None]
+    )
 
 
 def _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, visible_BxLxS):
@@ -115,14 +119,18 @@ def _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, visible_BxLxS):
     return y.reshape(B, G, H // G, L, K).transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
 
 
-def attend_within(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, valid_BxL: Array, segment_BxL: Array | None = None) -> Array:
+def attend_within(
+    q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, valid_BxL: Array, segment_BxL: Array | None = None
+) -> Array:
     """Causal attention within rows that are padded on the right, or within the segments of a row (`attend` without a cache).
 
     For a TPU by the splash attention kernel and for a GPU by cuDNN's, which never keep scores; the same values, except at padding, which then
     sees other padding too.
     """
     if is_for_tpu(q_BxLxHxK) and q_BxLxHxK.shape[3] % SPLASH_LANES == 0:
-        return _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, valid_BxL.astype(jnp.int32) if segment_BxL is None else segment_BxL)
+        return _splash(
+            q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, valid_BxL.astype(jnp.int32) if segment_BxL is None else segment_BxL
+        )
     if is_for_gpu(q_BxLxHxK) and segment_BxL is None and suits_cudnn(q_BxLxHxK):
         return fused_attention(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, "cudnn")
     return _attend_blocks(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, valid_BxL, segment_BxL)
@@ -130,7 +138,11 @@ def attend_within(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, valid_Bx
 
 def suits_cudnn(q_BxLxHxK: Array) -> bool:
     """Whether cuDNN's attention takes these queries."""
-    return q_BxLxHxK.dtype in (jnp.bfloat16, jnp.float16) and q_BxLxHxK.shape[1] % 64 == 0 and q_BxLxHxK.shape[3] in (64, 128)
+    return (
+        q_BxLxHxK.dtype in (jnp.bfloat16, jnp.float16)
+        and q_BxLxHxK.shape[1] % 64 == 0
+        and q_BxLxHxK.shape[3] in (64, 128)
+    )
 
 
 def fused_attention(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, implementation: str) -> Array:
@@ -146,7 +158,16 @@ def _attend_blocks(q, k, v, valid_BxL, segment_BxL):
         stop = min(start + QUERY_BLOCK, L)
         segments = None if segment_BxL is None else (segment_BxL[:, start:stop], segment_BxL[:, :stop])
         position = jnp.arange(start, stop)[None]
-        blocks.append(attend(q[:, start:stop], k[:, :stop], v[:, :stop], query_position_BxL=position, key_valid_BxS=valid_BxL[:, :stop], segments=segments))
+        blocks.append(
+            attend(
+                q[:, start:stop],
+                k[:, :stop],
+                v[:, :stop],
+                query_position_BxL=position,
+                key_valid_BxS=valid_BxL[:, :stop],
+                segments=segments,
+            )
+        )
     return jnp.concatenate(blocks, axis=1)
 
 
@@ -166,7 +187,13 @@ def _splash(q, k, v, segment_BxL):
     else:
         rows = row_axes(q.shape[0], mesh)
         wide, narrow = PartitionSpec(rows, mesh_axes("heads")), PartitionSpec(rows, mesh_axes("kv_heads"))
-        run = jax.shard_map(_splash_local, mesh=mesh, in_specs=(wide, narrow, narrow, PartitionSpec(rows)), out_specs=wide, check_vma=False)
+        run = jax.shard_map(
+            _splash_local,
+            mesh=mesh,
+            in_specs=(wide, narrow, narrow, PartitionSpec(rows)),
+            out_specs=wide,
+            check_vma=False,
+        )
         y = run(q, k, v, segment_BxL)
     return y[:, :, :length].swapaxes(1, 2)
 
@@ -178,12 +205,21 @@ def _splash_local(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, segment_BxL):
     heads, length = q_BxHxLxK.shape[1:3]
     block = splash_block(length)
     sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
     )
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
-        block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name="attention", interpret=not is_for_tpu(q_BxHxLxK),
-    )  # fmt: skip
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attention",
+        interpret=not is_for_tpu(q_BxHxLxK),
+    )
     return jax.vmap(kernel)(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, splash.SegmentIds(segment_BxL, segment_BxL))
 
 
@@ -194,21 +230,30 @@ class Attention(nnx.Module):
         D, K = llm.hidden_size, llm.head_dim
 
         def linear(name, out_heads, axis):
-            return Linear(D, out_heads * K, axes=("embed", axis), bias=False, rngs=rngs, lora=lora, lora_rank=lora.rank_of(name))
+            return Linear(
+                D, out_heads * K, axes=("embed", axis), bias=False, rngs=rngs, lora=lora, lora_rank=lora.rank_of(name)
+            )
 
         self.q = linear("q", llm.num_heads, "heads")
         self.k = linear("k", llm.num_kv_heads, "kv_heads")
         self.v = linear("v", llm.num_kv_heads, "kv_heads")
-        self.o = Linear(llm.num_heads * K, D, axes=("heads", "embed"), bias=False, rngs=rngs, lora=lora, lora_rank=lora.rank_of("o"))
+        self.o = Linear(
+            llm.num_heads * K, D, axes=("heads", "embed"), bias=False, rngs=rngs, lora=lora, lora_rank=lora.rank_of("o")
+        )
         self.head_dim = K
 
     def project(self, x_BxLxD: Array, tables: tuple[Array, Array], rng: Array | None) -> tuple[Array, Array, Array]:
         """Queries and keys (both rotated) and values, [B, L, heads, K]."""
         rngs = split_rng(rng, 3)
         q, k, v = (
-            linear(x_BxLxD, rng=key).reshape(*x_BxLxD.shape[:2], -1, self.head_dim) for linear, key in zip((self.q, self.k, self.v), rngs)
+            linear(x_BxLxD, rng=key).reshape(*x_BxLxD.shape[:2], -1, self.head_dim)
+            for linear, key in zip((self.q, self.k, self.v), rngs)
         )
-        return checkpoint_name(rotate(q, tables), "query"), checkpoint_name(rotate(k, tables), "key"), checkpoint_name(v, "value")
+        return (
+            checkpoint_name(rotate(q, tables), "query"),
+            checkpoint_name(rotate(k, tables), "key"),
+            checkpoint_name(v, "value"),
+        )
 
     def output(self, y_BxLxHxK: Array, rng: Array | None) -> Array:
         return self.o(y_BxLxHxK.reshape(*y_BxLxHxK.shape[:2], -1), rng=rng)

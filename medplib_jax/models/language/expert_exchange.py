@@ -46,7 +46,9 @@ def axis_product(axes: tuple[str, ...]) -> int:
     return math.prod(jax.lax.axis_size(axis) for axis in axes)
 
 
-def with_exchange(compute: Callable[[Array, Array], Array], x_NxD: Array, expert_N: Array, num_experts: int, axes: tuple[str, ...]) -> Array:
+def with_exchange(
+    compute: Callable[[Array, Array], Array], x_NxD: Array, expert_N: Array, num_experts: int, axes: tuple[str, ...]
+) -> Array:
     """Rows through `compute` on the devices where their experts live, [N, D]; a row of expert `num_experts`, none, gives zero.
 
     Device i along `axes` holds experts i * E / peers and the following. compute(rows, expert among those, E / peers for none).
@@ -67,7 +69,9 @@ def with_exchange(compute: Callable[[Array, Array], Array], x_NxD: Array, expert
 
 def carries_ragged(x: Array) -> bool:
     """Whether the devices can exchange unequal numbers of rows. The links of v5e slices beyond 4x4 cannot: the compiler refuses."""
-    return is_for_tpu(x) and not (target_device(x).device_kind == "TPU v5 lite" and jax.typeof(x).sharding.mesh.size > 16)
+    return is_for_tpu(x) and not (
+        target_device(x).device_kind == "TPU v5 lite" and jax.typeof(x).sharding.mesh.size > 16
+    )
 
 
 def _starts(counts: Array, axis: int = -1) -> Array:
@@ -108,6 +112,8 @@ def _ragged(sorted_NxD: Array, sizes: Array, counts: Array, axes: tuple[str, ...
     expert = jnp.where(run < peers * here, run % here, here)
 
     def give_back(y):
-        return jax.lax.ragged_all_to_all(y, jnp.zeros_like(sorted_NxD), lands[:, me], received, leaves[:, me], sent, axis_name=axes)
+        return jax.lax.ragged_all_to_all(
+            y, jnp.zeros_like(sorted_NxD), lands[:, me], received, leaves[:, me], sent, axis_name=axes
+        )
 
     return arrived, expert, give_back

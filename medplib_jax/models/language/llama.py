@@ -61,8 +61,14 @@ class Llama(nnx.Module):
         self.embed = Embedding(llm.vocab_size, llm.hidden_size, config.dtype, rngs)
         several = list_layers if layers_apart else stack_layers
         self.layers = several(lambda r: DecoderLayer(config, r), num_layers, rngs)
-        self.mlp = several(lambda r: SwiGlu(llm, config.lora, r), num_layers - num_moe, rngs) if num_moe < num_layers else None
-        self.moe = several(lambda r: MoeMlp(llm, config.moe, config.lora, r, experts_apart), num_moe, rngs) if num_moe else None
+        self.mlp = (
+            several(lambda r: SwiGlu(llm, config.lora, r), num_layers - num_moe, rngs) if num_moe < num_layers else None
+        )
+        self.moe = (
+            several(lambda r: MoeMlp(llm, config.moe, config.lora, r, experts_apart), num_moe, rngs)
+            if num_moe
+            else None
+        )
         self.final_norm = RmsNorm(llm.hidden_size, eps=llm.rms_norm_eps, rngs=rngs)
         self.head = Linear(llm.hidden_size, llm.vocab_size, axes=("embed", "vocab"), bias=False, rngs=rngs)
 
@@ -91,7 +97,9 @@ class Llama(nnx.Module):
         index_BxL = start_B[:, None] + jnp.arange(x_BxLxD.shape[1])
         if segment_BxL is not None:
             positions_BxL = segment_positions(segment_BxL)
-        tables = rotary_tables(index_BxL if positions_BxL is None else positions_BxL, self.config.llm.head_dim, self.config.llm.rope_theta)
+        tables = rotary_tables(
+            index_BxL if positions_BxL is None else positions_BxL, self.config.llm.head_dim, self.config.llm.rope_theta
+        )
         step = _LayerStep(self.config, tables, index_BxL, valid_BxL, segment_BxL, train, new_cache)
         inputs = {"rng": None if rng is None else jax.random.split(rng, self.config.llm.num_layers)}
         if cache is None and not new_cache and not isinstance(self.layers, nnx.List):
@@ -101,7 +109,9 @@ class Llama(nnx.Module):
         out["aux_loss"] = out["aux_loss"].sum() if self.config.moe_layers else jnp.zeros(())
         return self.final_norm(x_BxLxD), out
 
-    def _scan(self, step: "_LayerStep", x_BxLxD: Array, inputs, router_noise: Array | None) -> tuple[Array, dict[str, Any]]:
+    def _scan(
+        self, step: "_LayerStep", x_BxLxD: Array, inputs, router_noise: Array | None
+    ) -> tuple[Array, dict[str, Any]]:
         num_layers, moe_layers, metrics = self.config.llm.num_layers, self.config.moe_layers, []
         for start, period, repeats in scan_plan([i in moe_layers for i in range(num_layers)]):
             stop = start + period * repeats
@@ -120,17 +130,28 @@ class Llama(nnx.Module):
             }
             graphdefs = {name: graphdef for name, (graphdef, _) in stacks.items()}
             body = step.over(graphdefs, kinds[:period])
-            x_BxLxD, ys = jax.lax.scan(remat(self.config.remat)(body), x_BxLxD, xs, unroll=min(repeats, self.config.scan_unroll))
+            x_BxLxD, ys = jax.lax.scan(
+                remat(self.config.remat)(body), x_BxLxD, xs, unroll=min(repeats, self.config.scan_unroll)
+            )
             metrics.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
-        return x_BxLxD, jax.tree.map(lambda *parts: jnp.concatenate(parts), *[m for m in metrics if m]) if moe_layers else {}
+        return x_BxLxD, jax.tree.map(
+            lambda *parts: jnp.concatenate(parts), *[m for m in metrics if m]
+        ) if moe_layers else {}
 
-    def _one_by_one(self, step: "_LayerStep", x_BxLxD: Array, inputs, router_noise: Array | None, cache: KVCache | None):
+    def _one_by_one(
+        self, step: "_LayerStep", x_BxLxD: Array, inputs, router_noise: Array | None, cache: KVCache | None
+    ):
         keys, values, metrics, counts = [], [], [], {"moe": 0, "mlp": 0}
         for i in range(self.config.llm.num_layers):
             kind = "moe" if i in self.config.moe_layers else "mlp"
-            mlp, noise_SxE = _layer(getattr(self, kind), counts[kind]), _index(router_noise, counts[kind]) if kind == "moe" else None
+            mlp, noise_SxE = (
+                _layer(getattr(self, kind), counts[kind]),
+                _index(router_noise, counts[kind]) if kind == "moe" else None,
+            )
             buffers = None if cache is None else (cache.k[i], cache.v[i])
-            x_BxLxD, out, buffers = step.layer(_layer(self.layers, i), mlp, x_BxLxD, _index(inputs, i), noise_SxE, buffers)
+            x_BxLxD, out, buffers = step.layer(
+                _layer(self.layers, i), mlp, x_BxLxD, _index(inputs, i), noise_SxE, buffers
+            )
             counts[kind] += 1
             metrics += [out] if kind == "moe" else []
             if buffers is not None:
@@ -151,7 +172,13 @@ class _LayerStep:
     """The body of the scan: one period of decoder layers, with what all layers share."""
 
     def __init__(self, config, tables, index_BxL, valid_BxL, segment_BxL, train, new_cache):
-        self.config, self.tables, self.index_BxL, self.valid_BxL, self.train = config, tables, index_BxL, valid_BxL, train
+        self.config, self.tables, self.index_BxL, self.valid_BxL, self.train = (
+            config,
+            tables,
+            index_BxL,
+            valid_BxL,
+            train,
+        )
         self.segment_BxL, self.new_cache = segment_BxL, new_cache
 
     def over(self, graphdefs, kinds: Sequence[bool]):
@@ -164,7 +191,9 @@ class _LayerStep:
                 layer = nnx.merge(graphdefs["layers"], _placed(_index(xs["params"]["layers"], j)))
                 name = "moe" if is_moe else "mlp"
                 mlp = nnx.merge(graphdefs[name], _placed(_index(xs["params"][name], among_kind)))
-                x, out, _ = self.layer(layer, mlp, x, _index(xs["inputs"], j), _index(xs["noise"], among_kind) if is_moe else None)
+                x, out, _ = self.layer(
+                    layer, mlp, x, _index(xs["inputs"], j), _index(xs["noise"], among_kind) if is_moe else None
+                )
                 metrics += [out] if is_moe else []
             return x, jax.tree.map(lambda *m: jnp.stack(m), *metrics) if metrics else {}
 
@@ -227,7 +256,9 @@ def _placed(state: nnx.State) -> nnx.State:
     """One layer's parameters, sharded as in their stack. So are their gradients then: left to itself the compiler keeps
     those of all layers whole on every device."""
     flat = nnx.to_flat_state(state)
-    return nnx.from_flat_state([(path, variable.replace(shard_param(variable[...], variable.axes))) for path, variable in flat])
+    return nnx.from_flat_state(
+        [(path, variable.replace(shard_param(variable[...], variable.axes))) for path, variable in flat]
+    )
 
 
 def _layer(layers: nnx.Module, i: int) -> nnx.Module:

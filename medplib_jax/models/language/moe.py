@@ -73,7 +73,11 @@ def route_capacity(probs_SxE: Array, logits_SxE: Array, top_k: int, capacity: in
 
     Without noise, the tokens that come first survive (top-1), and the second choice is the second likeliest (top-2).
     """
-    return _route_top1(probs_SxE, capacity, noise_SxE) if top_k == 1 else _route_top2(probs_SxE, logits_SxE, capacity, noise_SxE)
+    return (
+        _route_top1(probs_SxE, capacity, noise_SxE)
+        if top_k == 1
+        else _route_top2(probs_SxE, logits_SxE, capacity, noise_SxE)
+    )
 
 
 def _route_top1(probs, capacity, noise):
@@ -117,14 +121,25 @@ def load_balancing_loss(probs_SxE: Array, first_choice_S: Array, count_S: Array)
 class ExpertLinear(nnx.Module):
     """One linear layer per expert: kernel [E, in, out], optional low-rank adapters [E, in, r] and [E, r, out]."""
 
-    def __init__(self, num_experts: int, in_dim: int, out_dim: int, axes: tuple[str, str], lora: LoraConfig, lora_rank: int, rngs: Rngs):
+    def __init__(
+        self,
+        num_experts: int,
+        in_dim: int,
+        out_dim: int,
+        axes: tuple[str, str],
+        lora: LoraConfig,
+        lora_rank: int,
+        rngs: Rngs,
+    ):
         self.kernel = param(rngs, (num_experts, in_dim, out_dim), ("expert", *axes), std=1 / math.sqrt(in_dim))
         self.kernel_scale = None  # of an 8-bit kernel, see quantize.py
         self.by_output = False  # the kernel is [E, out, in], see decode_layout.py
         self.lora_scale, self.lora_dropout = lora.scale, lora.dropout
         shape_a, shape_b = (num_experts, in_dim, lora_rank), (num_experts, lora_rank, out_dim)
         axis_a, axis_b = adapter_axes(axes)
-        self.lora_a = param(rngs, shape_a, ("expert", axis_a, "lora_rank"), std=1 / math.sqrt(3 * in_dim)) if lora_rank else None
+        self.lora_a = (
+            param(rngs, shape_a, ("expert", axis_a, "lora_rank"), std=1 / math.sqrt(3 * in_dim)) if lora_rank else None
+        )
         self.lora_b = param(rngs, shape_b, ("expert", "lora_rank", axis_b)) if lora_rank else None
 
     def sorted_rows(self, x_SxD: Array, sizes_E: Array, member_SxE: Array, rng: Array | None) -> Array:
@@ -179,7 +194,9 @@ class Experts(nnx.Module):
         over `fsdp` and their gradients scattered back."""
         params, axes = params_of(self), logical_axes(self)
         names = jax.tree.map(lambda array, names: names[-array.ndim :], params, axes)
-        specs = jax.tree.map(lambda array, names: partition_spec("moe/experts", names, array.shape, mesh), params, names)
+        specs = jax.tree.map(
+            lambda array, names: partition_spec("moe/experts", names, array.shape, mesh), params, names
+        )
         rows = row_axes(x_SxD.shape[0], mesh)
         exchanged = mesh_axes("expert") if axis_size(mesh, mesh_axes("expert")) > 1 else ()
 
@@ -203,7 +220,9 @@ class Experts(nnx.Module):
         num_experts = self.gate.kernel.shape[0] * axis_product(exchanged)
         x_NxD, expert_N = _choices(x_SxD, routing, num_experts)
         if exchanged:
-            y_NxD = with_exchange(lambda x, expert: self._sorted(x, expert, rngs), x_NxD, expert_N, num_experts, exchanged)
+            y_NxD = with_exchange(
+                lambda x, expert: self._sorted(x, expert, rngs), x_NxD, expert_N, num_experts, exchanged
+            )
         else:
             y_NxD = self._sorted(x_NxD, expert_N, rngs)
         return _weighted_sum(checkpoint_name(y_NxD, "experts"), routing)
@@ -212,7 +231,9 @@ class Experts(nnx.Module):
         """One token of an answer on a GPU: nothing but its experts' weights is read."""
 
         def run(expert):
-            return self.down.of_expert(jax.nn.silu(self.gate.of_expert(x_1xD, expert)) * self.up.of_expert(x_1xD, expert), expert)
+            return self.down.of_expert(
+                jax.nn.silu(self.gate.of_expert(x_1xD, expert)) * self.up.of_expert(x_1xD, expert), expert
+            )
 
         weight_k = routing.weight[0].astype(x_1xD.dtype)
         return sum(weight_k[i] * run(routing.expert[0, i]) for i in range(len(weight_k)))
@@ -236,7 +257,9 @@ class Experts(nnx.Module):
 
 def _choices(x_SxD: Array, routing: Routing, num_experts: int) -> tuple[Array, Array]:
     """A row per choice, [S * k, D], and its expert; dropped choices go to expert `num_experts`, which is none."""
-    return jnp.repeat(x_SxD, routing.expert.shape[1], axis=0), jnp.where(routing.kept, routing.expert, num_experts).reshape(-1)
+    return jnp.repeat(x_SxD, routing.expert.shape[1], axis=0), jnp.where(
+        routing.kept, routing.expert, num_experts
+    ).reshape(-1)
 
 
 def _weighted_sum(y_NxD: Array, routing: Routing) -> Array:
@@ -286,17 +309,23 @@ class ExpertsApart(nnx.Module):
     def __call__(self, x_SxD: Array, routing: Routing, rng: Array | None) -> Array:
         """As `Experts`. One token reads its own experts' weights only; many tokens are sorted, in stacked weights."""
         mesh = jax.typeof(x_SxD).sharding.mesh
-        here = x_SxD.shape[0] // (axis_size(mesh, row_axes(x_SxD.shape[0], mesh)) if mesh.size > 1 else 1)  # tokens of one device
+        here = x_SxD.shape[0] // (
+            axis_size(mesh, row_axes(x_SxD.shape[0], mesh)) if mesh.size > 1 else 1
+        )  # tokens of one device
         if x_SxD.shape[0] == 1:
             weight_k = routing.weight[0].astype(x_SxD.dtype)
             run = [lambda x, mlp=mlp: mlp(x, rng) for mlp in self.each]
             return sum(weight_k[i] * jax.lax.switch(routing.expert[0, i], run, x_SxD) for i in range(len(weight_k)))
         if here <= _few_tokens(x_SxD):
-            weight_SxE = (jax.nn.one_hot(routing.expert, len(self.each)) * routing.weight[:, :, None]).sum(1).astype(x_SxD.dtype)
+            weight_SxE = (
+                (jax.nn.one_hot(routing.expert, len(self.each)) * routing.weight[:, :, None]).sum(1).astype(x_SxD.dtype)
+            )
             return sum(weight_SxE[:, e, None] * mlp(x_SxD, rng) for e, mlp in enumerate(self.each))
         if mesh.size <= 1 and not is_for_tpu(x_SxD):
             return self._sorted(x_SxD, routing)
-        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(dequantize_params(params_of(mlp), x_SxD.dtype) for mlp in self.each))
+        stacked = jax.tree.map(
+            lambda *arrays: jnp.stack(arrays), *(dequantize_params(params_of(mlp), x_SxD.dtype) for mlp in self.each)
+        )
         return bind(abstract_module(lambda rngs: Experts(*self.sizes, rngs)), stacked)(x_SxD, routing, rng)
 
     def _sorted(self, x_SxD, routing):
@@ -324,7 +353,13 @@ class MoeMlp(nnx.Module):
         self.coefficient = Linear(llm.hidden_size, 2, axes=("embed", None), rngs=rngs) if moe.residual else None
 
     def __call__(
-        self, x_BxLxD: Array, valid_BxL: Array, *, train: bool = False, rng: Array | None = None, noise_SxE: Array | None = None
+        self,
+        x_BxLxD: Array,
+        valid_BxL: Array,
+        *,
+        train: bool = False,
+        rng: Array | None = None,
+        noise_SxE: Array | None = None,
     ) -> tuple[Array, dict[str, Any]]:
         """[B, L, D] -> [B, L, D] in x's dtype, and metrics of this layer.
 
@@ -333,7 +368,9 @@ class MoeMlp(nnx.Module):
         B, L, D = x_BxLxD.shape
         noise_rng, expert_rng, residual_rng = split_rng(rng, 3)
         logits_BxLxE = self.router(x_BxLxD.astype(jnp.float32))
-        routing, aux_loss = self._route(logits_BxLxE.reshape(B * L, -1), valid_BxL.reshape(-1), train, noise_rng, noise_SxE)
+        routing, aux_loss = self._route(
+            logits_BxLxE.reshape(B * L, -1), valid_BxL.reshape(-1), train, noise_rng, noise_SxE
+        )
         y_BxLxD = self.experts(x_BxLxD.reshape(B * L, D), routing, expert_rng).reshape(B, L, D)
         if self.residual is not None:
             mix = jax.nn.softmax(self.coefficient(x_BxLxD).astype(jnp.float32), axis=-1).astype(y_BxLxD.dtype)

@@ -37,7 +37,9 @@ class TwoWayBlock(nnx.Module):
         self.mlp = Mlp(width, config.decoder_mlp_dim, width, jax.nn.relu, axis="vision", rngs=rngs)
         self.norm1, self.norm2, self.norm3, self.norm4 = (LayerNorm(width, eps=EPS, rngs=rngs) for _ in range(4))
 
-    def __call__(self, tokens: Array, image: Array, token_position: Array, image_position: Array, *, first: bool) -> tuple[Array, Array]:
+    def __call__(
+        self, tokens: Array, image: Array, token_position: Array, image_position: Array, *, first: bool
+    ) -> tuple[Array, Array]:
         """The first block's self-attention has no positions and no residual."""
         if first:
             tokens = self.self_attn(tokens, tokens, tokens)
@@ -93,7 +95,13 @@ class MaskDecoder(nnx.Module):
         self.iou_head = Perceptron(width, config.iou_head_dim, num_tokens, config.iou_head_layers, rngs)
 
     def __call__(
-        self, embedding_BxhxwxC: Array, grid_position_hxwxC: Array, sparse_BxMxQxC: Array, dense: Array, *, multimask: bool = False
+        self,
+        embedding_BxhxwxC: Array,
+        grid_position_hxwxC: Array,
+        sparse_BxMxQxC: Array,
+        dense: Array,
+        *,
+        multimask: bool = False,
     ) -> tuple[Array, Array]:
         """One mask per prompt: logits [B, M, 4h, 4w] and predicted IoU [B, M]; with `multimask` three each, [B, M, 3, ...].
 

@@ -41,7 +41,9 @@ class WindowAttention(nnx.Module):
                 tiles = _tiles(q[:, :, rows, columns], tile_h, tile_w)
                 whole = _whole(rows, self.window), _whole(columns, self.window)
                 keys, values = (_tiles(x[:, :, *whole], self.window, self.window) for x in (k, v))
-                strip.append(_untile(softmax_attention(tiles, keys, values), tile_h, tile_w, q[:, :, rows, columns].shape))
+                strip.append(
+                    _untile(softmax_attention(tiles, keys, values), tile_h, tile_w, q[:, :, rows, columns].shape)
+                )
             strips.append(jnp.concatenate(strip, axis=2))
         return self.proj(jnp.concatenate(strips, axis=1))
 
@@ -56,7 +58,9 @@ class WindowAttention(nnx.Module):
         row_terms = jnp.einsum("bHijk,iak->bHija", q, _relative(self.rel_pos_h[...], height, window).astype(dtype))
         column_terms = jnp.einsum("bHijk,jak->bHija", q, _relative(self.rel_pos_w[...], width, window).astype(dtype))
         q = jnp.concatenate([q * q.shape[-1] ** -0.5, row_terms, column_terms], axis=-1)
-        coordinates = jnp.broadcast_to(_one_hot_coordinates(*k.shape[2:4], window).astype(dtype), (*k.shape[:-1], 2 * window))
+        coordinates = jnp.broadcast_to(
+            _one_hot_coordinates(*k.shape[2:4], window).astype(dtype), (*k.shape[:-1], 2 * window)
+        )
         return q, jnp.concatenate([k, coordinates], axis=-1), v
 
 
@@ -76,7 +80,11 @@ def _one_hot_coordinates(height: int, width: int, window: int) -> Array:
 def _tilings(size: int, window: int) -> list[tuple[slice, int]]:
     """An axis as whole windows, then the rest: (slice, length of a tile in it)."""
     whole = size // window * window
-    return [(slice(start, stop), tile) for start, stop, tile in ((0, whole, window), (whole, size, size - whole)) if start < stop]
+    return [
+        (slice(start, stop), tile)
+        for start, stop, tile in ((0, whole, window), (whole, size, size - whole))
+        if start < stop
+    ]
 
 
 def _whole(part: slice, window: int) -> slice:

@@ -42,7 +42,12 @@ class PromptEncoder(nnx.Module):
         return self._position(corners) + self.point_embed[...][BOX_START : BOX_END + 1]
 
     def sparse(
-        self, *, points: Array | None = None, labels: Array | None = None, boxes: Array | None = None, text: Array | None = None
+        self,
+        *,
+        points: Array | None = None,
+        labels: Array | None = None,
+        boxes: Array | None = None,
+        text: Array | None = None,
     ) -> Array:
         """All prompts that become tokens, in SAM's order, [B, Q, C]: points [B, Q', 2] with labels [B, Q'], boxes [B, 4], text [B, Q', C].
 

@@ -19,7 +19,10 @@ def normalise_sam(pixels_BxIxIx3: Array, sam_box_Bx4: Array) -> Array:
     """uint8 pixels -> float32 (x - mean) / std, zero outside the box (top, left, height, width): the original pads after normalising."""
     normalised = (pixels_BxIxIx3.astype(jnp.float32) - np.float32(MEAN)) / np.float32(STD)
     side = jnp.arange(pixels_BxIxIx3.shape[1])
-    inside = [(side >= sam_box_Bx4[:, i, None]) & (side < (sam_box_Bx4[:, i] + sam_box_Bx4[:, 2 + i])[:, None]) for i in (0, 1)]
+    inside = [
+        (side >= sam_box_Bx4[:, i, None]) & (side < (sam_box_Bx4[:, i] + sam_box_Bx4[:, 2 + i])[:, None])
+        for i in (0, 1)
+    ]
     return jnp.where((inside[0][:, :, None] & inside[1][:, None, :])[..., None], normalised, 0)
 
 
@@ -37,4 +40,6 @@ class SamMed2d(nnx.Module):
     def decode(self, embedding_BxhxwxC: Array, text_prompt_BxMxC: Array) -> tuple[Array, Array]:
         """One mask per text prompt: (mask_logits_BxMxhxw at four times the embedding's grid, predicted_iou_BxM)."""
         dense = self.prompt_encoder.dense()
-        return self.mask_decoder(embedding_BxhxwxC, self.prompt_encoder.grid_position(), text_prompt_BxMxC[:, :, None], dense)
+        return self.mask_decoder(
+            embedding_BxhxwxC, self.prompt_encoder.grid_position(), text_prompt_BxMxC[:, :, None], dense
+        )

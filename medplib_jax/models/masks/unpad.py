@@ -11,7 +11,13 @@ from medplib_jax.batch import Array
 
 
 def resample_to_canvas(
-    mask_logits_BxMxhxw: Array, sam_box_Bx4: Array, mask_size_Bx2: Array, *, canvas: tuple[int, int], sam_size: int, mode: str
+    mask_logits_BxMxhxw: Array,
+    sam_box_Bx4: Array,
+    mask_size_Bx2: Array,
+    *,
+    canvas: tuple[int, int],
+    sam_size: int,
+    mode: str,
 ) -> tuple[Array, Array]:
     """Mask logits at their original size, in the top-left corner of a canvas (I, J).
 

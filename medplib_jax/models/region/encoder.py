@@ -53,9 +53,14 @@ class RegionEncoder(nnx.Module):
         features = clip_features_BxNxPxC.astype(jnp.float32)
         on_image = jax.nn.one_hot(region_image_BxR, features.shape[1], dtype=jnp.float32)
         if self.geometry is not None:
-            region, out = self._geometric(jnp.einsum("brn,bnpc->brpc", on_image, features), region_points_BxRxSx2, valid_BxRxS), {}
+            region, out = (
+                self._geometric(jnp.einsum("brn,bnpc->brpc", on_image, features), region_points_BxRxSx2, valid_BxRxS),
+                {},
+            )
         else:
-            pooled = jnp.einsum("brn,brp,bnpc->brc", on_image, mean_weights(region_points_BxRxSx2, valid_BxRxS, self.grid), features)
+            pooled = jnp.einsum(
+                "brn,brp,bnpc->brc", on_image, mean_weights(region_points_BxRxSx2, valid_BxRxS, self.grid), features
+            )
             region, out = shard_rows(self.adapter(pooled)), {"pooled": pooled}
         return (region * valid_BxRxS.any(-1, keepdims=True)).astype(clip_features_BxNxPxC.dtype), out
 

@@ -49,7 +49,9 @@ class Aggregation(nnx.Module):
         self.norm = LayerNorm(width, eps=NORM_EPS, rngs=rngs)
         self.pool = jnp.max if pooling == "max" else jnp.mean
 
-    def __call__(self, features_GxSxC: Array, points_GxSx2: Array, centres_GxQ: Array, neighbours_GxQxK: Array) -> Array:
+    def __call__(
+        self, features_GxSxC: Array, points_GxSx2: Array, centres_GxQ: Array, neighbours_GxQxK: Array
+    ) -> Array:
         """-> [G, Q, C]."""
         placed = jnp.concatenate([features_GxSxC, points_GxSx2], axis=-1)
         of_difference, of_centre = jnp.split(self.aggregate.kernel[...], 2)
@@ -65,8 +67,14 @@ class GeometrySampler(nnx.Module):
     """Repeated sampling and aggregation of a region's points; what remains is flattened and projected."""
 
     def __init__(
-        self, width: int, out_dim: int, pooling: str, rngs: Rngs, *,
-        centres: tuple[int, ...] = (128, 32), neighbours: tuple[int, ...] = (24, 24),
+        self,
+        width: int,
+        out_dim: int,
+        pooling: str,
+        rngs: Rngs,
+        *,
+        centres: tuple[int, ...] = (128, 32),
+        neighbours: tuple[int, ...] = (24, 24),
     ):
         self.stages = nnx.List([Aggregation(width, pooling, rngs) for _ in centres])
         self.flatten = Linear(width * centres[-1], width, axes=(None, None), rngs=rngs)

@@ -43,7 +43,15 @@ class ClipLayer(nnx.Module):
         self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
         self.attn = ClipAttention(config, rngs)
         self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
-        self.mlp = Mlp(config.hidden_size, config.mlp_dim, config.hidden_size, quick_gelu, axis="vision", out_gain=RESIDUAL_GAIN, rngs=rngs)
+        self.mlp = Mlp(
+            config.hidden_size,
+            config.mlp_dim,
+            config.hidden_size,
+            quick_gelu,
+            axis="vision",
+            out_gain=RESIDUAL_GAIN,
+            rngs=rngs,
+        )
 
     def __call__(self, x: Array) -> Array:
         x = x + self.attn(self.norm1(x))
@@ -55,7 +63,9 @@ class ClipVisionTower(nnx.Module):
 
     def __init__(self, config: ClipConfig, rngs: Rngs):
         width, patch = config.hidden_size, config.patch_size
-        self.patch_embed = Conv(3, width, patch, stride=patch, bias=False, axes=(None, "vision"), gain=PIXEL_GAIN, rngs=rngs)
+        self.patch_embed = Conv(
+            3, width, patch, stride=patch, bias=False, axes=(None, "vision"), gain=PIXEL_GAIN, rngs=rngs
+        )
         self.class_embed = param(rngs, (width,), ("vision",), std=width**-0.5)
         # As large as the patches' embeddings: pre_norm removes each patch's scale, and with it a small position and the brightness.
         self.position_embed = param(rngs, (1 + config.num_patches, width), (None, "vision"), std=0.5)

@@ -14,10 +14,21 @@ class Conv(nnx.Module):
     """2-D convolution [..., h, w, in] -> [..., h', w', out], kernel [k, k, in, out] (PyTorch's is [out, in, k, k])."""
 
     def __init__(
-        self, in_dim: int, out_dim: int, size: int, *, rngs: Rngs, stride: int = 1, padding: int = 0, bias: bool = True,
-        axes: tuple[str | None, str | None] = (None, None), gain: float = 1.0,
+        self,
+        in_dim: int,
+        out_dim: int,
+        size: int,
+        *,
+        rngs: Rngs,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+        axes: tuple[str | None, str | None] = (None, None),
+        gain: float = 1.0,
     ):
-        self.kernel = param(rngs, (size, size, in_dim, out_dim), (None, None, *axes), std=gain / math.sqrt(size * size * in_dim))
+        self.kernel = param(
+            rngs, (size, size, in_dim, out_dim), (None, None, *axes), std=gain / math.sqrt(size * size * in_dim)
+        )
         self.bias = param(rngs, (out_dim,), (axes[1],)) if bias else None
         self.stride, self.padding = stride, padding
 
@@ -35,7 +46,9 @@ class ConvTranspose(nnx.Module):
     """
 
     def __init__(self, in_dim: int, out_dim: int, size: int, *, rngs: Rngs, stride: int, bias: bool = True):
-        self.kernel = param(rngs, (size, size, in_dim, out_dim), (None, None, None, None), std=stride / (size * math.sqrt(in_dim)))
+        self.kernel = param(
+            rngs, (size, size, in_dim, out_dim), (None, None, None, None), std=stride / (size * math.sqrt(in_dim))
+        )
         self.bias = param(rngs, (out_dim,), (None,)) if bias else None
         self.stride = stride
 

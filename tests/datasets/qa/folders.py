@@ -21,7 +21,9 @@ def make_pairs(root: pathlib.Path, images: int = 3, shapes=SHAPES) -> str:
         name = f"ct_00--A--case_{number}--x_1"
         (root / "images").mkdir(parents=True, exist_ok=True)
         (root / "masks" / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(number).integers(0, 255, SIZE, np.uint8)).save(root / "images" / f"{name}.png")
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, SIZE, np.uint8)).save(
+            root / "images" / f"{name}.png"
+        )
         for shape, (top, left, bottom, right) in shapes.items():
             mask = np.zeros(SIZE, np.uint8)
             mask[top:bottom, left:right] = 255

@@ -23,17 +23,28 @@ def is_description(messages) -> bool:
 
 
 def describe(names, note="A") -> dict:
-    return {"description": f"{note} CT image shows {', '.join(f'<ref>the {name}</ref>' for name in names) or 'nothing else'}."}
+    return {
+        "description": f"{note} CT image shows {', '.join(f'<ref>the {name}</ref>' for name in names) or 'nothing else'}."
+    }
 
 
 def questions(names) -> dict:
     return {
         "vqa": [
             {"question": "Is this a CT image?", "answer": "yes", "choices": ["Yes", "No"]},
-            {"question": "What can be seen here?", "answer": f"Among others {', '.join(names) or 'nothing'}.", "choices": []},
+            {
+                "question": "What can be seen here?",
+                "answer": f"Among others {', '.join(names) or 'nothing'}.",
+                "choices": [],
+            },
         ],
-        "region": [{"name": name, "question": "What is shown in <region>?", "answer": f"This is the {name}.", "choices": []} for name in names],
-        "grounding": [{"names": [name], "question": f"Where is the {name}?", "answer": f"The {name} is <SEG>."} for name in names],
+        "region": [
+            {"name": name, "question": "What is shown in <region>?", "answer": f"This is the {name}.", "choices": []}
+            for name in names
+        ],
+        "grounding": [
+            {"names": [name], "question": f"Where is the {name}?", "answer": f"The {name} is <SEG>."} for name in names
+        ],
         "captions": [{"name": name, "caption": f"The {name}, as usual."} for name in names],
     }
 
@@ -45,7 +56,9 @@ def sensible(messages) -> str:
 
 def completion(text: str) -> bytes:
     usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}], "usage": usage}).encode()
+    return json.dumps(
+        {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}], "usage": usage}
+    ).encode()
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -85,7 +98,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def reply(self, body: bytes, status: int = 200, **headers) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": len(body), **{name.replace("_", "-"): value for name, value in headers.items()}}.items():
+        for name, value in {
+            "Content-Length": len(body),
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        }.items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)

@@ -14,7 +14,9 @@ LATER = "Thu, 01 Jan 1970 00:00:00 GMT"  # in the past: no wait
 
 
 def client(server, tmp_path, **changes) -> chat.Chat:
-    return chat.Chat(chat.Endpoint(server.url, "m", **{"backoff": 0.0, "timeout": 60.0} | changes), str(tmp_path / "answers"))
+    return chat.Chat(
+        chat.Endpoint(server.url, "m", **{"backoff": 0.0, "timeout": 60.0} | changes), str(tmp_path / "answers")
+    )
 
 
 def hang_up(handler):
@@ -50,7 +52,9 @@ FAILURES = {
     "not a chat completion, empty": lambda handler: handler.reply(b""),
     "not a chat completion, a list": lambda handler: handler.reply(b"[1, 2]"),
     "not a chat completion, other keys": lambda handler: handler.reply(b'{"choices": []}'),
-    "not a chat completion, not a text": lambda handler: handler.reply(b'{"choices": [{"message": {"content": {"a": 1}}}]}'),
+    "not a chat completion, not a text": lambda handler: handler.reply(
+        b'{"choices": [{"message": {"content": {"a": 1}}}]}'
+    ),
     "not a chat completion, endless tokens": lambda handler: handler.reply(
         b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": Infinity}}'
     ),
@@ -77,14 +81,20 @@ def test_every_try_fails(tmp_path):
 
 
 def test_a_request_that_is_refused_is_not_tried_again(tmp_path):
-    with serve(lambda handler, messages, number: handler.reply(b"too long", 400)) as server, pytest.raises(chat.NoAnswer, match="HTTP 400: too long"):
+    with (
+        serve(lambda handler, messages, number: handler.reply(b"too long", 400)) as server,
+        pytest.raises(chat.NoAnswer, match="HTTP 400: too long"),
+    ):
         client(server, tmp_path).ask(MESSAGES)
     assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_wrong_key_or_address_ends_everything(tmp_path, status):
-    with serve(lambda handler, messages, number: handler.reply(b"no", status)) as server, pytest.raises(chat.EndpointError, match=f"HTTP {status}: no"):
+    with (
+        serve(lambda handler, messages, number: handler.reply(b"no", status)) as server,
+        pytest.raises(chat.EndpointError, match=f"HTTP {status}: no"),
+    ):
         client(server, tmp_path).ask(MESSAGES)
     assert len(server.requests) == 1
 
@@ -103,7 +113,15 @@ def test_an_answer_that_trickles_ends_at_the_deadline(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("header", "expected"), [("3", 3.0), ("99999999", chat.LONGEST_WAIT), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("soon", None), ("-1", None), (None, None)]
+    ("header", "expected"),
+    [
+        ("3", 3.0),
+        ("99999999", chat.LONGEST_WAIT),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+        ("soon", None),
+        ("-1", None),
+        (None, None),
+    ],
 )
 def test_the_server_says_how_long_to_wait(header, expected):
     assert chat._seconds(header) == expected
@@ -112,7 +130,11 @@ def test_the_server_says_how_long_to_wait(header, expected):
 def test_waits_follow_the_server_or_grow(tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(threading.Event, "wait", lambda event, seconds=None: waits.append(seconds))
-    with serve(lambda handler, messages, number: handler.reply(b"", 503, **({"Retry_After": "7"} if number == 1 else {})) if number < 4 else "Hi.") as server:
+    with serve(
+        lambda handler, messages, number: (
+            handler.reply(b"", 503, **({"Retry_After": "7"} if number == 1 else {})) if number < 4 else "Hi."
+        )
+    ) as server:
         asked = client(server, tmp_path, backoff=10.0)
         asked.ask(MESSAGES)
     waits = [seconds for seconds in waits if seconds]
@@ -166,7 +188,15 @@ def test_a_server_need_not_count_tokens(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"url": "localhost:8000"}, {"url": "file:///etc/passwd"}, {"model": ""}, {"timeout": 0}, {"timeout": float("nan")}, {"extra": [1]}]
+    "changes",
+    [
+        {"url": "localhost:8000"},
+        {"url": "file:///etc/passwd"},
+        {"model": ""},
+        {"timeout": 0},
+        {"timeout": float("nan")},
+        {"extra": [1]},
+    ],
 )
 def test_an_endpoint_is_an_address_and_a_model(changes):
     with pytest.raises(ValueError, match="expected"):
@@ -174,4 +204,8 @@ def test_an_endpoint_is_an_address_and_a_model(changes):
 
 
 def test_the_address_may_be_given_whole():
-    assert chat.Endpoint("http://a/v1/", "m").address == chat.Endpoint("http://a/v1/chat/completions", "m").address == "http://a/v1/chat/completions"
+    assert (
+        chat.Endpoint("http://a/v1/", "m").address
+        == chat.Endpoint("http://a/v1/chat/completions", "m").address
+        == "http://a/v1/chat/completions"
+    )

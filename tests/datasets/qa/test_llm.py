@@ -37,11 +37,18 @@ def facts(tmp_path, pairs):
 
 def run(server, pairs, out, concurrency=4, **options):
     asked = chat.Chat(chat.Endpoint(server.url, "m", backoff=0.0, timeout=60.0), str(out / "answers"))
-    return write_qa.write_qa(pairs, str(out), llm.Writer(asked, 0, concurrency, (2.0, 8.0)), write_qa.Options(**{"test_share": 0.5} | options))
+    return write_qa.write_qa(
+        pairs,
+        str(out),
+        llm.Writer(asked, 0, concurrency, (2.0, 8.0)),
+        write_qa.Options(**{"test_share": 0.5} | options),
+    )
 
 
 def files(out) -> dict[str, bytes]:
-    found = [path for path in sorted(out.rglob("*.json")) if path.name != "manifest.json" and "answers" not in path.parts]
+    found = [
+        path for path in sorted(out.rglob("*.json")) if path.name != "manifest.json" and "answers" not in path.parts
+    ]
     return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
@@ -50,7 +57,10 @@ def test_both_forms_are_written_and_can_be_read(tmp_path, pairs):
         manifest = run(server, pairs, tmp_path / "out", seed=1)
     assert manifest["skipped"] == 0 and manifest["answers_paid"] == 6 and manifest["failed_tries"] == {}
     assert manifest["cost"] == pytest.approx(6 * (100 * 2 + 20 * 8) / 1e6)
-    split_of = {split: sum(count for name, count in manifest["records"].items() if name == f"{split}/region.json") for split in ("train", "test")}
+    split_of = {
+        split: sum(count for name, count in manifest["records"].items() if name == f"{split}/region.json")
+        for split in ("train", "test")
+    }
     assert sum(split_of.values()) == 9  # three images, three names
     for name in ("region", "grounding", "vqa"):
         for split in split_of:
@@ -58,7 +68,12 @@ def test_both_forms_are_written_and_can_be_read(tmp_path, pairs):
                 assert pathlib.Path(record.path(record.images[0])).is_file()
     report, _ = audit(str(tmp_path / "out"))
     assert report["usable"] == report["records"] and set(report["finding_counts"]) <= {"question asked twice"}
-    mia = [turn for path in (tmp_path / "out/grit").rglob("MIA.json") for record in json.loads(path.read_text()) for turn in record["conversations"]]
+    mia = [
+        turn
+        for path in (tmp_path / "out/grit").rglob("MIA.json")
+        for record in json.loads(path.read_text())
+        for turn in record["conversations"]
+    ]
     assert len(mia) == 3 and all(len(parse_boxes(answer)) == 4 and answer.count("<ref>") == 3 for _, answer in mia)
 
 
@@ -67,7 +82,11 @@ def test_a_second_run_pays_nothing_and_writes_the_same(tmp_path, pairs):
         run(server, pairs, tmp_path / "out")
         before, asked = files(tmp_path / "out"), len(server.requests)
         manifest = run(server, pairs, tmp_path / "out", concurrency=1)
-        assert len(server.requests) == asked and manifest["answers_paid"] == manifest["cost"] == 0 and manifest["answers_from_disk"] == 6
+        assert (
+            len(server.requests) == asked
+            and manifest["answers_paid"] == manifest["cost"] == 0
+            and manifest["answers_from_disk"] == 6
+        )
     assert files(tmp_path / "out") == before
 
 
@@ -101,7 +120,10 @@ def test_nonsense_is_complained_about_then_left_out(tmp_path, pairs):
 
     with serve(sulk) as server:
         manifest = run(server, pairs, tmp_path / "out", concurrency=1)
-    assert manifest["reasons"] == {"no answer of the language model can be used": 1} and manifest["bad_answers"] == llm.ANSWERS + 1
+    assert (
+        manifest["reasons"] == {"no answer of the language model can be used": 1}
+        and manifest["bad_answers"] == llm.ANSWERS + 1
+    )
     assert manifest["records"].get("train/region.json", 0) + manifest["records"].get("test/region.json", 0) == 6
     (skipped,) = map(json.loads, (tmp_path / "out/skipped.jsonl").read_text().splitlines())
     assert skipped["file"] == "images/ct_00--A--case_1--x_1.png" and "not one JSON object" in skipped["found"]
@@ -120,7 +142,10 @@ def test_an_image_that_is_refused_is_named(tmp_path, pairs):
 
 def test_a_dead_endpoint_ends_the_run(tmp_path):
     pairs = make_pairs(tmp_path / "pairs", 9, {"liver": SHAPES["liver"]})
-    with serve(lambda handler, messages, number: handler.reply(b"no such model", 404)) as server, pytest.raises(chat.EndpointError, match="no such model"):
+    with (
+        serve(lambda handler, messages, number: handler.reply(b"no such model", 404)) as server,
+        pytest.raises(chat.EndpointError, match="no such model"),
+    ):
         run(server, pairs, tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(chat.EndpointError, match="5 images in a row"):
         patch.setattr(llm, "GIVE_UP", 5)
@@ -130,7 +155,19 @@ def test_a_dead_endpoint_ends_the_run(tmp_path):
 
 def test_a_killed_run_continues_and_pays_for_what_was_under_way_alone(tmp_path):
     pairs, out = make_pairs(tmp_path / "pairs", 9), tmp_path / "out"
-    command = [sys.executable, "-m", "medplib_jax.datasets.write_qa", "--pairs", pairs, "--out", str(out), "--writer", "llm", "--model", "m"]
+    command = [
+        sys.executable,
+        "-m",
+        "medplib_jax.datasets.write_qa",
+        "--pairs",
+        pairs,
+        "--out",
+        str(out),
+        "--writer",
+        "llm",
+        "--model",
+        "m",
+    ]
     command += ["--concurrency", "2", "--test-share", "0.5", "--endpoint"]
     delivered, process = [], None
 
@@ -142,7 +179,9 @@ def test_a_killed_run_continues_and_pays_for_what_was_under_way_alone(tmp_path):
         return sensible(messages)
 
     with serve(kill_after_seven) as server:
-        process = subprocess.Popen([*command, server.url], cwd=ROOT, env={**os.environ, "OPENAI_API_KEY": "secret"}, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, server.url], cwd=ROOT, env={**os.environ, "OPENAI_API_KEY": "secret"}, stderr=subprocess.DEVNULL
+        )
         assert process.wait() == -signal.SIGKILL
         assert server.requests[0][1]["Authorization"] == "Bearer secret"
     assert not (out / "manifest.json").exists()
@@ -158,7 +197,10 @@ def test_a_killed_run_continues_and_pays_for_what_was_under_way_alone(tmp_path):
 
 def test_the_command_needs_an_endpoint_and_a_model(tmp_path, pairs, monkeypatch, capsys):
     arguments = ["write_qa", "--pairs", pairs, "--out", str(tmp_path / "out"), "--writer", "llm"]
-    for more, message in ([], "endpoint: expected an address"), (["--endpoint", "http://localhost:1/v1"], "model: expected"):
+    for more, message in (
+        ([], "endpoint: expected an address"),
+        (["--endpoint", "http://localhost:1/v1"], "model: expected"),
+    ):
         monkeypatch.setattr(sys, "argv", arguments + more)
         assert write_qa.main() == 1
         assert message in capsys.readouterr().err
@@ -168,7 +210,11 @@ def test_the_model_is_told_what_masks_prove_and_no_names_of_files_or_patients(fa
     facts = dataclasses.replace(facts, metadata={"patient": "Jane", "region scanned": "abdomen"})
     request = json.dumps(llm_prompts.description_request(facts, facts.targets))
     assert "region scanned: abdomen" in request and "Jane" not in request
-    assert "Modality: CT" in request and "left kidney: in the lower right of the image" in request and "2 separate parts" in request
+    assert (
+        "Modality: CT" in request
+        and "left kidney: in the lower right of the image" in request
+        and "2 separate parts" in request
+    )
     assert "The left kidney is to the right of and below the liver" in request
     assert "case_0" not in request and "masks/" not in request and "--" not in request
 
@@ -201,8 +247,14 @@ def changed(kind, **changes):
         (changed("region", question="What is it?"), "does not hold <region> once"),
         (changed("region", question="Is <region> or <region>?"), "does not hold <region> once"),
         (changed("region", question="Is <region>../a.png</region>?"), "does not hold <region> once"),
-        (changed("region", question="Which part of the liver is <region>?", answer="The upper one"), "names the structure"),
-        (changed("region", answer="The liver, in the lower right part of the image."), "the liver is not in the lower right part of the image"),
+        (
+            changed("region", question="Which part of the liver is <region>?", answer="The upper one"),
+            "names the structure",
+        ),
+        (
+            changed("region", answer="The liver, in the lower right part of the image."),
+            "the liver is not in the lower right part of the image",
+        ),
         (changed("region", question="What does this mask <region> show?"), "speaks of 'mask'"),
         (changed("grounding", names=[]), "names are not a list"),
         (changed("grounding", names="liver"), "names are not a list"),
@@ -223,19 +275,29 @@ def test_an_answer_of_another_form_is_refused_with_a_reason(facts, answer, compl
         llm_answers.parse_questions(json.dumps(answer), facts, facts.targets, facts.generator(0, "test"))
 
 
-@pytest.mark.parametrize("text", ["", "no", "{", '{"vqa": ', "{} or {}", "[" * 100_000, '{"a": ' * 100_000, "null", '"{}"'])
+@pytest.mark.parametrize(
+    "text", ["", "no", "{", '{"vqa": ', "{} or {}", "[" * 100_000, '{"a": ' * 100_000, "null", '"{}"']
+)
 def test_what_is_no_json_object_is_refused(facts, text):
     with pytest.raises(llm_answers.BadAnswer, match="not one JSON object|all lists are empty"):
         llm_answers.parse_questions(text, facts, facts.targets, facts.generator(0, "test"))
 
 
-@pytest.mark.parametrize("around", ["%s", "```json\n%s\n```", "<think>Perhaps {this}?</think> Here it is: %s Good luck!"])
+@pytest.mark.parametrize(
+    "around", ["%s", "```json\n%s\n```", "<think>Perhaps {this}?</think> Here it is: %s Good luck!"]
+)
 def test_an_object_may_stand_between_words(facts, around):
-    assert llm_answers.parse_description(around.replace("%s", json.dumps(describe(["liver"]))), facts.targets) == "A CT image shows <ref>the liver</ref>."
+    assert (
+        llm_answers.parse_description(around.replace("%s", json.dumps(describe(["liver"]))), facts.targets)
+        == "A CT image shows <ref>the liver</ref>."
+    )
 
 
 def test_good_questions_are_kept_beside_bad_ones(facts):
-    answer = {**GOOD, "vqa": [*GOOD["vqa"], {"question": "What does the mask show?", "answer": "A liver", "choices": []}, 7]}
+    answer = {
+        **GOOD,
+        "vqa": [*GOOD["vqa"], {"question": "What does the mask show?", "answer": "A liver", "choices": []}, 7],
+    }
     found = llm_answers.parse_questions(json.dumps(answer), facts, facts.targets, facts.generator(0, "test"))
     assert len(found.turns) == 8 and set(found.captions) == set(NAMES)
     assert [what for what, _ in found.problems] == ["vqa item is not an object", "vqa question cannot be used"]
@@ -244,20 +306,31 @@ def test_good_questions_are_kept_beside_bad_ones(facts):
 def test_captions_that_contradict_the_mask_are_left_out(facts):
     said = {"liver": "The liver lies in the right half of the image.", "cyst": "Cysts on the right side of the image."}
     captions = [{"name": name, "caption": caption} for name, caption in said.items()]
-    found = llm_answers.parse_questions(json.dumps({**GOOD, "captions": captions}), facts, facts.targets, facts.generator(0, "test"))
+    found = llm_answers.parse_questions(
+        json.dumps({**GOOD, "captions": captions}), facts, facts.targets, facts.generator(0, "test")
+    )
     assert list(found.captions) == ["cyst"] and [what for what, _ in found.problems] == ["caption cannot be used"]
 
 
 def test_a_mask_may_be_asked_for(facts):
     answer = changed("grounding", question="Give a segmentation mask of the liver.")
-    assert len(llm_answers.parse_questions(json.dumps(answer), facts, facts.targets, facts.generator(0, "test")).turns) == 1
+    assert (
+        len(llm_answers.parse_questions(json.dumps(answer), facts, facts.targets, facts.generator(0, "test")).turns)
+        == 1
+    )
 
 
 def test_two_masks_in_one_answer(facts):
     pair = {"names": ["liver", "cyst"], "question": "Outline both.", "answer": "The liver <SEG> and the cyst <SEG>."}
-    (turn,) = llm_answers.parse_questions(json.dumps({"grounding": [pair]}), facts, facts.targets, facts.generator(0, "test")).turns
+    (turn,) = llm_answers.parse_questions(
+        json.dumps({"grounding": [pair]}), facts, facts.targets, facts.generator(0, "test")
+    ).turns
     merged = {target.name: target.merged for target in facts.targets}
-    assert turn.kind == "grounding_pairs" and turn.answer == f"The liver <SEG><mask>{merged['liver']}</mask> and the cyst <SEG><mask>{merged['cyst']}</mask>."
+    assert (
+        turn.kind == "grounding_pairs"
+        and turn.answer
+        == f"The liver <SEG><mask>{merged['liver']}</mask> and the cyst <SEG><mask>{merged['cyst']}</mask>."
+    )
 
 
 @pytest.mark.parametrize(
@@ -287,7 +360,10 @@ def test_descriptions_mark_known_structures(facts, description, complaint):
 def test_the_longest_name_in_a_phrase_is_meant(tmp_path):
     pairs = make_pairs(tmp_path / "pairs", 1, {"kidney": (2, 2, 8, 8), "left_kidney": (12, 12, 18, 18)})
     one, _ = read_facts(scan(pairs)[0][0], str(tmp_path / "out"))
-    assert llm_answers.meant("the left kidney", one.targets).name == "left kidney" and llm_answers.meant("Kidneys", one.targets) is None
+    assert (
+        llm_answers.meant("the left kidney", one.targets).name == "left kidney"
+        and llm_answers.meant("Kidneys", one.targets) is None
+    )
     assert parse_boxes(llm_answers.with_boxes("<ref>the kidney</ref>", one)).tolist() == [[62, 83, 250, 333]]
 
 

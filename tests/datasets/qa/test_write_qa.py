@@ -45,7 +45,12 @@ def made(tmp_path_factory):
 
 def test_every_kind_is_written_and_found_clean(made):
     out, manifest = made
-    assert manifest["images"] == 12 and manifest["masks"] == 48 and manifest["skipped"] == 0 and manifest["writer"] == "template"
+    assert (
+        manifest["images"] == 12
+        and manifest["masks"] == 48
+        and manifest["skipped"] == 0
+        and manifest["writer"] == "template"
+    )
     assert all(any(manifest["records"].get(f"{split}/{kind}.json") for split in ("train", "test")) for kind in KINDS)
     assert sum(count for name, count in manifest["records"].items() if name.endswith("/VG.json")) == 36
     report, _ = audit(str(out))
@@ -78,7 +83,9 @@ def test_slices_of_a_patient_stay_in_one_split(tmp_path):
 
 def test_metadata_may_name_the_patient(tmp_path):
     pairs = pathlib.Path(make_pairs(tmp_path / "pairs", 12))
-    (pairs / "metadata.json").write_text(json.dumps({f"ct_00--A--case_{number}--x_1": {"patient": "17"} for number in range(12)}))
+    (pairs / "metadata.json").write_text(
+        json.dumps({f"ct_00--A--case_{number}--x_1": {"patient": "17"} for number in range(12)})
+    )
     manifest = run(str(pairs), tmp_path / "out")
     assert len({name.split("/")[0] for name in manifest["records"] if not name.startswith("grit")}) == 1
 
@@ -88,7 +95,9 @@ def test_every_instance_has_its_box_and_the_answer_its_union(made):
     for path in (out / "grit").rglob("VG.json"):
         for record in json.loads(path.read_text()):
             ((question, answer),) = record["conversations"]
-            assert question.startswith("Picture 1: <img>images/ct_00--") and len(parse_boxes(answer)) == (2 if "cyst" in answer else 1)
+            assert question.startswith("Picture 1: <img>images/ct_00--") and len(parse_boxes(answer)) == (
+                2 if "cyst" in answer else 1
+            )
     cysts = [record for record in records(out, "grounding") if "the cyst" in record.turns[0][1]]
     assert len(cysts) == 12
     for record in cysts:
@@ -99,7 +108,10 @@ def test_every_instance_has_its_box_and_the_answer_its_union(made):
 def from_grid(box, size):
     """The pixel box, not rounded; the grid's last line is the picture's border."""
     height, width = size
-    return [(1.0 if value == grid.CELLS - 1 else value / grid.CELLS) * length for value, length in zip(box, (width, height) * 2, strict=True)]
+    return [
+        (1.0 if value == grid.CELLS - 1 else value / grid.CELLS) * length
+        for value, length in zip(box, (width, height) * 2, strict=True)
+    ]
 
 
 def test_boxes_lie_around_their_masks(made, tmp_path):
@@ -117,7 +129,9 @@ def test_complete_masks_prove_absence(tmp_path):
     run(str(pairs), tmp_path / "unknown")
     run(str(pairs), tmp_path / "complete", complete=True)
     assert not [record for record in records(tmp_path / "unknown", "grounding") if "not visible" in record.turns[1][1]]
-    (absent,) = [record for record in records(tmp_path / "complete", "grounding") if "not visible" in record.turns[1][1]]
+    (absent,) = [
+        record for record in records(tmp_path / "complete", "grounding") if "not visible" in record.turns[1][1]
+    ]
     assert "liver" in absent.turns[1][1] and "case_1" in absent.images[0] and not MASK.search(absent.turns[1][1])
 
 
@@ -130,9 +144,18 @@ def test_what_cannot_be_used_is_named(tmp_path):
     (pairs / "images/ct_00--A--case_1--x_1.png").write_bytes(b"no picture")
     Image.new("L", SIZE[::-1]).save(pairs / "images/ct_00--A--case_2--x_1.jpg")
     manifest = run(str(pairs), tmp_path / "out")
-    reasons = ("mask is empty", "mask and picture differ in size", "mask name cannot be used", "picture cannot be read", "image name is not unique")
+    reasons = (
+        "mask is empty",
+        "mask and picture differ in size",
+        "mask name cannot be used",
+        "picture cannot be read",
+        "image name is not unique",
+    )
     assert manifest["reasons"] == dict.fromkeys(reasons, 1) and manifest["images"] == 2
-    named = {pathlib.Path(json.loads(line)["file"]).name for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()}
+    named = {
+        pathlib.Path(json.loads(line)["file"]).name
+        for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()
+    }
     assert named == {"spleen.png", "aorta.png", "a<b>.png", "ct_00--A--case_1--x_1.png", "ct_00--A--case_2--x_1.png"}
 
 
@@ -169,17 +192,22 @@ def test_a_grid_box_lies_at_its_pixels(height, width, data):
     cells = grid.to_grid(box, (height, width))
     assert all(0 <= cell <= 999 for cell in cells) and cells[0] < cells[2] and cells[1] < cells[3]
     assert parse_boxes(grid.box_text(cells)).tolist() == [list(cells)]
-    np.testing.assert_array_less(np.abs(np.subtract(from_grid(cells, (height, width)), box)) / (width, height, width, height), 0.0021)
+    np.testing.assert_array_less(
+        np.abs(np.subtract(from_grid(cells, (height, width)), box)) / (width, height, width, height), 0.0021
+    )
 
 
 @pytest.mark.parametrize(
     ("turn", "expected"),
     [
-        (Turn("vqa", "Is the liver large?", "liver"), True), (Turn("vqa", "Is it the delivery?", "liver"), False),
-        (Turn("vqa", "Is it left or right?", "left", ("left", "right")), False), (Turn("vqa", "Is it left?", "left", ("left", "right")), True),
-        (Turn("region", "What is <region>masks/liver.png</region>?", "liver"), False), (Turn("grounding", "Segment the liver.", "The liver"), False),
+        (Turn("vqa", "Is the liver large?", "liver"), True),
+        (Turn("vqa", "Is it the delivery?", "liver"), False),
+        (Turn("vqa", "Is it left or right?", "left", ("left", "right")), False),
+        (Turn("vqa", "Is it left?", "left", ("left", "right")), True),
+        (Turn("region", "What is <region>masks/liver.png</region>?", "liver"), False),
+        (Turn("grounding", "Segment the liver.", "The liver"), False),
     ],
-)  # fmt: skip
+)
 def test_leaks(turn, expected):
     assert leaks(turn) == expected
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-PACKAGE = '''
+PACKAGE = """
 import json, subprocess, tempfile
 
 class Spice:
@@ -21,8 +21,8 @@ class Spice:
             with open(answered) as file:
                 found = {item["image_id"]: item["scores"] for item in json.load(file)}
         return sum(found[i]["All"]["f"] for i in ids) / len(ids), [found[i] for i in ids]
-'''
-JAVA = f'''#!{sys.executable}
+"""
+JAVA = f"""#!{sys.executable}
 import json, sys
 sys.path.insert(0, {os.getcwd()!r})
 from tests.evaluate.evaluators.fake_spice import score
@@ -31,7 +31,7 @@ with open(sys.argv[0] + ".calls", "a") as file:
     file.write(json.dumps(asked) + "\\n")
 scores = [{{"image_id": item["image_id"], "scores": {{"All": {{"f": score(item["test"], *item["refs"])}}}}}} for item in asked]
 json.dump(scores, open(sys.argv[sys.argv.index("-out") + 1], "w"))
-'''
+"""
 
 
 def score(answer: str, truth: str) -> float:
@@ -43,7 +43,12 @@ def score(answer: str, truth: str) -> float:
 def installed(folder):
     """Within, both are found first, in folders below this one; yields a function that returns what `java` was asked so far."""
     java, package = folder / "bin" / "java", folder / "packages" / "pycocoevalcap" / "spice"
-    for path, text in ((java, JAVA), (package.parent / "__init__.py", ""), (package / "__init__.py", ""), (package / "spice.py", PACKAGE)):
+    for path, text in (
+        (java, JAVA),
+        (package.parent / "__init__.py", ""),
+        (package / "__init__.py", ""),
+        (package / "spice.py", PACKAGE),
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     java.chmod(0o755)

@@ -52,7 +52,9 @@ def answered(folder, experiment):
             M = prompt.mask_valid.shape[1]
             mask_valid = np.arange(M)[None] < ids.count(tokenizer.seg_id)
             tokens, lengths = np.array([ids], np.int32), np.array([len(ids)])
-            generation = Generation(tokens, lengths, mask_valid, np.zeros((1, M, 4, 4), np.float32), np.ones((1, M), np.float32))
+            generation = Generation(
+                tokens, lengths, mask_valid, np.zeros((1, M, 4, 4), np.float32), np.ones((1, M), np.float32)
+            )
             rows.append(evaluator.row(prompt, generation))
         return rows
 
@@ -71,7 +73,12 @@ def test_expected_answers_score_one(answered):
         without = ("false", "open_bleu_3", "open_bleu_4", "open_meteor")  # the answers have two words
         ones = {name: value for name, value in values.items() if not name.startswith(without)}
         assert ones and all(value == pytest.approx(1) for value in ones.values()), kind
-        assert all(f"{name}/{modality}" in ones for name in ones if "/" not in name for modality in ("ct", "mr", "modality_mean"))
+        assert all(
+            f"{name}/{modality}" in ones
+            for name in ones
+            if "/" not in name
+            for modality in ("ct", "mr", "modality_mean")
+        )
 
 
 def test_masks_follow_the_answer(answered):
@@ -88,9 +95,15 @@ def test_every_answer_is_kept_with_its_question(answered):
     rows = answered("vqa")
     assert [row["record"] for row in rows] == [0, 1, 2, 3]
     assert rows[1] | {"scores": None} == {
-        "record": 1, "image": ["images/ct_00--a.png"], "modality": "ct", "question": "<image>\nWhat organ is it?", "answer": "left lung",
-        "expected": "left lung", "answer_type": "open", "scores": None,
-    }  # fmt: skip
+        "record": 1,
+        "image": ["images/ct_00--a.png"],
+        "modality": "ct",
+        "question": "<image>\nWhat organ is it?",
+        "answer": "left lung",
+        "expected": "left lung",
+        "answer_type": "open",
+        "scores": None,
+    }
 
 
 def test_the_region_reaches_the_generator(answered):
@@ -106,12 +119,19 @@ def test_a_lost_region_is_refused(answered):
     def lose(prompt):
         return prompt.replace(region_point_valid=np.zeros_like(prompt.region_point_valid))
 
-    with pytest.raises(DataError, match="record 0: region is not in the prompt; expected 1 regions, found 0 with points, 1 in the text"):
+    with pytest.raises(
+        DataError, match="record 0: region is not in the prompt; expected 1 regions, found 0 with points, 1 in the text"
+    ):
         answered("region", change=lose)
 
 
 def test_kind_of_question():
-    assert is_closed("CLOSED", "left") and is_closed("", "No.") and not is_closed("", "left") and not is_closed("number", "2")
+    assert (
+        is_closed("CLOSED", "left")
+        and is_closed("", "No.")
+        and not is_closed("", "left")
+        and not is_closed("number", "2")
+    )
     with pytest.raises(ValueError, match="answer_type 'essay' is not one of"):
         is_closed("essay", "yes")
 

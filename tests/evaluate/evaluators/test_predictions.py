@@ -17,7 +17,9 @@ def test_lines_come_in_any_order_and_end_sorted(tmp_path):
         shard.add({"record": record, "answer": "é"} if record else {"record": 0, "skipped": {"what": "no image"}})
     lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0]) == HEADER and [json.loads(line)["record"] for line in lines[1:]] == [0, 1, 2]
-    assert [row["record"] for row in read_rows(tmp_path / "a.jsonl")] == [1, 2] and len(read_lines(tmp_path / "a.jsonl")) == 3
+    assert [row["record"] for row in read_rows(tmp_path / "a.jsonl")] == [1, 2] and len(
+        read_lines(tmp_path / "a.jsonl")
+    ) == 3
     assert not shard.missing
     with pytest.raises(ValueError, match="record 1 has a line"):
         shard.add({"record": 1})

@@ -1,6 +1,5 @@
 """The protocol `reference` against what the original program computed: its prompts, its answers, and the mask it draws in each case."""
 
-
 import numpy as np
 import pytest
 
@@ -19,7 +18,10 @@ from tests.convert.test_parity import CONFIG, converted, recorded  # noqa: F401 
 from tests.paths import GOLDEN
 
 GROUNDING = ("<image>\nPlease segment the liver in this image.", "Sure, it is <SEG>.<mask>a_mask.png</mask>")
-REGION = ("<image>\nDescribe <region>c_mask.png</region> in this image, please.", "The region shows a mass with irregular border.")
+REGION = (
+    "<image>\nDescribe <region>c_mask.png</region> in this image, please.",
+    "The region shows a mass with irregular border.",
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +49,18 @@ def test_the_prompt_ends_at_the_last_colon(loader, evaluated):
     assert asked.tokens.tolist() == spliced(evaluated["input_ids"][0].tolist())
     assert asked.answer == "Sure, it is <SEG>." and asked.masks == ("a_mask.png",)
     leaking = loader.encode(record(GROUNDING[0], "Here it is: <SEG>.<mask>a_mask.png</mask>"), question=True)
-    assert len(leaking) > len(asked) and leaking.tokens[-1] == asked.tokens[-1]  # a colon of the answer: what stands before it is given away
+    assert (
+        len(leaking) > len(asked) and leaking.tokens[-1] == asked.tokens[-1]
+    )  # a colon of the answer: what stands before it is given away
 
 
 def test_regions_are_left_out(loader, evaluated):
     asked = loader.encode(record(*REGION), question=True)
     assert asked.tokens.tolist() == spliced(evaluated["region_input_ids"][0].tolist()) and asked.regions == ()
     assert asked.feature_index.max() == CONFIG.clip.num_patches - 1
-    right = Loader([[]], loader.tokenizer, DataConfig(template=TEMPLATE, bucket_lengths=(256,)), CONFIG).encode(record(*REGION), question=True)
+    right = Loader([[]], loader.tokenizer, DataConfig(template=TEMPLATE, bucket_lengths=(256,)), CONFIG).encode(
+        record(*REGION), question=True
+    )
     assert len(right) == len(asked) + 1
 
 
@@ -64,13 +70,24 @@ def test_answers_and_masks_are_the_originals(case, converted, recorded, evaluate
     embedding[rows] = evaluated["embed_values"]
     head = recorded["weights/lm_head.weight"].copy()
     if case in ("seg", "history"):  # so that it says <SEG> at all
-        head[converted.seg_id], head[Tokenizer.eos_id] = evaluated["seg_lm_head_row_seg"], evaluated["seg_lm_head_row_eos"]
+        head[converted.seg_id], head[Tokenizer.eos_id] = (
+            evaluated["seg_lm_head_row_seg"],
+            evaluated["seg_lm_head_row_eos"],
+        )
     model = converted.with_tensors({"model.embed_tokens.weight": embedding, "lm_head.weight": head})
     generator = Generator(
-        model.config, model.params, eos_id=Tokenizer.eos_id, seg_id=model.seg_id, max_new_tokens=16, max_masks=1, original_masks=True
+        model.config,
+        model.params,
+        eos_id=Tokenizer.eos_id,
+        seg_id=model.seg_id,
+        max_new_tokens=16,
+        max_masks=1,
+        original_masks=True,
     )
     ids = evaluated[{"history": "history_prompt_ids", "noregion": "region_input_ids"}.get(case, "input_ids")]
-    prompt = prompt_batch(ids, evaluated["region_clip_uint8" if case == "noregion" else "clip_uint8"], evaluated, model.seg_id)
+    prompt = prompt_batch(
+        ids, evaluated["region_clip_uint8" if case == "noregion" else "clip_uint8"], evaluated, model.seg_id
+    )
     ((_, made),) = stream_answers(generator, [prompt], slots=2, refill=1)
     expected = evaluated[f"{case}_output_ids"][0, ids.shape[1] :].tolist()
     assert made.tokens[0, : made.lengths[0]].tolist() == [token for token in expected if token != Tokenizer.eos_id]
@@ -78,7 +95,9 @@ def test_answers_and_masks_are_the_originals(case, converted, recorded, evaluate
         return
     assert made.mask_valid.tolist() == [[True]]
     height, width = evaluated["original_size"]
-    logits, _ = resample_to_canvas(made.mask_logits, prompt.sam_box, prompt.mask_size, canvas=(height, width), sam_size=256, mode=UNPAD)
+    logits, _ = resample_to_canvas(
+        made.mask_logits, prompt.sam_box, prompt.mask_size, canvas=(height, width), sam_size=256, mode=UNPAD
+    )
     np.testing.assert_allclose(logits[0, 0, ::3, ::3], evaluated[f"{case}_pred_mask"][0], rtol=1e-3, atol=1e-3)
     drawn = mask_drawer(256, UNPAD, 256, 0.1)(prompt, made)[0, 0, :height, :width]
     probability = 1 / (1 + np.exp(-np.float64(evaluated[f"{case}_pred_mask"][0])))

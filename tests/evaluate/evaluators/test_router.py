@@ -23,17 +23,26 @@ def setup(tmp_path_factory):
     folder = tiny.write_data(tmp_path_factory.mktemp("data") / "root")
     experiment = tiny.make_experiment(tmp_path_factory.mktemp("tokenizer"))
     tokenizer = Tokenizer.load(experiment.data.tokenizer)
-    loader = Loader([MecovqaSource(str(folder / "test" / "region.json"), str(folder))], tokenizer, experiment.data, experiment.model)
+    loader = Loader(
+        [MecovqaSource(str(folder / "test" / "region.json"), str(folder))], tokenizer, experiment.data, experiment.model
+    )
     return experiment, tokenizer, Batch(**loader.load_eval([0, 1], [0, 1], question=True)[0])
 
 
 def test_kinds_are_told_apart(setup):
     experiment, tokenizer, prompts = setup
     prompts.tokens[0, 0] = tokenizer.seg_id
-    kinds = np.asarray(token_kinds(prompts.tokens, prompts.feature_index, prompts.valid, experiment.model.clip.num_patches, tokenizer.seg_id))
+    kinds = np.asarray(
+        token_kinds(
+            prompts.tokens, prompts.feature_index, prompts.valid, experiment.model.clip.num_patches, tokenizer.seg_id
+        )
+    )
     prompts.tokens[0, 0] = tokenizer.bos_id
     counts = [[int((row == kind).sum()) for kind in range(4)] for row in kinds]
-    assert [row[1:] for row in counts] == [[experiment.model.clip.num_patches, 1, 1], [experiment.model.clip.num_patches, 1, 0]]
+    assert [row[1:] for row in counts] == [
+        [experiment.model.clip.num_patches, 1, 1],
+        [experiment.model.clip.num_patches, 1, 0],
+    ]
     assert [sum(row) for row in counts] == prompts.valid.sum(-1).tolist() and (kinds[~prompts.valid] == -1).all()
 
 
@@ -60,7 +69,10 @@ def test_choices_are_counted_while_answering(setup):
     kinds = token_kinds(prompts.tokens, prompts.feature_index, prompts.valid, model.clip.num_patches, tokenizer.seg_id)
     np.testing.assert_array_equal(made.choices, count_choices(out["expert_index"], kinds, 2))
 
-    rows = [{"modality": name, "router": counts} for name, counts in zip(("ct", "mr"), np.asarray(made.choices).tolist(), strict=True)]
+    rows = [
+        {"modality": name, "router": counts}
+        for name, counts in zip(("ct", "mr"), np.asarray(made.choices).tolist(), strict=True)
+    ]
     summary = router.summarise(rows, model)
     assert summary["layers"] == [0, 1] and summary["tokens"] | {"text": 0} == {"text": 0, "image": 8, "region": 2}
     assert sum(summary["tokens"].values()) == prompts.valid.sum()

@@ -25,7 +25,9 @@ def write_data(root):
         (root / folder).mkdir(parents=True)
     records = {file: [] for file in FILES}
     for k, (image, (height, width)) in enumerate(SIZES.items()):
-        Image.fromarray(np.random.default_rng(k).integers(0, 255, (height, width, 3), np.uint8)).save(root / "images" / image)
+        Image.fromarray(np.random.default_rng(k).integers(0, 255, (height, width, 3), np.uint8)).save(
+            root / "images" / image
+        )
         masks = [f"masks/{side}-{image}" for side in ("left", "right")]
         left = np.arange(width) < width // 2
         for path, columns in zip(masks, (left, ~left), strict=True):

@@ -13,8 +13,12 @@ from nltk.translate.bleu_score import corpus_bleu
 from medplib_jax.evaluate import metrics
 from medplib_jax.evaluate.metrics.captions import caption_words
 
-BOX = st.tuples(*[st.integers(0, 20)] * 4).map(lambda b: [min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3])])
-SENTENCE = st.lists(st.sampled_from("left right lung mass of in".split()), min_size=4, max_size=9).map(" ".join)  # shorter: nltk invents n-grams
+BOX = st.tuples(*[st.integers(0, 20)] * 4).map(
+    lambda b: [min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3])]
+)
+SENTENCE = st.lists(st.sampled_from("left right lung mass of in".split()), min_size=4, max_size=9).map(
+    " ".join
+)  # shorter: nltk invents n-grams
 
 
 def test_boxes_are_read_from_text():
@@ -46,7 +50,10 @@ def test_recall_counts_true_boxes_that_any_prediction_meets():
 
 
 def test_roc_takes_substrings():
-    assert metrics.roc_hit("A CT of the left kidneys", "left kidney") == 1 and metrics.roc_hit("kidney", "left kidney") == 0
+    assert (
+        metrics.roc_hit("A CT of the left kidneys", "left kidney") == 1
+        and metrics.roc_hit("kidney", "left kidney") == 0
+    )
 
 
 @settings(deadline=None, max_examples=30)
@@ -56,7 +63,9 @@ def test_bleu_of_a_corpus_equals_nltk(pairs):
     answers, truths = ([caption_words(text) for text in texts] for texts in zip(*pairs, strict=True))
     with warnings.catch_warnings(action="ignore"):
         expected = {f"bleu_{n}": corpus_bleu([[truth] for truth in truths], answers, [1 / n] * n) for n in (1, 2, 3, 4)}
-    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-3)  # smoothed like pycocoevalcap: never quite 0
+    assert {name: found[name] for name in expected} == pytest.approx(
+        expected, abs=1e-3
+    )  # smoothed like pycocoevalcap: never quite 0
     assert found["mBMR"] == pytest.approx(np.mean([found[name] for name in (*expected, "meteor", "rouge_l")]))
 
 
@@ -65,14 +74,18 @@ def test_caption_scores_by_hand():
     scores = metrics.mia_scores("a b c d", "a b x d")
     assert (scores["ngrams_1_found"], scores["ngrams_2_found"], scores["ngrams_4_found"]) == (3, 1, 0)
     assert metrics.mia_scores("a a a", "a")["ngrams_1_found"] == 1  # clipped
-    assert metrics.mia_scores("a b", "a b c d")["rouge_l"] == pytest.approx((1 + 1.44) * 0.5 / (0.5 + 1.44))  # P 1, R 0.5, beta 1.2
+    assert metrics.mia_scores("a b", "a b c d")["rouge_l"] == pytest.approx(
+        (1 + 1.44) * 0.5 / (0.5 + 1.44)
+    )  # P 1, R 0.5, beta 1.2
 
 
 def test_meteor_by_hand():
     # five of five words in one piece: 1 - 0.5 (1 / 5)^3; stems match, synonyms do not
     assert metrics.meteor("a mass in the lung".split(), "a mass in the lung".split()) == pytest.approx(1 - 0.5 / 125)
     assert metrics.meteor(["masses"], ["mass"]) == pytest.approx(0.5) and metrics.meteor(["tumor"], ["tumour"]) == 0
-    assert metrics.mia_scores("", "")["rouge_l"] == 1 and np.isnan(metrics.statistics([{"scores": metrics.mia_scores("", "")}])["bleu_1"].value())
+    assert metrics.mia_scores("", "")["rouge_l"] == 1 and np.isnan(
+        metrics.statistics([{"scores": metrics.mia_scores("", "")}])["bleu_1"].value()
+    )
     assert metrics.meteor([], []) == 1 and metrics.meteor([], ["a"]) == 0
 
 
@@ -80,7 +93,12 @@ def test_absent_modalities_count_in_the_reference():
     rows = [{"scores": {"roc_accuracy": 1.0}, "modality": modality} for modality in ("ct", "mr")]
     for protocol, mean in (("exact", 1), ("reference", 2 / 8)):
         found = metrics.by_modality(metrics.statistics(rows, protocol), ["ct", "mr"])
-        assert found == {"roc_accuracy": 1, "roc_accuracy/ct": 1, "roc_accuracy/mr": 1, "roc_accuracy/modality_mean": mean}
+        assert found == {
+            "roc_accuracy": 1,
+            "roc_accuracy/ct": 1,
+            "roc_accuracy/mr": 1,
+            "roc_accuracy/modality_mean": mean,
+        }
 
 
 def test_spice_says_what_is_missing(monkeypatch):

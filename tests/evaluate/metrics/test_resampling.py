@@ -22,14 +22,19 @@ def test_interval_equals_scipy():
     values = np.random.default_rng(0).beta(5, 2, 60)
     (resampled,) = bootstrap([(everyone(60), [mean(values)])], 60, seed=1)
     low, high = intervals(resampled)[:, 0]
-    expected = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=9999, rng=np.random.default_rng(2)).confidence_interval
+    expected = stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=9999, rng=np.random.default_rng(2)
+    ).confidence_interval
     assert (low, high) == pytest.approx(expected, abs=0.006)  # both are drawn
 
 
 def test_interval_of_groups_is_wider_than_of_records():
     values = np.repeat(np.random.default_rng(0).random(40), 5)  # five equal answers about each image
     by_image = grouped(mean(values), np.repeat(np.arange(40), 5), 40)
-    (records,), (images,) = bootstrap([(everyone(200), [mean(values)])], 200, 3), bootstrap([(everyone(40), [by_image])], 40, 3)
+    (records,), (images,) = (
+        bootstrap([(everyone(200), [mean(values)])], 200, 3),
+        bootstrap([(everyone(40), [by_image])], 40, 3),
+    )
     width_of_records, width_of_images = (np.diff(intervals(resampled)[:, 0])[0] for resampled in (records, images))
     assert width_of_images == pytest.approx(width_of_records * 5**0.5, rel=0.1)
 
@@ -60,7 +65,9 @@ def test_p_value_equals_scipy():
     rng = np.random.default_rng(0)
     a, b = rng.random(50), rng.random(50) + 0.12
     ((p,),) = paired_p_values([(everyone(50), [(mean(a), mean(b))])], 50, seed=1)
-    expected = stats.permutation_test((a, b), lambda x, y: np.mean(x) - np.mean(y), permutation_type="samples", n_resamples=9999, rng=rng).pvalue
+    expected = stats.permutation_test(
+        (a, b), lambda x, y: np.mean(x) - np.mean(y), permutation_type="samples", n_resamples=9999, rng=rng
+    ).pvalue
     assert 0.01 < expected < 0.3 and p == pytest.approx(expected, abs=0.015)
 
 
@@ -71,7 +78,9 @@ def test_p_value_of_a_ratio_equals_enumeration():
     observed, extreme = abs(a.value() - b.value()), 0
     for swaps in itertools.product([False, True], repeat=8):
         swap = np.array(swaps)[:, None]
-        difference = Statistic(np.where(swap, b.parts, a.parts)).value() - Statistic(np.where(swap, a.parts, b.parts)).value()
+        difference = (
+            Statistic(np.where(swap, b.parts, a.parts)).value() - Statistic(np.where(swap, a.parts, b.parts)).value()
+        )
         extreme += abs(difference) >= observed - 1e-9
     assert p == pytest.approx(extreme / 256, abs=0.015)
 
@@ -79,5 +88,7 @@ def test_p_value_of_a_ratio_equals_enumeration():
 def test_p_values_at_the_ends():
     same, other = mean(np.full(20, 0.5)), mean(np.full(20, 0.7))
     nothing = Statistic(np.zeros((20, 2)))
-    ((equal, far, unknown),) = paired_p_values([(everyone(20), [(same, same), (same, other), (same, nothing)])], 20, seed=0)
+    ((equal, far, unknown),) = paired_p_values(
+        [(everyone(20), [(same, same), (same, other), (same, nothing)])], 20, seed=0
+    )
     assert equal == 1 and far <= 2 / (1 + resampling.PERMUTATIONS) and np.isnan(unknown)

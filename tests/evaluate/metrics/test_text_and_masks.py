@@ -49,7 +49,9 @@ def test_open_scores_equal_golden(pair):
 
 
 def test_candidate_hits_equal_golden(golden):
-    hits = metrics.candidate_hits([pair["pred"] for pair in PAIRS], [pair["gt"] for pair in PAIRS], golden["candidate_set"], "reference")
+    hits = metrics.candidate_hits(
+        [pair["pred"] for pair in PAIRS], [pair["gt"] for pair in PAIRS], golden["candidate_set"], "reference"
+    )
     assert hits == [pair["appearance_with_normalization"] for pair in PAIRS]
 
 
@@ -57,11 +59,17 @@ TEXT = st.lists(st.sampled_from("a left right lung mass".split()), max_size=3).m
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4), st.lists(TEXT, min_size=1, max_size=4), st.sampled_from(metrics.PROTOCOLS))
+@given(
+    st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4),
+    st.lists(TEXT, min_size=1, max_size=4),
+    st.sampled_from(metrics.PROTOCOLS),
+)
 def test_candidate_hits_equal_the_definition(pairs, others, protocol):
     predictions, truths = zip(*pairs, strict=True)
     candidates = [metrics.normalise_answer(text) for text in sorted({*truths, *others})]
-    for hit, prediction, truth in zip(metrics.candidate_hits(predictions, truths, [*truths, *others], protocol), predictions, truths, strict=True):
+    for hit, prediction, truth in zip(
+        metrics.candidate_hits(predictions, truths, [*truths, *others], protocol), predictions, truths, strict=True
+    ):
         found = set(metrics.normalise_answer(prediction).split())
         shares = [len(found & set(text.split())) / max(len(set(text.split())), 1) for text in candidates]
         nearest = candidates[int(np.argmax(shares))] if max(shares) > 0 or protocol == "reference" else None
@@ -71,14 +79,23 @@ def test_candidate_hits_equal_the_definition(pairs, others, protocol):
 def test_gibberish_is_near_to_no_candidate():
     gibberish = ["qqq"], ["ct"], ["ct", "mr"]
     assert metrics.candidate_hits(*gibberish) == [0] and metrics.candidate_hits(*gibberish, "reference") == [1]
-    assert metrics.candidate_hits(["a ct scan", "mr of ct"], ["ct", "mr"], ["mr", "ct"]) == [1, 0]  # in a tie, ct sorts first
+    assert metrics.candidate_hits(["a ct scan", "mr of ct"], ["ct", "mr"], ["mr", "ct"]) == [
+        1,
+        0,
+    ]  # in a tie, ct sorts first
 
 
 def test_table_equals_golden(golden):
     table = golden["cal_metric_table_percent"]
     opened = [pair for pair in PAIRS if pair["answer_type"] in ("open", "other", "number")]
     scores = [metrics.open_scores(pair["pred"], pair["gt"], "reference") for pair in opened]
-    names = {"exact match acc score": "exact_match", "f1 score": "f1", "precision": "precision", "recall": "recall", "bleu_score": "bleu_4"}
+    names = {
+        "exact match acc score": "exact_match",
+        "f1 score": "f1",
+        "precision": "precision",
+        "recall": "recall",
+        "bleu_score": "bleu_4",
+    }
     names |= {f"bleu_score_{n}": f"bleu_{n}" for n in (1, 2, 3)}
     for theirs, ours in names.items():
         assert 100 * np.mean([score[ours] for score in scores]) == pytest.approx(table[theirs], rel=1e-9)
@@ -108,12 +125,16 @@ def test_exact_f1_counts_a_repeated_word_once():
 
 
 def test_rouge_l_is_the_longest_common_subsequence():
-    assert metrics.rouge_l("police killed the gunman".split(), "police kill the gunman".split()) == 0.75  # Lin 2004, section 3.1
+    assert (
+        metrics.rouge_l("police killed the gunman".split(), "police kill the gunman".split()) == 0.75
+    )  # Lin 2004, section 3.1
     assert metrics.rouge_l("the gunman kill police".split(), "police kill the gunman".split()) == 0.5
 
 
 def test_articles_alone_are_answers():
-    assert metrics.closed_hit("A", "A.") == 0 and metrics.closed_hit("A", "a") == 1 and metrics.closed_hit("A", "the") == 0
+    assert (
+        metrics.closed_hit("A", "A.") == 0 and metrics.closed_hit("A", "a") == 1 and metrics.closed_hit("A", "the") == 0
+    )
     assert metrics.open_scores("a", "a")["f1"] == 1 and metrics.open_scores("a", "a", "reference")["f1"] == 0
 
 
@@ -122,7 +143,9 @@ def test_mask_scores_equal_golden(masks, case):
     prediction, truth = masks[case]
     score = metrics.mask_scores([prediction], [truth], "reference")
     assert [score["intersection"], score["union"]] == [SEG[case]["intersection"][1], SEG[case]["union"][1]]
-    assert score["iou"] == pytest.approx(SEG[case]["iou"], rel=1e-6) and score["dice"] == pytest.approx(SEG[case]["dice"], rel=1e-6)
+    assert score["iou"] == pytest.approx(SEG[case]["iou"], rel=1e-6) and score["dice"] == pytest.approx(
+        SEG[case]["dice"], rel=1e-6
+    )
 
 
 def test_mask_summary_equals_golden(masks, golden):
@@ -145,21 +168,33 @@ HALF = np.arange(20).reshape(4, 5) < 10
 
 
 def test_empty_masks_have_defined_scores():
-    assert metrics.mask_scores([EMPTY], [EMPTY])["iou"] == 1 and metrics.mask_scores([EMPTY], [EMPTY], "reference")["iou"] == 0
+    assert (
+        metrics.mask_scores([EMPTY], [EMPTY])["iou"] == 1
+        and metrics.mask_scores([EMPTY], [EMPTY], "reference")["iou"] == 0
+    )
     assert metrics.mask_scores([], [])["dice"] == 1
     assert metrics.mask_scores([FULL], [EMPTY])["dice"] == 0 and metrics.mask_scores([], [FULL])["dice"] == 0
 
 
 def test_masks_are_matched_in_order_and_surplus_counts():
     score = metrics.mask_scores([HALF, FULL, FULL], [HALF, HALF])
-    assert score["iou"] == pytest.approx((1 + 0.5 + 0) / 3) and (score["intersection"], score["union"]) == (20, 10 + 20 + 20)
+    assert score["iou"] == pytest.approx((1 + 0.5 + 0) / 3) and (score["intersection"], score["union"]) == (
+        20,
+        10 + 20 + 20,
+    )
     assert metrics.mask_scores([HALF], [~HALF, HALF])["iou"] == 0
-    assert metrics.mask_scores([FULL, EMPTY], [HALF])["iou"] == 0.5  # nothing drawn beyond the true mask neither helps nor harms
+    assert (
+        metrics.mask_scores([FULL, EMPTY], [HALF])["iou"] == 0.5
+    )  # nothing drawn beyond the true mask neither helps nor harms
     assert metrics.mask_scores([HALF, FULL], [HALF], "reference")["iou"] == 1
 
 
 def test_no_target_questions_count_apart():
-    silent, false_mask, empty_mask = metrics.mask_scores([], []), metrics.mask_scores([HALF], []), metrics.mask_scores([EMPTY], [])
+    silent, false_mask, empty_mask = (
+        metrics.mask_scores([], []),
+        metrics.mask_scores([HALF], []),
+        metrics.mask_scores([EMPTY], []),
+    )
     summary = summarise([metrics.mask_scores([HALF], [FULL]), silent, false_mask, empty_mask])
     assert summary["mIoU"] == 0.5 and summary["mDice"] == pytest.approx(2 / 3)
     assert summary["gIoU"] == pytest.approx((0.5 + 1 + 0 + 1) / 4) and summary["cIoU"] == pytest.approx(10 / 30)
@@ -169,9 +204,18 @@ def test_no_target_questions_count_apart():
 
 def test_hits_and_false_masks():
     half_right = metrics.mask_scores([HALF], [FULL])  # IoU 0.5, which does not exceed 0.5
-    scores = [metrics.mask_scores([FULL], [FULL]), half_right, metrics.mask_scores([], [HALF]), metrics.mask_scores([HALF], [])]
+    scores = [
+        metrics.mask_scores([FULL], [FULL]),
+        half_right,
+        metrics.mask_scores([], [HALF]),
+        metrics.mask_scores([HALF], []),
+    ]
     summary = summarise(scores)
-    assert summary["hit_rate"] == pytest.approx(2 / 3) and summary["precision_at_0.5"] == pytest.approx(1 / 3) and summary["false_mask_rate"] == 1
+    assert (
+        summary["hit_rate"] == pytest.approx(2 / 3)
+        and summary["precision_at_0.5"] == pytest.approx(1 / 3)
+        and summary["false_mask_rate"] == 1
+    )
 
 
 def brute_surface_dice(a, b):
@@ -194,24 +238,48 @@ def test_surface_dice_equals_the_definition(shift):
 
 
 def test_surface_dice_at_the_edges():
-    assert metrics.surface_dice(HALF, HALF) == 1 and metrics.surface_dice(HALF, EMPTY) == 0 and metrics.surface_dice(EMPTY, EMPTY) == 1
+    assert (
+        metrics.surface_dice(HALF, HALF) == 1
+        and metrics.surface_dice(HALF, EMPTY) == 0
+        and metrics.surface_dice(EMPTY, EMPTY) == 1
+    )
     scores = [metrics.mask_scores([HALF], [HALF]), metrics.mask_scores([], [HALF]), metrics.mask_scores([HALF], [])]
     assert summarise(scores)["surface_dice"] == 0.5  # questions without a target stay out
 
 
 def answer_row(answer, expected, modality):
     closed = expected in ("yes", "no")
-    scores = {"closed_accuracy": metrics.closed_hit(answer, expected)} if closed else {f"open_{k}": v for k, v in metrics.open_scores(answer, expected).items()}
+    scores = (
+        {"closed_accuracy": metrics.closed_hit(answer, expected)}
+        if closed
+        else {f"open_{k}": v for k, v in metrics.open_scores(answer, expected).items()}
+    )
     return {"answer": answer, "expected": expected, "modality": modality, "scores": scores}
 
 
 def test_metrics_of_answers_split_by_modality():
-    rows = [answer_row("yes", "yes", "ct"), answer_row("no", "yes", "ct"), answer_row("lung", "lung", "mr"), answer_row("left lung", "left liver", "mr")]
+    rows = [
+        answer_row("yes", "yes", "ct"),
+        answer_row("no", "yes", "ct"),
+        answer_row("lung", "lung", "mr"),
+        answer_row("left lung", "left liver", "mr"),
+    ]
     found = metrics.by_modality(metrics.statistics(rows), [row["modality"] for row in rows])
-    assert (found["accuracy"], found["accuracy/ct"], found["accuracy/mr"], found["accuracy/modality_mean"]) == (0.5, 0.5, 0.5, 0.5)
-    assert found["closed_accuracy"] == 0.5 and "closed_accuracy/mr" not in found and found["closed_accuracy/modality_mean"] == 0.5
+    assert (found["accuracy"], found["accuracy/ct"], found["accuracy/mr"], found["accuracy/modality_mean"]) == (
+        0.5,
+        0.5,
+        0.5,
+        0.5,
+    )
+    assert (
+        found["closed_accuracy"] == 0.5
+        and "closed_accuracy/mr" not in found
+        and found["closed_accuracy/modality_mean"] == 0.5
+    )
     assert found["open_f1"] == pytest.approx((1 + 0.5) / 2) and "open_f1/ct" not in found
-    assert found["open_candidate_accuracy/mr"] == 0.5  # "left lung" is nearest to "lung", an expected answer of the file
+    assert (
+        found["open_candidate_accuracy/mr"] == 0.5
+    )  # "left lung" is nearest to "lung", an expected answer of the file
     assert metrics.by_modality(metrics.statistics([rows[0] | {"modality": ""}]), [""]).keys() >= {"accuracy/none"}
 
 
@@ -223,7 +291,9 @@ def test_a_part_of_the_records_has_the_metrics_of_its_own_rows(protocol):
     chosen = rng.random(30) < 0.5
     whole = metrics.statistics(rows, protocol)
     part = metrics.statistics([row for row, keep in zip(rows, chosen, strict=True) if keep], protocol)
-    assert metrics.values({name: statistic[chosen] for name, statistic in whole.items()}) == pytest.approx(metrics.values(part))
+    assert metrics.values({name: statistic[chosen] for name, statistic in whole.items()}) == pytest.approx(
+        metrics.values(part)
+    )
 
 
 def test_bad_input_is_named():

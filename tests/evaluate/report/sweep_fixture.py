@@ -27,7 +27,13 @@ CHECKPOINTS = (
     ("medplib-7b-2e", "medplib-7b-2e", None, 0.74),
 )
 BASELINE = "stage_III-1200"
-SKIPPED = {"file": "test/MeCoVQA_Grounding_test.json", "record": 3, "what": "file is missing", "expected": "images/ct_9.png", "found": "no such file"}
+SKIPPED = {
+    "file": "test/MeCoVQA_Grounding_test.json",
+    "record": 3,
+    "what": "file is missing",
+    "expected": "images/ct_9.png",
+    "found": "no such file",
+}
 WORDS = "left right upper lower lung liver kidney mass cyst normal".split()
 
 
@@ -43,7 +49,17 @@ def write_sweep(workdir, test_examples=16, checkpoints=CHECKPOINTS, protocols=me
     for name, kind, part, file in tasks:
         source = MecovqaSource(str(file), str(data))
         records = [source[i] for i in range(len(source))]
-        entries.append({"name": name, "kind": kind, "part": part, "file": str(file), "root": str(data), "records": len(records), "source": "generated"})
+        entries.append(
+            {
+                "name": name,
+                "kind": kind,
+                "part": part,
+                "file": str(file),
+                "root": str(data),
+                "records": len(records),
+                "source": "generated",
+            }
+        )
         for checkpoint, _, _, skill in checkpoints:
             for protocol in protocols:
                 rng = np.random.default_rng([seed, *f"{name}{checkpoint}".encode()])
@@ -52,8 +68,16 @@ def write_sweep(workdir, test_examples=16, checkpoints=CHECKPOINTS, protocols=me
                 if skipped:
                     del rows[3]
                 cells.append(_write_cell(workdir, checkpoint, name, protocol, rows, skipped, rng))
-    known = [{"name": name, "path": f"runs/{run}", "run": run, "step": step, "kind": "jax" if step else "torch"} for name, run, step, _ in checkpoints]
-    sweep = {"baseline": BASELINE if BASELINE in [entry["name"] for entry in known] else None, "checkpoints": known, "tasks": entries, "cells": cells}
+    known = [
+        {"name": name, "path": f"runs/{run}", "run": run, "step": step, "kind": "jax" if step else "torch"}
+        for name, run, step, _ in checkpoints
+    ]
+    sweep = {
+        "baseline": BASELINE if BASELINE in [entry["name"] for entry in known] else None,
+        "checkpoints": known,
+        "tasks": entries,
+        "cells": cells,
+    }
     (workdir / "sweep.json").write_text(json.dumps(sweep))
     return sweep
 
@@ -68,35 +92,64 @@ def _write_cell(workdir, checkpoint, task, protocol, rows, skipped, rng):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     values = metrics.by_modality(metrics.statistics(rows, protocol), [row["modality"] for row in rows])
     return {
-        "checkpoint": checkpoint, "task": task, "protocol": protocol, "max_new_tokens": 64, "mask_threshold": 0.5 if protocol == "exact" else 0.1,
-        "predictions": names, "records": len(rows), "skipped": skipped, "metrics": values,
+        "checkpoint": checkpoint,
+        "task": task,
+        "protocol": protocol,
+        "max_new_tokens": 64,
+        "mask_threshold": 0.5 if protocol == "exact" else 0.1,
+        "predictions": names,
+        "records": len(rows),
+        "skipped": skipped,
+        "metrics": values,
         "router": router(sorted({row["modality"] for row in rows}), rng) if checkpoint.startswith("stage_IV") else None,
-    }  # fmt: skip
+    }
 
 
 def router(modalities, rng, layers=6, experts=2):
     def split(kinds):
-        shares = {kind: rng.dirichlet([2.0 + 3 * (kind == "SEG"), *[2.0] * (experts - 1)], layers).tolist() for kind in kinds}
+        shares = {
+            kind: rng.dirichlet([2.0 + 3 * (kind == "SEG"), *[2.0] * (experts - 1)], layers).tolist() for kind in kinds
+        }
         return {"share": shares, "tokens": {kind: int(rng.integers(50, 5000)) for kind in kinds}}
 
     kinds = ("text", "image", "region", "SEG")
-    return {"layers": list(range(layers)), **split(kinds), "modalities": {modality: split(kinds) for modality in modalities}}
+    return {
+        "layers": list(range(layers)),
+        **split(kinds),
+        "modalities": {modality: split(kinds) for modality in modalities},
+    }
 
 
 def _row(record, kind, part, skill, protocol, rng):
-    row = {"record": record.index, "image": list(record.images), "modality": record.modality, "question": record.turns[-2][1], "answer_type": record.answer_type}
+    row = {
+        "record": record.index,
+        "image": list(record.images),
+        "modality": record.modality,
+        "question": record.turns[-2][1],
+        "answer_type": record.answer_type,
+    }
     expected = MASK.sub("", record.turns[-1][1]).strip()
     if kind == "grounding":
-        true = [images.load_mask(record.path(reference), _size(record)) > 0 for reference in MASK.findall(record.turns[-1][1])]
+        true = [
+            images.load_mask(record.path(reference), _size(record)) > 0
+            for reference in MASK.findall(record.turns[-1][1])
+        ]
         drawn = [jitter(mask, skill, rng) for mask in true if rng.random() < 0.7 + 0.3 * skill]
         drawn = drawn if true or rng.random() < skill else [np.roll(_blob(_size(record)), rng.integers(-20, 20), 1)]
         answer = expected if len(drawn) == len(true) else "It is <SEG>." if drawn else "No, it is not visible."
         scores = metrics.mask_scores(drawn, true, protocol)
-        row |= {"masks": [encode_rle(mask) for mask in drawn], "true_masks": [encode_rle(mask) for mask in true], "predicted_iou": [skill] * len(drawn)}
+        row |= {
+            "masks": [encode_rle(mask) for mask in drawn],
+            "true_masks": [encode_rle(mask) for mask in true],
+            "predicted_iou": [skill] * len(drawn),
+        }
     elif part == "VG":
         true = np.sort(rng.integers(0, 999, (2, 2, 2)), axis=1).reshape(2, 4).astype(float)
         drawn = true + rng.normal(0, 180 * (1 - skill), true.shape)
-        answer, scores = " ".join("<box>({:.0f},{:.0f}),({:.0f},{:.0f})</box>".format(*box) for box in drawn), metrics.recall_at_iou(drawn, true)
+        answer, scores = (
+            " ".join("<box>({:.0f},{:.0f}),({:.0f},{:.0f})</box>".format(*box) for box in drawn),
+            metrics.recall_at_iou(drawn, true),
+        )
         row |= {"boxes": drawn.tolist(), "true_boxes": true.tolist()}
     else:
         words = expected.split()
@@ -125,7 +178,11 @@ def jitter(mask, skill, rng):
     """The mask moved, the further the lower the skill, and with noise at its border."""
     spread = (1 - skill) * 0.12 * max(mask.shape)
     moved = np.roll(mask, np.round(rng.normal(0, spread, 2)).astype(int), (0, 1))
-    return moved | np.roll(moved, rng.integers(-2, 3), 0) if rng.random() < 0.5 else moved & np.roll(moved, rng.integers(-3, 4), 1)
+    return (
+        moved | np.roll(moved, rng.integers(-2, 3), 0)
+        if rng.random() < 0.5
+        else moved & np.roll(moved, rng.integers(-3, 4), 1)
+    )
 
 
 if __name__ == "__main__":

@@ -32,16 +32,45 @@ def full_report(folder):
     steps = np.arange(0, 200, 10)
     path = picture(folder)
     examples = [
-        report.Example(path, "grounding", "ct", "<image>\nPlease segment the liver and the tumor.", "Sure, the liver is <SEG> and the tumor is <SEG>.",
-                       "Sure, the liver is <SEG> and the tumor is <SEG>.", {"dice": 0.91}, [disc(), disc(shift=8)], [disc(shift=2), disc(shift=9)]),
-        report.Example(path, "grounding", "ct", "Please segment the cyst.", "No, the cyst is not present.", "No, the cyst is not present.", {"no target": 1.0}),
-        report.Example(path, "region", "mr", "What is <region>masks/a.png</region>?", NASTY, "tumor", {"accuracy": 0.0}, region_masks=[disc()]),
+        report.Example(
+            path,
+            "grounding",
+            "ct",
+            "<image>\nPlease segment the liver and the tumor.",
+            "Sure, the liver is <SEG> and the tumor is <SEG>.",
+            "Sure, the liver is <SEG> and the tumor is <SEG>.",
+            {"dice": 0.91},
+            [disc(), disc(shift=8)],
+            [disc(shift=2), disc(shift=9)],
+        ),
+        report.Example(
+            path,
+            "grounding",
+            "ct",
+            "Please segment the cyst.",
+            "No, the cyst is not present.",
+            "No, the cyst is not present.",
+            {"no target": 1.0},
+        ),
+        report.Example(
+            path,
+            "region",
+            "mr",
+            "What is <region>masks/a.png</region>?",
+            NASTY,
+            "tumor",
+            {"accuracy": 0.0},
+            region_masks=[disc()],
+        ),
         report.Example(path, "vqa", NASTY, NASTY, "Yes", "Yes", {"accuracy": float("nan")}),
-    ]  # fmt: skip
+    ]
     return report.ReportData(
         title=f"Run {NASTY}",
         facts={"device": "cpu", "parameters": 1234567, "seconds": 61.25, NASTY: NASTY, "resumed": True},
-        curves={"I align": {"step": steps, "loss": np.exp(-steps / 50)}, "III grounding": {"step": steps, "loss": 1 / (1 + steps), "dice": np.full(20, np.nan)}},
+        curves={
+            "I align": {"step": steps, "loss": np.exp(-steps / 50)},
+            "III grounding": {"step": steps, "loss": 1 / (1 + steps), "dice": np.full(20, np.nan)},
+        },
         tables={"Grounding": {"ct": {"mDice": 0.8125, "n": 12}, "mr": {"mDice": None, NASTY: "text"}}},
         stages={"mDice": {"before": 0.1, "stage III": 0.8}, "closed": {"before": 0.5, "stage IV": 0.9}},
         router=report.Router([0, 2], ["text", "image", "SEG"], ["grounding", "language"], np.full((2, 3, 2), 0.5)),
@@ -76,7 +105,18 @@ def test_untrusted_text_is_escaped_everywhere(page):
 
 def test_values_are_shown(page):
     _, text = page
-    for shown in ("1,234,567", "61.250", "0.812", "–", "dice 0.910", "prediction: no mask", "truth: no mask", ">SEG</span>", ">region</span>", "yes"):
+    for shown in (
+        "1,234,567",
+        "61.250",
+        "0.812",
+        "–",
+        "dice 0.910",
+        "prediction: no mask",
+        "truth: no mask",
+        ">SEG</span>",
+        ">region</span>",
+        "yes",
+    ):
         assert shown in text, shown
     assert "masks/a.png" not in text and 'href="#router"' in text
 
@@ -114,8 +154,10 @@ def test_second_mask_has_the_colour_of_its_token():
 def test_marked_text_opens_only_our_spans(text):
     marked = str(pictures.mark_tokens(text))
     assert set(re.findall(r"</?[^>]*>", marked)) <= {
-        '<span class="token region">', "</span>", *(f'<span class="token" style="background:{colour}">' for colour in report.PALETTE)
-    }  # fmt: skip
+        '<span class="token region">',
+        "</span>",
+        *(f'<span class="token" style="background:{colour}">' for colour in report.PALETTE),
+    }
 
 
 @settings(deadline=None, max_examples=20)

@@ -30,11 +30,15 @@ def folder(tmp_path_factory):
     """A sweep of four checkpoints with text that wants to break the page."""
     folder = tmp_path_factory.mktemp("sweep")
     sweep = write_sweep(folder, 8, [CHECKPOINTS[i] for i in (0, 1, 3, 4)])
-    sweep["tasks"][0]["source"] = sweep["checkpoints"][2]["run"] = sweep["checkpoints"][3]["run"] = NASTY  # a label of the curves, too
+    sweep["tasks"][0]["source"] = sweep["checkpoints"][2]["run"] = sweep["checkpoints"][3]["run"] = (
+        NASTY  # a label of the curves, too
+    )
     sweep["cells"][0]["skipped"] = [SKIPPED | {"what": NASTY, "task": NASTY}]
     (folder / "sweep.json").write_text(json.dumps(sweep))
     path = folder / "predictions/stage_IV-1600/exact/MeCoVQA_Grounding_test.0.jsonl"
-    path.write_text(re.sub(r'"answer": "[^"]*"', f'"answer": {json.dumps(NASTY)}'.replace("\\", r"\\"), path.read_text()))
+    path.write_text(
+        re.sub(r'"answer": "[^"]*"', f'"answer": {json.dumps(NASTY)}'.replace("\\", r"\\"), path.read_text())
+    )
     write_sweep_report(folder)
     return folder
 
@@ -57,7 +61,11 @@ def small(folder, tmp_path):
 
     def change(edit=lambda sweep: None):
         sweep = json.loads((folder / "sweep.json").read_text())
-        sweep["cells"] = [cell for cell in sweep["cells"] if cell["task"] == TASK and cell["protocol"] == "exact" and cell["checkpoint"] != "stage_III-600"]
+        sweep["cells"] = [
+            cell
+            for cell in sweep["cells"]
+            if cell["task"] == TASK and cell["protocol"] == "exact" and cell["checkpoint"] != "stage_III-600"
+        ]
         edit(sweep)
         (copy / "sweep.json").write_text(json.dumps(sweep))
         return copy
@@ -82,9 +90,13 @@ def test_figures_are_the_metrics_that_evaluation_yields(folder, report):
 def test_intervals_and_differences(report):
     found = by_key(report)
     tested = [figure for figure in report["figures"] if figure["p"] is not None]
-    assert tested and all(figure["main"] and figure["modality"] != "modality_mean" and figure["q"] >= figure["p"] for figure in tested)
+    assert tested and all(
+        figure["main"] and figure["modality"] != "modality_mean" and figure["q"] >= figure["p"] for figure in tested
+    )
     for key, figure in found.items():
-        if figure["low"] is not None and figure["records"] > 10 and "bleu" not in key[3] and key[3] != "mBMR":  # of a small corpus it is biased
+        if (
+            figure["low"] is not None and figure["records"] > 10 and "bleu" not in key[3] and key[3] != "mBMR"
+        ):  # of a small corpus it is biased
             assert figure["low"] <= figure["value"] <= figure["high"]
         if figure["checkpoint"] == BASELINE:
             assert figure["baseline"] is figure["delta"] is figure["p"] is None
@@ -93,18 +105,51 @@ def test_intervals_and_differences(report):
             assert figure["delta_low"] is None or figure["delta_low"] <= figure["delta"] + 0.05
     best = found["stage_IV-1600", "MedGRIT_VG", "exact", "recall_at_0.5", "all"]
     worst = found["stage_III-600", "MedGRIT_VG", "exact", "recall_at_0.5", "all"]
-    assert best["delta_low"] > 0 and best["p"] < 0.1 and worst["delta_high"] < 0  # eight images cannot give a smaller p than 2 / 256
+    assert (
+        best["delta_low"] > 0 and best["p"] < 0.1 and worst["delta_high"] < 0
+    )  # eight images cannot give a smaller p than 2 / 256
 
 
 def test_marks_of_significant_differences():
     def made(metric, delta, q):
-        return entry(Figure("a", "", 1, "t", "grounding", "exact", metric, True, "all", 0.5, 0.4, 0.6, 10, "b", delta, delta - 0.1, delta + 0.1, 9, q, q), best=False)
+        return entry(
+            Figure(
+                "a",
+                "",
+                1,
+                "t",
+                "grounding",
+                "exact",
+                metric,
+                True,
+                "all",
+                0.5,
+                0.4,
+                0.6,
+                10,
+                "b",
+                delta,
+                delta - 0.1,
+                delta + 0.1,
+                9,
+                q,
+                q,
+            ),
+            best=False,
+        )
 
     better, worse, unsure = made("mDice", 0.2, 0.01), made("mDice", -0.2, 0.01), made("mDice", 0.2, 0.06)
-    assert [(one.delta, one.mark) for one in (better, worse, unsure)] == [("+20.0*", "up"), ("-20.0*", "down"), ("+20.0", "")]
+    assert [(one.delta, one.mark) for one in (better, worse, unsure)] == [
+        ("+20.0*", "up"),
+        ("-20.0*", "down"),
+        ("+20.0", ""),
+    ]
     assert made("false_mask_rate", 0.2, 0.01).mark == "down"  # less is better
     assert (better.value, better.interval) == ("50.0", "40.0–60.0")
-    assert better.hint == "10 records; +20.00 to b on 9 common records; 95 % interval of the difference +10.00 to +30.00; p 0.0100, q 0.0100"
+    assert (
+        better.hint
+        == "10 records; +20.00 to b on 9 common records; 95 % interval of the difference +10.00 to +30.00; p 0.0100, q 0.0100"
+    )
 
 
 def test_differences_are_on_common_records(folder, report):
@@ -127,11 +172,17 @@ def test_the_same_answers_give_the_same_figures(folder, small):
         sweep["cells"] = [cell for cell in sweep["cells"] if cell["checkpoint"] != "stage_IV-800"]
 
     def figures(sweep, checkpoint):
-        found = [figure for figure in compare(sweep) if (figure.checkpoint, figure.task, figure.protocol) == (checkpoint, TASK, "exact")]
+        found = [
+            figure
+            for figure in compare(sweep)
+            if (figure.checkpoint, figure.task, figure.protocol) == (checkpoint, TASK, "exact")
+        ]
         return [(figure.value, figure.low, figure.high, figure.delta, figure.delta_low, figure.p) for figure in found]
 
     expected = figures(load_sweep(small()), "stage_IV-1600")
-    assert len(expected) > 50 and figures(load_sweep(small(drop)), "stage_IV-1600") == expected  # whatever stands beside it
+    assert (
+        len(expected) > 50 and figures(load_sweep(small(drop)), "stage_IV-1600") == expected
+    )  # whatever stands beside it
 
 
 def test_every_picture_is_there_and_no_network_is_needed(folder, page):
@@ -140,19 +191,29 @@ def test_every_picture_is_there_and_no_network_is_needed(folder, page):
     for source in sources:
         with Image.open(folder / source) as image:
             assert max(image.size) == 224
-    assert {path.name for path in (folder / sweep_gallery.FOLDER).iterdir()} == {source.split("/")[1] for source in sources}
-    assert not re.search(r'(src|href)="(https?:)?//|@import|<link|url\(', re.sub(r'url\(#\w+\)|xlink:href="#\w+"', "", page))
+    assert {path.name for path in (folder / sweep_gallery.FOLDER).iterdir()} == {
+        source.split("/")[1] for source in sources
+    }
+    assert not re.search(
+        r'(src|href)="(https?:)?//|@import|<link|url\(', re.sub(r'url\(#\w+\)|xlink:href="#\w+"', "", page)
+    )
 
 
 def test_untrusted_text_is_escaped_everywhere(page):
     found = Tags(page).found
-    assert [tag for tag, _ in found].count("script") == 1 and not [name for _, attributes in found for name in attributes if name.startswith("on")]
+    assert [tag for tag, _ in found].count("script") == 1 and not [
+        name for _, attributes in found for name in attributes if name.startswith("on")
+    ]
     assert page.count("alert(&#39;x&#39;)") >= 4 and "<script>alert" not in page
 
 
 def test_every_table_of_figures_names_its_protocols(page):
-    for table in re.findall(r'<table class="sortable">(.*?)</table>', page[: page.index('id="elsewhere"')], flags=re.DOTALL):
-        heads = re.findall(r"<th scope=\"col\" class=\"p-(\w+).*?</th>", table[: table.index("</thead>")], flags=re.DOTALL)
+    for table in re.findall(
+        r'<table class="sortable">(.*?)</table>', page[: page.index('id="elsewhere"')], flags=re.DOTALL
+    ):
+        heads = re.findall(
+            r"<th scope=\"col\" class=\"p-(\w+).*?</th>", table[: table.index("</thead>")], flags=re.DOTALL
+        )
         assert set(heads) == {"exact", "reference"}
         assert [tag for tag in re.findall(r'class="tag p-(\w+)"', table)] == heads
     assert "masks where the sigmoid exceeds 0.5" in page and "masks where the sigmoid exceeds 0.1" in page
@@ -161,7 +222,14 @@ def test_every_table_of_figures_names_its_protocols(page):
 def test_page_shows_runs_router_skipped_and_published(page):
     assert page.count("<svg") == 6 + 2  # a curve for each task, a map for each checkpoint with a router
     assert "currentColor" in page and "expert 1" in page
-    for shown in ("images/ct_9.png", "the published test set has 2,344 records", "MedPLIB, re-run 1: an independent group", "79.90", "arXiv 2609.37283", "baseline"):
+    for shown in (
+        "images/ct_9.png",
+        "the published test set has 2,344 records",
+        "MedPLIB, re-run 1: an independent group",
+        "79.90",
+        "arXiv 2609.37283",
+        "baseline",
+    ):
         assert shown in page, shown
 
 
@@ -192,8 +260,10 @@ def test_broken_input_is_named(small, tmp_path):
     empty = {"checkpoints": [], "tasks": [], "cells": []}
     stray = {"checkpoint": "gone", "task": "rad"}
     for broken, message in (
-        ({"cells": []}, "checkpoints, tasks not found"), (empty | {"baseline": "x"}, "baseline 'x'"), (empty | {"cells": [stray]}, "'gone' on 'rad'"),
-    ):  # fmt: skip
+        ({"cells": []}, "checkpoints, tasks not found"),
+        (empty | {"baseline": "x"}, "baseline 'x'"),
+        (empty | {"cells": [stray]}, "'gone' on 'rad'"),
+    ):
         (tmp_path / "sweep.json").write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=message):
             load_sweep(tmp_path)
@@ -205,17 +275,40 @@ def test_broken_input_is_named(small, tmp_path):
 
 def test_an_empty_sweep_has_a_page(tmp_path):
     task = {"name": "rad", "kind": "vqa", "file": "rad.json", "records": 3}
-    (tmp_path / "sweep.json").write_text(json.dumps({"baseline": None, "checkpoints": [], "tasks": [task], "cells": []}))
+    (tmp_path / "sweep.json").write_text(
+        json.dumps({"baseline": None, "checkpoints": [], "tasks": [task], "cells": []})
+    )
     text = write_sweep_report(tmp_path).read_text()
     assert "Nothing has been evaluated yet" in text and "Not evaluated yet" in text
 
 
 def test_one_answer_without_baseline_or_steps(tmp_path):
-    row = {"record": 0, "image": [], "modality": "", "question": "?", "answer": "yes", "expected": "yes", "answer_type": "", "scores": {"closed_accuracy": 1.0}}
-    (tmp_path / "a.jsonl").write_text('{"header": 1}\n' + json.dumps(row) + '\n{"record": 1, "skipped": {"what": "x"}}\n')
-    cell = {"checkpoint": "a", "task": "rad", "protocol": "exact", "predictions": ["a.jsonl"], "records": 1, "skipped": [], "metrics": {"accuracy": 1.0}}
+    row = {
+        "record": 0,
+        "image": [],
+        "modality": "",
+        "question": "?",
+        "answer": "yes",
+        "expected": "yes",
+        "answer_type": "",
+        "scores": {"closed_accuracy": 1.0},
+    }
+    (tmp_path / "a.jsonl").write_text(
+        '{"header": 1}\n' + json.dumps(row) + '\n{"record": 1, "skipped": {"what": "x"}}\n'
+    )
+    cell = {
+        "checkpoint": "a",
+        "task": "rad",
+        "protocol": "exact",
+        "predictions": ["a.jsonl"],
+        "records": 1,
+        "skipped": [],
+        "metrics": {"accuracy": 1.0},
+    }
     task = {"name": "rad", "kind": "vqa", "file": "rad.json", "records": 2}
-    (tmp_path / "sweep.json").write_text(json.dumps({"baseline": None, "checkpoints": [{"name": "a"}], "tasks": [task], "cells": [cell]}))
+    (tmp_path / "sweep.json").write_text(
+        json.dumps({"baseline": None, "checkpoints": [{"name": "a"}], "tasks": [task], "cells": [cell]})
+    )
     assert "100.0" in write_sweep_report(tmp_path).read_text()
     figures = json.loads((tmp_path / "report.json").read_text())["figures"]
     assert {figure["modality"] for figure in figures} == {"all", "none", "modality_mean"}
@@ -226,10 +319,21 @@ def rows(dice, target=1, drawn=1):
 
 
 def test_chosen_answers():
-    found = rows(np.linspace(0, 1, 20)) | {20: {"scores": {"dice": 0, "target": 0, "drawn": 1}}, 21: {"scores": {"dice": 1, "target": 0, "drawn": 0}}}
+    found = rows(np.linspace(0, 1, 20)) | {
+        20: {"scores": {"dice": 0, "target": 0, "drawn": 1}},
+        21: {"scores": {"dice": 1, "target": 0, "drawn": 0}},
+    }
     chosen = sweep_gallery.choose(found)
-    assert (chosen["best"], chosen["median"], chosen["worst"], chosen["false mask"]) == ([19, 18, 17], [9, 10, 11], [0, 1, 2], [20])
-    baseline = rows(np.linspace(0, 1, 20)) | {5: {"scores": {"dice": 0.9, "target": 1, "drawn": 1}}, 15: {"scores": {"dice": 0, "target": 1, "drawn": 1}}}
+    assert (chosen["best"], chosen["median"], chosen["worst"], chosen["false mask"]) == (
+        [19, 18, 17],
+        [9, 10, 11],
+        [0, 1, 2],
+        [20],
+    )
+    baseline = rows(np.linspace(0, 1, 20)) | {
+        5: {"scores": {"dice": 0.9, "target": 1, "drawn": 1}},
+        15: {"scores": {"dice": 0, "target": 1, "drawn": 1}},
+    }
     chosen = sweep_gallery.choose(found, baseline)
     assert (chosen["gained"], chosen["lost"]) == ([15], [5])
     few = collections.Counter(record for group in sweep_gallery.choose(rows([0.1, 0.5])).values() for record in group)
@@ -246,16 +350,30 @@ def test_a_picture_that_is_gone_is_named(small, tmp_path):
 
 def test_published_figures_belong_to_tasks_of_their_name():
     def found(name, kind, part=""):
-        return {(figure.task, figure.label) for figure in published() if figure.belongs_to(Task(name, kind, "x.json", 10, part=part))}
+        return {
+            (figure.task, figure.label)
+            for figure in published()
+            if figure.belongs_to(Task(name, kind, "x.json", 10, part=part))
+        }
 
     assert len(published()) == 30
-    assert {task for task, _ in found("MeCoVQA_Grounding_test", "grounding")} == {"MeCoVQA grounding"} and len(found("MeCoVQA_Grounding_test", "grounding")) == 3
+    assert {task for task, _ in found("MeCoVQA_Grounding_test", "grounding")} == {"MeCoVQA grounding"} and len(
+        found("MeCoVQA_Grounding_test", "grounding")
+    ) == 3
     assert {task for task, _ in found("zeroshot4grounding-mr", "grounding")} == {"zero-shot MR"}
     assert {task for task, _ in found("xray", "grounding")} == {"zero-shot X-ray"}
-    assert found("medgrit", "refer_box", "ROC") == {("Med-GRIT ROC", "BiRD")} and found("medgrit", "refer_box", "VG") == {("Med-GRIT VG", "BiRD")}
-    assert {task for task, _ in found("VQA_RAD-test", "vqa")} == {"VQA-RAD"} and not found("my_mri", "grounding") and not found("mr", "vqa")
+    assert found("medgrit", "refer_box", "ROC") == {("Med-GRIT ROC", "BiRD")} and found(
+        "medgrit", "refer_box", "VG"
+    ) == {("Med-GRIT VG", "BiRD")}
+    assert (
+        {task for task, _ in found("VQA_RAD-test", "vqa")} == {"VQA-RAD"}
+        and not found("my_mri", "grounding")
+        and not found("mr", "vqa")
+    )
     paper = next(figure for figure in published() if figure.task == "MeCoVQA grounding")
-    assert "2,344 records, a has 10" in paper.caveat(Task("a", "grounding", "", 10)) and not paper.caveat(Task("a", "grounding", "", 2344))
+    assert "2,344 records, a has 10" in paper.caveat(Task("a", "grounding", "", 10)) and not paper.caveat(
+        Task("a", "grounding", "", 2344)
+    )
     assert all(0 < value < 1 for figure in elsewhere.published() for value in figure.values.values())
 
 

@@ -24,11 +24,17 @@ CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")  # on which kerne
 def products(x, w, dy, sizes, wide):
     device = types.SimpleNamespace(platform="cpu", device_kind="NVIDIA H200") if wide else CPU
     multiply = functools.partial(gpu.multiply, device=device)
-    return multiply(x, w, sizes, transpose=False), multiply(dy, w, sizes, transpose=True), gpu.weight_gradient(x, dy, sizes, device=device)
+    return (
+        multiply(x, w, sizes, transpose=False),
+        multiply(dy, w, sizes, transpose=True),
+        gpu.weight_gradient(x, dy, sizes, device=device),
+    )
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.lists(st.integers(0, 700), min_size=3, max_size=3), st.sampled_from([(256, False), (300, True), (513, False)]))
+@given(
+    st.lists(st.integers(0, 700), min_size=3, max_size=3), st.sampled_from([(256, False), (300, True), (513, False)])
+)
 def test_tiles_equal_one_product_per_group(cuts, shape):
     rows, wide = shape
     sizes = np.diff(np.minimum(np.sort(cuts), rows), prepend=0)  # rows beyond the last cut belong to no group
@@ -49,7 +55,9 @@ def test_every_row_lies_in_one_tile_of_its_group(sizes, rest):
 
 @pytest.mark.parametrize("tiles", [(1, 1), (8, 3), (19, 5), (83, 43)])
 def test_each_pair_of_tiles_has_one_program(tiles):
-    pairs = [gpu._near(jnp.int32(program), *tiles) for program in range(0, tiles[0] * tiles[1], 7 if tiles[0] > 50 else 1)]
+    pairs = [
+        gpu._near(jnp.int32(program), *tiles) for program in range(0, tiles[0] * tiles[1], 7 if tiles[0] > 50 else 1)
+    ]
     assert len(set((int(row), int(column)) for row, column in pairs)) == len(pairs)
     assert all(row < tiles[0] and column < tiles[1] for row, column in pairs)
 
@@ -66,8 +74,14 @@ def test_what_tiles_do_not_cover_goes_to_blocks():
 def test_a_gpu_gets_the_kernels(monkeypatch):
     """As far as the program that is sent to it; there is none here to run it."""
     for module in (dispatch, target):
-        monkeypatch.setattr(module, "target_device", lambda _: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200"))
-    x, w, sizes = jax.ShapeDtypeStruct((512, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 64, 128), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+        monkeypatch.setattr(
+            module, "target_device", lambda _: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+        )
+    x, w, sizes = (
+        jax.ShapeDtypeStruct((512, 64), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2, 64, 128), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2,), jnp.int32),
+    )
 
     def loss(x, w, sizes):
         return dispatch.grouped_matmul(x, w, sizes).astype(jnp.float32).sum()
@@ -78,9 +92,14 @@ def test_a_gpu_gets_the_kernels(monkeypatch):
 
 def test_results_stay_in_the_mesh_and_gradients_of_frozen_weights_are_dropped(monkeypatch):
     for module in (dispatch, target):
-        monkeypatch.setattr(module, "target_device", lambda _: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200"))
+        monkeypatch.setattr(
+            module, "target_device", lambda _: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+        )
     rows = NamedSharding(Mesh(np.array(jax.devices()[:1]), "data"), PartitionSpec())
-    x, w, sizes = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for shape, dtype in (((512, 64), "bfloat16"), ((2, 64, 64), "bfloat16"), ((2,), "int32")))
+    x, w, sizes = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for shape, dtype in (((512, 64), "bfloat16"), ((2, 64, 64), "bfloat16"), ((2,), "int32"))
+    )
 
     def loss(x, w, sizes):
         y = dispatch.grouped_matmul(x, w, sizes)
@@ -89,4 +108,7 @@ def test_results_stay_in_the_mesh_and_gradients_of_frozen_weights_are_dropped(mo
 
     product = 2 * 512 * 64 * 64
     assert count_flops(jax.jit(jax.grad(loss, (0, 1))).trace(x, w, sizes).jaxpr.jaxpr) == 3 * product
-    assert count_flops(jax.jit(lambda *args: jax.grad(loss, (0, 1))(*args)[0]).trace(x, w, sizes).jaxpr.jaxpr) == 2 * product
+    assert (
+        count_flops(jax.jit(lambda *args: jax.grad(loss, (0, 1))(*args)[0]).trace(x, w, sizes).jaxpr.jaxpr)
+        == 2 * product
+    )

@@ -53,7 +53,9 @@ def from_torch(state: dict, config: ModelConfig) -> dict:
         expert = "mlp.deepspeed_moe.experts.deepspeed_experts.{}."
         tree["moe"] = {
             "router": stack("mlp.deepspeed_moe.gate.wg", config.moe_layers),
-            "experts": {n: stack(f"{expert}{n}_proj", config.moe_layers, config.moe.num_experts) for n in ("gate", "up", "down")},
+            "experts": {
+                n: stack(f"{expert}{n}_proj", config.moe_layers, config.moe.num_experts) for n in ("gate", "up", "down")
+            },
         }
     tree["head"] = {"kernel": state["lm_head.weight"].T}
     if "model.embed_tokens.weight" in state:
@@ -65,8 +67,15 @@ def test_transformers_logits_and_gradients():
     config = ModelConfig(llm=dataclasses.replace(TINY, rope_theta=500.0))
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            rms_norm_eps=1e-5, rope_parameters={"rope_theta": 500.0, "rope_type": "default"}, attn_implementation="eager",
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_theta": 500.0, "rope_type": "default"},
+            attn_implementation="eager",
         )
     ).float()
     generator = torch.Generator().manual_seed(0)
@@ -106,13 +115,19 @@ DROPS = {
 @pytest.mark.parametrize("name", GOLDEN_MODELS)
 def test_original_decoder(name, case):
     golden = np.load(GOLDEN / f"{name}.npz")
-    moe = dataclasses.replace(GOLDEN_MODELS[name], dispatch="capacity", **(DROPS[name] if case.startswith("drop") else {}))
-    config = ModelConfig(llm=LlmConfig(vocab_size=64, hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=128), moe=moe)
+    moe = dataclasses.replace(
+        GOLDEN_MODELS[name], dispatch="capacity", **(DROPS[name] if case.startswith("drop") else {})
+    )
+    config = ModelConfig(
+        llm=LlmConfig(vocab_size=64, hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=128), moe=moe
+    )
     hidden, out, logits = run_golden(golden, config, case)
     expect_golden(golden, case, hidden, out, logits)
     close(out["aux_loss"], golden[f"{case}/l_aux"].sum())
     kept = golden[f"{case}/kept"].sum(-1).reshape(len(config.moe_layers), -1)[:, golden["valid"].reshape(-1)]
-    close(out["dropped"], 1 - kept.mean(-1) / moe.top_k, 1e-6) if case.startswith("drop") else close(out["dropped"], 0 * out["dropped"])
+    close(out["dropped"], 1 - kept.mean(-1) / moe.top_k, 1e-6) if case.startswith("drop") else close(
+        out["dropped"], 0 * out["dropped"]
+    )
 
 
 def test_dropless_is_the_original_where_nothing_drops():
@@ -128,7 +143,9 @@ def run_golden(golden, config, case):
     @jax.jit
     def forward(params):
         model = bind(module, params | {"embed": {"embedding": jnp.zeros((64, 64))}})
-        hidden, out = model(jnp.asarray(golden["embeddings"]), golden["valid"], train=case.endswith("train"), router_noise=noise)
+        hidden, out = model(
+            jnp.asarray(golden["embeddings"]), golden["valid"], train=case.endswith("train"), router_noise=noise
+        )
         return hidden, out, model.logits(hidden)
 
     return forward(params)
@@ -177,7 +194,9 @@ def test_cached_decoding_equals_the_full_pass(kind):
 
     expected = np.asarray(full(params, tokens))
     prompt = np.where(np.arange(9) < prompt_lengths[:, None], tokens[:, :9], 0)
-    logits, cache = extend(params, init_cache(config, 3, 14, jnp.float32), prompt, np.arange(9) < prompt_lengths[:, None])
+    logits, cache = extend(
+        params, init_cache(config, 3, 14, jnp.float32), prompt, np.arange(9) < prompt_lengths[:, None]
+    )
     for row, length in enumerate(prompt_lengths):
         close(logits[row, :length], expected[row, :length])
     cache = begin(params, prompt, np.arange(9) < prompt_lengths[:, None])
@@ -189,7 +208,13 @@ def test_cached_decoding_equals_the_full_pass(kind):
 
 
 @pytest.mark.parametrize(
-    "kind, change", [("dense", {"scan_unroll": 2}), ("dense", {"remat": "full"}), ("sparse", {"remat": "dots"}), ("odd", {"remat": "dots_no_batch"})]
+    "kind, change",
+    [
+        ("dense", {"scan_unroll": 2}),
+        ("dense", {"remat": "full"}),
+        ("sparse", {"remat": "dots"}),
+        ("odd", {"remat": "dots_no_batch"}),
+    ],
 )
 def test_unrolling_and_remat_change_nothing(kind, change):
     llm = dataclasses.replace(TINY, num_layers=3 if kind == "odd" else 2)
@@ -220,7 +245,10 @@ def test_attention_in_blocks_of_queries_equals_one_product(segmented):
     position = np.broadcast_to(np.arange(length), (2, length))
     segments = None if segment is None else (segment, segment)
     expected = attend(q, k, v, query_position_BxL=position, key_valid_BxS=valid, segments=segments)
-    close(np.where(valid[..., None, None], attend_within(q, k, v, valid, segment), 0), np.where(valid[..., None, None], expected, 0))
+    close(
+        np.where(valid[..., None, None], attend_within(q, k, v, valid, segment), 0),
+        np.where(valid[..., None, None], expected, 0),
+    )
 
 
 def test_unknown_remat_policy_is_named():
@@ -243,8 +271,12 @@ def test_padding_changes_nothing_before_it():
 @pytest.mark.parametrize(
     "kinds, plan",
     [
-        ([0] * 4, [(0, 1, 4)]), ([1, 0] * 3, [(0, 2, 3)]), ([1, 0, 1, 0, 1], [(0, 2, 2), (4, 1, 1)]),
-        ([1, 1, 0, 0], [(0, 1, 2), (2, 1, 2)]), ([1], [(0, 1, 1)]), ([0, 1, 1, 0], [(0, 1, 1), (1, 1, 2), (3, 1, 1)]),
+        ([0] * 4, [(0, 1, 4)]),
+        ([1, 0] * 3, [(0, 2, 3)]),
+        ([1, 0, 1, 0, 1], [(0, 2, 2), (4, 1, 1)]),
+        ([1, 1, 0, 0], [(0, 1, 2), (2, 1, 2)]),
+        ([1], [(0, 1, 1)]),
+        ([0, 1, 1, 0], [(0, 1, 1), (1, 1, 2), (3, 1, 1)]),
     ],
 )
 def test_scan_plan(kinds, plan):

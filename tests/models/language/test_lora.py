@@ -1,6 +1,5 @@
 """Adapters merged into the weights, against PEFT's arithmetic and our own un-merged forward pass."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +35,9 @@ def without_adapters():
 
 def test_peft_linear():
     params = {"kernel": golden["q_proj_base"].T, "lora_a": golden["q_proj_A"].T, "lora_b": golden["q_proj_B"].T}
-    layer = abstract_module(lambda rngs: Linear(64, 64, axes=(None, None), bias=False, rngs=rngs, lora=LORA, lora_rank=4))
+    layer = abstract_module(
+        lambda rngs: Linear(64, 64, axes=(None, None), bias=False, rngs=rngs, lora=LORA, lora_rank=4)
+    )
     np.testing.assert_allclose(bind(layer, params)(jnp.asarray(golden["x"])), golden["q_proj_y"], atol=1e-5)
     merged = merge_lora(params, LORA)
     assert set(merged) == {"kernel"} and set(params) == {"kernel", "lora_a", "lora_b"}
@@ -49,7 +50,13 @@ def test_original_merge_of_experts():
     def stacked(part):
         return np.stack([golden[f"before/{name}.{part}.weight"].T for name in names])[None]
 
-    params = {"gate": {"kernel": stacked("base_layer"), "lora_a": stacked("lora_A.default"), "lora_b": stacked("lora_B.default")}}
+    params = {
+        "gate": {
+            "kernel": stacked("base_layer"),
+            "lora_a": stacked("lora_A.default"),
+            "lora_b": stacked("lora_B.default"),
+        }
+    }
     expected = np.stack([golden[f"after/{name}.weight"].T for name in names])[None]
     np.testing.assert_allclose(merge_lora(params, LORA)["gate"]["kernel"], expected, atol=1e-6)
 
@@ -74,7 +81,11 @@ def test_merged_model_gives_the_same_output():
 
 
 def test_merge_sums_in_float32_and_keeps_the_dtype():
-    params = {"kernel": jnp.ones((3, 2), jnp.bfloat16), "lora_a": jnp.full((3, 1), 1 / 3), "lora_b": jnp.full((1, 2), 1 / 3)}
+    params = {
+        "kernel": jnp.ones((3, 2), jnp.bfloat16),
+        "lora_a": jnp.full((3, 1), 1 / 3),
+        "lora_b": jnp.full((1, 2), 1 / 3),
+    }
     kernel = merge_lora(params, LoraConfig(rank=1, alpha=1.0))["kernel"]
     assert kernel.dtype == jnp.bfloat16
     np.testing.assert_array_equal(kernel, jnp.full((3, 2), 1 + 1 / 9, jnp.bfloat16))
@@ -93,5 +104,7 @@ def test_paths():
     params = llama_with_adapters()
     assert not adapted(merge_lora(params, LORA))
     assert adapted(params) == {
-        "layers/attn/q", "layers/attn/v", *(f"{part}/{name}" for part in ("mlp", "moe/experts", "moe/residual") for name in ("gate", "up", "down"))
+        "layers/attn/q",
+        "layers/attn/v",
+        *(f"{part}/{name}" for part in ("mlp", "moe/experts", "moe/residual") for name in ("gate", "up", "down")),
     }

@@ -1,6 +1,5 @@
 """The experts against DeepSpeed 0.13.1's arithmetic, and the ways of computing them against each other."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,11 +47,18 @@ def torch_tree(prefix: str, moe: MoeConfig) -> dict:
     experts = [f"{prefix}experts.{e}.{{}}_proj.weight" for e in range(moe.num_experts)]
     tree = {
         "router": {"kernel": UNIT[f"{prefix}gate.wg.weight"].T},
-        "experts": {name: {"kernel": np.stack([UNIT[e.format(name)].T for e in experts])} for name in ("gate", "up", "down")},
+        "experts": {
+            name: {"kernel": np.stack([UNIT[e.format(name)].T for e in experts])} for name in ("gate", "up", "down")
+        },
     }
     if moe.residual:
-        tree["residual"] = {name: {"kernel": UNIT[f"{prefix}mlp.{name}_proj.weight"].T} for name in ("gate", "up", "down")}
-        tree["coefficient"] = {"kernel": UNIT[f"{prefix}coefficient.weight"].T, "bias": UNIT[f"{prefix}coefficient.bias"]}
+        tree["residual"] = {
+            name: {"kernel": UNIT[f"{prefix}mlp.{name}_proj.weight"].T} for name in ("gate", "up", "down")
+        }
+        tree["coefficient"] = {
+            "kernel": UNIT[f"{prefix}coefficient.weight"].T,
+            "bias": UNIT[f"{prefix}coefficient.bias"],
+        }
     return tree
 
 
@@ -101,7 +107,9 @@ def test_deepspeed_weights_and_capacity(case, mode):
     factor = (moe.capacity_factor if mode == "train" else moe.eval_capacity_factor) * moe.top_k
     capacity = expert_capacity(len(x), moe.num_experts, factor, moe.min_capacity)
     assert capacity == UNIT[f"{case}_{mode}_capacity"]
-    routing = route_capacity(jax.nn.softmax(logits), jnp.asarray(logits), moe.top_k, capacity, UNIT[f"{case}_{mode}_noise"])
+    routing = route_capacity(
+        jax.nn.softmax(logits), jnp.asarray(logits), moe.top_k, capacity, UNIT[f"{case}_{mode}_noise"]
+    )
     weight_SxE = (jax.nn.one_hot(routing.expert, moe.num_experts) * routing.weight[..., None]).sum(1)
     close(weight_SxE, UNIT[f"{case}_{mode}_weight"])
 
@@ -176,7 +184,9 @@ def test_metrics_count_valid_tokens_only():
     chosen = np.asarray(out["expert_index"])[np.asarray(valid)]
     close(out["expert_load"], np.bincount(chosen.reshape(-1), minlength=2) / chosen.size)
     probs = jax.nn.softmax(out["router_logits"].reshape(40, 2))
-    kept = np.asarray(route_capacity(probs, out["router_logits"].reshape(40, 2), 2, 10, None).kept)[np.asarray(valid).reshape(-1)]
+    kept = np.asarray(route_capacity(probs, out["router_logits"].reshape(40, 2), 2, 10, None).kept)[
+        np.asarray(valid).reshape(-1)
+    ]
     assert 0 < kept.mean() < 1
     close(out["dropped"], 1 - kept.mean())
 
@@ -244,7 +254,10 @@ def test_every_mesh_gives_the_same_value_and_gradient(sizes, transport, monkeypa
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
-    sharded = jax.device_put(params, param_shardings(logical_axes(module), params, mesh)), jax.device_put(x, batch_sharding(mesh))
+    sharded = (
+        jax.device_put(params, param_shardings(logical_axes(module), params, mesh)),
+        jax.device_put(x, batch_sharding(mesh)),
+    )
     program = str(jax.make_jaxpr(objective)(*sharded))
     assert "psum" in program and ("all_to_all" in program) == (mesh.shape["expert"] > 1 and transport == "padded")
     jax.tree.map(lambda a, b: close(a, b), objective(*sharded), objective(params, x))

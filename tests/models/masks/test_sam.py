@@ -22,12 +22,30 @@ from medplib_jax.models.masks.sam import SamMed2d, normalise_sam
 from tests.paths import GOLDEN
 from tests.torch_weights import HF_SAM_NAMES, SAM_NAMES, formula_reader, reader, relative_error, torch_params
 
-TINY = MaskConfig(hidden_size=48, num_layers=4, num_heads=4, global_layers=(1, 3), out_dim=64, decoder_mlp_dim=128, iou_head_dim=64)
+TINY = MaskConfig(
+    hidden_size=48, num_layers=4, num_heads=4, global_layers=(1, 3), out_dim=64, decoder_mlp_dim=128, iou_head_dim=64
+)
 SMALL = MaskConfig(
-    image_size=32, patch_size=4, hidden_size=16, num_layers=2, num_heads=2, window_size=3, global_layers=(1,), adapter=False,
-    out_dim=16, mask_in_dim=8, decoder_heads=4, decoder_mlp_dim=32, iou_head_dim=16,
-)  # fmt: skip
-PROMPTS = {"points": ("points", "labels"), "boxes": ("boxes",), "points_boxes": ("points", "labels", "boxes"), "text": ("text",)}
+    image_size=32,
+    patch_size=4,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    window_size=3,
+    global_layers=(1,),
+    adapter=False,
+    out_dim=16,
+    mask_in_dim=8,
+    decoder_heads=4,
+    decoder_mlp_dim=32,
+    iou_head_dim=16,
+)
+PROMPTS = {
+    "points": ("points", "labels"),
+    "boxes": ("boxes",),
+    "points_boxes": ("points", "labels", "boxes"),
+    "text": ("text",),
+}
 PROMPTS["all"] = (*PROMPTS["points_boxes"], "text")  # and masks
 
 
@@ -84,7 +102,9 @@ def test_prompts_and_masks_equal_the_original(prompt):
         expected = {name: arrays.get(f"dec_{prompt}_mm{multimask:d}_{name}") for name in ("masks", "iou")}
         if expected["iou"] is None:
             continue
-        masks, iou = sam.mask_decoder(embedding, sam.prompt_encoder.grid_position(), sparse[:, None], dense, multimask=multimask)
+        masks, iou = sam.mask_decoder(
+            embedding, sam.prompt_encoder.grid_position(), sparse[:, None], dense, multimask=multimask
+        )
         masks, iou = (masks[:, 0], iou[:, 0]) if multimask else (masks, iou)
         assert relative_error(iou, expected["iou"]) < 1e-5
         if expected["masks"] is not None:
@@ -93,7 +113,9 @@ def test_prompts_and_masks_equal_the_original(prompt):
 
 def test_dense_prompt_and_positions_equal_the_original():
     encoder = tiny().prompt_encoder
-    assert relative_error(encoder.dense(golden()["in_masks"][:, 0]), channels_last(golden()["prompt_masks_dense"])) < 1e-5
+    assert (
+        relative_error(encoder.dense(golden()["in_masks"][:, 0]), channels_last(golden()["prompt_masks_dense"])) < 1e-5
+    )
     assert relative_error(encoder.grid_position()[None], channels_last(golden()["dense_pe"])) < 1e-6
     with pytest.raises(ValueError, match="points, boxes or text"):
         encoder.sparse()
@@ -115,16 +137,28 @@ def test_decoding_several_prompts_equals_decoding_each():
 def transformers_sam() -> tuple[SamModel, SamMed2d]:
     torch.manual_seed(0)
     vision = SamVisionConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4, window_size=3, global_attn_indexes=[1],
-        output_channels=16, mlp_dim=64, num_pos_feats=8,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=4,
+        window_size=3,
+        global_attn_indexes=[1],
+        output_channels=16,
+        mlp_dim=64,
+        num_pos_feats=8,
+    )
     prompt = SamPromptEncoderConfig(hidden_size=16, image_size=32, patch_size=4, mask_input_channels=8)
-    decoder = SamMaskDecoderConfig(hidden_size=16, mlp_dim=32, num_attention_heads=4, iou_head_hidden_dim=16, layer_norm_eps=1e-5)
+    decoder = SamMaskDecoderConfig(
+        hidden_size=16, mlp_dim=32, num_attention_heads=4, iou_head_hidden_dim=16, layer_norm_eps=1e-5
+    )
     theirs = SamModel(SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)).eval()
     with torch.no_grad():
         for value in (*theirs.parameters(), *theirs.buffers()):
             value.normal_(0, 0.3)
-    return theirs, build(SMALL, reader({name: value.detach().numpy() for name, value in theirs.state_dict().items()}, HF_SAM_NAMES))
+    return theirs, build(
+        SMALL, reader({name: value.detach().numpy() for name, value in theirs.state_dict().items()}, HF_SAM_NAMES)
+    )
 
 
 def test_encoder_with_many_windows_equals_transformers():
@@ -145,10 +179,14 @@ def test_decoder_and_its_gradients_equal_transformers():
     torch_text = torch.from_numpy(text[:, :, None]).requires_grad_()
     encoder = theirs.prompt_encoder
     rows = columns = (torch.arange(8) + 0.5) / 8
-    position = encoder.shared_embedding(torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)).permute(2, 0, 1)[None]
+    position = encoder.shared_embedding(torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)).permute(
+        2, 0, 1
+    )[None]
     dense = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(2, -1, 8, 8)
     position = position.expand(2, -1, -1, -1)
-    expected_masks, expected_iou = theirs.mask_decoder(torch_embedding, position, torch_text, dense, multimask_output=False)
+    expected_masks, expected_iou = theirs.mask_decoder(
+        torch_embedding, position, torch_text, dense, multimask_output=False
+    )
     ((expected_masks[:, :, 0] * torch.from_numpy(weights)).sum() + expected_iou.sum()).backward()
 
     def loss(params, embedding, text):
@@ -156,7 +194,9 @@ def test_decoder_and_its_gradients_equal_transformers():
         return (masks * weights).sum() + iou.sum(), (masks, iou)
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
-    (of_params, of_embedding, of_text), (masks, iou) = gradient(params_of(ours), jnp.asarray(embedding), jnp.asarray(text))
+    (of_params, of_embedding, of_text), (masks, iou) = gradient(
+        params_of(ours), jnp.asarray(embedding), jnp.asarray(text)
+    )
     assert relative_error(masks, expected_masks[:, :, 0].detach()) < 1e-4
     assert relative_error(iou, expected_iou[:, :, 0].detach()) < 1e-4
     assert relative_error(of_embedding, channels_last(torch_embedding.grad.numpy())) < 1e-3
@@ -182,7 +222,9 @@ def test_adapter_gradient_equals_torch():
         y = bind(adapter.spatial2, {"kernel": kernels[1]})(bind(adapter.spatial1, {"kernel": kernels[0]})(x))
         return jnp.square(y).sum(), y
 
-    (of_kernels, of_x), y = jax.grad(loss, argnums=(0, 1), has_aux=True)(kernels, jnp.asarray(channels_last(x.detach().numpy())))
+    (of_kernels, of_x), y = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+        kernels, jnp.asarray(channels_last(x.detach().numpy()))
+    )
     assert relative_error(y, channels_last(expected.detach().numpy())) < 1e-5
     assert relative_error(of_x, channels_last(x.grad.numpy())) < 1e-4
     assert relative_error(of_kernels[0], down.weight.grad.numpy().transpose(2, 3, 1, 0)) < 1e-4
@@ -196,7 +238,9 @@ def test_normalise_pads_with_zero_after_normalising():
     for row, (top, left, height, width) in enumerate(box):
         inside = np.zeros((8, 8, 1), bool)
         inside[top : top + height, left : left + width] = True
-        expected = np.where(inside, (pixels[row] - np.array([123.675, 116.28, 103.53])) / np.array([58.395, 57.12, 57.375]), 0)
+        expected = np.where(
+            inside, (pixels[row] - np.array([123.675, 116.28, 103.53])) / np.array([58.395, 57.12, 57.375]), 0
+        )
         np.testing.assert_allclose(ours[row], expected, rtol=1e-5, atol=1e-6)
 
 

@@ -1,6 +1,5 @@
 """Masks back at original size: against the original program and against chains of PyTorch's interpolate."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +44,9 @@ def test_equals_the_original_where_the_grid_is_sams_canvas(case, mode):
 
 @settings(deadline=None, max_examples=25)
 @given(
-    long_side=st.tuples(st.booleans(), st.integers(5, SAM)), size=st.tuples(st.integers(1, 50), st.integers(1, 50)), seed=st.integers(0, 9)
+    long_side=st.tuples(st.booleans(), st.integers(5, SAM)),
+    size=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    seed=st.integers(0, 9),
 )
 def test_equals_chains_of_interpolate(long_side, size, seed):
     is_wide, short = long_side
@@ -70,12 +71,18 @@ def test_equals_chains_of_interpolate(long_side, size, seed):
 def test_rows_of_a_batch_keep_their_own_geometry():
     logits = np.random.default_rng(0).standard_normal((2, 1, 16, 16), np.float32)
     boxes, sizes = np.array([[8, 0, 48, 64], [0, 20, 64, 24]]), np.array([[30, 40], [50, 20]])
-    both, _ = RESAMPLE(jnp.asarray(logits), jnp.asarray(boxes), jnp.asarray(sizes), canvas=(50, 40), sam_size=SAM, mode="exact")
+    both, _ = RESAMPLE(
+        jnp.asarray(logits), jnp.asarray(boxes), jnp.asarray(sizes), canvas=(50, 40), sam_size=SAM, mode="exact"
+    )
     for row in range(2):
         alone, _ = RESAMPLE(
-            jnp.asarray(logits[row : row + 1]), jnp.asarray(boxes[row : row + 1]), jnp.asarray(sizes[row : row + 1]),
-            canvas=(50, 40), sam_size=SAM, mode="exact",
-        )  # fmt: skip
+            jnp.asarray(logits[row : row + 1]),
+            jnp.asarray(boxes[row : row + 1]),
+            jnp.asarray(sizes[row : row + 1]),
+            canvas=(50, 40),
+            sam_size=SAM,
+            mode="exact",
+        )
         np.testing.assert_allclose(both[row], alone[0], rtol=1e-6, atol=1e-6)
 
 

@@ -1,6 +1,5 @@
 """Region tokens against the original program, for both samplers."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +36,9 @@ def test_mean_equals_the_original_and_finds_its_image():
         region = points_of(golden[f"region_mask_{i}"][0])
         points[0, i, 60 - len(region) :], valid[0, i, 60 - len(region) :] = region, True
     images = np.array([[*golden["region_image"], 0]])
-    region, _ = encoder(jnp.asarray(golden["clip_features"][None]), jnp.asarray(points), jnp.asarray(valid), jnp.asarray(images))
+    region, _ = encoder(
+        jnp.asarray(golden["clip_features"][None]), jnp.asarray(points), jnp.asarray(valid), jnp.asarray(images)
+    )
     for i in range(2):
         assert relative_error(region[0, i], golden[f"region_feature_{i}"][0]) < 1e-5
     assert not region[0, 2].any(), "a region without points is zero, without the adapter's bias"
@@ -47,7 +48,9 @@ def test_point_weights_equal_grid_sample():
     random = np.random.default_rng(0)
     points, features = random.random((1, 2, 9, 2), np.float32), random.standard_normal((1, 4, 4, 5), np.float32)
     grid = torch.from_numpy(2 * points - 1)
-    expected = F.grid_sample(torch.from_numpy(features.transpose(0, 3, 1, 2)), grid, align_corners=True).permute(0, 2, 3, 1)
+    expected = F.grid_sample(torch.from_numpy(features.transpose(0, 3, 1, 2)), grid, align_corners=True).permute(
+        0, 2, 3, 1
+    )
     ours = point_weights(jnp.asarray(points), 4) @ features.reshape(1, 1, 16, 5)
     assert relative_error(ours, expected) < 1e-5
 

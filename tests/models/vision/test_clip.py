@@ -1,6 +1,5 @@
 """CLIP's vision tower against transformers and against the original program's features."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,18 +33,30 @@ def test_every_selected_layer_equals_transformers(select_layer):
     torch.manual_seed(0)
     theirs = CLIPVisionModel(
         CLIPVisionConfig(
-            hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=12, patch_size=4,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            image_size=12,
+            patch_size=4,
             hidden_act="quick_gelu",
-        )  # fmt: skip
+        )
     ).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_(0, 0.3)
-    state = {f"vision_model.{name.removeprefix('vision_model.')}": value.numpy() for name, value in theirs.state_dict().items()}
-    config = ClipConfig(image_size=12, patch_size=4, hidden_size=24, num_layers=3, num_heads=3, mlp_dim=40, select_layer=select_layer)
+    state = {
+        f"vision_model.{name.removeprefix('vision_model.')}": value.numpy()
+        for name, value in theirs.state_dict().items()
+    }
+    config = ClipConfig(
+        image_size=12, patch_size=4, hidden_size=24, num_layers=3, num_heads=3, mlp_dim=40, select_layer=select_layer
+    )
     pixels = np.random.default_rng(0).standard_normal((2, 12, 12, 3), np.float32)
     with torch.no_grad():
-        hidden = theirs(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True).hidden_states[select_layer]
+        hidden = theirs(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True).hidden_states[
+            select_layer
+        ]
     features, out = tower(config, reader(state))(pixels)
     assert relative_error(features, hidden[:, 1:]) < 1e-5
     assert relative_error(out["class_token"], hidden[:, 0]) < 1e-5
