@@ -39,7 +39,7 @@ class Batch:
     mask_valid: Bool[Array, "B M"]
     gt_masks: UInt8[Array, "B M I J"]  # 0/1, at original size in the top-left corner of the canvas
     mask_size: Int[Array, "B 2"]  # (height, width) of the picture on the mask canvas
-    record: Int[Array, "B"]  # index of the (first) record in its source, -1 for a filler row
+    record: Int[Array, " B"]  # index of the (first) record in its source, -1 for a filler row
     segment: Int[Array, "B L"] | None = (
         None  # conversation of the row: 1, 2, ..., 0 at padding; None: one conversation a row
     )

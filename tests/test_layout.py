@@ -61,7 +61,9 @@ def test_imports_run_down(path):
 
 
 def test_models_do_not_know_the_data():
-    known = [(path, name) for path in MODULES if path.parts[:2] == ("medplib_jax", "models") for name in imports_of(path)]
+    known = [
+        (path, name) for path in MODULES if path.parts[:2] == ("medplib_jax", "models") for name in imports_of(path)
+    ]
     assert not [(path, name) for path, name in known if room_of(name) == "data"]
 
 
@@ -69,7 +71,9 @@ def test_models_do_not_know_the_data():
 def test_data_is_read_without_jax(room):
     modules = [path for path in MODULES if path.parts[:2] == ("medplib_jax", room) and not is_command_line(path)]
     names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in modules]
-    program = f"import importlib, sys\nfor name in {names!r}:\n    importlib.import_module(name)\nprint('jax' in sys.modules)"
+    program = (
+        f"import importlib, sys\nfor name in {names!r}:\n    importlib.import_module(name)\nprint('jax' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
 

@@ -10,6 +10,7 @@ from PIL import Image
 from medplib_jax import predict
 from medplib_jax.data.errors import DataError
 from medplib_jax.decode import generator as decode
+from medplib_jax.decode.predictor import place_region
 from tests.evaluate.evaluators import tiny
 
 
@@ -31,14 +32,14 @@ def predictor(workdir):
 
 
 def test_region_takes_its_place():
-    assert predict.place_region("What is <region>?", "point:1,2") == "What is <region>point:1,2</region>?"
-    assert predict.place_region("What is <region></region>?", "/a\\1.png") == "What is <region>/a\\1.png</region>?"
-    assert predict.place_region("What is it?", "box:0,0,1,1") == "What is it? <region>box:0,0,1,1</region>"
-    assert predict.place_region("What is it?", "") == "What is it?"
+    assert place_region("What is <region>?", "point:1,2") == "What is <region>point:1,2</region>?"
+    assert place_region("What is <region></region>?", "/a\\1.png") == "What is <region>/a\\1.png</region>?"
+    assert place_region("What is it?", "box:0,0,1,1") == "What is it? <region>box:0,0,1,1</region>"
+    assert place_region("What is it?", "") == "What is it?"
     with pytest.raises(ValueError, match="has 1 <region>, expected none"):
-        predict.place_region("What is <region>?", "")
+        place_region("What is <region>?", "")
     with pytest.raises(ValueError, match="has 2 <region>, expected at most 1"):
-        predict.place_region("<region> or <region>?", "point:1,2")
+        place_region("<region> or <region>?", "point:1,2")
 
 
 @pytest.mark.parametrize("region", ["point:5,20", "box:0,0,14,40", "scribble:2,5 6,30", "mask"])

@@ -16,14 +16,14 @@ import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: a TPU or GPU of this machine is not needed
 
-import jax  # noqa: E402
-from absl import app, flags  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
+import jax
+from absl import app, flags
+from ml_collections import config_flags
 
-from medplib_jax.aot.programs import PROGRAMS  # noqa: E402
-from medplib_jax.aot.report import Request, as_text, examine  # noqa: E402
-from medplib_jax.aot.sweep import as_table, sweep  # noqa: E402
-from medplib_jax.config.base import from_config_dict  # noqa: E402
+from medplib_jax.aot.programs import PROGRAMS
+from medplib_jax.aot.report import Request, as_text, examine
+from medplib_jax.aot.sweep import as_table, sweep
+from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:SIZE")

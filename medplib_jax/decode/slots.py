@@ -15,7 +15,7 @@ class Generation:
     """Answers of a batch. Tokens after the end (and the end token itself) are 0 and not counted in `lengths`."""
 
     tokens: Int[Array, "B T"]
-    lengths: Int[Array, "B"]
+    lengths: Int[Array, " B"]
     mask_valid: Bool[Array, "B M"]  # the m-th <SEG> of the answer exists
     mask_logits: Float[Array, "B M h w"] | None  # None when no mask slots were asked for
     predicted_iou: Float[Array, "B M"] | None
@@ -33,13 +33,13 @@ class Slots:
     previous: Float[
         Array, "S D"
     ]  # the state before that; of an answer that ended, before the one that predicted its last token
-    active: Bool[Array, "S"]
-    limits: Int[Array, "S"]  # most tokens of the answer
-    records: Int[Array, "S"]  # of which the random draws depend
+    active: Bool[Array, " S"]
+    limits: Int[Array, " S"]  # most tokens of the answer
+    records: Int[Array, " S"]  # of which the random draws depend
     tokens: Int[Array, "S T"]
-    lengths: Int[Array, "S"]
+    lengths: Int[Array, " S"]
     seg_hidden: Float[Array, "S M D"]
-    seg_count: Int[Array, "S"]
+    seg_count: Int[Array, " S"]
     choices: Int[Array, "S n kinds E"] | None
 
 

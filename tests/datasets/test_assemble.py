@@ -26,7 +26,7 @@ from tests.paths import GOLDEN, ROOT
 
 KILLED = """
 import os, psutil, signal, sys
-from medplib_jax.datasets import assemble
+from medplib_jax.datasets.assemble import dataset as assemble
 assemble.RECORDS_PER_SHARD = 1
 build = assemble._build
 

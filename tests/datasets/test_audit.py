@@ -10,7 +10,7 @@ from PIL import Image
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.splits import is_held_out
 from medplib_jax.datasets.assemble.dataset import assemble
-from medplib_jax.datasets.audit import collect as program
+from medplib_jax.datasets.audit import __main__ as program
 from medplib_jax.datasets.audit.collect import audit
 from tests.datasets import collection
 from tests.datasets.collection import CT, SIZE, grounding, record, rectangle, region, vqa, write

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from medplib_jax.datasets import import_dataset, sa_med2d, slices, write_qa
-from medplib_jax.datasets.assemble import dataset as assemble
-from medplib_jax.datasets.audit import collect as audit
+from medplib_jax.datasets.assemble import __main__ as assemble
+from medplib_jax.datasets.audit import __main__ as audit
 
 COMMANDS = {
     "assemble": (

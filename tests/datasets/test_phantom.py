@@ -260,7 +260,7 @@ def test_command_line(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "medplib_jax.datasets.phantom.generate",
+        "medplib_jax.datasets.phantom",
         "--out",
         str(tmp_path / "out"),
         "--examples",

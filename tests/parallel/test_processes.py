@@ -27,7 +27,8 @@ import os, sys, time
 import jax, numpy as np
 from medplib_jax.parallel import processes as multihost
 from medplib_jax.config.experiment import MeshConfig
-from medplib_jax.parallel.mesh import initialize_distributed, make_mesh
+from medplib_jax.parallel.mesh import make_mesh
+from medplib_jax.parallel.processes import initialize_distributed
 
 initialize_distributed()
 me = jax.process_index()

@@ -7,6 +7,7 @@ import signal
 
 import jax
 
+from medplib_jax.train import __main__ as program
 from medplib_jax.train import loop as train
 
 
@@ -25,13 +26,13 @@ def note_records(folder: str) -> None:
 
 
 def signal_early(number: int) -> None:
-    join = train.initialize_distributed
+    join = program.initialize_distributed
 
     def join_and_signal():
         join()
         signal.raise_signal(number)
 
-    train.initialize_distributed = join_and_signal
+    program.initialize_distributed = join_and_signal
 
 
 if __name__ == "__main__":
@@ -39,4 +40,4 @@ if __name__ == "__main__":
         note_records(os.environ["NOTES"])
     if "EARLY_SIGNAL" in os.environ:
         signal_early(int(os.environ["EARLY_SIGNAL"]))
-    train.main()
+    program.main()

@@ -23,7 +23,7 @@ from tests.paths import ROOT
 
 KILLED = """
 import json, sys
-from medplib_jax import train
+from medplib_jax.train import loop as train
 from medplib_jax.config.base import from_dict
 from medplib_jax.config.experiment import ExperimentConfig
 from tests.train.test_loop import one_device

@@ -27,7 +27,7 @@ class KVCache:
 
     k: tuple[Float[Array, "B G K S"], ...]
     v: tuple[Float[Array, "B G S K"], ...]
-    length_B: Int[Array, "B"]
+    length_B: Int[Array, " B"]
 
 
 def rotary_tables(positions_BxL: Array, head_dim: int, theta: float) -> tuple[Array, Array]:

@@ -286,7 +286,7 @@ def test_metrics_of_answers_split_by_modality():
 @pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
 def test_a_part_of_the_records_has_the_metrics_of_its_own_rows(protocol):
     rng = np.random.default_rng(0)
-    draw = lambda: [rng.random((6, 6)) < 0.4] * int(rng.integers(0, 2))  # noqa: E731
+    draw = lambda: [rng.random((6, 6)) < 0.4] * int(rng.integers(0, 2))
     rows = [{"scores": metrics.mask_scores(draw(), draw(), protocol)} for _ in range(30)]
     chosen = rng.random(30) < 0.5
     whole = metrics.statistics(rows, protocol)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medplib_jax.data.errors import DataError
+from medplib_jax.data.overlay import PALETTE, overlay
 from medplib_jax.data.records import parse_record
 from medplib_jax.evaluate import report
 from medplib_jax.evaluate.report import pictures, plots
@@ -131,7 +132,7 @@ def test_overlay_colours_the_mask_and_nothing_else():
     base = np.full((20, 20, 3), 100, np.uint8)
     mask = np.zeros((10, 10), bool)
     mask[2:8, 2:8] = True
-    shown = report.overlay(base, [mask], ["#ff0000"])
+    shown = overlay(base, [mask], ["#ff0000"])
     inside = np.zeros((20, 20), bool)
     inside[4:16, 4:16] = True
     assert (shown[~inside] == 100).all() and (shown[inside] != 100).any(axis=-1).all()
@@ -142,11 +143,11 @@ def test_overlay_colours_the_mask_and_nothing_else():
 
 def test_second_mask_has_the_colour_of_its_token():
     marked = str(pictures.mark_tokens("the liver is <SEG><mask>masks/a.png</mask> and the tumor is <SEG>."))
-    assert re.findall(r"background:(#\w+)", marked) == list(report.PALETTE[:2])
+    assert re.findall(r"background:(#\w+)", marked) == list(PALETTE[:2])
     assert "masks/a.png" not in marked
     one = np.ones((8, 8), bool)
-    shown = report.overlay(np.zeros((8, 8, 3), np.uint8), [~one, one], report.PALETTE)
-    assert tuple(shown[0, 0]) == tuple(bytes.fromhex(report.PALETTE[1][1:]))
+    shown = overlay(np.zeros((8, 8, 3), np.uint8), [~one, one], PALETTE)
+    assert tuple(shown[0, 0]) == tuple(bytes.fromhex(PALETTE[1][1:]))
 
 
 @settings(deadline=None, max_examples=30)
@@ -156,7 +157,7 @@ def test_marked_text_opens_only_our_spans(text):
     assert set(re.findall(r"</?[^>]*>", marked)) <= {
         '<span class="token region">',
         "</span>",
-        *(f'<span class="token" style="background:{colour}">' for colour in report.PALETTE),
+        *(f'<span class="token" style="background:{colour}">' for colour in PALETTE),
     }
 
 
