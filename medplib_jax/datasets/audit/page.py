@@ -57,7 +57,7 @@ def write_page(report: dict[str, Any], facts: Sequence[Facts], folder: str, path
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.get_template("audit_page.html").render(
+    page = environment.get_template("page.html").render(
         title=Path(folder).resolve().name,
         report=report,
         findings=findings,

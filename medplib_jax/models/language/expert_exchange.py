@@ -80,7 +80,7 @@ def _starts(counts: Array, axis: int = -1) -> Array:
 
 def _padded(sorted_NxD: Array, sizes: Array, counts: Array, axes: tuple[str, ...]):
     """One block of N rows per pair of peers, rows first. Returns (rows that arrived, their experts, the way back)."""
-    me, (N, D), (peers, _, here) = jax.lax.axis_index(axes), sorted_NxD.shape, sizes.shape
+    me, (N, D), (peers, _, _) = jax.lax.axis_index(axes), sorted_NxD.shape, sizes.shape
     slot = jnp.arange(N)
     begins, mine = _starts(counts[me]), counts[me]  # where the rows for each peer lie among the sorted ones
 

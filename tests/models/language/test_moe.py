@@ -117,7 +117,7 @@ def test_deepspeed_weights_and_capacity(case, mode):
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_dropless_is_capacity_without_drops(top_k):
     moe = MoeConfig(num_experts=4, top_k=top_k, eval_capacity_factor=4.0, residual=True)
-    module, x = make(moe), jax.random.normal(jax.random.key(0), (2, 41, 16))
+    x = jax.random.normal(jax.random.key(0), (2, 41, 16))
     params = params_of(MoeMlp(llm_config(), moe, LoraConfig(), nnx.Rngs(0)))
 
     def objective(dispatch):
