@@ -1,14 +1,17 @@
-"""Checkpoints: one Orbax step holds the training state, the experiment and the tokenizer's files. It is written in the
-background and committed by a rename, so a killed save leaves nothing that looks finished. What disks and networks do to it later is
+"""Checkpoints of a run: saving, and resuming or loading a step that is complete and holds what was saved.
+
+One Orbax step holds the training state, the experiment and the tokenizer's files. It is written in the background and
+committed by a rename, so a killed save leaves nothing that looks finished. What disks and networks do to it later is
 found when it is read: the experiment lists a sum over the bits of every array.
 
-<workdir>/checkpoints/<step>/{state, experiment, tokenizer}; the step number is the data position. <workdir>/damaged/<step> are
-steps that could not be resumed from.
+<workdir>/checkpoints/<step>/{state, experiment, tokenizer}; the step number is the data position.
+<workdir>/damaged/<step> are steps that could not be resumed from.
 """
 
 import dataclasses
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,8 +23,8 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from medplib_jax.batch import Params, combine
-from medplib_jax.config.base import from_dict
 from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.config.versions import VERSION, read_versioned
 from medplib_jax.parallel.processes import of_every_process, wait_for_others
 
 log = logging.getLogger(__name__)
@@ -42,25 +45,21 @@ TOKENIZER_FILES = (
 class TokenizerHandler(ocp.CheckpointHandler):
     """Copies a tokenizer's files into the checkpoint."""
 
-    def save(self, directory: epath.Path, args: "TokenizerSave"):
+    def save(self, directory: epath.Path, args: "TokenizerFolder"):
         if jax.process_index() == 0:
             for path in tokenizer_files(args.source):
                 path.copy(directory / path.name, overwrite=True)
 
-    def restore(self, directory: epath.Path, args: "TokenizerRestore") -> str:
+    def restore(self, directory: epath.Path, args: "TokenizerFolder") -> str:
         return str(directory)
 
 
-@ocp.args.register_with_handler(TokenizerHandler, for_save=True)
+@ocp.args.register_with_handler(TokenizerHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
-class TokenizerSave(ocp.args.CheckpointArgs):
+class TokenizerFolder(ocp.args.CheckpointArgs):
+    """The folder whose tokenizer files are saved."""
+
     source: str
-
-
-@ocp.args.register_with_handler(TokenizerHandler, for_restore=True)
-@dataclasses.dataclass
-class TokenizerRestore(ocp.args.CheckpointArgs):
-    pass
 
 
 def tokenizer_files(folder: str) -> list[epath.Path]:
@@ -74,8 +73,9 @@ def tokenizer_files(folder: str) -> list[epath.Path]:
 def make_manager(
     workdir: str, keep: int | None = None, keep_best: int = 0, read_only: bool = False
 ) -> ocp.CheckpointManager:
-    """The manager of `<workdir>/checkpoints`; without `read_only` it saves asynchronously and keeps the newest `keep` steps (None:
-    all) and the `keep_best` of the smallest loss."""
+    """The manager of `<workdir>/checkpoints`; without `read_only` it saves asynchronously and keeps the newest `keep`
+    steps (None: all) and the `keep_best` of the smallest loss.
+    """
     handlers = {
         "state": ocp.PyTreeCheckpointHandler(),
         "experiment": ocp.JsonCheckpointHandler(),
@@ -94,18 +94,29 @@ def _loss(metrics: dict[str, float]) -> float:
     return metrics["loss"]
 
 
-def save(manager: ocp.CheckpointManager, state: State, config: ExperimentConfig, total_steps: int, loss: float) -> None:
-    """Starts saving `state` as step `state.step`, with the mean training `loss` since the last one; returns once the arrays are
-    copied off the device."""
-    began, tree = time.perf_counter(), _as_dict(state)
-    written = {"experiment": dataclasses.asdict(config), "total_steps": total_steps, "bit_sums": bit_sums(tree)}
+def save(
+    manager: ocp.CheckpointManager, state: State, config: ExperimentConfig, total_steps: int, loss: float | None
+) -> None:
+    """Starts saving `state` as step `state.step`; returns once the arrays are copied off the device.
+
+    `loss` ranks the step among those of `keep_best`; None: it is not ranked. ValueError when Orbax does not take the
+    step.
+    """
+    began, tree, step = time.perf_counter(), _as_dict(state), int(jax.device_get(state.step))
+    written = {
+        "version": VERSION,
+        "experiment": dataclasses.asdict(config),
+        "total_steps": total_steps,
+        "bit_sums": bit_sums(tree),
+    }
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(tree),
         experiment=ocp.args.JsonSave(written),
-        tokenizer=TokenizerSave(config.data.tokenizer),
+        tokenizer=TokenizerFolder(config.data.tokenizer),
     )
-    manager.save(int(state.step), args=items, metrics={"loss": loss})
-    log.info("saving step %d; training waited %.2f s", int(state.step), time.perf_counter() - began)
+    if not manager.save(step, args=items, metrics=None if loss is None else {"loss": loss}):
+        raise ValueError(f"{manager.directory}: step {step} was not saved; the newest there is {manager.latest_step()}")
+    log.info("saving step %d; training waited %.2f s", step, time.perf_counter() - began)
 
 
 def log_saved(manager: ocp.CheckpointManager, step: int) -> None:
@@ -118,17 +129,18 @@ def log_saved(manager: ocp.CheckpointManager, step: int) -> None:
 
 
 def bit_sums(tree: Any) -> dict[str, int]:
-    """{"path dtype": sum of the array's bits, read as unsigned integers, modulo 2^32}: exact, so the same on every mesh and number
-    of processes, and another one after any flipped bit. For trees of numpy arrays or of jax arrays."""
-    named = jax.tree_util.tree_leaves_with_path(tree)
-    leaves = [leaf for _, leaf in named]
+    """{"path dtype": sum of the array's bits, read as unsigned integers, modulo 2^32}: exact, so the same on every
+    mesh and number of processes, and another one after any flipped bit. For trees of numpy arrays or of jax
+    arrays.
+    """
+    named = _named(tree)
+    leaves = list(named.values())
     sums = (
         _sums(leaves)
         if all(isinstance(leaf, np.ndarray) for leaf in leaves)
         else jax.device_get(jax.jit(_sums)(leaves))
     )
-    names = [f"{jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.dtype}" for path, leaf in named]
-    return {name: int(value) for name, value in zip(names, sums, strict=True)}
+    return {f"{name} {leaf.dtype}": int(value) for (name, leaf), value in zip(named.items(), sums, strict=True)}
 
 
 def _sums(leaves: list) -> list:
@@ -140,28 +152,64 @@ def _as_dict(state: State) -> dict[str, Any]:
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: State) -> State:
-    """Step `step` with the structure, dtypes and shardings of `like` (jax.ShapeDtypeStruct leaves), whatever mesh wrote it.
+    """Step `step` with the structure, dtypes and shardings of `like` (jax.ShapeDtypeStruct leaves), whatever mesh
+    wrote it.
 
-    Raises ValueError when an array that keeps its dtype is not the one that was saved, and what Orbax raises when it cannot read one.
-    Other processes are not waited for: they may have found nothing wrong.
+    Raises OtherArrays when the step holds other arrays than `like`, ValueError when an array that keeps its dtype is
+    not the one that was saved, and what Orbax raises when it cannot read one. Other processes are not waited for:
+    they may have found nothing wrong.
     """
-    target, folder = _as_dict(like), epath.Path(manager.directory) / str(step)
+    folder, handler = epath.Path(manager.directory) / str(step), ocp.PyTreeCheckpointHandler()
+    like_dict, saved = _as_dict(like), handler.metadata(folder / "state").tree
+    wanted = _named(like_dict)
+    check_listed(folder, saved)
+    check_arrays(folder, _named(saved), wanted)
+    # in the nesting that was saved: containers without arrays, such as states of stateless transforms, may have come
+    # or gone
+    target = jax.tree_util.tree_map_with_path(lambda path, _: wanted[_name(path)], saved)
     args = ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
-    restored = ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args)
+    restored = handler.restore(folder / "state", args=args)
     check_bits(folder, restored)
-    return type(like)(**restored)
+    arrays = _named(restored)
+    return type(like)(**jax.tree.unflatten(jax.tree.structure(like_dict), [arrays[name] for name in wanted]))
+
+
+class OtherArrays(ValueError):
+    """A checkpoint holds other arrays than are asked for: it is of another model or optimizer, not damaged."""
+
+
+def check_arrays(folder: epath.Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """OtherArrays naming the first path or shape in which they differ."""
+    for name in sorted(saved.keys() | wanted.keys()):
+        shapes = [tuple(tree[name].shape) if name in tree else None for tree in (saved, wanted)]
+        if shapes[0] != shapes[1]:
+            found, expected = ("no such array" if shape is None else f"shape {shape}" for shape in shapes)
+            raise OtherArrays(f"{folder}: {name}: found {found}, expected {expected}")
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """{"a/b/0/c": leaf} in the order of the leaves; the same names for a NamedTuple and the dict that Orbax makes of
+    it.
+    """
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def restore_newest(manager: ocp.CheckpointManager, like: State) -> tuple[int, State]:
     """(step, state) of the newest step that every process can read and that holds what was saved.
 
-    Newer ones are named in a warning and moved to <workdir>/damaged, so that their numbers are free. ValueError when no step is good;
-    then nothing is moved.
+    Newer ones are named in a warning and moved to <workdir>/damaged, so that their numbers are free. ValueError when
+    no step is good; then nothing is moved. OtherArrays is not damage and is raised.
     """
     for step in complete_steps(manager):
         began, state, problem = time.perf_counter(), None, ""
         try:
             state = restore(manager, step, like)
+        except (OtherArrays, MemoryError, jax.errors.JaxRuntimeError):  # the files are not to blame
+            raise
         except Exception as error:  # whatever Orbax and TensorStore raise for files that are not what they were
             problem = f"{type(error).__name__}: {error}"
         problems = [text for text in of_every_process(f"restored_{step}", problem) if text]
@@ -170,9 +218,11 @@ def restore_newest(manager: ocp.CheckpointManager, like: State) -> tuple[int, St
             _set_aside(manager, [newer for newer in manager.all_steps() if newer > step])
             return step, state
         log.warning("checkpoint %s/%d is damaged and not used: %s", manager.directory, step, problems[0])
-    raise ValueError(
-        f"{manager.directory}: no step can be restored; to start anew, take another workdir or remove this one"
-    )
+    raise ValueError(_no_good_step(manager))
+
+
+def _no_good_step(manager: ocp.CheckpointManager) -> str:
+    return f"{manager.directory}: no step can be restored; to start anew, take another workdir or remove this one"
 
 
 def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
@@ -187,8 +237,20 @@ def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
     manager.reload()
 
 
+def check_listed(folder: epath.Path, saved: Any) -> None:
+    """ValueError when the arrays that Orbax finds are not those that the experiment lists; a converted checkpoint
+    lists none.
+    """
+    listed = _read_json(folder).get("bit_sums", {}).keys()
+    found = {f"{name} {leaf.dtype}" for name, leaf in _named(saved).items()}
+    if listed and (odd := sorted(listed ^ found)):
+        raise ValueError(f"{folder}: {len(odd)} arrays are not those that were saved, first {odd[0]}")
+
+
 def check_bits(folder: epath.Path, tree: Any) -> None:
-    """ValueError naming the arrays of `tree` that are not those saved in this step's folder. A converted checkpoint lists no sums."""
+    """ValueError naming the arrays of `tree` that are not those saved in this step's folder. A converted checkpoint
+    lists no sums.
+    """
     saved = _read_json(folder).get("bit_sums", {})
     wrong = sorted(name for name, value in bit_sums(tree).items() if saved.get(name, value) != value)
     if wrong:
@@ -196,7 +258,12 @@ def check_bits(folder: epath.Path, tree: Any) -> None:
 
 
 def complete_steps(manager: ocp.CheckpointManager) -> Iterator[int]:
-    """The complete steps, newest first. One that lacks an item, or whose experiment cannot be read, is named in a warning and passed over."""
+    """The complete steps, newest first. One that lacks an item, or whose experiment is no JSON, is named in a warning
+    and passed over.
+
+    Raises ValueError for an experiment that this version of the program does not understand: it is whole, and not to
+    be passed over.
+    """
     for step in sorted(manager.all_steps(), reverse=True):
         folder = epath.Path(manager.directory) / str(step)
         missing = [item for item in ITEMS if not (folder / item).exists()]
@@ -204,10 +271,11 @@ def complete_steps(manager: ocp.CheckpointManager) -> Iterator[int]:
             log.warning("checkpoint %s lacks %s and is not used", folder, ", ".join(missing))
             continue
         try:
-            read_experiment(manager, step)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            _read_json(folder)
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
             log.warning("checkpoint %s is not used, its experiment cannot be read: %s", folder, error)
             continue
+        read_experiment(manager, step)
         yield step
 
 
@@ -216,41 +284,82 @@ def latest_step(manager: ocp.CheckpointManager) -> int | None:
     return next(complete_steps(manager), None)
 
 
+def step_to_resume(manager: ocp.CheckpointManager) -> int | None:
+    """The newest complete step, None in a new workdir. ValueError when there are steps of which none can be used."""
+    step = latest_step(manager)
+    if step is None and manager.all_steps():
+        raise ValueError(_no_good_step(manager))
+    return step
+
+
 def read_experiment(manager: ocp.CheckpointManager, step: int) -> tuple[ExperimentConfig, int]:
-    """The experiment saved with a step, and how many steps it was to run."""
-    written = _read_json(epath.Path(manager.directory) / str(step))
-    return from_dict(ExperimentConfig, written["experiment"]), written["total_steps"]
+    """The experiment saved with a step, whatever version of this program wrote it, and how many steps it was to run.
+
+    ValueError names the file and the field that is not understood.
+    """
+    folder = epath.Path(manager.directory) / str(step)
+    written = _read_json(folder)
+    try:
+        return read_versioned(written["experiment"], written.get("version", 0)), written["total_steps"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/experiment: cannot be used by this version of the program: {error}") from error
 
 
 def _read_json(folder: epath.Path) -> dict[str, Any]:
     return ocp.JsonCheckpointHandler().restore(folder / "experiment", ocp.args.JsonRestore())
 
 
-def load_params(
-    workdir: str, step: int | None = None, shardings: Params | None = None
-) -> tuple[ExperimentConfig, Params, str]:
-    """(experiment, parameters, tokenizer folder) of a finished checkpoint in `workdir`, the newest unless `step` is given.
-
-    Parameters are trainable and frozen together, a nested dict in the dtypes they were saved in: numpy arrays, or jax
-    arrays placed by `shardings` (same nesting). Optimizer state is not read. Raises FileNotFoundError when `workdir` has
-    no complete checkpoint (half-written ones do not count), ValueError when its parameters are not those that were saved.
+def named_step(path: str | os.PathLike) -> tuple[str, int | None]:
+    """(workdir, step) that a path names: WORKDIR/checkpoints/STEP, or a WORKDIR alone, whose step is None for the
+    newest.
     """
+    place = epath.Path(path)
+    if place.name.isdigit() and place.parent.name == FOLDER:
+        return str(place.parent.parent), int(place.name)
+    return str(path), None
+
+
+def find_step(path: str | os.PathLike) -> tuple[epath.Path, int]:
+    """(absolute workdir, complete step) that a path names (see `named_step`); FileNotFoundError when it is not
+    there.
+    """
+    workdir, step = named_step(path)
     folder = epath.Path(workdir).absolute() / FOLDER
     if not folder.exists():
         raise FileNotFoundError(f"{workdir}: expected a workdir of a training run, found no {FOLDER!r} folder in it")
     with make_manager(workdir, read_only=True) as manager:
-        newest = latest_step(manager)
-        step = newest if step is None else step
-        if step is None or step not in manager.all_steps():
-            raise FileNotFoundError(
-                f"{folder}: no complete checkpoint{'' if step is None else f' of step {step}'}; found {sorted(p.name for p in folder.iterdir())}"
-            )
+        steps = complete_steps(manager)
+        found = next(steps, None) if step is None else next((one for one in steps if one == step), None)
+    if found is None:
+        wanted, there = "" if step is None else f" of step {step}", sorted(entry.name for entry in folder.iterdir())
+        raise FileNotFoundError(f"{folder}: no complete checkpoint{wanted}; found {there}")
+    return folder.parent, found
+
+
+def load_experiment(path: str | os.PathLike) -> tuple[ExperimentConfig, str]:
+    """(experiment, tokenizer folder) of the step that a path names, without its parameters. Raises as `find_step`."""
+    workdir, step = find_step(path)
+    with make_manager(str(workdir), read_only=True) as manager:
+        return read_experiment(manager, step)[0], str(workdir / FOLDER / str(step) / "tokenizer")
+
+
+def load_params(
+    path: str | os.PathLike, step: int | None = None, shardings: Params | None = None
+) -> tuple[ExperimentConfig, Params, str]:
+    """(experiment, parameters, tokenizer folder) of a complete checkpoint: `step` of a workdir, or what `path` names
+    (see `named_step`).
+
+    Parameters are trainable and frozen together, a nested dict in the dtypes they were saved in: numpy arrays, or jax
+    arrays placed by `shardings` (same nesting). Optimizer state is not read. Raises FileNotFoundError when there is
+    no such complete checkpoint (half-written ones do not count), ValueError when its parameters are not those that
+    were saved.
+    """
+    workdir, step = find_step(path if step is None else epath.Path(path) / FOLDER / str(step))
+    folder = workdir / FOLDER / str(step)
+    with make_manager(str(workdir), read_only=True) as manager:
         config, _ = read_experiment(manager, step)
-        folder = folder / str(step)
         saved = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
-        parts = {}
-        for name in ("trainable", "frozen"):
-            parts[name] = _restore_args(saved.get(name) or {}, shardings)
+        parts = {name: _restore_args(saved.get(name) or {}, shardings) for name in ("trainable", "frozen")}
         args = ocp.args.PyTreeRestore(item=jax.tree.map(lambda _: 0, parts), restore_args=parts, partial_restore=True)
         state = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
     check_bits(folder, state)

@@ -1,6 +1,8 @@
 import dataclasses
+import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from medplib_jax import checkpoint
+from medplib_jax.config import versions
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, MeshConfig
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.train.state import TrainState
@@ -58,10 +61,8 @@ def test_round_trip_on_another_mesh_and_dtype(tmp_path, experiment):
     with checkpoint.make_manager(str(tmp_path / "run")) as manager:
         same = checkpoint.restore(manager, 3, abstract(state, mesh, PartitionSpec("tensor", "fsdp")))
         half = checkpoint.restore(manager, 3, abstract(state, mesh, PartitionSpec(), jnp.bfloat16))
-    assert jax.tree.structure(same) == jax.tree.structure(state)
-    for restored, original in zip(jax.tree.leaves(same), jax.tree.leaves(state)):
-        np.testing.assert_array_equal(restored, original)
-        assert restored.dtype == original.dtype
+    chex.assert_trees_all_equal(same, state)
+    chex.assert_trees_all_equal_dtypes(same, state)
     kernel = same.trainable["blocks"]["0"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec("tensor", "fsdp") and kernel.sharding.mesh == mesh
     assert half.trainable["blocks"]["0"]["kernel"].dtype == jnp.bfloat16
@@ -209,3 +210,95 @@ def test_nothing_complete_is_refused_by_name(tmp_path, experiment):
     bad = dataclasses.replace(experiment, data=DataConfig(tokenizer=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match="no tokenizer files"):
         write(tmp_path / "other", bad, [1])
+
+
+def edit_experiment(folder, edit):
+    """Rewrites the experiment of a step as `edit` changes its plain values."""
+    file = folder / "experiment" / "metadata"
+    written = json.loads(file.read_text())
+    edit(written)
+    file.write_text(json.dumps(written))
+
+
+def rename_a_field(written):
+    written["experiment"]["optim"]["learning_speed"] = written["experiment"]["optim"].pop("lr")
+
+
+def test_an_experiment_that_is_not_understood_is_refused_by_its_field(tmp_path, experiment):
+    write(tmp_path / "run", experiment, [1, 2])
+    edit_experiment(tmp_path / "run/checkpoints/2", rename_a_field)
+    with pytest.raises(ValueError, match=r"checkpoints/2/experiment.*unknown config field .*learning_speed"):
+        checkpoint.load_params(str(tmp_path / "run"))
+    with checkpoint.make_manager(str(tmp_path / "run")) as manager, pytest.raises(ValueError, match="learning_speed"):
+        checkpoint.step_to_resume(manager)
+
+
+def test_older_experiments_are_migrated_and_newer_ones_refused(tmp_path, experiment, monkeypatch):
+    write(tmp_path / "run", experiment, [1])
+    edit_experiment(tmp_path / "run/checkpoints/1", rename_a_field)
+    edit_experiment(tmp_path / "run/checkpoints/1", lambda written: written.pop("version"))
+
+    def to_1(values):
+        optim = dict(values["optim"])
+        return values | {"optim": optim | {"lr": optim.pop("learning_speed")}} | {"optim": {"lr": 3e-4}}
+
+    monkeypatch.setattr(versions, "MIGRATIONS", (to_1,))
+    assert checkpoint.load_experiment(tmp_path / "run")[0] == experiment
+    edit_experiment(tmp_path / "run/checkpoints/1", lambda written: written.update(version=2))
+    with pytest.raises(ValueError, match="experiment version 2; this program reads versions up to 1"):
+        checkpoint.load_experiment(tmp_path / "run")
+
+
+def test_no_run_starts_anew_over_steps_that_cannot_be_read(tmp_path, experiment):
+    write(tmp_path / "run", experiment, [1])
+    DAMAGES["experiment unreadable"](tmp_path / "run/checkpoints/1/state")
+    with checkpoint.make_manager(str(tmp_path / "run")) as manager:
+        with pytest.raises(ValueError, match="no step can be restored"):
+            checkpoint.step_to_resume(manager)
+    with checkpoint.make_manager(str(tmp_path / "new")) as manager:
+        assert checkpoint.step_to_resume(manager) is None
+
+
+def test_a_step_that_orbax_does_not_take_is_an_error(tmp_path, experiment):
+    write(tmp_path / "run", experiment, [3])
+    with pytest.raises(ValueError, match="step 2 was not saved; the newest there is 3"):
+        write(tmp_path / "run", experiment, [2])
+
+
+def test_other_arrays_are_not_damage(tmp_path, experiment):
+    write(tmp_path / "run", experiment, [1])
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    like = abstract(make_state(0, mesh), mesh, PartitionSpec())
+    more = dataclasses.replace(like, frozen=like.frozen | {"router": jax.ShapeDtypeStruct((2,), jnp.float32)})
+    wider = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 1), x.dtype, sharding=x.sharding), like)
+    with checkpoint.make_manager(str(tmp_path / "run")) as manager:
+        with pytest.raises(checkpoint.OtherArrays, match=r"frozen/router: found no such array, expected shape \(2,\)"):
+            checkpoint.restore_newest(manager, more)
+        with pytest.raises(checkpoint.OtherArrays, match=r"bias: found shape \(3,\), expected shape \(3, 1\)"):
+            checkpoint.restore_newest(manager, wider)
+    assert not (tmp_path / "run/damaged").exists()
+
+
+def test_transforms_without_state_may_come_and_go(tmp_path, experiment):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    short = make_state(1, mesh)
+    long = dataclasses.replace(short, opt_state=(*short.opt_state, optax.EmptyState()))
+    for written, wanted in ((short, long), (long, short)):
+        with checkpoint.make_manager(str(tmp_path / str(len(written.opt_state)))) as manager:
+            checkpoint.save(manager, written, experiment, total_steps=9, loss=1.0)
+            manager.wait_until_finished()
+            chex.assert_trees_all_equal(checkpoint.restore(manager, 1, abstract(wanted, mesh, PartitionSpec())), wanted)
+
+
+def test_a_path_names_a_step_of_a_workdir(tmp_path, experiment, monkeypatch):
+    write(tmp_path / "run", experiment, [1, 2])
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.find_step("run") == (tmp_path / "run", 2)
+    assert checkpoint.find_step("run/checkpoints/1") == (tmp_path / "run", 1)
+    _, params, tokenizer = checkpoint.load_params("run/checkpoints/1")
+    assert params["blocks"]["0"]["kernel"][0, 0] == 1
+    assert (
+        tokenizer == checkpoint.load_experiment("run/checkpoints/1")[1] == str(tmp_path / "run/checkpoints/1/tokenizer")
+    )
+    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint of step 7; found \['1', '2'\]"):
+        checkpoint.find_step("run/checkpoints/7")

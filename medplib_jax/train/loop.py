@@ -61,7 +61,7 @@ def train(config: ExperimentConfig, workdir: str) -> dict[str, Any]:
         Watchdog(config.train.hang_seconds) as watchdog,
     ):
         check_shared(manager)
-        last = checkpoint.latest_step(manager)
+        last = checkpoint.step_to_resume(manager)
         if last is not None and finished(manager, last, config):
             log.warning("%s is finished (step %d)", workdir, last)
             return {"interrupted": None, **read_metrics(workdir)[-1]}
