@@ -14,19 +14,23 @@ A record that cannot be used is named, counted and skipped.
 """
 
 import dataclasses
+import logging
 import pathlib
 
 from configs import common
 from medplib_jax.config.base import to_config_dict
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, LossConfig, TrainConfig
-from medplib_jax.data.splits import is_held_out, may_hold_records
+from medplib_jax.data.splits import annotation_files, is_held_out
+
+log = logging.getLogger(__name__)
 
 
 def _annotations(folder: pathlib.Path) -> list[pathlib.Path]:
     """Files of records for training."""
-    return [
-        path for path in sorted(folder.glob("*.json")) if may_hold_records(str(path)) and not is_held_out(path.name)
-    ]
+    files, others = annotation_files(str(folder))
+    for other in others:
+        log.warning("%s is not a list of records and is left out", other)
+    return [path for path in map(pathlib.Path, files) if not is_held_out(path.name)]
 
 
 def get_config(folder: str):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from medplib_jax.data.images import Blob
 
-VERSION = 1  # of what the keys stand for; another number leaves all old files aside
+VERSION = 2  # of what the keys stand for; another number leaves all old files aside
 Arrays = dict[str, np.ndarray]
 
 
@@ -42,7 +42,8 @@ class MemoryCache:
 class DiskCache:
     """Values by key, one file each, never removed. Processes share the folder: a file is there when it is whole.
 
-    A key must say all that the value depends on, `fingerprint` of its files included. A file that cannot be read is made anew.
+    A key must say all that the value depends on, `fingerprint` of its files included. A file that cannot be read is
+    made anew.
     """
 
     def __init__(self, folder: str):

@@ -1,8 +1,13 @@
-"""The one error of the data code: which file, which record, what is wrong, what was expected and what was found; and its mild form."""
+"""The one error of the data code: which file, which record, what is wrong, what was expected and what was found; and
+its mild form.
+"""
 
 
 class DataError(ValueError):
-    """A record or file that cannot be used. `record` is the index in the annotation file, None where no record is involved."""
+    """A record or file that cannot be used.
+
+    `record` is the index in the annotation file, None where no record is involved.
+    """
 
     def __init__(self, file: str, record: int | None, what: str, expected: str = "", found: str = ""):
         super().__init__(file, record, what, expected, found)  # the plain arguments, so that it crosses process borders
@@ -29,7 +34,10 @@ class DataError(ValueError):
 
 
 class Notice(DataError):
-    """Something unusual about a record that is used all the same, such as a converted picture. It is passed on, never raised."""
+    """Something unusual about a record that is used all the same, such as a converted picture.
+
+    It is passed on, never raised.
+    """
 
     def as_dict(self) -> dict:
         return {**super().as_dict(), "used": True}

@@ -1,6 +1,7 @@
 """Pictures and masks from disk to the uint8 arrays that the model normalises on the device.
 
-Resizing is Pillow's bilinear (antialiased) on uint8, as torchvision does it in the original: the arrays equal the original's exactly.
+Resizing is Pillow's bilinear (antialiased) on uint8, as torchvision does it in the original: the arrays equal the
+original's exactly.
 """
 
 import dataclasses
@@ -16,7 +17,11 @@ CLIP_PAD_COLOUR = (122, 116, 104)  # int(255 * CLIP's mean)
 MAX_PIXELS = 2**27  # a larger picture is refused before it is decoded
 MIN_SIDE, MAX_ASPECT = 16, 16  # a picture beyond is unusual, and is noted
 _ORIENTATION = 0x0112  # the EXIF tag
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")
+_FEW_GREYS = 64  # fewer levels of grey than this are left of a picture of 16 bits: it needs a window
+_LISTED = 6  # values in one message
+Window = tuple[float, float]  # (centre, width) in a picture's own units: what is shown from black to white
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,9 @@ class Blob:
 
 
 def _open(file: str | Blob, notices: list[Notice] | None, upright: bool) -> Image.Image:
-    """The decoded picture, turned by its EXIF rotation if asked; what is unusual about the file is appended to `notices`."""
+    """The decoded picture, turned by its EXIF rotation if asked; what is unusual about the file is appended to
+    `notices`.
+    """
     path = str(file)
     try:
         image = Image.open(io.BytesIO(file.content) if isinstance(file, Blob) else file)
@@ -43,9 +50,8 @@ def _open(file: str | Blob, notices: list[Notice] | None, upright: bool) -> Imag
     except Exception as error:  # decoders raise errors of many types on broken files
         raise DataError(path, None, "picture cannot be read", "an image file", str(error)) from error
     if too_large:
-        raise DataError(
-            path, None, "picture is too large", f"at most {MAX_PIXELS} pixels", f"{image.width} x {image.height}"
-        )
+        found = f"{image.width} x {image.height}"
+        raise DataError(path, None, "picture is too large", f"at most {MAX_PIXELS} pixels", found)
     if unusual and notices is not None:
         expected = f"8-bit grey or RGB, upright, one frame, sides from {MIN_SIDE} pixels, aspect up to {MAX_ASPECT}"
         notices.append(Notice(path, None, "picture is not plain", expected, unusual))
@@ -68,28 +74,55 @@ def _orientation(image: Image.Image) -> int:
     return image.getexif().get(_ORIENTATION, 1)
 
 
-def load_image(path: str | Blob, notices: list[Notice] | None = None) -> np.ndarray:
+def load_image(path: str | Blob, notices: list[Notice] | None = None, window: Window | None = None) -> np.ndarray:
     """RGB uint8 [h, w, 3]. DataError when it cannot be read or is too large; see `load_pixels`."""
-    pixels = load_pixels(path, notices)
+    pixels = load_pixels(path, notices, window)
     return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
 
 
-def load_pixels(path: str | Blob, notices: list[Notice] | None = None) -> np.ndarray:
-    """uint8 [h, w] when the picture is grey, however it is stored (most CT, MR, X-ray and ultrasound), else RGB [h, w, 3].
+def load_pixels(path: str | Blob, notices: list[Notice] | None = None, window: Window | None = None) -> np.ndarray:
+    """uint8 [h, w] when the picture is grey, however it is stored (most CT, MR, X-ray and ultrasound), else RGB [h, w,
+    3].
 
-    DataError when it cannot be read or is too large. The file's EXIF rotation is applied (as OpenCV does in the original; masks carry none,
-    so a mask made on the unrotated picture is met by the size check of `load_mask`). Alpha is dropped, 16-bit grey keeps its high byte, palettes and CMYK are converted: whatever
-    is not plain 8-bit grey or RGB is noted in `notices`.
+    DataError when it cannot be read or is too large. The file's EXIF rotation is applied, as OpenCV does in the
+    original; masks carry none, so that a mask made on the unrotated picture is met by the size check of `load_mask`.
+    Alpha is dropped, palettes and CMYK are converted. Grey of 16 bits is shown in the window; without one it keeps its
+    high byte. Whatever is not plain 8-bit grey or RGB is noted in `notices`.
     """
     image = _open(path, notices, upright=True)
-    if image.mode in _SIXTEEN_BIT or image.mode == "I":
-        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "F":
+    if image.mode in _SIXTEEN_BIT:
+        return _to_bytes(np.asarray(image, np.int64), str(path), notices, window)
+    if image.mode == "F":
         raise DataError(str(path), None, "picture has floating-point pixels", "8 or 16 bits per channel", image.mode)
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L"))
     rgb = np.asarray(image.convert("RGB"))
     return np.ascontiguousarray(rgb[..., 0]) if _is_grey(rgb) else rgb
+
+
+def is_sixteen_bit(path: str) -> bool:
+    """Whether the picture's pixels are grey of more than 8 bits, for which a window matters; False for what is no
+    picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.mode in _SIXTEEN_BIT
+    except Exception:  # decoders raise errors of many types on broken files; who reads the pixels names the reason
+        return False
+
+
+def _to_bytes(values: np.ndarray, path: str, notices: list[Notice] | None, window: Window | None) -> np.ndarray:
+    """Grey of 16 bits as uint8; a notice when its values span so little that the high byte shows next to nothing."""
+    if window:
+        centre, width = window
+        return np.round(np.clip((values - centre) / width + 0.5, 0, 1) * 255).astype(np.uint8)
+    grey = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+    levels = int(grey.max()) - int(grey.min()) + 1
+    if notices is not None and levels < _FEW_GREYS and values.min() < values.max():
+        what = f"picture of 16 bits keeps {levels} levels of grey"
+        found = f"{values.min()} to {values.max()}"
+        notices.append(Notice(path, None, what, "values from 0 to 65535, or a window (centre, width)", found))
+    return grey
 
 
 def _is_grey(rgb: np.ndarray) -> bool:
@@ -98,26 +131,95 @@ def _is_grey(rgb: np.ndarray) -> bool:
 
 
 def load_mask(path: str | Blob, size: tuple[int, int], notices: list[Notice] | None = None) -> np.ndarray:
-    """0/1 uint8 [h, w]: 1 where the grey value is at least 1. DataError when it cannot be read, is rotated, or its size is not (h, w)."""
+    """0/1 uint8 [h, w]: 1 where the grey value is at least 1.
+
+    How other files are read, see `_inside`; it is noted in `notices`.
+
+    DataError when it cannot be read, is rotated, or its size is not (h, w).
+    """
+    image = _open_mask(path, size, notices)
+    inside, unusual = _inside(image, path)
+    if notices is not None:
+        notices += [Notice(str(path), None, *one) for one in unusual]
+    return inside.astype(np.uint8)
+
+
+def load_labels(path: str | Blob, size: tuple[int, int], notices: list[Notice] | None = None) -> np.ndarray:
+    """The values [h, w] of a label map, in which each value marks another thing: palette indices, or grey of 8 or 16
+    bits.
+
+    DataError for a file of more channels or of lossy compression, else as `load_mask`.
+    """
+    image = _open_mask(path, size, notices)
+    if image.mode not in ("1", "L", "P", *_SIXTEEN_BIT) or _is_lossy(image, path):
+        found = f"{image.format} of mode {image.mode}"
+        raise DataError(str(path), None, "not a label map", "one channel of whole numbers, losslessly stored", found)
+    return np.asarray(image).astype(np.int64)
+
+
+def _open_mask(path: str | Blob, size: tuple[int, int], notices: list[Notice] | None) -> Image.Image:
     image = _open(path, notices, upright=False)
     if (found := (image.height, image.width)) != tuple(size):
-        raise DataError(
-            str(path),
-            None,
-            "mask and picture differ in size",
-            "{} x {} (h x w)".format(*size),
-            "{} x {}".format(*found),
-        )
+        expected = "{} x {} (h x w)".format(*size)
+        raise DataError(str(path), None, "mask and picture differ in size", expected, "{} x {}".format(*found))
     if _orientation(image) != 1:
         raise DataError(str(path), None, "mask is rotated by EXIF", "orientation 1", str(_orientation(image)))
     if image.mode == "F":
         raise DataError(str(path), None, "mask has floating-point pixels", "8 or 16 bits", image.mode)
-    grey = np.asarray(image) if image.mode in (*_SIXTEEN_BIT, "I") else np.asarray(image.convert("L"))
-    return (grey >= 1).astype(np.uint8)
+    return image
+
+
+def _inside(image: Image.Image, path: str | Blob) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
+    """bool [h, w] of a mask's inside, and (what, expected, found) of what is unusual about it.
+
+    Inside is what is not black. Transparent pixels are outside; of a mask in one colour only the opacity counts. Lossy
+    compression puts a halo of small values around an outline, so that half of the maximum decides. In a palette without
+    black the first colour is the background.
+    """
+    grey = np.asarray(image) if image.mode in _SIXTEEN_BIT else np.asarray(image.convert("L"))
+    opaque = _opaque(image)
+    if opaque is not None:
+        found = f"mode {image.mode} with transparent pixels"
+        inside = opaque if grey.min() == grey.max() else opaque & (grey >= 1)
+        return inside, [("mask has transparent pixels, which are outside", "grey values", found)]
+    values = np.flatnonzero(np.bincount(grey.ravel())) if grey.dtype == np.uint8 else np.unique(grey)
+    if len(values) > 2 and _is_lossy(image, path):
+        half = float(values[-1]) / 2
+        found = f"{image.format} of {len(values)} values"
+        return grey > half, [(f"lossy mask: values above {half:g} are inside", "a lossless file, such as PNG", found)]
+    if len(values) > 1 and values[0] > 0 and image.mode == "P":
+        return np.asarray(image) > 0, [("mask has a palette without black: its first colour is outside", "black", "")]
+    shown = values[values > 0]
+    if len(shown) < 2:
+        return grey >= 1, []
+    listed = ", ".join(map(str, shown)) if len(shown) <= _LISTED else f"{len(shown)} from {shown[0]} to {shown[-1]}"
+    return grey >= 1, [("mask has several values, which are read as one", "0 and one other", listed)]
+
+
+def _opaque(image: Image.Image) -> np.ndarray | None:
+    """Where a picture with transparent pixels is at least half opaque, bool [h, w]; None when its opacity is the same
+    everywhere.
+    """
+    if not image.has_transparency_data:
+        return None
+    alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+    return None if alpha.min() == alpha.max() else alpha > alpha.max() / 2
+
+
+def _is_lossy(image: Image.Image, path: str | Blob) -> bool:
+    """Whether a file's format changes values; WebP does, unless its pixels are in a VP8L chunk."""
+    if image.format != "WEBP":
+        return image.format in _LOSSY
+    if isinstance(path, Blob):
+        return b"VP8L" not in path.content
+    with open(path, "rb") as file:
+        return b"VP8L" not in file.read()
 
 
 def fit(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(h, w) with the longest side made `side`, rounded half up as segment-anything's `get_preprocess_shape`; at least 1."""
+    """(h, w) with the longest side made `side`, rounded half up as segment-anything's `get_preprocess_shape`; at least
+    1.
+    """
     scale = side / max(size)
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
@@ -127,8 +229,9 @@ def to_canvas(
 ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
     """Longest side resized to `side`, centred on a square of `colour` (odd rests: the smaller half first).
 
-    Takes uint8 [h, w] or [h, w, 3]; returns uint8 [side, side, 3] for a colour of three, else [side, side], and the picture's box (top,
-    left, height, width). Resizing one channel of grey and copying it gives what resizing three gives, in less time.
+    Takes uint8 [h, w] or [h, w, 3]; returns uint8 [side, side, 3] for a colour of three, else [side, side], and the
+    picture's box (top, left, height, width). Resizing one channel of grey and copying it gives what resizing three
+    gives, in less time.
     """
     height, width = fit(pixels.shape[:2], side)
     top, left = (side - height) // 2, (side - width) // 2

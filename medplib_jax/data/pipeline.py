@@ -1,7 +1,8 @@
-"""From records to batches of static shape: how the rows of a `BatchPlan` are read (`Loader`), and iterators with prefetch.
+"""From records to batches of static shape: how the rows of a `BatchPlan` are read (`Loader`), and iterators with
+prefetch.
 
-The plan is a pure function of the seed, so the position in the data IS the step number: a run resumes by asking for the next step,
-and every process reads its own rows of the same batch, however many processes or worker processes there are.
+The plan is a pure function of the seed, so the position in the data IS the step number: a run resumes by asking for the
+next step, and every process reads its own rows of the same batch, however many processes or worker processes there are.
 """
 
 import dataclasses
@@ -32,9 +33,9 @@ log = logging.getLogger("medplib_jax.data")
 class Loader:
     """Reads records into rows of a batch. Pixels, masks and region points are kept in a bounded cache.
 
-    sources: sequences of `Record`, such as those of `sources.open_source` or a list of records made on the spot.
-    A batch is a dict with the names, shapes and types of `medplib_jax.batch.Batch`. An empty row has record -1, a single valid position,
-    no loss weight and no mask. With several images, masks lie on (and the mask head sees) the last one.
+    sources: sequences of `Record`, such as those of `sources.open_source` or a list of records made on the spot. A
+    batch is a dict with the names, shapes and types of `medplib_jax.batch.Batch`. An empty row has record -1, a single
+    valid position, no loss weight and no mask. With several images, masks lie on (and the mask head sees) the last one.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class Loader:
         return encoded
 
     def plan(self, seed: int) -> tuple[BatchPlan, list[DataError]]:
-        """The plan of all sources, and the records left out of it because their text cannot be used (`on_error` skip; else raises)."""
+        """The plan of all sources, and the records left out of it because their text cannot be used (`on_error` skip;
+        else raises).
+        """
         data, problems, lengths, groups = self._data, [], [], []
         for number, start in enumerate(self._starts[:-1]):
             costs, found = self._survey(number)
@@ -99,7 +102,8 @@ class Loader:
         return BatchPlan(lengths, data.bucket_lengths, data.batch_size, seed, data.weights, groups), problems
 
     def _survey(self, number: int) -> tuple[np.ndarray, list[DataError]]:
-        """Positions, images, regions and masks of each record of a source, int64 [n, 4], zeros where its text cannot be used; and why not.
+        """Positions, images, regions and masks of each record of a source, int64 [n, 4], zeros where its text cannot be
+        used; and why not.
 
         Kept on disk for sources that are files, because it takes tokenizing everything.
         """
@@ -125,7 +129,8 @@ class Loader:
         return found["costs"], [DataError(*arguments) for arguments in json.loads(found["problems"].tobytes())]
 
     def load_batch(self, plan: BatchPlan, step: int, rows: Sequence[int]) -> tuple[Arrays, list[DataError]]:
-        """These rows of a step's batch, and the errors of records that were replaced by others (`on_error` skip) with notices of odd ones.
+        """These rows of a step's batch, and the errors of records that were replaced by others (`on_error` skip) with
+        notices of odd ones.
 
         A notice comes when a file is prepared, not again when it comes from a cache.
         """
@@ -140,9 +145,12 @@ class Loader:
         )
 
     def load_eval(self, indices: Sequence[int], rows: Sequence[int], question: bool) -> tuple[Arrays, list[DataError]]:
-        """These rows of the batch made of these records, at the shortest bucket that fits all. A skipped record leaves its row empty.
+        """These rows of the batch made of these records, at the shortest bucket that fits all.
 
-        A question's `gt_masks` are those of the answer that follows it; their `seg_position` is 0, because the answer is not there.
+        A skipped record leaves its row empty.
+
+        A question's `gt_masks` are those of the answer that follows it; their `seg_position` is 0, because the answer
+        is not there.
         """
         longest = max((self._length(index, question) for index in indices if index >= 0), default=0)
         bucket = next(length for length in self._data.bucket_lengths if length >= longest)
@@ -158,7 +166,9 @@ class Loader:
             return 0
 
     def prepare(self, index: int) -> list[DataError]:
-        """Reads one record, so that the caches hold it; what is odd about it, or why it cannot be used (`on_error` skip; else raises)."""
+        """Reads one record, so that the caches hold it; what is odd about it, or why it cannot be used (`on_error`
+        skip; else raises).
+        """
         found: list[DataError] = []
         self._read_all((index,), False, None, found)
         return found
@@ -268,6 +278,8 @@ class Loader:
             mask = images.load_mask(file, size, notices)
             if not mask.any():
                 notices.append(Notice(str(file), None, "mask is empty", "at least one pixel", "none"))
+            if mask.all():
+                notices.append(Notice(str(file), None, "mask covers the whole picture", "a part of it", "all pixels"))
             mask = images.mask_on_canvas(mask, side)
             return {"bits": np.packbits(mask, axis=1), "width": np.array(mask.shape[1], np.int32)}
 
@@ -294,7 +306,9 @@ class Loader:
 
 
 def _replacements(plan: BatchPlan, step: int, row: int) -> Iterator[tuple[int, ...]]:
-    """The records to try instead of a row's own; found when the first is asked for, because that takes long and is rarely needed."""
+    """The records to try instead of a row's own; found when the first is asked for, because that takes long and is
+    rarely needed.
+    """
     yield from map(plan.records, plan.replacements(step, row))
 
 
@@ -310,7 +324,9 @@ class _Example:
 
 
 def _write(arrays: Arrays, row: int, examples: Sequence[_Example], patches: int) -> None:
-    """Writes the examples one after another into a row; what belongs to a mask is there for the first one only (others have none)."""
+    """Writes the examples one after another into a row; what belongs to a mask is there for the first one only (others
+    have none).
+    """
     first = examples[0]
     position = picture_slot = region_slot = 0
     image_features = arrays["clip_pixels"].shape[1] * patches
@@ -363,14 +379,14 @@ def make_loader(
 def train_batches(
     loader: Loader, plan: BatchPlan, rows: Sequence[int], start: int, stop: int, workers: int
 ) -> Iterator[tuple[Arrays, list[DataError]]]:
-    """This process's rows of the batches of steps start..stop-1, read ahead by threads (workers 0) or worker processes."""
+    """This process's rows of the batches of steps start..stop-1, read ahead by threads (workers 0) or processes."""
     return _read_ahead(functools.partial(loader.load_batch, plan, rows=tuple(rows)), range(start, stop), workers)
 
 
 def eval_batches(
     loader: Loader, indices: Sequence[int], batch_size: int, rows: Sequence[int], question: bool, workers: int
 ) -> Iterator[tuple[Arrays, list[DataError]]]:
-    """This process's rows of the batches that hold these records in order; the last batch is filled up with empty rows."""
+    """This process's rows of the batches that hold these records in order; the last one is filled with empty rows."""
     padded = np.pad(np.asarray(indices, np.int64), (0, -len(indices) % batch_size), constant_values=-1).reshape(
         -1, batch_size
     )
@@ -406,7 +422,8 @@ def _read_ahead(load: Callable[[int], tuple], steps: range, workers: int) -> Ite
         if isinstance(result, DataError):
             raise result
         arrays, skipped = result
-        # a worker's arrays lie in shared memory that is unmapped with them; jax may keep a view of what it is given, so copy
+        # a worker's arrays lie in shared memory that is unmapped with them; jax may keep a view of what it is given, so
+        # copy
         yield {name: np.array(array, subok=False) for name, array in arrays.items()} if workers else arrays, skipped
 
 

@@ -12,11 +12,12 @@ MAX_REPLACEMENTS = 100  # bad records in a row before giving up on a row
 class BatchPlan:
     """Which records make up the batch of a step: a pure function of the arguments and the step.
 
-    lengths: one array per source, the final length of each record; 0 leaves a record out. Records are numbered through all sources.
-    Every epoch is shuffled anew. Batches hold records of one bucket; what does not fill a batch joins the next longer bucket, and what
-    is left in the end makes one batch that is filled up with -1. So, without weights, an epoch has each record exactly once.
-    With `weights`, an epoch has the same number of rows, shared among the sources by weight; a source starts over when it is used up.
-    With `groups`, a row holds several records: what is said of records above goes for groups, and groups[i] are the records of group i.
+    lengths: one array per source, the final length of each record; 0 leaves a record out. Records are numbered through
+    all sources. Every epoch is shuffled anew. Batches hold records of one bucket; what does not fill a batch joins the
+    next longer bucket, and what is left in the end makes one batch that is filled up with -1. So, without weights, an
+    epoch has each record exactly once. With `weights`, an epoch has the same number of rows, shared among the sources
+    by weight; a source starts over when it is used up. With `groups`, a row holds several records: what is said of
+    records above goes for groups, and groups[i] are the records of group i.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class BatchPlan:
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled_epoch)
 
     def batch(self, step: int) -> tuple[int, np.ndarray]:
-        """Length of the bucket and the record (or group) numbers int64 [batch_size] of a step; -1 where a row is left empty."""
+        """Length of the bucket and the record (or group) numbers int64 [batch_size] of a step; -1 where a row is left
+        empty.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[position]
 

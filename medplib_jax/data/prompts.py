@@ -1,8 +1,9 @@
-"""Conversations to token ids, targets and indices of spliced features (spec: the original's `preprocess_v1` and its templates).
+"""Conversations to token ids, targets and indices of spliced features (spec: the original's `preprocess_v1` and its
+templates).
 
-Two steps that the original leaves to the device are done here: an image stands for `image_tokens` positions and a region for one, and
-`feature_index` says which visual feature goes there. Differences to the original: "ASSISTANT: " inside a text does not mask the labels,
-and a text longer than the limit is an error instead of being cut.
+Two steps that the original leaves to the device are done here: an image stands for `image_tokens` positions and a
+region for one, and `feature_index` says which visual feature goes there. Differences to the original: "ASSISTANT: "
+inside a text does not mask the labels, and a text longer than the limit is an error instead of being cut.
 """
 
 import dataclasses
@@ -46,7 +47,8 @@ def encode_conversation(
 ) -> Encoded:
     """The whole conversation, for training.
 
-    DataError when it has no answer, more than `max_length` positions, too many images, or images that do not pair up with `<image>`.
+    DataError when it has no answer, more than `max_length` positions, too many images, or images that do not pair up
+    with `<image>`.
     """
     if record.turns[-1][0] != "gpt":
         raise record.error("conversation without an answer", "a gpt turn at the end", record.turns[-1][1])
@@ -56,7 +58,10 @@ def encode_conversation(
 def encode_question(
     record: Record, tokenizer: Tokenizer, *, template: str, image_tokens: int, max_images: int, max_length: int
 ) -> Encoded:
-    """The conversation up to the last "ASSISTANT:", for evaluation. The answer that follows in the record is `Encoded.answer`."""
+    """The conversation up to the last "ASSISTANT:", for evaluation.
+
+    The answer that follows in the record is `Encoded.answer`.
+    """
     turns, answer = record.turns, ""
     if turns[-1][0] == "gpt":
         turns, answer = turns[:-1], turns[-1][1]
@@ -127,7 +132,10 @@ def _token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _splice(ids, is_answer, image_tokens, max_images):
-    """Widens image slots to `image_tokens` positions. Returns tokens, labels, feature indices, and the image of each region."""
+    """Widens image slots to `image_tokens` positions.
+
+    Returns tokens, labels, feature indices, and the image of each region.
+    """
     is_image, is_region = ids == _IMAGE_SLOT, ids == _REGION_SLOT
     widths = np.where(is_image, image_tokens, 1)
     starts = np.cumsum(widths) - widths

@@ -7,19 +7,30 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.images import Blob
+from medplib_jax.data.regions import is_shape
 
 MASK = re.compile(r"<mask>(.*?)</mask>")
 REGION = re.compile(r"<region>(.*?)</region>")
 ROLES = ("human", "gpt")
+ANSWER_TYPES = {  # as people write them, without case, spaces, hyphens and underscores -> as a `Record` has them
+    **dict.fromkeys(("", "unknown", "none"), ""),
+    **dict.fromkeys(("open", "openended", "free", "freeform", "freetext", "other", "number"), "open"),
+    **dict.fromkeys(("closed", "close", "closedended", "yes/no", "yesno", "binary", "choice"), "closed"),
+    **dict.fromkeys(("multichoice", "multiplechoice", "mcq"), "closed"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One conversation about one image (or several, or none). References are as written in the file, relative to `root`."""
+    """One conversation about one image (or several, or none).
+
+    References are as written in the file, relative to `root`.
+    """
 
     file: str  # the annotation file, for messages
     index: int
@@ -27,9 +38,18 @@ class Record:
     images: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]  # (role, text); roles alternate, the first is human
     answer_type: str = ""  # open, closed or empty
+    patient: str = ""  # whose images these are, where the file says it
     contents: Mapping[str, bytes] | None = dataclasses.field(
         default=None, repr=False
     )  # of the references, where they are no files
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The files that it names: its images, and the regions and masks of its text that are not drawn in words; each
+        once.
+        """
+        named = (name.strip() for _, text in self.turns for found in (REGION, MASK) for name in found.findall(text))
+        return tuple(dict.fromkeys([*self.images, *(name for name in named if not is_shape(name))]))
 
     def error(self, what: str, expected: str = "", found: str = "") -> DataError:
         return DataError(self.file, self.index, what, expected, found)
@@ -81,7 +101,9 @@ def _real_root(root: str) -> str:
 
 
 def modality(image: str) -> str:
-    """Imaging modality from a file name: the text before "_00--", else before the first "_". x and x_ray are both "x_ray"."""
+    """Imaging modality from a file name: the text before "_00--", else before the first "_". x and x_ray are both
+    "x_ray".
+    """
     name = os.path.splitext(os.path.basename(image))[0]
     prefix = name.split("_00--")[0] if "_00--" in name else name.split("_")[0]
     return "x_ray" if prefix == "x" else prefix
@@ -90,7 +112,7 @@ def modality(image: str) -> str:
 def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
     """A checked `Record`, or DataError. Files that it refers to are not opened here."""
 
-    def fail(what, expected="", found=""):
+    def fail(what: str, expected: str = "", found: str = "") -> NoReturn:
         raise DataError(file, index, what, expected, found)
 
     if not isinstance(raw, dict):
@@ -121,10 +143,12 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
         _check_turn(role, text, fail)
     if not turns:
         fail("record without a question", "a human turn", "none")
-    answer_type = raw.get("answer_type")
-    if not isinstance(answer_type, str | None):
-        fail("unknown answer type", "a string", repr(answer_type))
-    return Record(file, index, root, images, tuple(turns), answer_type or "")
+    written = raw.get("answer_type")
+    answer_type = ANSWER_TYPES.get(re.sub(r"[\s_-]", "", written.lower())) if isinstance(written, str) else None
+    if answer_type is None and written is not None:
+        fail("unknown answer type", "open, closed, or another name of them", repr(written))
+    patient = "" if raw.get("patient") is None else str(raw["patient"])
+    return Record(file, index, root, images, tuple(turns), answer_type or "", patient)
 
 
 def _is_unicode(text: str) -> bool:
@@ -146,7 +170,7 @@ def check_images(record: Record) -> None:
         raise record.error("images and <image> do not pair up", f"{len(record.images)} <image>", str(named))
 
 
-def _check_turn(role: str, text: str, fail) -> None:
+def _check_turn(role: str, text: str, fail: Callable[..., NoReturn]) -> None:
     for pattern, tag in ((MASK, "mask"), (REGION, "region")):
         if not len(pattern.findall(text)) == text.count(f"<{tag}>") == text.count(f"</{tag}>"):
             fail(f"<{tag}> is not closed", f"<{tag}>...</{tag}>", text)

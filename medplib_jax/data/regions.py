@@ -1,7 +1,8 @@
 """Regions of a question (mask file, point, box, polygon, scribble) to the points at which image features are sampled.
 
-As in the original (spec sections 3 and 4): mask at image size -> square canvas of 336 -> grid of 24 x 24 -> largest component -> points.
-The grid is that of the original for every model size, because points are relative to the square image.
+As in the original (spec sections 3 and 4): mask at image size -> square canvas of 336 -> grid of 24 x 24 -> largest
+component -> points. The grid is that of the original for every model size, because points are relative to the square
+image.
 """
 
 import math
@@ -23,15 +24,17 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
 
 
 def is_shape(reference: str) -> bool:
-    """Whether the reference is drawn inline ("point:x,y", "box:x0,y0,x1,y1", "polygon:x,y x,y ...", "scribble:...") and not a mask file."""
+    """Whether the reference is drawn inline ("point:x,y", "box:x0,y0,x1,y1", "polygon:x,y x,y ...", "scribble:...") and
+    not a mask file.
+    """
     return reference.split(":")[0] in SHAPES and ":" in reference
 
 
 def draw(reference: str, size: tuple[int, int]) -> np.ndarray:
     """Mask uint8 [h, w] of an inline shape in pixel coordinates of the picture of that size (h, w).
 
-    A scribble is as wide as a cell of the grid, so that the grid sees it. DataError (file: the reference) when the coordinates are not
-    numbers, too few, or outside the picture.
+    A scribble is as wide as a cell of the grid, so that the grid sees it. DataError (file: the reference) when the
+    coordinates are not numbers, too few, or outside the picture.
     """
     shape, _, text = reference.partition(":")
     points = _parse(reference, shape, text)
@@ -87,10 +90,11 @@ def _parse(reference: str, shape: str, text: str) -> np.ndarray:
 
 
 def grid_cells(mask: np.ndarray) -> np.ndarray:
-    """bool [GRID, GRID]: the cells of the region's largest 8-connected component; several of one size: the first in row order.
+    """bool [GRID, GRID]: the cells of the region's largest 8-connected component; several of one size: the first in row
+    order.
 
-    A region too small to meet any cell's sample takes the cell that holds its centroid (the original drops the example's labels).
-    ValueError when the mask is empty.
+    A region too small to meet any cell's sample takes the cell that holds its centroid (the original drops the
+    example's labels). ValueError when the mask is empty.
     """
     canvas, (top, left, height, width) = to_canvas(mask, CANVAS, 0)
     cells = canvas[::STRIDE, ::STRIDE] > 0  # OpenCV's nearest: the first pixel of each cell
@@ -107,11 +111,13 @@ def grid_cells(mask: np.ndarray) -> np.ndarray:
 
 
 def sub_component(cells: np.ndarray, rng: np.random.Generator, *, reference: bool = False) -> np.ndarray:
-    """bool [GRID, GRID]: a random connected part of a connected region, its area uniform in 20 to 100 %, at least `LEAST_CELLS`.
+    """bool [GRID, GRID]: a random connected part of a connected region, its area uniform in 20 to 100 %, at least
+    `LEAST_CELLS`.
 
-    The part grows from a random cell to random neighbours (8-connected), so that training sees incomplete and odd-shaped regions
-    (paper: a region stands for what a user marks by hand). A region below `LEAST_CELLS` stays whole. With `reference` the upper bound
-    of the share is the region's area in cells instead of 1, as in the original, where a variable is shadowed: nearly always the whole.
+    The part grows from a random cell to random neighbours (8-connected), so that training sees incomplete and
+    odd-shaped regions (paper: a region stands for what a user marks by hand). A region below `LEAST_CELLS` stays whole.
+    With `reference` the upper bound of the share is the region's area in cells instead of 1, as in the original, where
+    a variable is shadowed: nearly always the whole.
     """
     area = int(cells.sum())
     if area < LEAST_CELLS:
@@ -131,13 +137,9 @@ def sub_component(cells: np.ndarray, rng: np.random.Generator, *, reference: boo
     return part
 
 
-def region_points(mask: np.ndarray, max_points: int) -> np.ndarray:
-    """`cell_points` of a mask uint8 [h, w]. ValueError when it is empty."""
-    return cell_points(grid_cells(mask), max_points)
-
-
 def cell_points(cells: np.ndarray, max_points: int) -> np.ndarray:
-    """float32 [n, 2], n <= max_points: (x, y) in [0, 1) of the region's cells on the padded square picture, without half-cell shift.
+    """float32 [n, 2], n <= max_points: (x, y) in [0, 1) of the region's cells on the padded square picture, without
+    half-cell shift.
 
     More cells than `max_points` are thinned to a subset that looks random but is always the same one.
     """

@@ -1,39 +1,52 @@
 """Annotation files in MeCoVQA's form and assembled TFDS datasets, record by record."""
 
+import abc
+import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from medplib_jax.data.cache import fingerprint
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import Record, parse_record
 
+_READERS = 8  # files that are read at a time
 
-class MecovqaSource:
-    """Records of one JSON file: a list of {"image", "conversations": [{"from", "value"}, ...], "answer_type"}.
 
-    "image" may be a list (several `<image>` in the text) or absent. `root` is where its paths start; the file's folder by default.
+class Source(Sequence[Record]):
+    """Records that are read one by one. `file` is their name in messages."""
+
+    file: str
+    root: str  # where the records' paths start
+
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> tuple:
+        """Changes with the file or dataset that holds the records; the pictures that they name have fingerprints of
+        their own.
+        """
+
+
+class MecovqaSource(Source):
+    """Records of one annotation file (see `read_records`): {"image", "conversations": [{"from", "value"}, ...],
+    "answer_type", "patient"}.
+
+    "image" may be a list (several `<image>` in the text) or absent, as the last two keys. `root` is where its paths
+    start; the file's folder by default.
     """
 
-    def __init__(self, json_path: str, root: str | None = None):
-        self.file, self.root = json_path, root or os.path.dirname(os.path.abspath(json_path))
-        try:
-            with open(json_path, encoding="utf-8") as file:
-                self._records = json.load(file)
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(
-                json_path, None, "annotation file cannot be read", "a JSON list of records", str(error)
-            ) from error
-        if not isinstance(self._records, list):
-            raise DataError(json_path, None, "not a list of records", "a JSON list", type(self._records).__name__)
+    def __init__(self, path: str, root: str | None = None):
+        self.file, self.root = path, root or os.path.dirname(os.path.abspath(path))
+        self._records = read_records(path)
 
     def __reduce__(self):
         return MecovqaSource, (self.file, self.root)  # worker processes read the file themselves
 
     @property
     def fingerprint(self) -> tuple:
-        """Changes with the file."""
         return fingerprint(self.file)
 
     def __len__(self) -> int:
@@ -43,12 +56,15 @@ class MecovqaSource:
         return parse_record(self._records[index], self.file, index, self.root)
 
 
-class TfdsSource:
-    """Records of one split of a dataset made by `datasets.assemble`, with their pictures. `name`: dataset folder # split ("train")."""
+class TfdsSource(Source):
+    """Records of one split of a dataset made by `datasets.assemble`, with their pictures.
+
+    `name`: dataset folder # split ("train").
+    """
 
     def __init__(self, name: str):
         self.file = name
-        self.root, _, split = name.partition("#")
+        self.root, split = (name, "") if os.path.isdir(name) else name.rsplit("#", 1)
         try:
             import tensorflow_datasets as tfds  # only who reads such a dataset needs it
 
@@ -64,7 +80,6 @@ class TfdsSource:
 
     @property
     def fingerprint(self) -> tuple:
-        """Changes with the dataset."""
         return self.file, *(fingerprint(os.path.join(self.root, name)) for name in sorted(os.listdir(self.root)))
 
     def __len__(self) -> int:
@@ -98,6 +113,70 @@ def _parse_example(serialized: bytes) -> dict[str, Sequence[bytes]]:
     return {name: features[name].bytes_list.value for name in features}
 
 
-def open_source(name: str, root: str | None = None) -> Sequence[Record]:
-    """The source of that name in a config: an annotation file, or FOLDER#SPLIT of an assembled dataset. `root`: see `MecovqaSource`."""
-    return TfdsSource(name) if "#" in name or os.path.isdir(name) else MecovqaSource(name, root)
+def open_source(name: str, root: str | None = None) -> Source:
+    """The source of that name in a config: an annotation file, or FOLDER#SPLIT of an assembled dataset.
+
+    `root`: see `MecovqaSource`.
+
+    A `#` in the path of a file or folder that is there belongs to the path.
+    """
+    is_dataset = os.path.isdir(name) or ("#" in name and not os.path.isfile(name))
+    return TfdsSource(name) if is_dataset else MecovqaSource(name, root)
+
+
+def read_records(path: str) -> list[Any]:
+    """The unchecked records of an annotation file: a JSON list, or JSON lines in a .jsonl; UTF-8 with or without a byte
+    order mark.
+
+    DataError when it cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+        if path.lower().endswith(".jsonl") and not text.lstrip().startswith("["):
+            return [_parse_line(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        records = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        expected = "a JSON list of records, or JSON lines in a .jsonl"
+        raise DataError(path, None, "annotation file cannot be read", expected, str(error)) from error
+    if not isinstance(records, list):
+        raise DataError(path, None, "not a list of records", "a JSON list", type(records).__name__)
+    return records
+
+
+def _parse_line(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+
+
+def digest(source: Source, records: Iterable[int]) -> str:
+    """16 hex digits that change with any of these records and with the content of any file that they name.
+
+    A file that cannot be found counts as such. Reads every file once, several at a time.
+    """
+    total, files = hashlib.blake2b(digest_size=8), {}
+    for index in records:
+        try:
+            record = source[index]
+        except DataError as error:
+            total.update(repr((index, error.what, error.found)).encode())
+            continue
+        total.update(repr((index, record.images, record.turns, record.answer_type)).encode())
+        if record.contents is None:
+            files |= dict.fromkeys(record.references, record)
+        else:
+            total.update(repr(sorted(record.contents.items())).encode())
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        for one in pool.map(_file_digest, files.values(), files):
+            total.update(one)
+    return total.hexdigest()
+
+
+def _file_digest(record: Record, reference: str) -> bytes:
+    try:
+        with open(record.path(reference), "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except (DataError, OSError):
+        return b"cannot be read"

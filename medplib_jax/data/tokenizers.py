@@ -1,7 +1,9 @@
-"""The LLaMA SentencePiece tokenizer with MedPLIB's added tokens, with the arithmetic of the original's slow, legacy tokenizer.
+"""The LLaMA SentencePiece tokenizer with MedPLIB's added tokens, with the arithmetic of the original's slow, legacy
+tokenizer.
 
-The `transformers` package no longer has that tokenizer: its LLaMA tokenizer is the fast one, which neither strips the text around
-added tokens nor starts every chunk with a dummy space, so its ids differ. Here the two rules are written out on `sentencepiece`.
+The `transformers` package no longer has that tokenizer: its LLaMA tokenizer is the fast one, which neither strips the
+text around added tokens nor starts every chunk with a dummy space, so its ids differ. Here the two rules are written
+out on `sentencepiece`.
 """
 
 import functools
@@ -53,7 +55,8 @@ class Tokenizer:
     def load(cls, folder: str) -> "Tokenizer":
         """Reads `tokenizer.model` and, when present, `added_tokens.json` of a checkpoint folder.
 
-        ValueError when the model does not have LLaMA's control ids, or when the file of added tokens gives one of MedPLIB's another id.
+        ValueError when the model does not have LLaMA's control ids, or when the file of added tokens gives one of
+        MedPLIB's another id.
         """
         path = os.path.join(folder, MODEL_FILE)
         if not os.path.isfile(path):
@@ -95,7 +98,10 @@ class Tokenizer:
             json.dump(self._added, file, indent=1)
 
     def encode(self, text: str) -> list[int]:
-        """Ids without `<s>`. Text next to an added token loses its spaces there; every chunk gets SentencePiece's dummy space."""
+        """Ids without `<s>`.
+
+        Text next to an added token loses its spaces there; every chunk gets SentencePiece's dummy space.
+        """
         chunks = _SPLIT.split(text)  # odd entries are added or control tokens
         ids = []
         for i, chunk in enumerate(chunks):
@@ -111,7 +117,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of the ids. Parts around added tokens are joined by spaces; `skip_special` leaves out `<s>`, `</s>` and `<unk>`."""
+        """Text of the ids.
+
+        Parts around added tokens are joined by spaces; `skip_special` leaves out `<s>`, `</s>` and `<unk>`.
+        """
         parts, run = [], []
         for i in map(int, ids):
             if self._token_of.get(i) in self._added:
@@ -136,10 +145,11 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], folder: str, vocab_size: int) -> Tokenizer:
-    """Trains a small tokenizer of LLaMA's kind (BPE, byte fallback, split digits, no normalisation), saves it and returns it.
+    """Trains a small tokenizer of LLaMA's kind (BPE, byte fallback, split digits, no normalisation), saves it and
+    returns it.
 
-    Deterministic. `vocab_size` counts the SentencePiece pieces; at least 259 plus the characters of the texts. Fewer come out
-    when the texts do not hold enough.
+    Deterministic. `vocab_size` counts the SentencePiece pieces; at least 259 plus the characters of the texts. Fewer
+    come out when the texts do not hold enough.
     """
 
     class Writer:

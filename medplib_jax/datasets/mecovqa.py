@@ -76,20 +76,6 @@ def unite(masks: Iterable[np.ndarray]) -> np.ndarray:
     return np.maximum.reduce(masks)
 
 
-def read_records(path: str) -> list[Any]:
-    """The unchecked records of an annotation file (JSON list or JSON lines). DataError when it cannot be read."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            if path.endswith(".jsonl"):
-                return [json.loads(line) for line in file if line.strip()]
-            records = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(path, None, "annotation file cannot be read", "a JSON list of records", str(error)) from error
-    if not isinstance(records, list):
-        raise DataError(path, None, "not a list of records", "a JSON list", type(records).__name__)
-    return records
-
-
 def write_json(path: str, value: Any) -> None:
     """Writes the whole file or none of it."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)

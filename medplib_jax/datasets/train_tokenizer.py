@@ -5,12 +5,14 @@ COMMAND
 """
 
 import argparse
-import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 
 from medplib_jax.data.prompts import TEMPLATES
 from medplib_jax.data.records import MASK, REGION
+from medplib_jax.data.sources import read_records
+from medplib_jax.data.splits import may_hold_records
 from medplib_jax.data.tokenizers import ADDED_TOKENS, Tokenizer, train_tokenizer
 
 PIECES = 800
@@ -27,14 +29,15 @@ def training_text(sources: Sequence[str]) -> Iterator[str]:
     frames = [f"{sentence} USER: ASSISTANT:" for sentence in TEMPLATES.values()]
     yield from frames * FRAME_REPEATS
     for source in sources:
-        with open(source, encoding="utf-8") as file:
-            records = json.load(file)
+        if not may_hold_records(source):  # a manifest, which `*.json` names, too
+            print(f"{source}: not a list of records, left out", file=sys.stderr)
+            continue
+        records = read_records(source)
         try:
             turns = [turn["value"] for record in records for turn in record["conversations"]]
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{source}: expected a list of records with conversations of {{from, value}} turns ({error!r})"
-            ) from error
+            expected = "a list of records with conversations of {from, value} turns"
+            raise ValueError(f"{source}: expected {expected} ({error!r})") from error
         for turn in turns:
             yield re.sub(r"<[^<>]*>", " ", MASK.sub("", REGION.sub("", turn))).strip()
 

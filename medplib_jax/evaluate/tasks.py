@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medplib_jax.config.sweep import TASK_PARTS, TaskConfig
+from medplib_jax.data import splits
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import MASK, REGION
 from medplib_jax.data.sources import MecovqaSource
-from medplib_jax.data.splits import is_held_out, may_hold_records
+from medplib_jax.data.splits import is_held_out
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,10 @@ def annotation_files(path: str | os.PathLike) -> list[Path]:
 
 
 def _records_in(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.glob("*.json")) if may_hold_records(str(file))]
+    files, others = splits.annotation_files(str(folder))
+    for other in others:
+        log.warning("%s is not a list of records and is left out", other)
+    return [Path(file) for file in files]
 
 
 def data_root(file: Path) -> Path:

@@ -108,7 +108,7 @@ def test_masks_of_odd_modes(tmp_path):
     path, notices = str(tmp_path / "m.png"), []
     Image.fromarray(np.array([[0, 1, 256, 65535]], np.uint16)).save(path)
     assert images.load_mask(path, (1, 4), notices).tolist() == [[0, 1, 1, 1]]
-    assert [notice.found for notice in notices] == ["mode I;16, 4 x 1 pixels"]
+    assert [notice.found for notice in notices] == ["mode I;16, 4 x 1 pixels", "1, 256, 65535"]
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.new("L", (6, 4), 255).save(path, exif=exif)
@@ -117,6 +117,66 @@ def test_masks_of_odd_modes(tmp_path):
     Image.new("F", (6, 4), 0.5).save(tmp_path / "m.tiff")
     with pytest.raises(DataError, match="mask has floating-point pixels"):
         images.load_mask(str(tmp_path / "m.tiff"), (4, 6))
+
+
+DISC = np.hypot(*(np.mgrid[:64, :64] - 31.5)) < 20
+MASK_FILES = {  # how a mask of DISC is stored -> what is noted
+    "m.png": (lambda: Image.fromarray(DISC.astype(np.uint8)), ""),
+    "m.jpg": (lambda: Image.fromarray(DISC.astype(np.uint8) * 255), "lossy"),
+    "m.webp": (lambda: Image.fromarray(DISC.astype(np.uint8) * 255), "lossy"),
+    "white_alpha.png": (lambda: with_alpha(np.full((64, 64, 3), 255, np.uint8)), "transparent"),
+    "black_alpha.png": (lambda: with_alpha(np.zeros((64, 64, 3), np.uint8)), "transparent"),
+    "red_on_white.png": (lambda: with_alpha(np.where(DISC[..., None], (200, 0, 0), 255).astype(np.uint8)), "transp"),
+    "grey_alpha.png": (lambda: with_alpha(np.full((64, 64), 128, np.uint8)), "transparent"),
+    "light.png": (lambda: with_palette((250, 240, 230), (10, 200, 90)), "palette without black"),
+    "dark.png": (lambda: with_palette((0, 0, 0), (128, 0, 0)), ""),
+    "labels.png": (lambda: Image.fromarray(np.where(DISC, 2, 0).astype(np.uint8) + DISC * (ARRAY > 30)), "several"),
+}
+ARRAY = np.mgrid[:64, :64][0].astype(np.uint8)
+
+
+def with_alpha(colour):
+    return Image.fromarray(np.dstack([colour, DISC.astype(np.uint8) * 255]))
+
+
+def with_palette(*colours):
+    image = Image.fromarray(DISC.astype(np.uint8), "P")
+    image.putpalette([value for colour in colours for value in colour])
+    return image
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+@pytest.mark.parametrize("name", MASK_FILES)
+def test_a_mask_is_read_as_it_is_meant_however_it_is_stored(tmp_path, name):
+    make, noted = MASK_FILES[name]
+    path, notices = str(tmp_path / name), []
+    make().save(path)
+    mask = images.load_mask(path, (64, 64), notices)
+    assert np.count_nonzero(mask != DISC) <= (40 if noted == "lossy" else 0)  # a tenth of the outline's pixels
+    assert abs(int(mask.sum()) - int(DISC.sum())) < 0.01 * DISC.sum()
+    assert (
+        any(noted in notice.what for notice in notices)
+        if noted
+        else "mask" not in str([notice.what for notice in notices])
+    )
+
+
+def test_a_lossless_webp_keeps_small_values(tmp_path):
+    path = str(tmp_path / "m.webp")
+    Image.fromarray(np.dstack([np.where(DISC, 1, 0) + DISC * (ARRAY > 30) * 200] * 3).astype(np.uint8)).save(
+        path, lossless=True
+    )
+    np.testing.assert_array_equal(images.load_mask(path, (64, 64)), DISC)
+
+
+def test_sixteen_bits_of_which_twelve_are_used_are_noted_and_shown_in_a_window(tmp_path):
+    path, notices = str(tmp_path / "ct.png"), []
+    values = np.repeat(np.array([[0, 1024 - 160, 1024 + 40, 1024 + 240, 4095]], np.uint16), 20, axis=0)
+    Image.fromarray(np.repeat(values, 20, axis=1)).save(path)
+    assert images.load_pixels(path, notices).max() == 15
+    assert [notice.what for notice in notices][1:] == ["picture of 16 bits keeps 16 levels of grey"]
+    shown = images.load_pixels(path, window=(1024 + 40, 400))
+    assert shown[0, [0, 30, 50, 70, 99]].tolist() == [0, 0, 128, 255, 255]
 
 
 def test_plain_pictures_give_no_notice(tmp_path):

@@ -27,7 +27,9 @@ def test_cells_equal_the_originals(name):
 def test_points_are_cells_as_x_y():
     mask = np.zeros((336, 336), np.uint8)
     mask[28, 14:29] = 1  # row 2, columns 1 and 2
-    np.testing.assert_allclose(regions.region_points(mask, 10), [[1 / 24, 2 / 24], [2 / 24, 2 / 24]], rtol=1e-6)
+    np.testing.assert_allclose(
+        regions.cell_points(regions.grid_cells(mask), 10), [[1 / 24, 2 / 24], [2 / 24, 2 / 24]], rtol=1e-6
+    )
 
 
 def test_the_largest_component_counts_with_diagonal_neighbours():
@@ -40,7 +42,7 @@ def test_the_largest_component_counts_with_diagonal_neighbours():
 
 def test_more_cells_than_points_are_thinned_the_same_way_each_time():
     mask = np.ones((50, 50), np.uint8)
-    first, again = regions.region_points(mask, 40), regions.region_points(mask, 40)
+    first, again = regions.cell_points(regions.grid_cells(mask), 40), regions.cell_points(regions.grid_cells(mask), 40)
     np.testing.assert_array_equal(first, again)
     assert len(np.unique(first, axis=0)) == 40
 
@@ -51,7 +53,7 @@ def test_any_region_gives_points_in_the_unit_square(height, width, data):
     mask = np.zeros((height, width), np.uint8)
     row, column = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     mask[row : row + data.draw(st.integers(1, 40)), column : column + data.draw(st.integers(1, 40))] = 1
-    points = regions.region_points(mask, 16)
+    points = regions.cell_points(regions.grid_cells(mask), 16)
     assert points.dtype == np.float32 and 1 <= len(points) <= 16
     assert points.min() >= 0 and points.max() < 1
 
@@ -64,7 +66,7 @@ def test_a_vanishing_region_takes_the_cell_it_lies_in(height, width, data):
     assert mask.sum() == 1 and mask[y, x] == 1
     scale, longest = 24 / max(height, width), max(height, width)
     expected = np.array([x + 0.5 + (longest - width) / 2, y + 0.5 + (longest - height) / 2]) * scale
-    found = regions.region_points(mask, 600) * 24
+    found = regions.cell_points(regions.grid_cells(mask), 600) * 24
     assert np.abs(found.mean(axis=0) + 0.5 - expected).max() <= 1.0 + 0.5 * scale
 
 
@@ -147,7 +149,7 @@ def test_parts_have_every_share_and_the_originals_slip_keeps_the_whole():
 
 def test_an_empty_region_is_refused():
     with pytest.raises(ValueError, match="empty region"):
-        regions.region_points(np.zeros((5, 5), np.uint8), 4)
+        regions.grid_cells(np.zeros((5, 5), np.uint8))
 
 
 def test_files_are_not_shapes():

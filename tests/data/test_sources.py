@@ -8,7 +8,8 @@ import pytest
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import modality, parse_record
-from medplib_jax.data.sources import MecovqaSource
+from medplib_jax.data.sources import MecovqaSource, digest, open_source
+from medplib_jax.data.splits import annotation_files
 
 
 def conversation(question="<image>\nWhat is it?", answer="A liver."):
@@ -80,7 +81,11 @@ def test_a_greeting_is_left_out_and_numbers_become_text():
         ({"conversations": conversation(answer="\udc00")}, "text is not Unicode"),
         ({"conversations": conversation(answer="<SEG><mask>m.png")}, "<mask> is not closed"),
         ({"conversations": conversation(question="<region>m.png?")}, "<region> is not closed"),
-        ({"conversations": conversation(), "answer_type": 3}, "unknown answer type; expected a string, found 3"),
+        (
+            {"conversations": conversation(), "answer_type": 3},
+            "unknown answer type; expected open, closed, .*, found 3",
+        ),
+        ({"conversations": conversation(), "answer_type": "essay"}, "unknown answer type; .*, found 'essay'"),
     ],
 )
 def test_a_bad_record_is_named(raw, message):
@@ -88,6 +93,15 @@ def test_a_bad_record_is_named(raw, message):
         parse(raw)
     assert str(caught.value).startswith("train.json, record 7: ")
     assert (caught.value.file, caught.value.record) == ("train.json", 7)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("CLOSED ", "closed"), ("open-ended", "open"), ("yes_no", "closed"), ("Yes/No", "closed"), (None, "")]
+    + [("multi-choice", "closed"), ("Multiple Choice", "closed"), ("number", "open"), ("", "")],
+)
+def test_known_names_of_answer_types_become_open_or_closed(written, expected):
+    assert parse({"conversations": conversation(), "answer_type": written}).answer_type == expected
 
 
 def test_errors_cross_process_borders():
@@ -105,6 +119,53 @@ def test_a_file_of_records(tmp_path):
     assert len(source) == 3
     assert (source[2].index, source[2].root) == (2, str(tmp_path))
     assert MecovqaSource(str(path), "elsewhere")[0].root == "elsewhere"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSON", "a.jsonl", "a.JSONL", "a#b.json", "a, b.json"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_every_spelling_of_an_annotation_file_is_a_source(tmp_path, name, encoding):
+    raw = {"conversations": conversation(answer="A \u809d.\u2028")}
+    lines = "\n".join(json.dumps(raw, ensure_ascii=False) for _ in range(2)) + "\n"
+    path = tmp_path / name
+    path.write_text(lines if name.lower().endswith("l") else json.dumps([raw] * 2), encoding=encoding)
+    (tmp_path / "manifest.json").write_text("{}")
+    assert annotation_files(str(tmp_path)) == ([str(path)], [str(tmp_path / "manifest.json")])
+    source = open_source(str(path))
+    assert len(source) == 2 and source[1].turns[1][1] == "A \u809d.\u2028"
+
+
+def test_files_of_subfolders_are_found_when_asked_for(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/a.jsonl").write_text(json.dumps({"conversations": conversation()}))
+    assert annotation_files(str(tmp_path)) == ([], [])
+    assert annotation_files(str(tmp_path), deep=True) == ([str(tmp_path / "x/a.jsonl")], [])
+
+
+def test_a_broken_line_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"conversations": []}\n\n{"conv')
+    with pytest.raises(DataError, match="a.jsonl: annotation file cannot be read.* found line 3"):
+        open_source(str(tmp_path / "a.jsonl"))
+
+
+def test_a_digest_changes_with_every_file_that_a_record_names(tmp_path):
+    answer = "It is <SEG>.<mask>mask.png</mask>"
+    turns = conversation("<image>\nWhat is in <region>region.png</region>?", answer)
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "image.png", "conversations": turns}, {"image": 3}]))
+    files = [tmp_path / name for name in ("image.png", "mask.png", "region.png")]
+    for file in files:
+        file.write_bytes(b"first")
+    source = open_source(str(tmp_path / "a.json"))
+    first = digest(source, range(2))
+    assert digest(open_source(str(tmp_path / "a.json")), range(2)) == first != digest(source, range(1))
+    for file in files:
+        status = file.stat()
+        file.write_bytes(b"other")  # as long as before, and as old
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        changed = digest(source, range(2))
+        file.unlink()
+        assert len({first, changed, digest(source, range(2))}) == 3
+        file.write_bytes(b"first")
+    assert digest(source, range(2)) == first
 
 
 @pytest.mark.parametrize(

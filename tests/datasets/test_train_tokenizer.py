@@ -38,3 +38,9 @@ def test_a_file_of_another_form_is_named(tmp_path):
     file.write_text('[{"question": "?"}]')
     with pytest.raises(ValueError, match="other.json"):
         list(training_text([str(file)]))
+
+
+def test_a_manifest_between_the_sources_is_left_out_by_name(source, tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text('{"records": 20}')
+    text = list(training_text([source, str(tmp_path / "manifest.json")]))
+    assert text == list(training_text([source])) and "manifest.json" in capsys.readouterr().err

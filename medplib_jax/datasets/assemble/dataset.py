@@ -1,8 +1,8 @@
 """MeCoVQA from its published annotation files and the SA-Med2D-20M images.
 
 
-Takes the JSON files as they are published: adds missing suffixes, unites the masks of a class where the annotations ask for
-masks_merged/ (which SA-Med2D-20M does not have), and leaves out what cannot be used, each record by name. Writes
+Takes the JSON files as they are published: adds missing suffixes, unites the masks of a class where the annotations ask
+for masks_merged/ (which SA-Med2D-20M does not have), and leaves out what cannot be used, each record by name. Writes
 
     OUT/mecovqa/CONFIG/1.0.0/    TFDS dataset in ArrayRecord shards; configs complex, region, grounding, zeroshot
     OUT/masks_merged/            the united masks
@@ -10,10 +10,11 @@ masks_merged/ (which SA-Med2D-20M does not have), and leaves out what cannot be 
     OUT/problems.jsonl           every record that was left out or repaired, by name
     OUT/missing.txt              every file that was not there
 
-Every example holds its picture, so the dataset takes the space of as many pictures as there are records.
-Read it with `tfds.data_source("mecovqa/grounding", data_dir=OUT)`, or train on it with data.sources=("OUT/mecovqa/grounding/1.0.0#train",).
-The same command again continues an interrupted run, and takes in images that were missing before. Annotation files with other names are
-sorted by what they hold: answers with masks are grounding, questions with regions are region, others complex.
+Every example holds its picture, so the dataset takes the space of as many pictures as there are records. Read it with
+`tfds.data_source("mecovqa/grounding", data_dir=OUT)`, or train on it with
+data.sources=("OUT/mecovqa/grounding/1.0.0#train",). The same command again continues an interrupted run, and takes in
+images that were missing before. Annotation files with other names are sorted by what they hold: answers with masks are
+grounding, questions with regions are region, others complex.
 """
 
 import collections
@@ -30,10 +31,11 @@ from typing import Any
 from tqdm import tqdm
 
 from medplib_jax.data.errors import DataError
-from medplib_jax.data.splits import is_held_out, may_hold_records
+from medplib_jax.data.sources import read_records
+from medplib_jax.data.splits import annotation_files, is_held_out
 from medplib_jax.datasets.assemble import records as assemble_records
 from medplib_jax.datasets.assemble import shards as assemble_shards
-from medplib_jax.datasets.mecovqa import merged_name, read_class_names, read_records, write_json
+from medplib_jax.datasets.mecovqa import merged_name, read_class_names, write_json
 from medplib_jax.datasets.processes import make_pool
 
 PUBLISHED = {
@@ -80,9 +82,12 @@ class Task:
 
 
 def assemble(annotations: str, images: str, out: str, workers: int) -> dict[str, Any]:
-    """Does what the module says, and returns the manifest. DataError when an annotation file or the image folder cannot be read."""
+    """Does what the module says, and returns the manifest.
+
+    DataError when an annotation file or the image folder cannot be read.
+    """
     root = find_collection(images)
-    files = find_annotations(annotations)
+    files, others = find_annotations(annotations, out)
     loaded = {
         file: read_records(os.path.join(annotations, file)) for file in tqdm(files, desc="annotations", unit=" files")
     }
@@ -98,7 +103,7 @@ def assemble(annotations: str, images: str, out: str, workers: int) -> dict[str,
             shards[task.config][task.split].append((task.path, note["written"]))
     folders = {config: assemble_shards.publish(out, config, splits) for config, splits in shards.items()}
     absent = [file for file in PUBLISHED if file not in plan] if any(file in PUBLISHED for file in plan) else []
-    return write_manifest(out, tasks, notes, folders, absent)
+    return write_manifest(out, tasks, notes, folders, absent, others)
 
 
 def find_collection(images: str) -> str:
@@ -109,18 +114,25 @@ def find_collection(images: str) -> str:
     raise DataError(images, None, "not a folder of images", "images/ or SAMed2Dv1/images/ in it", "neither")
 
 
-def find_annotations(folder: str) -> list[str]:
-    """Annotation files below the folder; JSON of other kinds is left out. DataError when there is none."""
-    found = [
-        os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
-        for place, folders, names in os.walk(folder)
-        for name in names
-        if name.endswith((".json", ".jsonl"))
-    ]
-    found = [file for file in found if file in PUBLISHED or may_hold_records(os.path.join(folder, file))]
-    if not found:
-        raise DataError(folder, None, "no annotation file", "*.json in it or below", "none")
-    return sorted(found)
+def find_annotations(folder: str, out: str) -> tuple[list[str], list[str]]:
+    """Annotation files below the folder, and JSON files of other kinds, relative to it; what lies in `out` does not
+    count.
+
+    DataError when there is none to use.
+    """
+    inside = os.path.relpath(out, folder) + "/"
+    found, others = (
+        [name for name in (_relative(path, folder) for path in paths) if not name.startswith(inside)]
+        for paths in annotation_files(folder, deep=True)
+    )
+    broken = [name for name in others if name in PUBLISHED]  # which will be named when they are read
+    if not found + broken:
+        raise DataError(folder, None, "no annotation file", "*.json or *.jsonl in it or below", "none")
+    return sorted(found + broken), [name for name in others if name not in PUBLISHED]
+
+
+def _relative(path: str, folder: str) -> str:
+    return os.path.relpath(path, folder).replace(os.sep, "/")
 
 
 def guess(file: str, records: list[Any]) -> tuple[str, str]:
@@ -224,7 +236,9 @@ def build_shard(task: Task) -> dict[str, Any]:
     return note
 
 
-def write_manifest(out: str, tasks, notes, folders: dict[str, str], absent: list[str]) -> dict[str, Any]:
+def write_manifest(
+    out: str, tasks, notes, folders: dict[str, str], absent: list[str], others: list[str]
+) -> dict[str, Any]:
     splits = collections.defaultdict(collections.Counter)
     actions = {"left out": collections.Counter(), "repaired": collections.Counter()}
     for task, note in zip(tasks, notes, strict=True):
@@ -243,6 +257,7 @@ def write_manifest(out: str, tasks, notes, folders: dict[str, str], absent: list
         "missing_files": len(missing),
         "missing_by_folder": dict(collections.Counter(_place(name) for name in missing).most_common()),
         "annotation_files_absent": absent,
+        "files_of_another_kind": others,
         "sources": [f"{folder}#{split}" for config, folder in folders.items() for split in _splits_of(config, splits)],
     }
     write_json(os.path.join(out, "manifest.json"), manifest)
@@ -289,4 +304,8 @@ def describe(manifest: dict[str, Any], out: str) -> str:
         lines += [f"  {count:>8}  {place}" for place, count in list(manifest["missing_by_folder"].items())[:20]]
         lines.append("When they are there, the same command takes them in.")
     lines += [f"annotation file absent: {file}" for file in manifest["annotation_files_absent"]]
-    return "\n".join(lines + [f"train on: {source}" for source in manifest["sources"]])
+    lines += [f"not a list of records: {file}" for file in manifest["files_of_another_kind"]]
+    for source in manifest["sources"]:
+        config, split = source.split(os.sep)[-2], source.rsplit("#", 1)[1]
+        lines.append(f"{'evaluate' if config == 'zeroshot' or is_held_out(split) else 'train'} on: {source}")
+    return "\n".join(lines)

@@ -26,7 +26,9 @@ _SUFFIX = re.compile(r"\.(png|jpe?g)$", re.IGNORECASE)
 
 @dataclasses.dataclass
 class Files:
-    """Where files are looked up: the image collection, the folder that gets united masks, and the instances of each class."""
+    """Where files are looked up: the image collection, the folder that gets united masks, and the instances of each
+    class.
+    """
 
     root: str
     out: str
@@ -45,7 +47,9 @@ class Files:
             raise
 
     def mask(self, reference: str, size: tuple[int, int]) -> bytes:
-        """A mask of this size (0 or 255) as `encode` makes it, united from its instances when it is one of masks_merged/ (and then kept there)."""
+        """A mask of this size (0 or 255) as `encode` makes it, united from its instances when it is one of
+        masks_merged/ (and then kept there).
+        """
         there = next(
             (
                 name
@@ -76,7 +80,10 @@ class Files:
 
 
 def prepare(raw: Any, file: str, index: int, files: Files) -> tuple[dict[str, Any], list[str]]:
-    """The example of a published record (keys of `assemble_shards.FEATURES`) and what was repaired. DataError when it cannot be used."""
+    """The example of a published record (keys of `assemble_shards.FEATURES`) and what was repaired.
+
+    DataError when it cannot be used.
+    """
     repairs: list[str] = []
     if isinstance(raw, dict):
         raw = repair_text(raw, repairs)
@@ -105,7 +112,9 @@ def prepare(raw: Any, file: str, index: int, files: Files) -> tuple[dict[str, An
 
 
 def repair_text(raw: dict[str, Any], repairs: list[str]) -> dict[str, Any]:
-    """The record with its references in the usual form and `<image>` in its first question; appends what changed to `repairs`."""
+    """The record with its references in the usual form and `<image>` in its first question; appends what changed to
+    `repairs`.
+    """
     image, turns = raw.get("image"), raw.get("conversations")
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
@@ -136,7 +145,9 @@ def _is_text(turn: Any) -> bool:
 
 
 def repair_reference(reference: str, repairs: list[str]) -> str:
-    """The reference relative to the collection's root, with suffix: other people's absolute paths are cut, a missing ".png" is added."""
+    """The reference relative to the collection's root, with suffix: other people's absolute paths are cut, a missing
+    ".png" is added.
+    """
     if not reference.strip() or is_shape(reference) or "\0" in reference:
         return reference
     path = reference.strip().replace("\\", "/")
@@ -156,7 +167,9 @@ def repair_reference(reference: str, repairs: list[str]) -> str:
 
 
 def read_picture(path: str, notices: list[Notice]) -> tuple[bytes, tuple[int, int]]:
-    """The picture's content and size (h, w): its pixels as `encode` makes them, but a plain JPEG as it is, which is much smaller."""
+    """The picture's content and size (h, w): its pixels as `encode` makes them, but a plain JPEG as it is, which is
+    much smaller.
+    """
     pixels = images.load_pixels(path, notices)
     with Image.open(path) as image:
         is_jpeg = image.format == "JPEG"
@@ -167,7 +180,10 @@ def read_picture(path: str, notices: list[Notice]) -> tuple[bytes, tuple[int, in
 
 
 def read_masks(record: Record, files: Files, size: tuple[int, int]) -> dict[str, bytes]:
-    """Every mask and region that the text refers to by a file, by name. DataError for an empty one, or a drawn region that is none."""
+    """Every mask and region that the text refers to by a file, by name.
+
+    DataError for an empty one, or a drawn region that is none.
+    """
     references = dict.fromkeys(
         name for _, text in record.turns for pattern in (REGION, MASK) for name in pattern.findall(text)
     )
@@ -184,8 +200,11 @@ def visible(name: str, mask: np.ndarray) -> np.ndarray:
 
 
 def encode(pixels: np.ndarray, form: str = "PPM") -> bytes:
-    """uint8 [h, w] or [h, w, 3] as a picture file. Shards hold bare pixels (PGM and PPM), which ArrayRecord compresses: half as much again as PNG
-    on the disk, but read more than five times as fast."""
+    """uint8 [h, w] or [h, w, 3] as a picture file.
+
+    Shards hold bare pixels (PGM and PPM), which ArrayRecord compresses: half as much again as PNG on the disk, but read
+    more than five times as fast.
+    """
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, form)
     return file.getvalue()

@@ -1,4 +1,6 @@
-"""The TFDS dataset `mecovqa` on disk: its features, one ArrayRecord shard, and the metadata around all shards. No TensorFlow.
+"""The TFDS dataset `mecovqa` on disk: its features, one ArrayRecord shard, and the metadata around all shards.
+
+No TensorFlow.
 
 Layout: OUT/mecovqa/CONFIG/VERSION/mecovqa-SPLIT.array_record-00000-of-00007, dataset_info.json, features.json.
 """
@@ -22,7 +24,10 @@ _DESCRIPTION = "MeCoVQA on images of SA-Med2D-20M, assembled by medplib_jax. "
 
 @functools.cache
 def features():
-    """FeaturesDict of an example. `masks` and `mask_names` belong together; the names stand in the conversations' <mask> and <region>."""
+    """FeaturesDict of an example.
+
+    `masks` and `mask_names` belong together; the names stand in the conversations' <mask> and <region>.
+    """
     from tensorflow_datasets import features as tfds_features
 
     text = tfds_features.Text
@@ -42,7 +47,9 @@ def features():
 
 
 def serialize(example: dict[str, Any]) -> bytes:
-    """The example as tf.train.Example; the same bytes in every process, which `features().serialize_example` does not promise."""
+    """The example as tf.train.Example; the same bytes in every process, which `features().serialize_example` does not
+    promise.
+    """
     return _serializer().get_tf_example(features().encode_example(example)).SerializeToString(deterministic=True)
 
 
@@ -54,7 +61,10 @@ def _serializer():
 
 
 class ShardWriter:
-    """Writes examples to one file, which is there when all of them are. As a context manager: an exception leaves no file."""
+    """Writes examples to one file, which is there when all of them are.
+
+    As a context manager: an exception leaves no file.
+    """
 
     def __init__(self, path: str):
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -84,7 +94,10 @@ def dataset_folder(out: str, config: str) -> str:
 
 
 def publish(out: str, config: str, shards: Mapping[str, Sequence[tuple[str, int]]]) -> str:
-    """Makes the dataset folder of a config from (file, number of examples) of each split's shards, and returns it. Files are linked."""
+    """Makes the dataset folder of a config from (file, number of examples) of each split's shards, and returns it.
+
+    Files are linked.
+    """
     import tensorflow_datasets as tfds
 
     folder = dataset_folder(out, config)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import Record
 from medplib_jax.data.sources import open_source
-from medplib_jax.data.splits import is_held_out, may_hold_records
+from medplib_jax.data.splits import annotation_files, is_held_out
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.datasets.assemble.shards import DATASET, dataset_folder
 from medplib_jax.datasets.audit.facts import Facts, Reader, plain
@@ -37,30 +37,30 @@ AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the pic
 
 def audit(folder: str, tokenizer: str = "", workers: int = 0) -> tuple[dict[str, Any], list[Facts]]:
     """The report (see `summarize`) and the facts of every record. DataError when the folder holds no dataset or a file cannot be read."""
-    facts = collect(find_sources(folder), folder, tokenizer, workers)
-    return summarize(facts, find(facts), "tokens" if tokenizer else "words"), facts
+    sources, others = find_sources(folder)
+    facts = collect(sources, folder, tokenizer, workers)
+    return {**summarize(facts, find(facts), "tokens" if tokenizer else "words"), "not_read": others}, facts
 
 
-def find_sources(folder: str) -> list[str]:
-    """Names for `open_source`: splits of an assembled dataset, or annotation files below the folder. DataError when there are none."""
+def find_sources(folder: str) -> tuple[list[str], list[str]]:
+    """Names for `open_source`: splits of an assembled dataset, or annotation files below the folder; and JSON files that are not read.
+
+    DataError when there is nothing to read.
+    """
     assembled = os.path.join(folder, DATASET)
     if os.path.isdir(assembled):
         import tensorflow_datasets as tfds
 
         places = [dataset_folder(folder, config) for config in sorted(os.listdir(assembled))]
-        return [f"{place}#{split}" for place in places for split in tfds.builder_from_directory(place).info.splits]
-    files = [
-        os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name.endswith(".json")
-    ]
-    beside = tuple(
-        os.path.join(folder, name, "") for name in ("grit", "answers")
-    )  # what `write_qa` puts there in other forms
-    found = [file for file in files if not file.startswith(beside) and may_hold_records(file)]
+        return [f"{place}#{split}" for place in places for split in tfds.builder_from_directory(place).info.splits], []
+    files, others = annotation_files(folder, deep=True)
+    # what `write_qa` puts there in other forms
+    beside = tuple(os.path.join(folder, name, "") for name in ("grit", "answers"))
+    found = [file for file in files if not file.startswith(beside)]
     if not found:
-        raise DataError(
-            folder, None, "no dataset", f"annotation files *.json, or {DATASET}/ of an assembled one", "neither"
-        )
-    return sorted(found)
+        expected = f"annotation files *.json or *.jsonl, or {DATASET}/ of an assembled one"
+        raise DataError(folder, None, "no dataset", expected, "neither")
+    return found, sorted(os.path.relpath(file, folder) for file in {*others, *files} - {*found})
 
 
 def collect(sources: Sequence[str], folder: str, tokenizer: str, workers: int) -> list[Facts]:
@@ -155,4 +155,5 @@ def describe(report: dict[str, Any]) -> str:
             f"{title.replace('_', ' '):12} " + ", ".join(f"{name} {count}" for name, count in report[title].items())
         )
     lines += [f"{count:>8}  {kind}" for kind, count in report["finding_counts"].items()]
+    lines += [f"not read: {name}" for name in report["not_read"]]
     return "\n".join(lines)

@@ -216,7 +216,7 @@ CHECKS: dict[str, Callable[[Sequence[Facts]], Found]] = {
     "left and right at one place": same_place,
     "one mask has two names": same_mask,
     "mask of another class than the text names": other_class,
-    "picture is not plain and was converted": odd_files,
+    "picture or mask is not plain and was converted": odd_files,
     "mask covers the whole picture": full_masks,
     "mask is tiny": tiny_masks,
     "question asked twice": duplicates,

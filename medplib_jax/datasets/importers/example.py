@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import find_file
-from medplib_jax.datasets.mecovqa import read_records
+from medplib_jax.data.sources import read_records
 
 YES_NO = ("yes", "no")
 
