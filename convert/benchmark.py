@@ -1,10 +1,11 @@
-"""How long conversion takes and how much memory: a synthetic checkpoint of MedPLIB-7B's width, there and back, beside a plain copy.
+"""How long conversion takes and how much memory: a synthetic checkpoint of MedPLIB-7B's width, there and back, beside a
+plain copy.
 
 python -m convert.benchmark --folder DIR [--layers 4]
 
-Writes bfloat16 tensors of every name and shape of the model with that many decoder layers (32: 23 GB, and twice that on disk at
-most), converts in processes of their own, compares every tensor of the result with the source, and removes everything again.
-"""
+Writes bfloat16 tensors of every name and shape of the model with that many decoder layers (32: 23 GB, and twice that on
+disk at most), converts in processes of their own, compares every tensor of the result with the source, and removes
+everything again."""
 
 import argparse
 import dataclasses
@@ -107,7 +108,8 @@ class Comparison:
     @property
     def title(self) -> str:
         largest = self.layers * 2 * 4096 * 11008 * 2 / 1e9
-        return f"{self.layers} layers, {self.gigabytes:.1f} GB, largest stacked parameter {largest:.1f} GB; {self.changed} tensors changed"
+        stored = f"{self.layers} layers, {self.gigabytes:.1f} GB, largest stacked parameter {largest:.1f} GB"
+        return f"{stored}; {self.changed} tensors changed"
 
     def rows(self) -> list[tuple[str, ...]]:
         """As COLUMNS says."""

@@ -2,9 +2,9 @@
 
 python -m convert.check --torch DIR --checkpoint WORKDIR [--images DIR] [--dtype float32]
 
-The JAX model answers greedily about every picture; then both models read picture, question and answer, closed by <SEG>, and their logits,
-greedy choices and masks are compared. Without --images, pictures are made up. The PyTorch side is `convert.torch_reference`.
-"""
+The JAX model answers greedily about every picture; then both models read picture, question and answer, closed by <SEG>,
+and their logits, greedy choices and masks are compared. Without --images, pictures are made up. The PyTorch side is
+`convert.torch_reference`."""
 
 import argparse
 import dataclasses
@@ -36,7 +36,8 @@ LIMITS = {"float32": (1e-3, 1e-5), "bfloat16": (1e-1, 5e-2)}
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One picture and question. Differences are relative to the largest magnitude; `greedy` is the share of equal choices."""
+    """One picture and question. Differences are relative to the largest magnitude; `greedy` is the share of equal
+    choices."""
 
     name: str
     logits: float
@@ -178,10 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         failed = 0
         for result in compare(arguments.torch, arguments.checkpoint, images, arguments.dtype, arguments.max_new_tokens):
             failed += not result.passes(arguments.dtype)
-            print(
-                f"| {result.name} | {result.logits:.1e} | {result.kl:.1e} | {result.greedy:.2f} | {result.mask:.1e} | {result.dice:.4f} |",
-                flush=True,
-            )
+            logits, kl, mask = (f"{value:.1e}" for value in (result.logits, result.kl, result.mask))
+            print(f"| {result.name} | {logits} | {kl} | {result.greedy:.2f} | {mask} | {result.dice:.4f} |", flush=True)
     print(f"{failed} comparisons differ" if failed else "the same model")
     raise SystemExit(1 if failed else 0)
 

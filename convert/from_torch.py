@@ -1,10 +1,10 @@
 """PyTorch weights in: one checkpoint folder that train, evaluate and predict take.
 
-python -m convert.from_torch --source DIR_OR_FILE [--source ...] --out WORKDIR [--kind auto] [--dtype bf16] [--mesh fsdp=8,tensor=2]
+python -m convert.from_torch --source DIR_OR_FILE [--source ...] --out WORKDIR [--kind auto] [--dtype bf16] [--mesh
+fsdp=8,tensor=2]
 
-Several sources are put together (LLaVA, CLIP and SAM-Med2D, say); where two hold the same tensor, the first is taken. Tensors are
-read, laid out and written one at a time. The result appears under its name only when it is complete.
-"""
+Several sources are put together (LLaVA, CLIP and SAM-Med2D, say); where two hold the same tensor, the first is taken.
+Tensors are read, laid out and written one at a time. The result appears under its name only when it is complete."""
 
 import argparse
 import collections
@@ -53,7 +53,8 @@ FRESH = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to convert. `fresh` names parts that the sources lack and that start at random; `stage` is where the weights come from."""
+    """What to convert. `fresh` names parts that the sources lack and that start at random; `stage` is where the weights
+    come from."""
 
     sources: tuple[pathlib.Path, ...]
     out: pathlib.Path
@@ -70,9 +71,8 @@ class Options:
 def convert(options: Options) -> ModelConfig:
     """Writes the checkpoint `options.out` and returns the model's configuration.
 
-    Raises FileNotFoundError for missing files, ValueError for weights that are damaged, not finite, of a wrong shape, or that do not
-    fill the model exactly; then nothing is left behind.
-    """
+    Raises FileNotFoundError for missing files, ValueError for weights that are damaged, not finite, of a wrong shape,
+    or that do not fill the model exactly; then nothing is left behind."""
     tensors = read_sources(options.sources)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     folders = [
@@ -132,7 +132,8 @@ def read_sources(sources: Sequence[pathlib.Path]) -> dict[str, torch_files.Tenso
 
 
 def find_configs(folders: Sequence[pathlib.Path]) -> tuple[kinds.Json, kinds.Json, pathlib.Path | None]:
-    """config.json of the language model and of CLIP, and the folder of the former. CLIP's may lie where `mm_vision_tower` points."""
+    """config.json of the language model and of CLIP, and the folder of the former. CLIP's may lie where
+    `mm_vision_tower` points."""
     language, vision, side = {}, {}, None
     for folder in folders:
         found = kinds.read_json(folder / "config.json")
@@ -164,13 +165,15 @@ def model_shapes(config: ModelConfig) -> MedPLIB:
 def target_shapes(
     config: ModelConfig, model: MedPLIB, shapes: kinds.Shapes, parts: set[str]
 ) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the parameters to fill: the model's under `parts`, and the in-context-learning modules' if the source has them."""
+    """Path -> shape of the parameters to fill: the model's under `parts`, and the in-context-learning modules' if the
+    source has them."""
     held = {path: leaf.shape for path, leaf in flatten(params_of(model)).items() if path.split("/")[0] in parts}
     return held | mapping.extra_parameters(config, shapes, ("icl/",))
 
 
 def shard_counts(model: MedPLIB, params: dict[str, tuple[int, ...]], mesh: MeshConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> how many shards the mesh cuts each axis into: files hold whole shards, so that each host reads only its own."""
+    """Path -> how many shards the mesh cuts each axis into: files hold whole shards, so that each host reads only its
+    own."""
     sizes = dataclasses.asdict(mesh)
     abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     axes = flatten(logical_axes(model))
@@ -249,8 +252,8 @@ def write_checkpoint(folder: pathlib.Path, config: ModelConfig, leaves, options:
 
 @contextlib.contextmanager
 def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A hidden folder beside `out` that takes its name at the end, when all of it is on the disk. An exception removes it; a kill
-    leaves it, under its hidden name."""
+    """A hidden folder beside `out` that takes its name at the end, when all of it is on the disk. An exception removes
+    it; a kill leaves it, under its hidden name."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out {out}: already exists and is not an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,8 @@ _TOKENIZER: Json = {
 
 
 def model_json(config: ModelConfig, carried: Json, dtype: np.dtype) -> Json:
-    """config.json for the original program: sizes from `config`, the rest from the `carried` file of the source, else defaults."""
+    """config.json for the original program: sizes from `config`, the rest from the `carried` file of the source, else
+    defaults."""
     llm, moe_layers = config.llm, config.moe_layers
     written = _DEFAULTS | carried
     written |= {

@@ -1,4 +1,5 @@
-"""What a PyTorch checkpoint is, and the model's sizes: from the tensors themselves; from config.json only what no shape tells."""
+"""What a PyTorch checkpoint is, and the model's sizes: from the tensors themselves; from config.json only what no shape
+tells."""
 
 import json
 import math
@@ -63,9 +64,8 @@ def read_json(path: pathlib.Path) -> Json:
 def detect_config(shapes: Shapes, language: Json, vision: Json, lora_alpha: float) -> ModelConfig:
     """The model's sizes. `shapes` has canonical names; parts that it lacks keep the sizes of MedPLIB-7B.
 
-    `language` and `vision` are the config.json of the language model and of CLIP. Raises ValueError when a size is in neither, or
-    when config.json and the tensors disagree.
-    """
+    `language` and `vision` are the config.json of the language model and of CLIP. Raises ValueError when a size is in
+    neither, or when config.json and the tensors disagree."""
     parts = {part_of(key) for key in shapes}
     sizes = {}
     if "clip" in parts:
@@ -91,7 +91,8 @@ def _clip(shapes: Shapes, vision: Json, language: Json) -> ClipConfig:
     heads = vision.get("num_attention_heads") or (hidden // 64 if hidden % 64 == 0 else None)
     if heads is None:
         raise ValueError(
-            f"CLIP of width {hidden}: the number of heads is in no tensor; give the folder with CLIP's config.json (--config)"
+            f"CLIP of width {hidden}: the number of heads is in no tensor; "
+            "give the folder with CLIP's config.json (--config)"
         )
     config = ClipConfig(
         image_size=math.isqrt(positions - 1) * patch[2],
@@ -193,7 +194,8 @@ def _lora(shapes: Shapes, alpha: float) -> LoraConfig:
 
 
 def _mask(shapes: Shapes, language: Json) -> MaskConfig:
-    """With a SEG MLP, the original has trained it, on masks whose padding it cut away by its own rule, unless config.json says other."""
+    """With a SEG MLP, the original has trained it, on masks whose padding it cut away by its own rule, unless
+    config.json says other."""
     trained = any(part_of(key) == "seg_mlp" for key in shapes)
     encoder, decoder = _SAM + "image_encoder.", _SAM + "mask_decoder."
     patch = _shape(shapes, encoder + "patch_embed.proj.weight")

@@ -1,10 +1,9 @@
 """The one table of names: which PyTorch tensor is which part of which JAX parameter. Both directions come from it.
 
-A row is (PyTorch pattern, JAX path, layout). A field in braces stands for an index. If the field is also in the JAX path, each
-index has a parameter of its own; if not, the tensors are stacked on leading axes, in the order of the fields. What values a field
-takes is decided by `indices(config)`. `[q,k,v]` in both names stands for one row per alternative. Rows whose JAX path a model does not
-have are not used (say, SAM's adapters in a model without them).
-"""
+A row is (PyTorch pattern, JAX path, layout). A field in braces stands for an index. If the field is also in the JAX
+path, each index has a parameter of its own; if not, the tensors are stacked on leading axes, in the order of the
+fields. What values a field takes is decided by `indices(config)`. `[q,k,v]` in both names stands for one row per
+alternative. Rows whose JAX path a model does not have are not used (say, SAM's adapters in a model without them)."""
 
 import dataclasses
 import functools
@@ -233,7 +232,8 @@ def indices(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One PyTorch tensor's place: `path` of the JAX parameter, `index` on its leading stacked axes (empty: all of it)."""
+    """One PyTorch tensor's place: `path` of the JAX parameter, `index` on its leading stacked axes (empty: all of
+    it)."""
 
     key: str
     path: str
@@ -261,7 +261,7 @@ def entries(config: ModelConfig, paths: Iterable[str]) -> dict[str, Entry]:
         stacked = [field for field in fields if "{" + field + "}" not in jax]
         sizes = tuple(len(values[field]) for field in stacked)
         for choice in itertools.product(*(enumerate(values[field]) for field in fields)):
-            place = dict(zip(fields, choice))
+            place = dict(zip(fields, choice, strict=True))
             names = {field: number for field, (_, number) in place.items()}
             path = jax.format(**names)
             if path in wanted:
@@ -288,9 +288,8 @@ def strict_plan(
 ) -> dict[str, Entry]:
     """Places of all source tensors, checked both ways.
 
-    `param_shapes` path -> shape; `torch_shapes` canonical name -> shape. Raises ValueError listing names when a source tensor has no
-    place and is not in `IGNORED`, when a parameter is not filled, or when a shape differs.
-    """
+    `param_shapes` path -> shape; `torch_shapes` canonical name -> shape. Raises ValueError listing names when a source
+    tensor has no place and is not in `IGNORED`, when a parameter is not filled, or when a shape differs."""
     plan = entries(config, param_shapes)
     unused = [key for key in torch_shapes if key not in plan and not ignored(key)]
     missing = [key for key in plan if key not in torch_shapes]
@@ -317,11 +316,12 @@ def unmerged_name(key: str, adapted: bool) -> str:
 
 @functools.cache
 def _rows() -> tuple[tuple[str, str, Layout], ...]:
-    """The table with alternatives written out, and for each kernel of the decoder the two low-rank factors beside it."""
+    """The table with alternatives written out, and for each kernel of the decoder the two low-rank factors beside
+    it."""
     rows = []
     for torch, jax, layout in TABLE:
         rows += [(t, j, layout) for t, j in zip(_alternatives(torch), _alternatives(jax), strict=True)]
-    for torch, jax, layout in tuple(rows):
+    for torch, jax, _ in tuple(rows):
         if jax.startswith("llm/") and jax.endswith("/kernel"):
             stem, side = torch.removesuffix("weight"), jax.removesuffix("kernel")
             rows += [

@@ -1,8 +1,8 @@
 """Orbax checkpoints written and read piece by piece, so that no parameter need ever be whole in memory.
 
-With `handler`, a tree's leaves are `Streamed`: Orbax writes its usual files (they restore like any other checkpoint), only the arrays'
-contents come from here, a few slabs at a time. `open_arrays` gives TensorStore handles in place of arrays; slicing one reads a part.
-"""
+With `handler`, a tree's leaves are `Streamed`: Orbax writes its usual files (they restore like any other checkpoint),
+only the arrays' contents come from here, a few slabs at a time. `open_arrays` gives TensorStore handles in place of
+arrays; slicing one reads a part."""
 
 import asyncio
 import collections
@@ -28,7 +28,8 @@ MAX_PENDING_BYTES = 1 << 29  # given to TensorStore and not yet on disk
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """An array that is made while it is written: `slabs` are pairs of an index on the leading axes and what makes the rest."""
+    """An array that is made while it is written: `slabs` are pairs of an index on the leading axes and what makes the
+    rest."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -45,7 +46,11 @@ class _StreamHandler(type_handlers.NumpyHandler):
     async def _write(self, values, infos):
         """Slabs are made by a few threads, and written while the next ones are made."""
         stores = await asyncio.gather(*map(self._create, values, infos))  # together: each alone would wait for the disk
-        tasks = [functools.partial(_make, store, *slab) for store, value in zip(stores, values) for slab in value.slabs]
+        tasks = [
+            functools.partial(_make, store, *slab)
+            for store, value in zip(stores, values, strict=True)
+            for slab in value.slabs
+        ]
         pending, size = collections.deque(), 0
         with progress("checkpoint", sum(math.prod(value.shape) * value.dtype.itemsize for value in values)) as bar:
             try:
@@ -68,7 +73,9 @@ class _StreamHandler(type_handlers.NumpyHandler):
 
     async def deserialize(self, infos, args=None):
         specs = [type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint) for info in infos]
-        return [await ts.open(spec, open=True, context=info.ts_context) for spec, info in zip(specs, infos)]
+        return [
+            await ts.open(spec, open=True, context=info.ts_context) for spec, info in zip(specs, infos, strict=True)
+        ]
 
 
 def _make(store: ts.TensorStore, index: Index, make: Callable[[], np.ndarray]) -> tuple[ts.TensorStore, np.ndarray]:
@@ -84,9 +91,9 @@ def handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def chunk_shape(shape: tuple[int, ...], stacked: int, parts: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The piece to write at once: one slab along the first `stacked` axes, cut into `parts` per axis (a mesh's shards), then halved
-    along its first even axis, so that it stays contiguous, until it is no larger than `MAX_CHUNK_BYTES`."""
-    chunk = [1] * stacked + [size // part for size, part in zip(shape[stacked:], parts[stacked:])]
+    """The piece to write at once: one slab along the first `stacked` axes, cut into `parts` per axis (a mesh's shards),
+    then halved along its first even axis, so that it stays contiguous, until it is no larger than `MAX_CHUNK_BYTES`."""
+    chunk = [1] * stacked + [size // part for size, part in zip(shape[stacked:], parts[stacked:], strict=True)]
     while math.prod(chunk) * itemsize > MAX_CHUNK_BYTES and any(size % 2 == 0 for size in chunk):
         axis = next(i for i, size in enumerate(chunk) if size % 2 == 0)
         chunk[axis] //= 2

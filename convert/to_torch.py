@@ -2,8 +2,8 @@
 
 python -m convert.to_torch --checkpoint WORKDIR --out DIR [--format safetensors] [--layout merged]
 
-`merged` adds the adapters into their kernels (a released model); `lora` keeps them apart under PEFT's names (a training checkpoint).
-"""
+`merged` adds the adapters into their kernels (a released model); `lora` keeps them apart under PEFT's names (a training
+checkpoint)."""
 
 import argparse
 import dataclasses
@@ -57,8 +57,8 @@ def convert(
     layout: str = "merged",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes `out`. Raises FileNotFoundError without a checkpoint, ValueError when a parameter has no PyTorch name or is not finite;
-    then nothing is left behind."""
+    """Writes `out`. Raises FileNotFoundError without a checkpoint, ValueError when a parameter has no PyTorch name or
+    is not finite; then nothing is left behind."""
     stored = open_checkpoint(workdir)
     with staged(out) as folder:
         torch_files.write_shards(folder, planned(stored, layout), file_format, shard_bytes)

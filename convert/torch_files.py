@@ -1,4 +1,5 @@
-"""PyTorch checkpoint files as named tensors, read and written one at a time: safetensors natively, `.bin`/`.pth` through torch.
+"""PyTorch checkpoint files as named tensors, read and written one at a time: safetensors natively, `.bin`/`.pth`
+through torch.
 
 Nothing is unpickled but tensors (`weights_only=True`). numpy arrays come out, bfloat16 as `ml_dtypes.bfloat16`.
 """
@@ -53,11 +54,12 @@ class Tensor:
 
 
 def read_folder(source: pathlib.Path) -> dict[str, Tensor]:
-    """Name -> tensor of one file, or of all weight files of a folder (safetensors if there are any, else .bin, else .pth/.pt).
+    """Name -> tensor of one file, or of all weight files of a folder (safetensors if there are any, else .bin, else
+    .pth/.pt).
 
-    An index file may be absent, of the other format, or wrong in where it puts tensors; what is read is what the files hold.
-    Raises FileNotFoundError without weights or when a shard is missing, ValueError on a damaged file or a name found twice.
-    """
+    An index file may be absent, of the other format, or wrong in where it puts tensors; what is read is what the files
+    hold. Raises FileNotFoundError without weights or when a shard is missing, ValueError on a damaged file or a name
+    found twice."""
     files = [source] if source.is_file() else _weight_files(source)
     tensors: dict[str, Tensor] = {}
     for file in files:
@@ -71,7 +73,8 @@ def read_folder(source: pathlib.Path) -> dict[str, Tensor]:
 
 
 def read_file(file: pathlib.Path) -> dict[str, Tensor]:
-    """Name -> tensor of one file. ValueError when it is truncated, not a checkpoint, or a pickle with more than tensors."""
+    """Name -> tensor of one file. ValueError when it is truncated, not a checkpoint, or a pickle with more than
+    tensors."""
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
 
 
@@ -81,7 +84,8 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         if found:
             return found
     raise FileNotFoundError(
-        f"{folder}: expected weights (*.safetensors, *.bin, *.pth or *.pt), found {sorted(p.name for p in folder.iterdir())[:10]}"
+        f"{folder}: expected weights (*.safetensors, *.bin, *.pth or *.pt), "
+        f"found {sorted(p.name for p in folder.iterdir())[:10]}"
     )
 
 
@@ -123,7 +127,8 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
         dtype = _TYPES[entry["dtype"]]
         if end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(
-                f"{file}: tensor {name!r} of shape {shape}: expected {math.prod(shape) * dtype.itemsize} bytes, found {end - start}"
+                f"{file}: tensor {name!r} of shape {shape}: "
+                f"expected {math.prod(shape) * dtype.itemsize} bytes, found {end - start}"
             )
         if 8 + length + end > size:
             raise ValueError(f"{file}: truncated: tensor {name!r} ends at byte {8 + length + end}, the file at {size}")
@@ -228,8 +233,8 @@ class Planned:
 
 
 def write_shards(folder: pathlib.Path, tensors: Iterable[Planned], file_format: str, shard_bytes: int) -> None:
-    """Writes `model*.safetensors` or `pytorch_model*.bin` with an index when there are several, each of at most `shard_bytes`
-    (or one tensor)."""
+    """Writes `model*.safetensors` or `pytorch_model*.bin` with an index when there are several, each of at most
+    `shard_bytes` (or one tensor)."""
     shards = list(_pack(tensors, shard_bytes))
     stem, suffix, write = _FORMATS[file_format]
     weight_map, total = {}, sum(tensor.nbytes for shard in shards for tensor in shard)

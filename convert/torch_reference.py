@@ -1,5 +1,6 @@
-"""The model in a few functions of plain PyTorch, straight from the names and shapes of a checkpoint's files: the other side of
-`convert.check`. Float32, evaluation only, one read of each tensor per pass, nothing shared with the JAX model but sizes.
+"""The model in a few functions of plain PyTorch, straight from the names and shapes of a checkpoint's files: the other
+side of `convert.check`. Float32, evaluation only, one read of each tensor per pass, nothing shared with the JAX model
+but sizes.
 
 Sources: medplib_arch.py, medplib_moe_llama.py (transformers 4.31 LLaMA, DeepSpeed 0.13.1 MoE), segment_anything_med2d.
 """
@@ -18,7 +19,8 @@ _SAM = "model.visual_model."
 
 
 class TorchReference:
-    """`tensors`: canonical name -> tensor of a file; adapters beside a weight are added to it with `config.lora.scale`."""
+    """`tensors`: canonical name -> tensor of a file; adapters beside a weight are added to it with
+    `config.lora.scale`."""
 
     def __init__(self, tensors: dict[str, Tensor], config: ModelConfig):
         self.tensors, self.config = tensors, config

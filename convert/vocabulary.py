@@ -15,8 +15,8 @@ GROWING = ("llm/embed/embedding", "llm/head/kernel")  # parameters with a vocabu
 def find_tokenizer(given: pathlib.Path | None, folders: list[pathlib.Path]) -> pathlib.Path:
     """The folder of the tokenizer: `given`, else the first of `folders` that has one.
 
-    Raises FileNotFoundError without any, ValueError when `given` is another tokenizer than the one that lies beside the weights.
-    """
+    Raises FileNotFoundError without any, ValueError when `given` is another tokenizer than the one that lies beside the
+    weights."""
     beside = [folder for folder in folders if (folder / MODEL_FILE).is_file()]
     if given is None:
         if not beside:
@@ -44,13 +44,14 @@ def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def missing_rows(folder: pathlib.Path, rows: int) -> int:
-    """How many of the added tokens an embedding of `rows` rows lacks: none or all. ValueError when the tokenizer does not fit."""
+    """How many of the added tokens an embedding of `rows` rows lacks: none or all. ValueError when the tokenizer does
+    not fit."""
     size = Tokenizer.load(str(folder)).vocab_size
     base = size - len(ADDED_TOKENS)
     if rows not in (base, size):
         raise ValueError(
-            f"{folder}: wrong tokenizer: it has {base} pieces and {len(ADDED_TOKENS)} added tokens, so the embedding should have "
-            f"{base} or {size} rows, but the weights have {rows}"
+            f"{folder}: wrong tokenizer: it has {base} pieces and {len(ADDED_TOKENS)} added tokens, "
+            f"so the embedding should have {base} or {size} rows, but the weights have {rows}"
         )
     return size - rows
 
@@ -58,9 +59,8 @@ def missing_rows(folder: pathlib.Path, rows: int) -> int:
 def grow(path: str, array: np.ndarray, count: int) -> np.ndarray:
     """`array` with `count` more entries on its vocabulary axis, each the mean of the existing ones.
 
-    The original draws them from a normal distribution (transformers' `resize_token_embeddings`) and trains them. The mean is
-    LLaVA's rule for its own added tokens: it needs no seed and starts every new token at the average score.
-    """
+    The original draws them from a normal distribution (transformers' `resize_token_embeddings`) and trains them. The
+    mean is LLaVA's rule for its own added tokens: it needs no seed and starts every new token at the average score."""
     axis = 0 if path == GROWING[0] else 1
     mean = array.mean(axis=axis, keepdims=True, dtype=np.float32).astype(array.dtype)
     return np.concatenate([array, np.repeat(mean, count, axis=axis)], axis=axis)

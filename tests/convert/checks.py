@@ -141,7 +141,8 @@ def forward(model, batch: Batch, train: bool, noise, embedding=None, seg_row=Non
 
 
 def seg_rows(batch: Batch, seg_id: int) -> tuple[Batch, np.ndarray]:
-    """The batch with each mask at the <SEG> that the original gives it, and the row of that <SEG>: the last of the batch, in order.
+    """The batch with each mask at the <SEG> that the original gives it, and the row of that <SEG>: the last of the
+    batch, in order.
 
     It is another row's when a row says <SEG> without having a mask (forward_seg_eval_56), which our data refuses.
     """
@@ -171,9 +172,8 @@ def check_forward(converted: Converted, z: Arrays) -> Iterator[Row]:
         noise = router_noise(z, kind if train else f"eval_{kind}", converted.config.moe_layers)
         if not train and noise is None and kind == "uniform":
             noise = router_noise(z, kind, converted.config.moe_layers)
-        output, out = jax.jit(lambda params, batch: forward(bind(model, params), batch, train, noise))(
-            converted.params, batch
-        )
+        run = jax.jit(lambda params, batch, train=train, noise=noise: forward(bind(model, params), batch, train, noise))
+        output, out = run(converted.params, batch)
         if not train and "clip_features" in z:
             yield Row("clip features", relative(out["clip_features"], z["clip_features"]))
         if not train:
@@ -237,7 +237,7 @@ def check_segmentation(converted: Converted, z: Arrays, loss: LossConfig, train:
     )
     yield from _check_spliced(z, batch, out)
     yield from check_router(converted, z, batch, out, "", "")
-    yield from _check_masks(converted, z, batch, output, out)
+    yield from check_masks(z, batch, output, out)
     terms["language"] = language_loss(converted, terms)
     for name, theirs in LOSS_NAMES.items():
         yield Row("loss terms", relative(terms[name], z["loss." + theirs]))
@@ -272,7 +272,8 @@ def loss_and_gradients(converted: Converted, loss: LossConfig, train: bool) -> C
     return run
 
 
-def _check_masks(converted, z, batch, output, out) -> Iterator[Row]:
+def check_masks(z: Arrays, batch: Batch, output, out) -> Iterator[Row]:
+    """The masks that were recorded, if any."""
     canvas = batch.gt_masks.shape[-2:]
     logits, _ = resample_to_canvas(
         output.mask_logits, batch.sam_box, batch.mask_size, canvas=canvas, sam_size=SAM_SIDE, mode="reference"
@@ -285,11 +286,9 @@ def _check_masks(converted, z, batch, output, out) -> Iterator[Row]:
         yield Row("<SEG> embedding", relative(out["seg_embedding"][row, slot], z[f"seg_embedding_{i}"][0, 0]))
         yield Row("mask logits", at_steps(output.mask_logits[row, slot], z[f"low_res_mask_{i}"][0, 0]))
         yield Row("masks at original size", at_steps(logits[row, slot, :rows, :columns], z[f"pred_mask_{i}"][0, 0]))
-    # all of a batch at once: a single one may be as near to 0 as float32 errs
-    found, expected = zip(
-        *((output.predicted_iou[row, slot], z[f"iou_{i}"][0, 0]) for i, row, slot in recorded), strict=True
-    )
-    yield Row("predicted IoU", relative(found, expected))
+    if recorded:  # all of a batch at once: a single one may be as near to 0 as float32 errs
+        found = [output.predicted_iou[row, slot] for _, row, slot in recorded]
+        yield Row("predicted IoU", relative(found, [z[f"iou_{i}"][0, 0] for i, _, _ in recorded]))
 
 
 def prompt(z: Arrays, prefix: str, ids: str = "input_ids") -> dict[str, np.ndarray]:
@@ -357,8 +356,9 @@ def _answer_differs(made, output_ids, prompt_ids) -> float:
 
 
 def check_evaluate(converted: Converted, z: Arrays) -> Iterator[Row]:
-    """Answers with and without `<SEG>`, and the mask of the first one. Recorded with two rows of lm_head exchanged, so that it speaks
-    of `<SEG>` at all. Masks that the original draws without one, or for one in the prompt, are its quirks and are left out."""
+    """Answers with and without `<SEG>`, and the mask of the first one. Recorded with two rows of lm_head exchanged, so
+    that it speaks of `<SEG>` at all. Masks that the original draws without one, or for one in the prompt, are its
+    quirks and are left out."""
     head = np.array(converted.params["llm"]["head"]["kernel"]).T
     head[converted.seg_id], head[Tokenizer.eos_id] = z["seg_lm_head_row_seg"], z["seg_lm_head_row_eos"]
     speaking = converted.with_tensors({"lm_head.weight": head})

@@ -13,12 +13,11 @@ SAM_SIDE = 256
 
 
 def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> Batch:
-    """The batch that the arrays `input_ids`, `labels`, `attention_mask`, `images_clip` (or `images_clip_0`, ... for several
-    pictures a row), `images`, masks and regions describe.
+    """The batch that the arrays `input_ids`, `labels`, `attention_mask`, `images_clip` (or `images_clip_0`, ... for
+    several pictures a row), `images`, masks and regions describe.
 
-    A batch without labels (a prompt) has zero loss weights; one without `images` has black SAM pixels (and the whole canvas as its box,
-    unless `sam_box` is given).
-    """
+    A batch without labels (a prompt) has zero loss weights; one without `images` has black SAM pixels (and the whole
+    canvas as its box, unless `sam_box` is given)."""
     ids = z["input_ids"]
     labels = z.get("labels", np.full_like(ids, IGNORED))
     has_region = z.get("valid_region", np.zeros(len(ids), bool))
@@ -32,7 +31,8 @@ def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> 
     ]
     lengths = {len(row["tokens"]) for row in rows}
     length, region_slots = max(lengths), (1 if regions else 0) + (len(lengths) > 1)
-    # Rows of fewer image tokens end in zero vectors, which an expert's capacity counts: what a region without points is.
+    # Rows of fewer image tokens end in zero vectors, which an expert's capacity counts: what a region without points
+    # is.
     padding = {"feature_index": total + region_slots - 1 if len(lengths) > 1 else -1}
     text = {name: np.stack([_pad(row[name], length, padding.get(name, 0)) for row in rows]) for name in rows[0]}
     merged = text.pop("labels")
@@ -50,7 +50,8 @@ def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> 
 
 
 def _pictures(z: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
-    """CLIP's pixels [B, N, Ic, Ic, 3]. The original hands the batch's pictures out to the image tokens one after the other."""
+    """CLIP's pixels [B, N, Ic, Ic, 3]. The original hands the batch's pictures out to the image tokens one after the
+    other."""
     given = z["images_clip"] if "images_clip" in z else np.concatenate([z[f"images_clip_{i}"] for i in range(len(ids))])
     pictures = iter(_to_uint8(given, np.multiply(CLIP_MEAN, 255), np.multiply(CLIP_STD, 255)))
     counts = (ids == IMAGE).sum(1)
@@ -62,9 +63,10 @@ def _pictures(z: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
 
 
 def _splice(ids, labels, attended, num_patches, total, has_region) -> dict[str, np.ndarray]:
-    """One row with each image token opened to `num_patches` positions, of `total` features; a region that is not there is left out."""
+    """One row with each image token opened to `num_patches` positions, of `total` features; a region that is not there
+    is left out."""
     tokens, row_labels, valid, index, seen = [], [], [], [], 0
-    for token, label, on in zip(ids, labels, attended):
+    for token, label, on in zip(ids, labels, attended, strict=True):
         if token == REGION and not has_region:
             continue
         feature = {IMAGE: range(seen, seen + num_patches), REGION: (total,)}.get(int(token), (-1,))
@@ -75,7 +77,8 @@ def _splice(ids, labels, attended, num_patches, total, has_region) -> dict[str, 
         index += feature
     kinds = {"tokens": np.int32, "labels": np.int32, "valid": bool, "feature_index": np.int32}
     return {
-        name: np.array(values, kind) for (name, kind), values in zip(kinds.items(), (tokens, row_labels, valid, index))
+        name: np.array(values, kind)
+        for (name, kind), values in zip(kinds.items(), (tokens, row_labels, valid, index), strict=True)
     }
 
 
@@ -127,7 +130,7 @@ def _masks(z: Mapping[str, np.ndarray], tokens_BxL: np.ndarray, seg_id: int) -> 
     canvas = np.max([truth.shape for truth in truths], axis=0, initial=1) if truths else (1, 1)
     position, valid = np.zeros((count, slots), np.int32), np.arange(slots) < per_row[:, None]
     gt, size = np.zeros((count, slots, *canvas), np.uint8), np.ones((count, 2), np.int32)
-    for truth, (row, slot) in zip(truths, np.argwhere(valid)):
+    for truth, (row, slot) in zip(truths, np.argwhere(valid), strict=True):
         position[row, slot] = np.flatnonzero(tokens_BxL[row] == seg_id)[slot] - 1
         gt[row, slot, : truth.shape[0], : truth.shape[1]] = truth
         size[row] = truth.shape

@@ -1,6 +1,8 @@
-"""Comparisons of parts of the model, each alone, with recorded arrays of the original program. Weights go through the table of names."""
+"""Comparisons of parts of the model, each alone, with recorded arrays of the original program. Weights go through the
+table of names."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
@@ -122,7 +124,9 @@ def _check_pooling(z: Arrays, pooling: str) -> Iterator[Row]:
     places = mapping.entries(ModelConfig(), shapes)
     images, cells = [0, 0, 2], [np.argwhere(mask) / mask.shape for mask in (*z["mask_0"], *z["mask_2"])]
     draws = [z[f"{pooling}_rsr_{i}"] for i in range(3)]
-    points = np.float32([c[d] if len(d) == 64 else np.concatenate([c, c[d]]) for c, d in zip(cells, draws)])
+    points = np.float32(
+        [c[d] if len(d) == 64 else np.concatenate([c, c[d]]) for c, d in zip(cells, draws, strict=True)]
+    )
     weights = point_weights(jnp.asarray(points[None, :, :, ::-1]), 24)[0]
 
     def read(params, feature_map):
@@ -153,7 +157,8 @@ def _check_pooling(z: Arrays, pooling: str) -> Iterator[Row]:
 
 
 def check_experts(z: Arrays) -> Iterator[Row]:
-    """DeepSpeed's mixture alone, top-1 and top-2, with drops and residual experts, in training and evaluation: values and gradients."""
+    """DeepSpeed's mixture alone, top-1 and top-2, with drops and residual experts, in training and evaluation: values
+    and gradients."""
     for name, case in MOE_CASES.items():
         moe = dataclasses.replace(case, dispatch="capacity")
         x = z[f"{name}_x"]
@@ -161,7 +166,7 @@ def check_experts(z: Arrays) -> Iterator[Row]:
         config = ModelConfig(
             llm=LlmConfig(vocab_size=8, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_dim=24), moe=moe
         )
-        module = abstract_module(lambda rngs: MoeMlp(config.llm, moe, LoraConfig(), rngs))
+        module = abstract_module(functools.partial(MoeMlp, config.llm, moe, LoraConfig()))
         for mode in ("eval", "train"):
             yield from _check_mixture(z, f"{name}_", mode, config, module, weight)
 
@@ -243,7 +248,7 @@ def check_adapters(sources: tuple[pathlib.Path, ...], config: pathlib.Path, lora
             yield Row("merged weights", relative(merged[key].read(), tensor.read()))
     z = dict(np.load(lora / "lora_linear.npz"))
     for name in ("q_proj", "gate_proj"):
-        parts = zip(("kernel", "lora_a", "lora_b"), ("base", "A", "B"))
+        parts = zip(("kernel", "lora_a", "lora_b"), ("base", "A", "B"), strict=True)
         params = {ours: mapping.LINEAR.to_jax(z[f"{name}_{theirs}"]) for ours, theirs in parts}
         kernel = merge_lora(params, LoraConfig(rank=layout["lora"]["r"], alpha=layout["lora"]["alpha"]))["kernel"]
         yield Row("merged weights", relative(mapping.LINEAR.to_torch(np.asarray(kernel)), z[f"{name}_merged"]))

@@ -1,6 +1,7 @@
-"""A small selection of what `tests.convert.parity` runs: a checkpoint of 16 image tokens against recorded arrays of the original."""
+"""A small selection of what `tests.convert.parity` runs, and that command over a small folder."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from convert import from_torch, hf_config, mapping
 from medplib_jax.batch import flatten
 from medplib_jax.config.model import ClipConfig, LlmConfig, MaskConfig, ModelConfig, MoeConfig
 from medplib_jax.models.layers import params_of
-from tests.convert import checks
+from tests.convert import checks, parity
 from tests.convert.conftest import write_folder
 from tests.convert.golden_batch import CLIP_MEAN, CLIP_STD
 from tests.paths import GOLDEN
@@ -38,7 +39,8 @@ def recorded() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def converted(recorded, tmp_path_factory) -> checks.Converted:
-    """The checkpoint: what is stored, CLIP and SAM's encoder by their formula, and (unused) zeros for the multi-mask tokens' networks."""
+    """The checkpoint: what is stored, CLIP and SAM's encoder by their formula, and (unused) zeros for the networks of
+    the multi-mask tokens."""
     params = {path: leaf.shape for path, leaf in flatten(params_of(from_torch.model_shapes(CONFIG))).items()}
     places = mapping.entries(CONFIG, params)
     stored = {
@@ -109,3 +111,47 @@ def test_masks_losses_and_gradients(converted, recorded):
 
 def test_generated_answer(converted, recorded):
     check(checks.check_generation(converted, part(recorded, "generate")), {"generated ids (share that differs)"})
+
+
+def run_command(folder, capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as end:
+        parity.main(["--golden", str(folder)])
+    return end.value.code, capsys.readouterr().out
+
+
+def write_capacities(folder, table: np.ndarray):
+    np.savez(folder / "moe_capacity_table.npz", table_f64=table)
+
+
+def test_the_command_runs_whatever_a_folder_holds(tmp_path, capsys):
+    assert run_command(tmp_path, capsys)[0] == 1  # nothing to compare is no success
+    write_capacities(tmp_path, np.load(GOLDEN / "moe_capacity_table.npz")["table"])
+    for name in ("from_the_future.npz", "forward_vqa_56.npz", "opt_step.json"):
+        (tmp_path / name).write_bytes(b"PK")
+    code, table = run_command(tmp_path, capsys)
+    assert code == 0 and "1 files compared, 0 failed" in table
+    assert "| moe_capacity_table.npz | capacities (share that differs) | 0.0e+00 | 0e+00 | ok |" in table
+    assert "| from_the_future.npz | not compared: no check knows it |" in table
+    assert "| forward_vqa_56.npz | not compared: it needs ckpt_moe_top1_56, which is not here |" in table
+    assert "| opt_step.json | trajectories" in table
+
+
+def test_the_command_fails_with_what_differs_or_cannot_be_read(tmp_path, capsys):
+    table = np.load(GOLDEN / "moe_capacity_table.npz")["table"].copy()
+    table[3, 4] += 1
+    write_capacities(tmp_path, table)
+    (tmp_path / "moe_unit.npz").write_bytes(b"damaged")
+    code, printed = run_command(tmp_path, capsys)
+    assert code == 1 and "2 files compared, 2 failed" in printed
+    assert "| 1.2e-04 | 0e+00 | FAILED |" in printed and "| moe_unit.npz | ValueError: " in printed
+
+
+def test_a_fixture_without_masks_is_compared_for_the_rest():
+    batch = types.SimpleNamespace(
+        gt_masks=np.zeros((1, 1, 8, 8)),
+        sam_box=np.int32([[0, 0, 256, 256]]),
+        mask_size=np.int32([[8, 8]]),
+        mask_valid=np.ones((1, 1), bool),
+    )
+    output = types.SimpleNamespace(mask_logits=np.zeros((1, 1, 64, 64), np.float32))
+    assert list(checks.check_masks({}, batch, output, {})) == []

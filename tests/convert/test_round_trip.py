@@ -171,7 +171,8 @@ class FakeArray:
 
 
 def test_parts_from_several_sources_make_one_model(tmp_path):
-    """LLaVA, CLIP and SAM-Med2D as they are released: other names, no added tokens, no region adapter and no SEG MLP."""
+    """LLaVA, CLIP and SAM-Med2D as they are released: other names, no added tokens, no region adapter and no SEG
+    MLP."""
     tensors = random_tensors(DENSE, ml_dtypes.bfloat16)
     base = VOCAB_WITHOUT_ADDED = Tokenizer.load(str(TOKENIZER)).seg_id
     llava = {

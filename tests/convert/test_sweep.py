@@ -1,4 +1,5 @@
-"""A sweep over a PyTorch folder, which it converts by itself, and over the checkpoint that the folder was written from."""
+"""A sweep over a PyTorch folder, which it converts by itself, and over the checkpoint that the folder was written
+from."""
 
 import functools
 import json
