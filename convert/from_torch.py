@@ -243,7 +243,7 @@ def write_checkpoint(folder: pathlib.Path, config: ModelConfig, leaves, options:
         "experiment": ocp.args.JsonSave({"experiment": experiment, "total_steps": 0}),
     }
     if tokenizer.exists():
-        items["tokenizer"] = checkpoint.TokenizerSave(str(tokenizer))
+        items["tokenizer"] = checkpoint.TokenizerFolder(str(tokenizer))
     manager_options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     with ocp.CheckpointManager(steps, item_handlers=handlers, options=manager_options) as manager:
         manager.save(0, args=ocp.args.Composite(**items))
