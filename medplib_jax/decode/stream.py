@@ -33,8 +33,13 @@ def stream_answers(
     prompts: batches of one length; filler rows are left out. slots: answers in the making, and refill: prompts that are run together
     once as many slots are free (`refill` = `slots` are static batches); both count per device of the data and fsdp axes. lanes: threads
     that share these slots out, each filling and running its own (`lanes_for`). limits: most tokens of a record's answer where it is less
-    than the generator's `max_new_tokens`.
+    than the generator's `max_new_tokens`. ValueError unless 1 <= refill <= slots and 1 <= lanes <= slots: more prompts than slots would wait
+    for ever.
     """
+    if not (1 <= refill <= slots and 1 <= lanes <= slots):
+        raise ValueError(
+            f"slots {slots}, refill {refill}, lanes {lanes}: expected 1 <= refill <= slots and 1 <= lanes <= slots"
+        )
     shared, refill = _Shared(_rows_of(prompts)), max(1, refill // lanes)
     streams = [Lane(generator, slots // lanes, refill, seed, limits or {}).answers(shared) for _ in range(lanes)]
     yield from streams[0] if lanes == 1 else merge(streams)

@@ -51,6 +51,7 @@ def config(root, on_error):
 
 def check(outcomes, refused, noted, used):
     """Each broken record is named as it must be, and only a noted one is used."""
+    assert outcomes
     wrong = [
         fault
         for index, (outcome, fault) in outcomes.items()
@@ -80,6 +81,7 @@ def test_training_names_every_fault_and_uses_none_silently(dataset):
 def test_on_error_raise_stops_at_the_fault(dataset):
     root, outcomes = dataset
     loader = make_loader(config(root, "raise"), MODEL)
+    assert outcomes
     for index, (outcome, fault) in list(outcomes.items())[:: max(1, len(outcomes) // 60)]:
         if outcome == REFUSED:
             with pytest.raises(DataError) as caught:

@@ -255,6 +255,7 @@ def test_empty_rows_count_nowhere(folder):
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_read_disjoint_rows_of_the_same_batch(folder, processes):
     whole, _ = epoch(folder)
+    assert whole
     shares = [epoch(folder, rows=range(first, 4, processes))[0] for first in range(processes)]
     for step, (arrays, _) in enumerate(whole):
         for first in range(processes):

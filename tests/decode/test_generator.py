@@ -158,8 +158,15 @@ def test_devices_share_the_slots(params, batch, one_at_a_time):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
     sharing = Generator(MODEL, params, eos_id=EOS, seg_id=SEG, max_new_tokens=NEW, max_masks=2, mesh=mesh)
     found = by_record(stream_answers(sharing, [batch], slots=1, refill=1))
+    assert sorted(found) == list(range(8))
     for record, generation in found.items():
         assert_same(generation, one_at_a_time[NEW][record])
+
+
+@pytest.mark.parametrize(("slots", "refill", "lanes"), [(1, 2, 1), (4, 0, 1), (0, 0, 1), (2, 2, 3), (4, 2, 0)])
+def test_slots_that_could_never_be_filled_are_refused(generator, batch, slots, refill, lanes):
+    with pytest.raises(ValueError, match=rf"slots {slots}, refill {refill}, lanes {lanes}: expected .*refill <= slots"):
+        list(stream_answers(generator, [batch], slots=slots, refill=refill, lanes=lanes))
 
 
 def test_draws_belong_to_the_record(params, batch):
@@ -169,6 +176,7 @@ def test_draws_belong_to_the_record(params, batch):
         by_record(stream_answers(drawing, [part], slots=4, refill=2))
         for part in (batch, jax.tree.map(lambda x: x[::-1], batch))
     )
+    assert sorted(first) == sorted(second) == list(range(8))
     assert all((first[record].tokens == second[record].tokens).all() for record in first)
     assert any(
         (first[record].tokens != made.tokens).any()

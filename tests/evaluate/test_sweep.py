@@ -171,6 +171,7 @@ def test_captions_are_scored_by_spice_or_it_is_said_why_not(config, folder, tmp_
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     cells = run_sweep(captions, tmp_path)["cells"]
+    assert [cell["task"] for cell in cells] == ["RC", "GC"]
     assert [message.partition(":")[0] for message in caplog.messages if "SPICE" in message] == ["SPICE is left out"]
     for cell in cells:
         assert (

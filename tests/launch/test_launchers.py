@@ -81,7 +81,9 @@ def calls(folder: Path) -> list[str]:
 
 
 def test_every_script_is_valid_bash():
-    for script in sorted((ROOT / "launch").glob("*.sh")):
+    scripts = sorted((ROOT / "launch").glob("*.sh"))
+    assert scripts
+    for script in scripts:
         subprocess.run(["bash", "-n", str(script)], check=True)
 
 
@@ -235,7 +237,7 @@ def test_the_image_in_a_dry_run():
     copied = [
         line.split()[1:-1] for line in (ROOT / "launch/Dockerfile").read_text().splitlines() if line.startswith("COPY")
     ]
-    assert all(list(ROOT.glob(pattern)) for patterns in copied for pattern in patterns if pattern != ".")
+    assert copied and all(list(ROOT.glob(pattern)) for patterns in copied for pattern in patterns if pattern != ".")
 
 
 def manifest(topology: str, **changes) -> dict:

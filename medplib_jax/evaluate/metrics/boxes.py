@@ -4,6 +4,8 @@ import re
 
 import numpy as np
 
+from medplib_jax.evaluate.metrics.text import space_ideographs
+
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _BOX = re.compile(rf"\({_NUMBER},{_NUMBER}\),?\s*\({_NUMBER},{_NUMBER}\)")
 _TAGGED = re.compile(r"<box>(.*?)</box>")
@@ -41,4 +43,5 @@ def recall_at_iou(predicted: np.ndarray, true: np.ndarray, threshold: float = 0.
 
 def roc_hit(answer: str, truth: str) -> float:
     """Referring object classification: 1 when every word of the truth occurs, as a substring and in lower case, in the answer."""
-    return float(all(word in answer.lower() for word in truth.lower().split(" ")))
+    answer, truth = (space_ideographs(text).lower() for text in (answer, truth))
+    return float(all(word in answer for word in truth.split(" ")))

@@ -13,7 +13,7 @@ import numpy as np
 from nltk.tokenize import TreebankWordTokenizer
 from nltk.util import ngrams
 
-from medplib_jax.evaluate.metrics.text import meteor, rouge_l
+from medplib_jax.evaluate.metrics.text import meteor, rouge_l, space_ideographs
 
 ORDERS = (1, 2, 3, 4)
 BLEU_COUNTS = ("words", "words_true", *(f"ngrams_{n}{suffix}" for n in ORDERS for suffix in ("", "_found")))
@@ -29,8 +29,10 @@ class MissingExtra(RuntimeError):
 
 
 def caption_words(text: str) -> list[str]:
-    """Lower-case words without punctuation."""
-    return [word for word in TreebankWordTokenizer().tokenize(text.lower()) if word not in _PUNCTUATION]
+    """Lower-case words without punctuation; ideographs are words of their own."""
+    return [
+        word for word in TreebankWordTokenizer().tokenize(space_ideographs(text).lower()) if word not in _PUNCTUATION
+    ]
 
 
 def mia_scores(answer: str, truth: str) -> dict[str, float]:

@@ -31,8 +31,13 @@ def surface_dice(prediction: np.ndarray, truth: np.ndarray, protocol: str = "exa
     """Normalised surface Dice (Nikolov et al. 2018): the share of both outlines that lies within a tolerance of the other one.
 
     Outlines are the masks' pixels with a 4-neighbour outside; the tolerance is SURFACE_TOLERANCE of the picture's diagonal, because pictures
-    of MeCoVQA carry no spacing. Two empty masks agree (`reference`: 0), one empty mask scores 0.
+    of MeCoVQA carry no spacing. Two empty masks agree (`reference`: 0), one empty mask scores 0. ValueError for masks that are not two bool [h, w]
+    of one shape: a volume has spacing, and its surfaces are measured in millimetres.
     """
+    if prediction.ndim != 2 or prediction.shape != truth.shape:
+        raise ValueError(
+            f"surface_dice is of pictures: expected masks [h, w], found {prediction.shape} and true shape {truth.shape}"
+        )
     both = prediction | truth
     if not both.any():
         return float(protocol == "exact")

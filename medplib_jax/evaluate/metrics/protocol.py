@@ -5,6 +5,7 @@ figures can be compared. Where they differ:
 
     exact match     exact: 1 when the normalised answers are equal. reference: distinct truth words found / predicted words (a precision)
     F1              exact: overlap of multisets (SQuAD). reference: a shared word counts as often as it was predicted
+    ideographs      exact: each is a word, full-width punctuation does not count. reference: what stands between two spaces is one word
     candidates      exact: a prediction without a word of any candidate hits none. reference: it hits the first
     empty answers   exact: an answer of articles only ("A" of a multiple choice) is compared as it stands. reference: its scores are 0
     BLEU-1..3       exact: cumulative, as the literature. reference: the precision of that n-gram order alone, times the brevity penalty

@@ -35,6 +35,18 @@ _CONTRACTED = """
 _CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _CONTRACTED for i in range(len(word)) if word[i] == "'"}
 _CONTRACTIONS["somebody'd"] = "somebodyd"  # the list's own slip
 
+# Chinese and Japanese put no spaces between words: each ideograph or kana counts as a word, as in sacrebleu's tokenizer "zh".
+_IDEOGRAPHS = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")
+_FULL_WIDTH_PUNCTUATION = re.compile("[\u3000-\u303f\u201c\u201d\uff00-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]")
+_FULL_WIDTH = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B))}
+
+
+def space_ideographs(text: str) -> str:
+    """The text with spaces around each ideograph and kana, without full-width punctuation, letters and digits of ASCII's width."""
+    if text.isascii():
+        return text
+    return _IDEOGRAPHS.sub(r" \1 ", _FULL_WIDTH_PUNCTUATION.sub(" ", text).translate(_FULL_WIDTH))
+
 
 @functools.lru_cache(100_000)  # all checkpoints are asked the same questions
 def normalise_answer(text: str) -> str:
@@ -52,9 +64,11 @@ def normalise_answer(text: str) -> str:
 
 
 def answer_words(text: str, protocol: str = "exact") -> list[str]:
-    """The words that are compared."""
-    words = normalise_answer(text.lower()).split()
-    return words if words or protocol == "reference" else text.lower().split()
+    """The words that are compared. `exact`: ideographs are words of their own, and full-width punctuation does not count."""
+    if protocol == "reference":
+        return normalise_answer(text.lower()).split()
+    text = space_ideographs(text).lower()
+    return normalise_answer(text).split() or text.split()
 
 
 def closed_hit(prediction: str, truth: str, protocol: str = "exact") -> float:
@@ -154,8 +168,9 @@ def candidate_hits(
     Nearest: the largest share of a candidate's distinct words that were predicted; among equals the first in sorted order (the original
     takes whichever its set yields first). `exact`: a prediction that shares no word with any candidate has no nearest one.
     """
-    texts = [normalise_answer(candidate) for candidate in sorted(set(candidates))]
-    predicted, true = ([normalise_answer(text.lower()) for text in side] for side in (predictions, truths))
+    prepare = space_ideographs if protocol == "exact" else str
+    texts = [normalise_answer(prepare(candidate)) for candidate in sorted(set(candidates))]
+    predicted, true = ([normalise_answer(prepare(text).lower()) for text in side] for side in (predictions, truths))
     column_of = {
         word: column for column, word in enumerate(dict.fromkeys(word for text in texts for word in text.split()))
     }

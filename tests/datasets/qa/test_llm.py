@@ -64,7 +64,9 @@ def test_both_forms_are_written_and_can_be_read(tmp_path, pairs):
     assert sum(split_of.values()) == 9  # three images, three names
     for name in ("region", "grounding", "vqa"):
         for split in split_of:
-            for record in MecovqaSource(str(tmp_path / "out" / split / f"{name}.json"), str(tmp_path / "out")):
+            source = MecovqaSource(str(tmp_path / "out" / split / f"{name}.json"), str(tmp_path / "out"))
+            assert len(source)
+            for record in source:
                 assert pathlib.Path(record.path(record.images[0])).is_file()
     report, _ = audit(str(tmp_path / "out"))
     assert report["usable"] == report["records"] and set(report["finding_counts"]) <= {"question asked twice"}

@@ -92,7 +92,9 @@ def test_metadata_may_name_the_patient(tmp_path):
 
 def test_every_instance_has_its_box_and_the_answer_its_union(made):
     out, _ = made
-    for path in (out / "grit").rglob("VG.json"):
+    paths = list((out / "grit").rglob("VG.json"))
+    assert paths
+    for path in paths:
         for record in json.loads(path.read_text()):
             ((question, answer),) = record["conversations"]
             assert question.startswith("Picture 1: <img>images/ct_00--") and len(parse_boxes(answer)) == (

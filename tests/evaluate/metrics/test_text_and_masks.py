@@ -131,6 +131,29 @@ def test_rouge_l_is_the_longest_common_subsequence():
     assert metrics.rouge_l("the gunman kill police".split(), "police kill the gunman".split()) == 0.5
 
 
+@pytest.mark.parametrize(
+    ("prediction", "truth"),
+    [("有。", "有"), ("左肺，", "“左肺”"), ("ＣＴ　３", "CT 3"), ("【肝脏】！", "肝脏"), ("有", "有？")],
+)
+def test_full_width_punctuation_makes_no_other_answer(prediction, truth):
+    assert metrics.closed_hit(prediction, truth) == 1
+    scores = metrics.open_scores(prediction, truth)
+    assert scores["exact_match"] == scores["f1"] == scores["rouge_l"] == scores["bleu_1"] == 1
+    assert metrics.candidate_hits([prediction], [truth], [truth, "右肾"]) == [1]
+    assert metrics.roc_hit(prediction, truth) == 1
+
+
+def test_characters_are_the_words_of_chinese():
+    scores = metrics.open_scores("左肺有肿块", "右肺有肿块。")
+    assert [scores[name] for name in ("exact_match", "f1", "rouge_l", "bleu_1")] == pytest.approx([0, 0.8, 0.8, 0.8])
+    assert metrics.answer_words("CT显示The肝脏") == ["ct", "显", "示", "肝", "脏"]
+    assert metrics.candidate_hits(["是左肺"], ["左肺"], ["左肺", "右肾"]) == [1]
+    caption = metrics.mia_scores("左肺有肿块。", "右肺有肿块")
+    assert (caption["ngrams_1"], caption["ngrams_1_found"], caption["ngrams_4_found"]) == (5, 4, 1)
+    assert caption["rouge_l"] == pytest.approx(0.8)
+    assert metrics.answer_words("左肺。", "reference") == ["左肺。"]  # the original's arithmetic
+
+
 def test_articles_alone_are_answers():
     assert (
         metrics.closed_hit("A", "A.") == 0 and metrics.closed_hit("A", "a") == 1 and metrics.closed_hit("A", "the") == 0
@@ -235,6 +258,14 @@ def test_surface_dice_equals_the_definition(shift):
     truth = (y - 60) ** 2 + (x - 100) ** 2 < 45**2  # reaches neither side
     drawn = ((y - 60 - shift) ** 2 + (x - 104) ** 2 < 60**2) & ~((y > 70) & (x > 110))  # is cut off by the right side
     assert metrics.surface_dice(drawn, truth) == pytest.approx(brute_surface_dice(drawn, truth))
+
+
+def test_surface_dice_of_volumes_is_refused():
+    ball = np.ones((4, 4, 4), bool)
+    with pytest.raises(ValueError, match=r"surface_dice is of pictures: expected masks \[h, w\], found \(4, 4, 4\)"):
+        metrics.surface_dice(ball, ball)
+    with pytest.raises(ValueError, match="shape"):
+        metrics.surface_dice(ball[0], ball[0, :2])
 
 
 def test_surface_dice_at_the_edges():

@@ -79,6 +79,7 @@ def by_key(report):
 
 def test_figures_are_the_metrics_that_evaluation_yields(folder, report):
     found, expected = by_key(report), {}
+    assert found
     for cell in json.loads((folder / "sweep.json").read_text())["cells"]:
         for name, value in cell["metrics"].items():
             metric, _, modality = name.partition("/")
