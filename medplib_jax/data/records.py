@@ -80,15 +80,48 @@ class Record:
 def find_file(root: str, reference: str) -> str:
     """The real path of the file that a reference names, looked up below `root`; a missing ".png" is tried.
 
-    DataError when it is missing or lies (through a link, too) outside the root.
+    DataError when it is missing or lies (through a link, too) outside the root; images/ and masks/ may be links
+    themselves.
     """
     if "\0" in reference:
         raise DataError(root, None, "not a path", "no zero byte", repr(reference))
-    root = _real_root(root)
+    root, *others = _real_roots(root)
     joined = os.path.join(root, reference)
     path = joined if os.path.isfile(joined) else joined + ".png"
     real = os.path.realpath(path)
-    if os.path.commonpath([root, real]) != root:
+    if not any(os.path.commonpath([one, real]) == one for one in (root, *others)):
+        raise DataError(root, None, "path leaves the data folder", f"a file below {root}", reference)
+    if not os.path.isfile(real):
+        raise DataError(root, None, "file is missing", joined, "no such file")
+    return real
+
+
+@functools.lru_cache(maxsize=64)
+def _real_roots(root: str) -> tuple[str, ...]:
+    """Where files may lie: the folder, and its images/, masks/ and masks_merged/ where these are links to folders
+    elsewhere.
+    """
+    linked = (os.path.join(root, name) for name in ("images", "masks", "masks_merged"))
+    return os.path.realpath(root), *(os.path.realpath(path) for path in linked if os.path.islink(path))
+
+
+def modality(self) -> str:
+    return modality(self.images[0]) if self.images else ""
+
+
+def find_file(root: str, reference: str) -> str:
+    """The real path of the file that a reference names, looked up below `root`; a missing ".png" is tried.
+
+    DataError when it is missing or lies (through a link, too) outside the root; images/ and masks/ may be links
+    themselves.
+    """
+    if "\0" in reference:
+        raise DataError(root, None, "not a path", "no zero byte", repr(reference))
+    root, *others = _real_roots(root)
+    joined = os.path.join(root, reference)
+    path = joined if os.path.isfile(joined) else joined + ".png"
+    real = os.path.realpath(path)
+    if not any(os.path.commonpath([one, real]) == one for one in (root, *others)):
         raise DataError(root, None, "path leaves the data folder", f"a file below {root}", reference)
     if not os.path.isfile(real):
         raise DataError(root, None, "file is missing", joined, "no such file")

@@ -99,6 +99,7 @@ class TfdsSource(Source):
             "image": example["image_name"][0].decode(),
             "conversations": [{"from": role.decode(), "value": text.decode()} for role, text in turns],
             "answer_type": example["answer_type"][0].decode(),
+            "patient": next((patient.decode() for patient in example.get("patient", ())), ""),
         }
         contents = {name.decode(): mask for name, mask in zip(example["mask_names"], example["masks"], strict=True)}
         contents[raw["image"]] = example["image"][0]

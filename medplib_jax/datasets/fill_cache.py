@@ -1,10 +1,12 @@
-"""Fills `data.cache` before a run, on any machine that shares the folder, so that a run's first epoch reads as fast as its later ones.
+"""Fills `data.cache` before a run, on any machine that shares the folder, so that a run's first epoch reads as fast as
+its later ones.
 
 COMMAND
     python -m medplib_jax.datasets.fill_cache --config=configs/stage2_vqa.py --config.data.cache=/shared/cache --workers=16
 
-The config is the run's. The cache knows files by path, size and time, so both machines must see them under the same paths. An interrupted
-fill goes on where it was. Records that cannot be used are named; with data.on_error=raise the first one ends it.
+The config is the run's. The cache knows files by path, size and time, so both machines must see them under the same
+paths. An interrupted fill goes on where it was. Records that cannot be used are named; with data.on_error=raise the
+first one ends it.
 """
 
 import functools

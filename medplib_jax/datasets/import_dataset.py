@@ -3,15 +3,14 @@
 COMMAND
     python -m medplib_jax.datasets.import_dataset --dataset slake_en --source Slake1.0 --out data/slake
 
-Writes images/ (hard links where the disk allows), DATASET_{train,validation,test}.json, manifest.json with the counts, and
-skipped.jsonl, which names every record that was left out and why.
+Writes images/ (hard links where the disk allows), DATASET_{train,validation,test}.json, manifest.json with the counts,
+and skipped.jsonl, which names every record that was left out and why.
 """
 
 import argparse
-import json
 import os
 import sys
-from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from tqdm import tqdm
@@ -21,48 +20,68 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import check_complete, find_file, parse_record
 from medplib_jax.datasets import modalities
 from medplib_jax.datasets.command import finish
-from medplib_jax.datasets.importers import READERS
+from medplib_jax.datasets.files import Folder, files_below
+from medplib_jax.datasets.importers import ALONGSIDE, READERS
 from medplib_jax.datasets.importers.example import Example
-from medplib_jax.datasets.mecovqa import write_json
-from medplib_jax.datasets.place import place, write_bytes
 from medplib_jax.datasets.qa.folder import image_reference
 
 SPLITS = ("train", "validation", "test")
+_TABLES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 
 
 def import_dataset(dataset: str, source: str, out: str) -> dict[str, Any]:
-    """Makes the dataset `out`; returns its manifest. DataError when `source` does not hold the dataset, or nothing of it can be used."""
-    records, problems = {split: [] for split in SPLITS}, []
-    pictures = _Pictures(source, out)
-    for make in tqdm(READERS[dataset](source), desc=dataset, unit="record"):
-        try:
-            example = make()
-            records[example.split].append(_record(example, pictures, out))
-        except DataError as error:
-            problems.append(error)
-    if not any(records.values()):
-        raise problems[0] if problems else DataError(source, None, "dataset is empty", "records", "none")
-    counts = {split: len(made) for split, made in records.items() if made}
-    manifest = {"dataset": dataset, "records": counts, "images": len(pictures.sources), "skipped": len(problems)}
-    manifest["reasons"] = dict(Counter(problem.what for problem in problems).most_common())
-    for split, made in records.items():
-        if made:
-            write_json(os.path.join(out, f"{dataset}_{split}.json"), made)
-    with open(os.path.join(out, "skipped.jsonl"), "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(problem.as_dict()) + "\n" for problem in problems)
-    write_json(os.path.join(out, "manifest.json"), manifest)
+    """Makes the dataset `out`; returns its manifest.
+
+    DataError when `source` does not hold the dataset, or nothing of it can be used.
+    """
+    records, problems, read = {split: [] for split in SPLITS}, [], set()
+    with Folder(out, dataset, source) as folder:
+        pictures = _Pictures(source, folder)
+        for make in tqdm(READERS[dataset](source), desc=dataset, unit="record"):
+            try:
+                example = make()
+                read.add(example.place[0])
+                records[example.split].append(_record(example, pictures, out))
+            except DataError as error:
+                problems.append(error)
+                read.add(error.file)
+        if not any(records.values()):
+            raise problems[0] if problems else DataError(source, None, "dataset is empty", "records", "none")
+        counts = {split: len(made) for split, made in records.items() if made}
+        manifest = {"dataset": dataset, "records": counts, "images": len(pictures.sources)}
+        manifest |= folder.write_problems(problems)
+        manifest["files_not_read"] = _not_read(source, out, read, ALONGSIDE.get(dataset, ()))
+        for split, made in records.items():
+            if made:
+                folder.write_json(f"{dataset}_{split}.json", made)
+        folder.write_json("manifest.json", manifest)
     return manifest
+
+
+def _not_read(source: str, out: str, read: Collection[str], alongside: Collection[str]) -> list[str]:
+    """Tables below the source from which no record came: other parts of the dataset, or files of another name than the
+    reader looks for.
+    """
+    known = {os.path.realpath(path) for path in read}
+    found = [name for name in files_below(source) if name.lower().endswith(_TABLES)]
+    found = [name for name in found if os.path.basename(name) not in alongside]
+    paths = {name: os.path.realpath(os.path.join(source, name)) for name in found}
+    inside = os.path.realpath(out) + os.sep
+    return [name for name, path in paths.items() if path not in known and not path.startswith(inside)]
 
 
 class _Pictures:
     """Puts images into the new dataset, each once."""
 
-    def __init__(self, source: str, out: str):
-        self._source, self._out = source, out
+    def __init__(self, source: str, folder: Folder):
+        self._source, self._folder = source, folder
         self.sources: dict[str, str] = {}  # reference -> image of the source
 
     def add(self, example: Example) -> str:
-        """The image's reference. DataError when it is missing, outside the source, unreadable, or shares its name with another one."""
+        """The image's reference.
+
+        DataError when it is missing, outside the source, unreadable, or shares its name with another one.
+        """
         reference = image_reference(example.image, modalities.prefix_of(example.modality))
         if (known := self.sources.get(reference)) is not None:
             if known != example.image:
@@ -71,10 +90,10 @@ class _Pictures:
         if example.content is None:
             path = find_file(self._source, example.image)
             images.load_pixels(path)
-            place(path, self._out, reference)
+            self._folder.link(path, reference)
         else:
             images.load_pixels(images.Blob(example.image, example.content))
-            write_bytes(example.content, self._out, reference)
+            self._folder.write(reference, example.content)
         self.sources[reference] = example.image
         return reference
 

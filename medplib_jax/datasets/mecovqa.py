@@ -1,7 +1,8 @@
 """MeCoVQA's form on disk: annotation files, masks of one class united, and what SA-Med2D-20M's file names say.
 
-A record is {"image": path, "conversations": [{"from": "human" | "gpt", "value": text}, ...], "answer_type": "open" | "closed"}; see
-`medplib_jax.data.sources` for its check (`parse_record`) and for looking up a file below a root (`find_file`).
+A record is {"image": path, "conversations": [{"from": "human" | "gpt", "value": text}, ...], "answer_type": "open" |
+"closed"}; see `medplib_jax.data.sources` for its check (`parse_record`) and for looking up a file below a root
+(`find_file`).
 """
 
 import dataclasses
@@ -9,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
@@ -17,14 +17,17 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import modality
 
 _LAST_PART = re.compile(r"(?P<label>.+?)(?:_(?P<instance>\d{3}|merged))?")
+_SEQUENCE = re.compile(
+    r"[_.-](flair|t1|t1c|t1ce|t1gd|t1n|t1w|t2|t2f|t2w|pd|dwi|adc|swi|bold|ct|pet|mr)$|(?<=\d)_000\d$", re.IGNORECASE
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class FileName:
     """What the name of an image or mask of SA-Med2D-20M says; a part that the name lacks is empty.
 
-    Images: MODALITY[_SUB]--DATASET--VOLUME--SLICE.png; masks: the image's name, then --CLASS_INSTANCE.png, with three digits for the
-    instance or "merged" for all masks of the class (in other collections: --NAME.png).
+    Images: MODALITY[_SUB]--DATASET--VOLUME--SLICE.png; masks: the image's name, then --CLASS_INSTANCE.png, with three
+    digits for the instance or "merged" for all masks of the class (in other collections: --NAME.png).
     """
 
     modality: str
@@ -36,8 +39,18 @@ class FileName:
 
     @property
     def patient(self) -> str:
-        """Which patient, scan or video this is of; empty when the name does not say."""
-        return f"{self.dataset}--{self.volume}" if self.volume else ""
+        """Which patient, scan or video this is of; empty when the name does not say.
+
+        A volume's folder ("p1--t2") comes first.
+        """
+        return f"{self.dataset}--{without_sequence(self.volume.split('--')[0])}" if self.volume else ""
+
+
+def without_sequence(name: str) -> str:
+    """A scan's name without what tells the sequences of one patient apart: "BRATS_001_flair", or nnU-Net's
+    "BRATS_001_0000".
+    """
+    return _SEQUENCE.sub("", name)
 
 
 def parse_image_name(path: str) -> FileName:
@@ -76,17 +89,10 @@ def unite(masks: Iterable[np.ndarray]) -> np.ndarray:
     return np.maximum.reduce(masks)
 
 
-def write_json(path: str, value: Any) -> None:
-    """Writes the whole file or none of it."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-    os.replace(temporary, path)
-
-
 def read_class_names(root: str) -> dict[tuple[str, int], str]:
-    """(dataset, class id) -> name, from SA-Med2D-20M's SAMed2D_v1_class_mapping_id.json; empty when `root` does not have it."""
+    """(dataset, class id) -> name, from SA-Med2D-20M's SAMed2D_v1_class_mapping_id.json; empty when `root` does not
+    have it.
+    """
     path = os.path.join(root, "SAMed2D_v1_class_mapping_id.json")
     if not os.path.isfile(path):
         return {}

@@ -22,7 +22,8 @@ LABELS = {
     "infrared": "infrared",
     "colposcopy": "colposcopy",
 }
-# Words as datasets write them; the first that occurs decides, so the more special one stands before the more general one.
+# Words as datasets write them; the first that occurs decides, so the more special one stands before the more general
+# one.
 _WORDS = (
     ("optical coherence", "oct"),
     ("oct", "oct"),
@@ -69,7 +70,9 @@ _SHORT = 4  # words up to this length must be a word of their own
 
 
 def prefix_of(text: str) -> str:
-    """The prefix for a dataset's own word for a modality ("MRI", "CT(Computed Tomography)", "X-Ray"); "unknown" when none fits."""
+    """The prefix for a dataset's own word for a modality ("MRI", "CT(Computed Tomography)", "X-Ray"); "unknown" when
+    none fits.
+    """
     text = text.casefold()
     words = "".join(letter if letter.isalnum() or letter in "-_" else " " for letter in text).split()
     for word, prefix in _WORDS:

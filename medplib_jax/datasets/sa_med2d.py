@@ -3,15 +3,15 @@
 COMMAND
     python -m medplib_jax.datasets.sa_med2d --source SAMed2Dv1 --out data/pairs --match "ct_00--AbdomenCT1K--*"
 
-Reads images/, masks/ (IMAGE--CLASS_INSTANCE.png) and SAMed2D_v1_class_mapping_id.json; writes images/, masks/<image>/<name>_NNN.png
-(hard links where the disk allows), manifest.json, and skipped.jsonl, which names each mask without an image, without a class name, or
-with one that says nothing to a reader: "class3", "left", or "union_...", which unites classes that have masks of their own.
+Reads images/, masks/ (IMAGE--CLASS_INSTANCE.png) and SAMed2D_v1_class_mapping_id.json; writes images/,
+masks/<image>/<name>_NNN.png (hard links where the disk allows), manifest.json, and skipped.jsonl, which names each mask
+without an image, without a class name, or with one that says nothing to a reader: "class3", "left", or "union_...",
+which unites classes that have masks of their own.
 """
 
 import argparse
 import collections
 import fnmatch
-import json
 import os
 import re
 import sys
@@ -21,37 +21,38 @@ from tqdm import tqdm
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.datasets.command import finish
-from medplib_jax.datasets.mecovqa import class_name, parse_mask_name, read_class_names, stem, write_json
-from medplib_jax.datasets.place import place, safe_name
+from medplib_jax.datasets.files import Folder, safe_name
+from medplib_jax.datasets.mecovqa import class_name, parse_mask_name, read_class_names, stem
 
 _NO_NAME = re.compile(r"class ?\d*|left|right|union .*", re.IGNORECASE)
 
 
 def make_pairs(source: str, out: str, match: str = "*") -> dict[str, Any]:
-    """Makes the folder `out` of the images whose name (without .png) matches; returns its manifest. DataError when no mask can be used."""
+    """Makes the folder `out` of the images whose name (without .png) matches; returns its manifest.
+
+    DataError when no mask can be used.
+    """
     masks, names = _masks_by_image(source, match), read_class_names(source)
     problems, counts = [], collections.Counter()
-    for image in tqdm(sorted(masks), desc="SA-Med2D-20M", unit="image"):
-        path = os.path.join(source, "images", f"{image}.png")
-        if not os.path.isfile(path):
-            problems += [
-                DataError(os.path.join(source, "masks", mask), None, "mask without its image", path, "nothing")
-                for mask in masks[image]
+    with Folder(out, "sa_med2d", source) as folder:
+        for image in tqdm(sorted(masks), desc="SA-Med2D-20M", unit="image"):
+            path = os.path.join(source, "images", f"{image}.png")
+            if not os.path.isfile(path):
+                lost = [os.path.join(source, "masks", mask) for mask in masks[image]]
+                problems += [DataError(mask, None, "mask without its image", path, "nothing") for mask in lost]
+                continue
+            unnamed = [
+                error for mask in sorted(masks[image]) if (error := _place_mask(source, folder, image, mask, names))
             ]
-            continue
-        placed = [error for mask in sorted(masks[image]) if (error := _place_mask(source, out, image, mask, names))]
-        problems += placed
-        if len(placed) < len(masks[image]):
-            place(path, out, f"images/{image}.png")
-            counts["images"] += 1
-            counts["masks"] += len(masks[image]) - len(placed)
-    if not counts:
-        raise problems[0] if problems else DataError(source, None, "no masks", f"masks/{match}", "none")
-    with open(os.path.join(out, "skipped.jsonl"), "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(problem.as_dict()) + "\n" for problem in problems)
-    reasons = dict(collections.Counter(problem.what for problem in problems).most_common())
-    manifest = {**counts, "skipped": len(problems), "reasons": reasons}
-    write_json(os.path.join(out, "manifest.json"), manifest)
+            problems += unnamed
+            if len(unnamed) < len(masks[image]):
+                folder.link(path, f"images/{image}.png")
+                counts["images"] += 1
+                counts["masks"] += len(masks[image]) - len(unnamed)
+        if not counts:
+            raise problems[0] if problems else DataError(source, None, "no masks", f"masks/{match}", "none")
+        manifest = {**counts, "match": match, **folder.write_problems(problems)}
+        folder.write_json("manifest.json", manifest)
     return manifest
 
 
@@ -67,21 +68,18 @@ def _masks_by_image(source: str, match: str) -> dict[str, list[str]]:
     return masks
 
 
-def _place_mask(source: str, out: str, image: str, mask: str, names: dict[tuple[str, int], str]) -> DataError | None:
+def _place_mask(
+    source: str, folder: Folder, image: str, mask: str, names: dict[tuple[str, int], str]
+) -> DataError | None:
     """Puts one mask under its class's name; the error when its class has none."""
     path, name = os.path.join(source, "masks", mask), class_name(mask, names)
     if not name:
-        return DataError(
-            path,
-            None,
-            "class without a name",
-            "an entry in SAMed2D_v1_class_mapping_id.json",
-            parse_mask_name(mask).label,
-        )
+        expected = "an entry in SAMed2D_v1_class_mapping_id.json"
+        return DataError(path, None, "class without a name", expected, parse_mask_name(mask).label)
     if _NO_NAME.fullmatch(name):
         return DataError(path, None, "class name says nothing", "the name of a structure", name)
     instance = parse_mask_name(mask).instance or "000"
-    place(path, out, f"masks/{image}/{safe_name(name)}_{instance}.png")
+    folder.link(path, f"masks/{image}/{safe_name(name)}_{instance}.png")
     return None
 
 

@@ -11,7 +11,8 @@ SIDE = re.compile(
 
 
 def contradiction(text: str, box: tuple[float, float, float, float]) -> str:
-    """The words that put something elsewhere than its box (x0, y0, x1, y1, shares of the picture); empty when there are none.
+    """The words that put something elsewhere than its box (x0, y0, x1, y1, shares of the picture); empty when there are
+    none.
 
     A box that reaches the place counts as there.
     """

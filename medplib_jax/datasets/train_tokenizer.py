@@ -20,12 +20,17 @@ FRAME_REPEATS = 100  # so that the words around every question become whole toke
 
 
 def build_tokenizer(sources: Sequence[str], out: str, pieces: int = PIECES) -> Tokenizer:
-    """A tokenizer of at most `pieces` SentencePiece pieces (fewer when the text does not hold enough) and the added tokens, saved in `out`."""
+    """A tokenizer of at most `pieces` SentencePiece pieces (fewer when the text does not hold enough) and the added
+    tokens, saved in `out`.
+    """
     return train_tokenizer(training_text(sources), out, pieces)
 
 
 def training_text(sources: Sequence[str]) -> Iterator[str]:
-    """What the model will read: the template's sentences, and every turn without paths and tags. ValueError names a file of another form."""
+    """What the model will read: the template's sentences, and every turn without paths and tags.
+
+    ValueError names a file of another form.
+    """
     frames = [f"{sentence} USER: ASSISTANT:" for sentence in TEMPLATES.values()]
     yield from frames * FRAME_REPEATS
     for source in sources:

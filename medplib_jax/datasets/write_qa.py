@@ -1,4 +1,5 @@
-"""Writes questions and answers about a folder of images with named masks: VQA, region VQA, grounding, refer-and-ground conversations.
+"""Writes questions and answers about a folder of images with named masks: VQA, region VQA, grounding, refer-and-ground
+conversations.
 
 COMMAND
     python -m medplib_jax.datasets.write_qa --pairs data/mine --out data/mine_qa --writer template
@@ -6,13 +7,14 @@ COMMAND
     python -m medplib_jax.datasets.train_tokenizer --sources data/mine_qa/train/*.json --out runs/mine/tokenizer
     python -m medplib_jax.train --config=configs/finetune_folder.py:data/mine_qa ...
 
-The folder: images/, masks/<image>/<name>.png, and if you like metadata.json (see `qa.folder`). The result is a dataset in MeCoVQA's form
-(images/, masks/, train/, test/) with Med-GRIT's conversations beside it (grit/train, grit/test), manifest.json and skipped.jsonl.
-`template` needs no network; the same folder and seed give the same files. `llm` asks a language model twice for each image: for a description
-of what masks and metadata.json prove, and for questions about that description; it is shown no picture, file name or patient. Its answers are
-kept in OUT/answers: the same command again continues an interrupted run and pays for no answer twice. What it gets wrong is asked again, then
-left out by name; the manifest says what was asked and paid. All images of one patient or volume, where metadata.json or file names tell it,
-are in one split.
+The folder: images/, masks/<image>/<name>.png, and if you like metadata.json (see `qa.folder`). The result is a dataset
+in MeCoVQA's form (images/, masks/, train/, test/) with Med-GRIT's conversations beside it (grit/train, grit/test),
+manifest.json and skipped.jsonl. `template` needs no network; the same folder and seed give the same files. `llm` asks a
+language model twice for each image: for a description of what masks and metadata.json prove, and for questions about
+that description; it is shown no picture, file name or patient. Its answers are kept in OUT/answers: the same command
+again continues an interrupted run and pays for no answer twice. What it gets wrong is asked again, then left out by
+name; the manifest says what was asked and paid. All images of one patient or volume, where metadata.json or file names
+tell it, are in one split.
 """
 
 import argparse
@@ -24,91 +26,123 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from medplib_jax.data.errors import DataError
-from medplib_jax.datasets.command import finish
-from medplib_jax.datasets.mecovqa import write_json
+from medplib_jax.data.errors import DataError, Notice
+from medplib_jax.datasets.command import finish, parse, window
+from medplib_jax.datasets.files import Folder
+from medplib_jax.datasets.patients import check_pattern
 from medplib_jax.datasets.processes import make_pool
 from medplib_jax.datasets.qa import grit, records, template
-from medplib_jax.datasets.qa.facts import Facts
+from medplib_jax.datasets.qa.facts import ImageFacts
 from medplib_jax.datasets.qa.folder import Pair, read_facts, scan, vocabulary
 
-VERSION = 2  # raise it when the same arguments give other files
 _IN_PROCESS = 64  # fewer images are not worth starting processes for
 KEY = "OPENAI_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """seed: of the sentences. test_share: of the images. complete: a name of the modality without a mask is not in the image."""
+class QaOptions:
+    """seed: of the sentences. test_share: of the patients. complete: a name of the modality without a mask is not in
+    the image.
+
+    window: (centre, width) in which pictures of 16 bits are shown. patient: see `patients.patient_of`.
+    """
 
     seed: int = 0
     test_share: float = 0.1
     complete: bool = False
+    window: tuple[float, float] | None = None
+    patient: str = ""
 
     def __post_init__(self):
         if not 0 <= self.test_share <= 1:
             raise ValueError(f"test share: expected a number in [0, 1], found {self.test_share}")
+        check_pattern(self.patient)
 
 
-def write_qa(pairs: str, out: str, writer: records.Writer, options: Options) -> dict[str, Any]:
+def write_qa(pairs: str, out: str, writer: records.Writer, options: QaOptions) -> dict[str, Any]:
     """Makes the dataset `out` of the folder `pairs`; returns its manifest. DataError when the folder has no image.
 
-    An image, mask or question that cannot be used is named in skipped.jsonl.
+    An image, mask or question that cannot be used is named in skipped.jsonl, and so are files that belong to no image.
     """
-    found, problems = scan(pairs)
-    facts = []
-    for one, errors in _read_all(found, out, options.complete):
-        problems += errors
-        facts += [one] if one else []
-    by_file, by_task = {}, {}
-    for written in writer.write(facts):
-        one = written.facts
-        problems += written.problems
-        split = "test" if _fraction(one.group) < options.test_share else "train"
-        made = (records.test_records if split == "test" else records.training_records)(one, written.turns)
-        for kind, new in made.items():
-            by_file.setdefault(f"{split}/{kind}.json", []).extend(new)
-        for task, turns in written.grit.items():
-            by_task.setdefault(f"grit/{split}/{task}.json", []).extend(grit.record(one, turn) for turn in turns)
-    manifest = {
-        "version": VERSION,
-        **dataclasses.asdict(options),
-        "images": len(facts),
-        "masks": sum(len(target.masks) for one in facts for target in one.targets),
-        "modalities": dict(sorted(Counter(one.modality for one in facts).items())),
-        "skipped": len(problems),
-        "reasons": dict(Counter(problem.what for problem in problems).most_common()),
-        **writer.report(),
-        "records": {name: len(made) for name, made in sorted({**by_file, **by_task}.items())},
-    }
-    _save(out, {**by_file, **by_task}, problems, manifest)
+    found, problems = scan(pairs, options.patient)
+    with Folder(out, "write_qa", pairs) as folder:
+        facts = []
+        for one, errors in _read_all(found, folder, options):
+            problems += errors
+            facts += [one] if one else []
+        files: dict[str, list] = {}
+        for written in writer.write(facts):
+            problems += written.problems
+            for name, new in _records(written, options.test_share).items():
+                files.setdefault(name, []).extend(new)
+        files = {name: made for name, made in sorted(files.items()) if made}
+        for name, made in files.items():
+            folder.write_json(name, made)
+        manifest = {
+            **dataclasses.asdict(options),
+            "images": len(facts),
+            "patients": len({one.patient for one in facts}),
+            "masks": sum(len(target.masks) for one in facts for target in one.targets),
+            "modalities": dict(sorted(Counter(one.modality for one in facts).items())),
+            **folder.write_problems(problems),
+            **writer.report(),
+            "records": {name: len(made) for name, made in files.items()},
+            "notices": [*_split_notices(facts, options), *_noted(problems)],
+        }
+        folder.write_json("manifest.json", manifest)
     return manifest
 
 
-def _save(out: str, files: dict[str, list], problems: Sequence[DataError], manifest: dict[str, Any]) -> None:
-    for split in ("train", "test"):  # of an earlier run, whose split may have been another one
-        for name in (
-            *(f"{split}/{kind}.json" for kind in records.KINDS),
-            *(f"grit/{split}/{task}.json" for task in grit.TASKS),
-        ):
-            Path(out, name).unlink(missing_ok=True)
-    for name, made in files.items():
-        if made:
-            write_json(os.path.join(out, name), made)
-    with open(os.path.join(out, "skipped.jsonl"), "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(problem.as_dict()) + "\n" for problem in problems)
-    write_json(os.path.join(out, "manifest.json"), manifest)
+def _records(written: records.Written, test_share: float) -> dict[str, list[dict[str, Any]]]:
+    """The records about one image by the file that they belong to."""
+    one = written.facts
+    split = "test" if _fraction(one.patient) < test_share else "train"
+    made = (records.test_records if split == "test" else records.training_records)(one, written.turns)
+    files = {f"{split}/{kind}.json": new for kind, new in made.items()}
+    grit_files = {
+        f"grit/{split}/{task}.json": [grit.record(one, turn) for turn in turns] for task, turns in written.grit.items()
+    }
+    return files | grit_files
 
 
-def _read_all(pairs: Sequence[Pair], out: str, complete: bool) -> Iterator[tuple[Facts | None, list[DataError]]]:
-    names = vocabulary(pairs) if complete else {}
-    jobs = [(pair, tuple(name for name in names.get(pair.modality, ()) if name not in pair.names)) for pair in pairs]
-    read = functools.partial(_read, out)
+def _split_notices(facts: Sequence[ImageFacts], options: QaOptions) -> list[str]:
+    """What to say when one of the splits is empty although it was asked for."""
+    patients = {one.patient for one in facts}
+    tested = sum(_fraction(patient) < options.test_share for patient in patients)
+    empty = [
+        name
+        for name, count, wanted in (
+            ("test", tested, options.test_share > 0),
+            ("training", len(patients) - tested, options.test_share < 1),
+        )
+        if wanted and not count
+    ]
+    return [
+        f"no {name} split: none of {len(patients)} patients falls into it at a test share of {options.test_share:g};"
+        " choose another --test-share, add patients, or say with --patient REGEX how to tell them apart"
+        for name in empty
+    ]
+
+
+def _noted(problems: Sequence[DataError]) -> list[str]:
+    """What was noted about files that are used: an example of each, and how many more there are."""
+    noted: dict[str, list[DataError]] = {}
+    for problem in problems:
+        if isinstance(problem, Notice):
+            noted.setdefault(problem.what, []).append(problem)
+    return [f"{some[0]}" + (f" (and {len(some) - 1} more)" if len(some) > 1 else "") for some in noted.values()]
+
+
+def _read_all(
+    pairs: Sequence[Pair], folder: Folder, options: QaOptions
+) -> Iterator[tuple[ImageFacts | None, list[DataError]]]:
+    names = vocabulary(pairs) if options.complete else {}
+    jobs = [(pair, names.get(pair.modality, ())) for pair in pairs]
+    read = functools.partial(_read, folder, options.window)
     progress = functools.partial(tqdm, total=len(jobs), desc="masks", unit="image")
     if len(jobs) < _IN_PROCESS:
         yield from progress(map(read, jobs))
@@ -117,9 +151,11 @@ def _read_all(pairs: Sequence[Pair], out: str, complete: bool) -> Iterator[tuple
         yield from progress(pool.map(read, jobs, chunksize=8))
 
 
-def _read(out: str, job: tuple[Pair, tuple[str, ...]]) -> tuple[Facts | None, list[DataError]]:
+def _read(
+    folder: Folder, window: tuple[float, float] | None, job: tuple[Pair, tuple[str, ...]]
+) -> tuple[ImageFacts | None, list[DataError]]:
     try:
-        return read_facts(job[0], out, job[1])
+        return read_facts(job[0], folder, job[1], window)
     except DataError as error:
         return None, [error]
 
@@ -135,7 +171,7 @@ class TemplateWriter:
     def __init__(self, seed: int):
         self._seed = seed
 
-    def write(self, facts: Sequence[Facts]) -> Iterator[records.Written]:
+    def write(self, facts: Sequence[ImageFacts]) -> Iterator[records.Written]:
         for one in facts:
             turns = template.turns(one, one.generator(self._seed, "template"))
             problems = (
@@ -165,17 +201,21 @@ def main() -> int:
     parser.add_argument("--pairs", required=True, help="folder with images/ and masks/<image>/<name>.png")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--writer", choices=("template", "llm"), default="template")
-    parser.add_argument("--seed", type=int, default=Options.seed)
+    parser.add_argument("--seed", type=int, default=QaOptions.seed)
     parser.add_argument(
         "--test-share",
         type=float,
-        default=Options.test_share,
-        help="share of the images whose questions are kept for testing",
+        default=QaOptions.test_share,
+        help="share of the patients whose questions are kept for testing",
     )
     parser.add_argument(
         "--complete",
         action="store_true",
         help="masks are complete: a name of the modality without a mask is not in the image",
+    )
+    parser.add_argument("--window", type=window, help="centre,width of the grey that pictures of 16 bits are shown in")
+    parser.add_argument(
+        "--patient", default="", metavar="REGEX", help="finds the patient in an image's path below images/"
     )
     llm = parser.add_argument_group(
         "--writer llm",
@@ -195,10 +235,12 @@ def main() -> int:
         "--price-in", type=float, default=0.0, help="of a million tokens of questions, for the cost in the manifest"
     )
     llm.add_argument("--price-out", type=float, default=0.0, help="of a million tokens of answers")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
 
     def make() -> dict[str, Any]:
-        options = Options(arguments.seed, arguments.test_share, arguments.complete)
+        options = QaOptions(
+            arguments.seed, arguments.test_share, arguments.complete, arguments.window, arguments.patient
+        )
         writer = _llm_writer(arguments) if arguments.writer == "llm" else TemplateWriter(options.seed)
         return write_qa(arguments.pairs, arguments.out, writer, options)
 

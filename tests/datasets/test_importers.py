@@ -17,7 +17,7 @@ from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.datasets.audit.collect import audit
 from medplib_jax.datasets.import_dataset import import_dataset
 from medplib_jax.datasets.importers import READERS
-from medplib_jax.datasets.write_qa import Options, TemplateWriter, write_qa
+from medplib_jax.datasets.write_qa import QaOptions, TemplateWriter, write_qa
 from tests.datasets.qa.folders import make_pairs
 
 
@@ -279,7 +279,7 @@ def test_pictures_of_med_grit_are_found_by_name_or_id(tmp_path, named):
 
 def test_what_write_qa_writes_can_be_imported(tmp_path):
     pairs = make_pairs(tmp_path / "pairs", 2)
-    write_qa(pairs, str(tmp_path / "qa"), TemplateWriter(0), Options(test_share=0.0))
+    write_qa(pairs, str(tmp_path / "qa"), TemplateWriter(0), QaOptions(test_share=0.0))
     manifest = import_dataset("med_grit", str(tmp_path / "qa"), str(tmp_path / "out"))
     assert manifest["skipped"] == 0 and manifest["records"] == {"train": 2 * (3 * 3 + 1)}
 

@@ -35,7 +35,7 @@ def collection(tmp_path):
 def test_masks_come_under_their_class_names(collection, tmp_path):
     manifest = make_pairs(str(collection), str(tmp_path / "out"))
     reasons = {"class name says nothing": 2, "class without a name": 1, "mask without its image": 1}
-    assert manifest == {"images": 2, "masks": 3, "skipped": 4, "reasons": reasons}
+    assert manifest == {"match": "*", "images": 2, "masks": 3, "skipped": 4, "reasons": reasons}
     pairs, problems = scan(str(tmp_path / "out"))
     assert not problems and {pair.modality: pair.names for pair in pairs} == {"ct": ("left kidney",), "mr": ("tumor",)}
     assert len(pairs[0].masks) == 2

@@ -35,7 +35,8 @@ from medplib_jax.data.sources import read_records
 from medplib_jax.data.splits import annotation_files, is_held_out
 from medplib_jax.datasets.assemble import records as assemble_records
 from medplib_jax.datasets.assemble import shards as assemble_shards
-from medplib_jax.datasets.mecovqa import merged_name, read_class_names, write_json
+from medplib_jax.datasets.files import Folder, code_version
+from medplib_jax.datasets.mecovqa import merged_name, read_class_names
 from medplib_jax.datasets.processes import make_pool
 
 PUBLISHED = {
@@ -55,7 +56,7 @@ _INSTANCE = re.compile(r"(.+)_[0-9]{3}\.png")
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class ShardTask:
     """The records of one shard, with all that a worker process needs."""
 
     config: str
@@ -65,19 +66,25 @@ class Task:
     first: int  # index of the first record in the file
     records: list[Any]
     root: str
-    out: str
+    folder: Folder
     instances: dict[str, tuple[str, ...]]
     names: dict[tuple[str, int], str]
 
     @property
+    def name(self) -> str:
+        """The shard before it is published, below `folder`; beside it lies a note of what became of its records."""
+        return f".shards/{self.config}-{self.split}-{self.shard:05d}.array_record"
+
+    @property
     def path(self) -> str:
-        """The shard before it is published; beside it lies a note of what became of its records (`.json`)."""
-        return os.path.join(self.out, ".shards", f"{self.config}-{self.split}-{self.shard:05d}.array_record")
+        return os.path.join(self.folder.path, self.name)
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the shard would have to be written anew for another reason than files that were missing."""
-        content = json.dumps([self.records, sorted(self.instances.items()), self.file, self.first, self.root])
+        """Changes when the shard must be written anew for another reason than the collection's files (see `finished`)."""
+        names = sorted([*key, name] for key, name in self.names.items())
+        made_of = [self.records, sorted(self.instances.items()), self.file, self.first, self.root, names]
+        content = json.dumps([*made_of, code_version()])
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -93,17 +100,18 @@ def assemble(annotations: str, images: str, out: str, workers: int) -> dict[str,
     }
     plan = {file: PUBLISHED.get(file) or guess(file, loaded[file]) for file in files}
     instances = find_instances(root, loaded.values())
-    for partial in pathlib.Path(out, ".shards").glob("*.tmp"):  # of a run that was killed
-        partial.unlink()
-    tasks = list(make_tasks(plan, loaded, root, os.path.abspath(out), instances, read_class_names(root)))
-    notes = run(tasks, workers)
-    shards = collections.defaultdict(lambda: collections.defaultdict(list))
-    for task, note in zip(tasks, notes, strict=True):
-        if note["written"]:
-            shards[task.config][task.split].append((task.path, note["written"]))
-    folders = {config: assemble_shards.publish(out, config, splits) for config, splits in shards.items()}
     absent = [file for file in PUBLISHED if file not in plan] if any(file in PUBLISHED for file in plan) else []
-    return write_manifest(out, tasks, notes, folders, absent, others)
+    with Folder(out, "assemble", annotations, root) as folder:
+        for partial in pathlib.Path(out, ".shards").glob("*.tmp"):  # of a run that was killed
+            partial.unlink()
+        tasks = list(make_tasks(plan, loaded, root, folder, instances, read_class_names(root)))
+        notes = run(tasks, workers)
+        shards = collections.defaultdict(lambda: collections.defaultdict(list))
+        for task, note in zip(tasks, notes, strict=True):
+            if note["written"]:
+                shards[task.config][task.split].append((task.path, note["written"]))
+        places = {config: assemble_shards.publish(folder, config, splits) for config, splits in shards.items()}
+        return write_manifest(folder, tasks, notes, places, absent, others)
 
 
 def find_collection(images: str) -> str:
@@ -163,7 +171,7 @@ def _texts(records: list[Any]) -> Iterator[str]:
                 yield turn["value"]
 
 
-def make_tasks(plan, loaded, root: str, out: str, instances, names) -> Iterator[Task]:
+def make_tasks(plan, loaded, root: str, folder: Folder, instances, names) -> Iterator[ShardTask]:
     """The shards, in the order of files and records."""
     counts = collections.Counter()
     for file, (config, split) in plan.items():
@@ -171,11 +179,11 @@ def make_tasks(plan, loaded, root: str, out: str, instances, names) -> Iterator[
             records = loaded[file][first : first + RECORDS_PER_SHARD]
             wanted = {merged_name(match) for text in _texts(records) for match in _MERGED.findall(text)}
             own = {name: instances[name] for name in sorted(wanted & instances.keys())}
-            yield Task(config, split, counts[config, split], file, first, records, root, out, own, names)
+            yield ShardTask(config, split, counts[config, split], file, first, records, root, folder, own, names)
             counts[config, split] += 1
 
 
-def run(tasks: list[Task], workers: int) -> list[dict[str, Any]]:
+def run(tasks: list[ShardTask], workers: int) -> list[dict[str, Any]]:
     """The note of each shard, in order; shards that are there already are not written again."""
     notes = [finished(task) for task in tasks]
     todo = [i for i, note in enumerate(notes) if note is None]
@@ -187,7 +195,7 @@ def run(tasks: list[Task], workers: int) -> list[dict[str, Any]]:
     return notes
 
 
-def _build(tasks: list[Task], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _build(tasks: list[ShardTask], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Index and note of each shard as it is finished."""
     if not workers:
         yield from enumerate(map(build_shard, tasks))
@@ -202,23 +210,28 @@ def _build(tasks: list[Task], workers: int) -> Iterator[tuple[int, dict[str, Any
             raise
 
 
-def finished(task: Task) -> dict[str, Any] | None:
-    """The note of a shard that need not be written again: same input, and nothing that was missing has come since."""
+def finished(task: ShardTask) -> dict[str, Any] | None:
+    """The note of a shard that need not be written again: it is there, and made of the same records, files and code."""
     try:
         with open(task.path + ".json", encoding="utf-8") as file:
             note = json.load(file)
     except (OSError, ValueError):
         return None
-    came = any(os.path.exists(os.path.join(task.root, name)) for name in note["missing"])
-    there = os.path.exists(task.path) or not note["written"]
-    return note if note["fingerprint"] == task.fingerprint and there and not came else None
+    if note.get("fingerprint") != task.fingerprint:
+        return None
+    same = all(assemble_records.age_of(task.root, name) == age for name, age in note["files"].items())
+    there = all(os.path.exists(os.path.join(task.folder.path, name)) for name in note["made"])
+    if not same or not there:
+        return None
+    task.folder.keep([f"{task.name}.json", *note["made"]])
+    return note
 
 
-def build_shard(task: Task) -> dict[str, Any]:
+def build_shard(task: ShardTask) -> dict[str, Any]:
     """Writes the shard and the note of what became of its records."""
-    files = assemble_records.Files(task.root, task.out, task.instances, task.names)
+    files = assemble_records.Files(task.root, task.folder, task.instances, task.names)
     written, problems = 0, []
-    with assemble_shards.ShardWriter(task.path) as writer:
+    with assemble_shards.ShardWriter(task.folder.claim(task.name)) as writer:
         for index, raw in enumerate(task.records, task.first):
             try:
                 example, repairs = assemble_records.prepare(raw, task.file, index, files)
@@ -232,12 +245,13 @@ def build_shard(task: Task) -> dict[str, Any]:
                 for what in dict.fromkeys(repairs)
             ]
     note = {"fingerprint": task.fingerprint, "written": written, "problems": problems, "missing": sorted(files.missing)}
-    write_json(task.path + ".json", note)
+    note |= {"files": files.ages, "made": [task.name, *files.made]}
+    task.folder.write_json(f"{task.name}.json", note)
     return note
 
 
 def write_manifest(
-    out: str, tasks, notes, folders: dict[str, str], absent: list[str], others: list[str]
+    folder: Folder, tasks, notes, places: dict[str, str], absent: list[str], others: list[str]
 ) -> dict[str, Any]:
     splits = collections.defaultdict(collections.Counter)
     actions = {"left out": collections.Counter(), "repaired": collections.Counter()}
@@ -258,13 +272,11 @@ def write_manifest(
         "missing_by_folder": dict(collections.Counter(_place(name) for name in missing).most_common()),
         "annotation_files_absent": absent,
         "files_of_another_kind": others,
-        "sources": [f"{folder}#{split}" for config, folder in folders.items() for split in _splits_of(config, splits)],
+        "sources": [f"{place}#{split}" for config, place in places.items() for split in _splits_of(config, splits)],
     }
-    write_json(os.path.join(out, "manifest.json"), manifest)
-    _write_lines(os.path.join(out, "missing.txt"), missing)
-    _write_lines(
-        os.path.join(out, "problems.jsonl"), [json.dumps(problem) for note in notes for problem in note["problems"]]
-    )
+    folder.write_json("manifest.json", manifest)
+    folder.write_lines("missing.txt", missing)
+    folder.write_lines("problems.jsonl", (json.dumps(problem) for note in notes for problem in note["problems"]))
     return manifest
 
 
@@ -282,11 +294,6 @@ def _kind(what: str) -> str:
 def _place(name: str) -> str:
     """Folder and collection of a missing file, such as "images/ct_00--AbdomenCT1K"."""
     return "--".join(name.split("--")[:2]) if "--" in name else os.path.dirname(name)
-
-
-def _write_lines(path: str, lines: list[str]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
 
 
 def describe(manifest: dict[str, Any], out: str) -> str:

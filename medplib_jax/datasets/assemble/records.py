@@ -14,9 +14,11 @@ import numpy as np
 from PIL import Image
 
 from medplib_jax.data import images
+from medplib_jax.data.cache import fingerprint
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.records import MASK, REGION, Record, check_complete, find_file, parse_record
 from medplib_jax.data.regions import draw, is_shape
+from medplib_jax.datasets.files import Folder
 from medplib_jax.datasets.mecovqa import class_name, merged_name, parse_mask_name, stem, unite
 
 _REFERENCE = re.compile(r"<(region|mask)>(.*?)</\1>")
@@ -26,19 +28,23 @@ _SUFFIX = re.compile(r"\.(png|jpe?g)$", re.IGNORECASE)
 
 @dataclasses.dataclass
 class Files:
-    """Where files are looked up: the image collection, the folder that gets united masks, and the instances of each
-    class.
+    """Where files are looked up: the image collection, and the instances of each class.
+
+    It keeps account of what was asked for.
     """
 
     root: str
-    out: str
+    folder: Folder  # gets united masks
     instances: Mapping[str, tuple[str, ...]]  # merged_name -> names in masks/
     names: Mapping[tuple[str, int], str]  # see read_class_names
-    missing: set[str] = dataclasses.field(default_factory=set)  # filled: references without a file
-    notices: list[Notice] = dataclasses.field(default_factory=list)  # filled: odd files that were converted
+    ages: dict[str, list[int] | None] = dataclasses.field(default_factory=dict)  # `age_of` each reference asked for
+    missing: set[str] = dataclasses.field(default_factory=set)  # references without a file
+    made: set[str] = dataclasses.field(default_factory=set)  # united masks that were written
+    notices: list[Notice] = dataclasses.field(default_factory=list)  # odd files that were converted
 
     def find(self, reference: str) -> str:
         """The reference's real path; what is missing is noted. DataError when it is missing or outside the root."""
+        self.ages[reference] = age_of(self.root, reference)
         try:
             return find_file(self.root, reference)
         except DataError as error:
@@ -47,36 +53,35 @@ class Files:
             raise
 
     def mask(self, reference: str, size: tuple[int, int]) -> bytes:
-        """A mask of this size (0 or 255) as `encode` makes it, united from its instances when it is one of
-        masks_merged/ (and then kept there).
+        """A mask of this size (0 or 255) as `encode` makes it.
+
+        One of masks_merged/ that is not there is united from its instances and written. Some collections have united
+        masks, with or without their suffix.
         """
-        there = next(
-            (
-                name
-                for name in (reference, reference.replace("_merged.png", ".png"))
-                if os.path.isfile(os.path.join(self.root, name))
-            ),
-            None,
-        )
-        if (
-            not reference.startswith("masks_merged/") or there
-        ):  # some collections have united masks, with or without the suffix
-            return encode(visible(reference, images.load_mask(self.find(there or reference), size, self.notices)))
+        spellings = dict.fromkeys((reference, reference.replace("_merged.png", ".png")))
+        self.ages |= {name: age_of(self.root, name) for name in spellings}
+        there = next((name for name in spellings if self.ages[name]), None)
+        if there or not reference.startswith("masks_merged/"):
+            mask = images.load_mask(self.find(there or reference), size, self.notices)
+            return encode(visible(reference, mask))
         instances = self.instances.get(reference, ())
         if not instances:
             self.missing.add(reference)
-            raise DataError(
-                reference,
-                None,
-                "no instance mask to unite",
-                f"masks/{stem(reference).removesuffix('_merged')}_NNN.png",
-                "none",
-            )
-        united = visible(
-            reference, unite(images.load_mask(self.find(f"masks/{name}"), size, self.notices) for name in instances)
-        )
-        write_once(os.path.join(self.out, reference), encode(united, "PNG"))
+            expected = f"masks/{stem(reference).removesuffix('_merged')}_NNN.png"
+            raise DataError(reference, None, "no instance mask to unite", expected, "none")
+        masks = (images.load_mask(self.find(f"masks/{name}"), size, self.notices) for name in instances)
+        united = visible(reference, unite(masks))
+        self.folder.write(reference, encode(united, "PNG"))
+        self.made.add(reference)
         return encode(united)
+
+
+def age_of(root: str, reference: str) -> list[int] | None:
+    """Size and time of the file that a reference names, which change with its content; None when it is not there."""
+    try:
+        return list(fingerprint(find_file(root, reference))[1:])
+    except DataError:
+        return None
 
 
 def prepare(raw: Any, file: str, index: int, files: Files) -> tuple[dict[str, Any], list[str]]:
@@ -105,6 +110,7 @@ def prepare(raw: Any, file: str, index: int, files: Files) -> tuple[dict[str, An
         "conversations": [{"from": role, "value": text} for role, text in record.turns],
         "answer_type": record.answer_type,
         "modality": record.modality,
+        "patient": record.patient,
         "masks": list(masks.values()),
         "mask_names": list(masks),
         "mask_labels": [class_name(name, files.names) for name in masks],
@@ -208,14 +214,3 @@ def encode(pixels: np.ndarray, form: str = "PPM") -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, form)
     return file.getvalue()
-
-
-def write_once(path: str, content: bytes) -> None:
-    """Writes a file that other processes may be writing too, with the same content."""
-    if os.path.isfile(path):
-        return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)

@@ -7,9 +7,10 @@ Layout: OUT/mecovqa/CONFIG/VERSION/mecovqa-SPLIT.array_record-00000-of-00007, da
 
 import functools
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from medplib_jax.datasets.files import Folder
 
 DATASET, VERSION = "mecovqa", "1.0.0"
 CONFIGS = {
@@ -39,6 +40,7 @@ def features():
             "conversations": tfds_features.Sequence({"from": text(), "value": text()}),
             "answer_type": text(doc="open, closed or empty"),
             "modality": text(),
+            "patient": text(doc="whose image it is, as far as the records say; empty when they do not"),
             "masks": tfds_features.Sequence(tfds_features.Image(shape=(None, None, 1), encoding_format="png")),
             "mask_names": tfds_features.Sequence(text()),
             "mask_labels": tfds_features.Sequence(text(), doc="what each mask marks; empty when unknown"),
@@ -93,38 +95,32 @@ def dataset_folder(out: str, config: str) -> str:
     return os.path.join(out, DATASET, config, VERSION)
 
 
-def publish(out: str, config: str, shards: Mapping[str, Sequence[tuple[str, int]]]) -> str:
+def publish(folder: Folder, config: str, shards: Mapping[str, Sequence[tuple[str, int]]]) -> str:
     """Makes the dataset folder of a config from (file, number of examples) of each split's shards, and returns it.
 
     Files are linked.
     """
     import tensorflow_datasets as tfds
 
-    folder = dataset_folder(out, config)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
-    splits = []
+    place, splits = dataset_folder(folder.path, config), []
+    folder.clear(os.path.relpath(place, folder.path))  # the library takes shards of earlier runs for further splits
     for split, files in shards.items():
         template = tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name=DATASET, split=split, filetype_suffix="array_record"
+            data_dir=place, dataset_name=DATASET, split=split, filetype_suffix="array_record"
         )
         for i, (path, _) in enumerate(files):
-            link_or_copy(path, str(template.sharded_filepath(shard_index=i, num_shards=len(files))))
+            target = str(template.sharded_filepath(shard_index=i, num_shards=len(files)))
+            folder.link(path, os.path.relpath(target, folder.path))
         size = sum(os.path.getsize(path) for path, _ in files)
         splits.append(tfds.core.SplitInfo(split, [count for _, count in files], size, filename_template=template))
+    for name in ("dataset_info.json", "features.json"):
+        folder.claim(os.path.relpath(os.path.join(place, name), folder.path))
     tfds.folder_dataset.write_metadata(
-        data_dir=folder,
+        data_dir=place,
         features=features(),
         split_infos=splits,
         check_data=False,
         description=_DESCRIPTION + CONFIGS[config],
         homepage=_HOMEPAGE,
     )
-    return folder
-
-
-def link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
+    return place

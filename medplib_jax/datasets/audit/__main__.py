@@ -10,7 +10,7 @@ import sys
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.datasets.audit.collect import audit, describe
-from medplib_jax.datasets.mecovqa import write_json
+from medplib_jax.datasets.files import write_json
 
 
 def main() -> int:

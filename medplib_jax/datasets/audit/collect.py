@@ -1,14 +1,15 @@
 """What is in a dataset, and what is wrong with it, record by record.
 
 
-DIR is a folder of annotation files in MeCoVQA's form (paths start at DIR) or one that `datasets.assemble` made. Counts records by split,
-modality, task and answer type, measures texts and masks, and names every suspicious record: files missing or unreadable, masks of another
-size, empty, full or tiny, masks elsewhere than the text says, left and right swapped, masks with two names or of another class than
-named, questions asked twice, answers that stand in their question, held-out pictures or patients that are in the training data, too.
-Everything whose split, folder or file name does not say test, val or zeroshot counts as training data.
+DIR is a folder of annotation files in MeCoVQA's form (paths start at DIR) or one that `datasets.assemble` made. Counts
+records by split, modality, task and answer type, measures texts and masks, and names every suspicious record: files
+missing or unreadable, masks of another size, empty, full or tiny, masks elsewhere than the text says, left and right
+swapped, masks with two names or of another class than named, questions asked twice, answers that stand in their
+question, held-out pictures or patients that are in the training data, too. Everything whose split, folder or file name
+does not say test, val or zeroshot counts as training data.
 
-The process ends with 0 whatever is found; --json holds the figures to decide upon. Lengths are in words without --tokenizer (the folder of
-a checkpoint's tokenizer).
+The process ends with 0 whatever is found; --json holds the figures to decide upon. Lengths are in words without
+--tokenizer (the folder of a checkpoint's tokenizer).
 """
 
 import collections
@@ -36,14 +37,18 @@ AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the pic
 
 
 def audit(folder: str, tokenizer: str = "", workers: int = 0) -> tuple[dict[str, Any], list[Facts]]:
-    """The report (see `summarize`) and the facts of every record. DataError when the folder holds no dataset or a file cannot be read."""
+    """The report (see `summarize`) and the facts of every record.
+
+    DataError when the folder holds no dataset or a file cannot be read.
+    """
     sources, others = find_sources(folder)
     facts = collect(sources, folder, tokenizer, workers)
     return {**summarize(facts, find(facts), "tokens" if tokenizer else "words"), "not_read": others}, facts
 
 
 def find_sources(folder: str) -> tuple[list[str], list[str]]:
-    """Names for `open_source`: splits of an assembled dataset, or annotation files below the folder; and JSON files that are not read.
+    """Names for `open_source`: splits of an assembled dataset, or annotation files below the folder; and JSON files
+    that are not read.
 
     DataError when there is nothing to read.
     """
@@ -108,7 +113,9 @@ def _words(record: Record) -> list[str]:
 
 
 def summarize(facts: Sequence[Facts], findings: Sequence[Finding], unit: str) -> dict[str, Any]:
-    """The report: `records`, `usable`, `pictures`, `suspicious` (with findings), counts, lengths, areas, and `findings` by name."""
+    """The report: `records`, `usable`, `pictures`, `suspicious` (with findings), counts, lengths, areas, and `findings`
+    by name.
+    """
     usable = [one for one in facts if one.problem is None]
     areas = [mask.area for one in usable for mask in one.masks]
     counts, _ = np.histogram(areas, AREA_EDGES)

@@ -1,4 +1,7 @@
-"""What the audit knows of one record: its text, its pictures, where its masks lie, or why it cannot be used. Everything is plain values."""
+"""What the audit knows of one record: its text, its pictures, where its masks lie, or why it cannot be used.
+
+Everything is plain values.
+"""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,7 @@
-"""What is suspicious in a dataset: checks over the facts of all records. Each finding names one record and says what about it."""
+"""What is suspicious in a dataset: checks over the facts of all records.
+
+Each finding names one record and says what about it.
+"""
 
 import collections
 import dataclasses
@@ -94,7 +97,10 @@ def tiny_masks(facts: Sequence[Facts]) -> Found:
 
 
 def misplaced(facts: Sequence[Facts]) -> Found:
-    """The text says where in the picture something is, and its only mask lies elsewhere. A mask that reaches the place counts as there."""
+    """The text says where in the picture something is, and its only mask lies elsewhere.
+
+    A mask that reaches the place counts as there.
+    """
     for one in facts:
         if len(one.masks) != 1:
             continue
@@ -104,7 +110,9 @@ def misplaced(facts: Sequence[Facts]) -> Found:
 
 
 def wrong_side(facts: Sequence[Facts]) -> Found:
-    """A left or right organ on the other side than the same collection has it nearly always (CT shows the patient's left on the right)."""
+    """A left or right organ on the other side than the same collection has it nearly always (CT shows the patient's
+    left on the right).
+    """
     sides = collections.defaultdict(list)
     for one, mask in _masks(facts):
         word = _side_of(mask, one)
@@ -250,7 +258,9 @@ def _collection(one: Facts) -> str:
 
 
 def _side_of(mask: MaskFacts, one: Facts) -> str:
-    """left or right, when the mask's label says one of them, or, without a label, the text of a record with this mask alone."""
+    """left or right, when the mask's label says one of them, or, without a label, the text of a record with this mask
+    alone.
+    """
     text = mask.label or (SIDE.sub("", one.text) if len(one.masks) == 1 else "")
     found = {word.lower() for word in _LATERAL.findall(text)}
     return found.pop() if len(found) == 1 else ""

@@ -37,7 +37,10 @@ class Card:
 
 
 def write_page(report: dict[str, Any], facts: Sequence[Facts], folder: str, path: str) -> None:
-    """Writes the page of a report and the facts it was made from. What comes from the dataset is escaped; nothing is fetched."""
+    """Writes the page of a report and the facts it was made from.
+
+    What comes from the dataset is escaped; nothing is fetched.
+    """
     by_name = {(one.source, one.record): one for one in facts}
     pictures, unit = Pictures(folder), report["lengths"]["unit"]
     groups = collections.defaultdict(list)

@@ -20,7 +20,10 @@ YES_NO = ("yes", "no")
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One conversation about one image. `place`: annotation file and index, for messages. `image`: relative to the dataset's folder."""
+    """One conversation about one image.
+
+    `place`: annotation file and index, for messages. `image`: relative to the dataset's folder.
+    """
 
     place: tuple[str, int]
     image: str
@@ -57,7 +60,9 @@ def json_rows(root: str, name: str) -> Iterator[tuple[tuple[str, int], Any]]:
 
 
 def parquet_rows(root: str) -> Iterator[tuple[tuple[str, int], str, Any]]:
-    """(place, split, row) of data/{train,validation,test}-*.parquet with image {bytes}, question, answer, the form on the Hugging Face hub."""
+    """(place, split, row) of data/{train,validation,test}-*.parquet with image {bytes}, question, answer, the form on
+    the Hugging Face hub.
+    """
     files = [
         (split, path)
         for split in ("train", "validation", "test")

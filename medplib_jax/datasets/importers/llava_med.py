@@ -1,4 +1,5 @@
-"""LLaVA-Med's alignment 500k: llava_med_alignment_500k.json, alone or in alignment/, beside images/, as the authors' scripts download them.
+"""LLaVA-Med's alignment 500k: llava_med_alignment_500k.json, alone or in alignment/, beside images/, as the authors'
+scripts download them.
 
 Its key is spelt "conversatons"; both spellings are read.
 """

@@ -1,15 +1,17 @@
 """Med-GRIT-270k: JSON files of {"id", "conversations": [[question, answer], ...]} beside the images/ of SA-Med2D-20M.
 
-The picture is what <img>...</img> names, where that is a file below the folder, else images/ with its file name, or with the record's id,
-by which the authors' own program finds it. Phrases and boxes (`<ref>`, `<box>` on a grid of 0-999) stay in the text. A file is for testing when its name says so.
+The picture is what <img>...</img> names, where that is a file below the folder, else images/ with its file name, or
+with the record's id, by which the authors' own program finds it. Phrases and boxes (`<ref>`, `<box>` on a grid of
+0-999) stay in the text. A file is for testing when its name says so.
 """
 
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
 
 from medplib_jax.data.errors import DataError
-from medplib_jax.data.splits import is_held_out, may_hold_records
+from medplib_jax.data.splits import annotation_files, is_held_out
 from medplib_jax.datasets.importers.example import Example, first_existing, json_rows
 
 _PICTURE = re.compile(r"Picture \d+:\s*<img>(.*?)</img>\s*")
@@ -17,21 +19,14 @@ _PICTURE = re.compile(r"Picture \d+:\s*<img>(.*?)</img>\s*")
 
 def read(root: str) -> Iterator[Callable[[], Example]]:
     own = pathlib.Path(root, "grit")  # in a folder that `write_qa` made
-    files = [
-        path
-        for path in sorted((own if own.is_dir() else pathlib.Path(root)).rglob("*.json"))
-        if may_hold_records(str(path))
-    ]
+    files, _ = annotation_files(str(own if own.is_dir() else root), deep=True)
     if not files:
         raise DataError(root, None, "dataset not found", "JSON lists of records", "none")
     for path in files:
-        name = str(path.relative_to(root))
+        name = os.path.relpath(path, root)
+        split = "test" if is_held_out(name) else "train"
         for place, row in json_rows(root, name):
-            yield (
-                lambda place=place, row=row, split="test" if is_held_out(name) else "train": _example(
-                    root, place, row, split
-                )
-            )
+            yield lambda place=place, row=row, split=split: _example(root, place, row, split)
 
 
 def _example(root, place, row, split) -> Example:

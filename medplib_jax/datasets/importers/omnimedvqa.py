@@ -1,4 +1,7 @@
-"""OmniMedVQA: QA_information/{Open-access,Restricted-access}/*.json beside Images/. It is for evaluation: everything is test."""
+"""OmniMedVQA: QA_information/{Open-access,Restricted-access}/*.json beside Images/.
+
+It is for evaluation: everything is test.
+"""
 
 import pathlib
 from collections.abc import Callable, Iterator

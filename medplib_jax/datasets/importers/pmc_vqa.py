@@ -1,7 +1,8 @@
 """PMC-VQA, both versions: four choices, the answer by its letter.
 
-Version 1: train.csv, test.csv (or test_clean.csv alone); version 2: train_2.csv, test_2.csv. Pictures lie in images/ or figures/, as the
-archives unpack. Columns: Figure_path, Question, Choice A ... Choice D (" A:..."), the letter in Answer_label (1) or Answer (2).
+Version 1: train.csv, test.csv (or test_clean.csv alone); version 2: train_2.csv, test_2.csv. Pictures lie in images/ or
+figures/, as the archives unpack. Columns: Figure_path, Question, Choice A ... Choice D (" A:..."), the letter in
+Answer_label (1) or Answer (2).
 """
 
 import functools
@@ -24,10 +25,9 @@ def read(
     for name in names:
         if name == "test_clean.csv" and "test.csv" in names:  # a part of test.csv
             continue
+        split = os.path.splitext(name)[0].split("_")[0]
         for place, row in csv_rows(root, name):
-            yield lambda place=place, row=row, split=os.path.splitext(name)[0].split("_")[0]: _example(
-                root, place, row, split, label
-            )
+            yield lambda place=place, row=row, split=split: _example(root, place, row, split, label)
 
 
 def _example(root, place, row, split, column) -> Example:

@@ -1,4 +1,7 @@
-"""SLAKE: train.json, validate.json (or validation.json), test.json beside imgs/xmlabN/source.jpg. Questions are English and Chinese."""
+"""SLAKE: train.json, validate.json (or validation.json), test.json beside imgs/xmlabN/source.jpg.
+
+Questions are English and Chinese.
+"""
 
 import functools
 from collections.abc import Callable, Iterator

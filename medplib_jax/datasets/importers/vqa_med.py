@@ -1,8 +1,9 @@
 """ImageCLEF VQA-Med 2019, 2020 and 2021, all archives (and those in them) unpacked below one folder.
 
-Lines "image|question|answer", "image|category|question|answer" (test set of 2019), or "image|question" with "image|answer|answer..." in a
-second file (test sets of 2020 and 2021). Pictures are looked for below the folder of their annotation file. Of several answers, between
-"#" in 2019, the first is used, without the parts in brackets, which are optional there. 2021 has no training set of its own: it is that of 2020.
+Lines "image|question|answer", "image|category|question|answer" (test set of 2019), or "image|question" with
+"image|answer|answer..." in a second file (test sets of 2020 and 2021). Pictures are looked for below the folder of
+their annotation file. Of several answers, between "#" in 2019, the first is used, without the parts in brackets, which
+are optional there. 2021 has no training set of its own: it is that of 2020.
 """
 
 import os
@@ -28,6 +29,7 @@ FILES = {
     "VQA-Med-2021-VQAnswering-Task1-New-ValidationSet.txt": ("validation", _PLAIN),
     "Task1-VQA-2021-TestSet-Questions.txt": ("test", "Task1-VQA-2021-TestSet-ReferenceAnswers.txt"),
 }
+ANSWERS = tuple(form for _, form in FILES.values() if isinstance(form, str))
 _OPTIONAL = re.compile(r"\s*\([^()]*\)\s*")
 
 

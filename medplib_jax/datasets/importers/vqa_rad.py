@@ -1,6 +1,9 @@
-"""VQA-RAD as on OSF: "VQA_RAD Dataset Public.json" beside "VQA_RAD Image Folder/". Test: phrase types that begin with "test".
+"""VQA-RAD as on OSF: "VQA_RAD Dataset Public.json" beside "VQA_RAD Image Folder/".
 
-The form on the Hugging Face hub (Parquet) is read as well; it has lost the answer types, so that only yes and no count as closed.
+Test: phrase types that begin with "test".
+
+The form on the Hugging Face hub (Parquet) is read as well; it has lost the answer types, so that only yes and no count
+as closed.
 """
 
 import os

@@ -1,8 +1,9 @@
-"""Stylised medical images with exact masks: eight modality looks, their anatomy and findings, as one table and one painter.
+"""Stylised medical images with exact masks: eight modality looks, their anatomy and findings, as one table and one
+painter.
 
-Nothing here pretends to be clinical. A structure has a typical place, shape, brightness and texture inside its modality and
-varies around them, so that a small model can learn from pixels which names are visible and where.
-Coordinates are fractions: x of the width, y of the height, (0, 0) at the top left.
+Nothing here pretends to be clinical. A structure has a typical place, shape, brightness and texture inside its modality
+and varies around them, so that a small model can learn from pixels which names are visible and where. Coordinates are
+fractions: x of the width, y of the height, (0, 0) at the top left.
 """
 
 import dataclasses
@@ -50,7 +51,10 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Modality:
-    """One look. `prefix` begins file names, `label` is the word in questions, `field` = centre and half axes of where findings lie."""
+    """One look.
+
+    `prefix` begins file names, `label` is the word in questions, `field` = centre and half axes of where findings lie.
+    """
 
     prefix: str
     label: str
@@ -202,7 +206,9 @@ class Painter:
         return np.asarray(Image.fromarray(coarse).resize((self.width, self.height), Image.Resampling.BICUBIC))
 
     def level(self, centre, size, angle=0.0, bend=0.0, power=2.0, irregular=0.0):
-        """Level function [H, W] (inside < 1) of a bent superellipse, and its local coordinates u, v (fractions of the image)."""
+        """Level function [H, W] (inside < 1) of a bent superellipse, and its local coordinates u, v (fractions of the
+        image).
+        """
         turn = np.deg2rad(angle)
         dx, dy = self.x - centre[0], self.y - centre[1]
         u = dx * np.float32(np.cos(turn)) + dy * np.float32(np.sin(turn))
@@ -229,7 +235,9 @@ class Painter:
         return np.float32(0)
 
     def paint(self, rho, u, v, radius, look):
-        """Blend `look` over the canvas where rho < 1; `radius` (pixels) sets the softness of the edge to about one pixel."""
+        """Blend `look` over the canvas where rho < 1; `radius` (pixels) sets the softness of the edge to about one
+        pixel.
+        """
         value = np.asarray(look.colour, np.float32) * (1 + self.texture(look.texture, rho, u, v))[..., None]
         if look.rim is not None:
             value = np.where((rho > 0.8)[..., None], np.asarray(look.rim, np.float32), value)
@@ -349,7 +357,8 @@ def image_size(rng):
 def _choose(rng, modality):
     """What is visible: [(structure or finding, number of instances)], structures first.
 
-    Two to four structures, rarely all there are; no finding, one, two of a name or one of each: so that every name is often there and often not.
+    Two to four structures, rarely all there are; no finding, one, two of a name or one of each: so that every name is
+    often there and often not.
     """
     names = len(modality.structures)
     count = min(names, 4) if rng.random() < 0.2 else int(rng.integers(2, max(names, 3)))

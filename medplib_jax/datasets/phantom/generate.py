@@ -1,8 +1,10 @@
-"""A generated dataset in MeCoVQA's on-disk form: eight stylised modalities with anatomy, findings, masks and questions of all kinds.
+"""A generated dataset in MeCoVQA's on-disk form: eight stylised modalities with anatomy, findings, masks and questions
+of all kinds.
 
 
-It lets the whole programme (four stages, evaluation, demo) run anywhere without licensed data. Every image depends only on
-(seed, split, index), so the same arguments give the same bytes with any number of processes, and a larger dataset begins with the smaller one.
+It lets the whole programme (four stages, evaluation, demo) run anywhere without licensed data. Every image depends only
+on (seed, split, index), so the same arguments give the same bytes with any number of processes, and a larger dataset
+begins with the smaller one.
 """
 
 import functools
@@ -39,10 +41,12 @@ _IN_PROCESS = 64  # fewer images are not worth starting processes for
 def generate(
     out_dir: str | os.PathLike, examples: int, test_examples: int, seed: int = 0, processes: int | None = None
 ) -> dict:
-    """Write `examples` training and `test_examples` test images with masks and records below `out_dir`; return its manifest.
+    """Write `examples` training and `test_examples` test images with masks and records below `out_dir`; return its
+    manifest.
 
     A folder whose `manifest.json` says that it is complete is left as it is; an interrupted one is written anew.
-    `processes`: None takes every core. Raises ValueError for counts below 1 or when `out_dir` holds a phantom made with other arguments.
+    `processes`: None takes every core. Raises ValueError for counts below 1 or when `out_dir` holds a phantom made with
+    other arguments.
     """
     if examples < 1 or test_examples < 1:
         raise ValueError(

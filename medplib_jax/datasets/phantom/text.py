@@ -1,7 +1,8 @@
 """Questions and answers about a phantom image, as records of MeCoVQA's on-disk form.
 
-A training record is one conversation of several turns about one image. No name is asked about twice in it, so that a model must look: an earlier
-answer does not give a later one away. A test record is one question. Answers are short and come from a closed vocabulary.
+A training record is one conversation of several turns about one image. No name is asked about twice in it, so that a
+model must look: an earlier answer does not give a later one away. A test record is one question. Answers are short and
+come from a closed vocabulary.
 """
 
 import dataclasses
@@ -51,7 +52,9 @@ def sample(rng, items, count=None):
 
 
 def report(facts, rng):
-    """A structured report: the modality and, in random order, each of its names, e.g. "CT: liver present, cyst absent, spine present"."""
+    """A structured report: the modality and, in random order, each of its names, e.g. "CT: liver present, cyst absent,
+    spine present".
+    """
     statements = [present(target.name) for target in facts.targets] + [absent(name) for name, _ in facts.absent]
     return f"{facts.modality}: {', '.join(sample(rng, statements))}"
 
@@ -98,13 +101,16 @@ def present(name):
 def absent(name):
     """What is said of a name that is not in the image, also when its mask was asked for.
 
-    Every answer about a name begins with it, so that a model that starts from nothing decides at the name itself what follows.
+    Every answer about a name begins with it, so that a model that starts from nothing decides at the name itself what
+    follows.
     """
     return f"{name} absent"
 
 
 def more_presence_turns(facts, rng, asked, kinds, count):
-    """Up to `count` of (name, turn) about names not `asked` about yet, yes and no by a fair coin for as long as there are both."""
+    """Up to `count` of (name, turn) about names not `asked` about yet, yes and no by a fair coin for as long as there
+    are both.
+    """
     present = sample(
         rng,
         [
@@ -226,8 +232,9 @@ def _absent_names(facts, rng, count):
 
 
 def grounding_turns(facts, rng):
-    """Requests for masks: up to two single targets, often one pair in one answer, two names that are not there; at most 4 masks. With
-    fewer absent names a model draws what is usually there."""
+    """Requests for masks: up to two single targets, often one pair in one answer, two names that are not there; at most
+    4 masks. With fewer absent names a model draws what is usually there.
+    """
     targets = sample(rng, facts.targets)
     turns = []
     if len(targets) > 2 and rng.random() < 0.6 or len(targets) == 2 and rng.random() < 0.3:

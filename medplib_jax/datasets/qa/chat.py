@@ -1,4 +1,6 @@
-"""A client of the OpenAI-compatible chat API: answers are kept on disk, failures are tried again, everything is counted. Threads share it."""
+"""A client of the OpenAI-compatible chat API: answers are kept on disk, failures are tried again, everything is
+counted. Threads share it.
+"""
 
 import collections
 import dataclasses
@@ -16,7 +18,7 @@ import requests
 from urllib3.exceptions import HTTPError, InvalidHeader, TimeoutError
 from urllib3.util import Retry
 
-from medplib_jax.datasets.mecovqa import write_json
+from medplib_jax.datasets.files import write_json
 
 Message = dict[str, str]  # role, content
 TRIES = 7  # of one request
@@ -45,7 +47,9 @@ class _Failure(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """Where a model answers. url: up to the version ("http://localhost:8000/v1"); extra: further fields of every request (temperature, ...)."""
+    """Where a model answers. url: up to the version ("http://localhost:8000/v1"); extra: further fields of every
+    request (temperature, ...).
+    """
 
     url: str
     model: str
@@ -70,7 +74,9 @@ class Endpoint:
 
 
 class Chat:
-    """Asks an endpoint; `cache` is a folder in which every answer is kept by its request, so that none is paid for twice."""
+    """Asks an endpoint; `cache` is a folder in which every answer is kept by its request, so that none is paid for
+    twice.
+    """
 
     def __init__(self, endpoint: Endpoint, cache: str):
         self._endpoint, self._cache = endpoint, cache
@@ -80,11 +86,15 @@ class Chat:
         self._guard = threading.Lock()
         self._under_way: dict[str, threading.Lock] = {}
         self._stopped = threading.Event()
-        # answers_paid, answers_from_disk, prompt_tokens, completion_tokens (both of paid answers), what callers count, failed tries by kind
+        # answers_paid, answers_from_disk, prompt_tokens, completion_tokens (both of paid answers), what callers count,
+        # failed tries by kind
         self.counts: collections.Counter[str] = collections.Counter()
 
     def ask(self, messages: Sequence[Message]) -> str:
-        """The answer's text, from disk when this was asked before. NoAnswer when all tries failed, EndpointError when no request can succeed."""
+        """The answer's text, from disk when this was asked before.
+
+        NoAnswer when all tries failed, EndpointError when no request can succeed.
+        """
         request = {"model": self._endpoint.model, "messages": list(messages), **self._endpoint.extra}
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         path = os.path.join(self._cache, key[:2], f"{key[2:]}.json")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from medplib_jax.datasets.mecovqa import parse_image_name, stem, unite
+from medplib_jax.datasets.mecovqa import stem, unite
 from medplib_jax.datasets.modalities import LABELS
 from medplib_jax.datasets.qa.grid import Box
 
@@ -56,7 +56,7 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class ImageFacts:
     """What is known of one image. `absent`: names that are not in it, where the masks are complete."""
 
     image: str  # reference
@@ -66,11 +66,7 @@ class Facts:
     touching: frozenset[frozenset[str]]  # pairs of names whose masks share a pixel
     absent: tuple[str, ...] = ()
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def group(self) -> str:
-        """The patient or volume, as metadata or the file's name tell it, else the image itself: what must not be torn between splits."""
-        return self.metadata.get("patient") or parse_image_name(self.image).patient or stem(self.image)
+    patient: str = ""  # whose images must not be torn between splits
 
     @property
     def label(self) -> str:
@@ -93,7 +89,9 @@ class Facts:
 def measure(
     named: Mapping[str, Sequence[np.ndarray]], references: Mapping[str, tuple[tuple[str, ...], str]]
 ) -> tuple[tuple[Target, ...], frozenset]:
-    """Targets and touching pairs. named: each name's 0/1 masks uint8 [h, w], none empty; references: (instances, union) of each name."""
+    """Targets and touching pairs. named: each name's 0/1 masks uint8 [h, w], none empty; references: (instances, union)
+    of each name.
+    """
     united = {name: unite(masks).astype(bool) for name, masks in named.items()}
     targets = tuple(
         _target(name, mask, tuple(map(_box, named[name])), *references[name]) for name, mask in united.items()

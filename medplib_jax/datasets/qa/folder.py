@@ -1,8 +1,10 @@
-"""A plain folder of image-mask pairs: images/, masks/<image>/<name>.png, and what is known of each image in metadata.json.
+"""A plain folder of image-mask pairs: images/, masks/<image>/<name>.png, and what is known of each image in
+metadata.json.
 
-`<image>` is the image's name without suffix; further masks of one name are `<name>_001.png`, `<name>_002.png`, ... metadata.json holds
-{"<image>": {"modality": "CT", "patient": "17", "anything else": "..."}}; without it an image's modality is what its file name begins with,
-and its patient or volume what the name says, as in SA-Med2D-20M ("ct_00--DATASET--VOLUME--SLICE").
+`<image>` is the image's name without suffix; further masks of one name are `<name>_001.png`, `<name>_002.png`, ... With
+a labels.json ({"1": "liver", ...}) masks/<image>.png, or a mask of a name that is not in it, is a label map: each of
+its values is a mask. metadata.json holds {"<image>": {"modality": "CT", "patient": "17", "anything else": "..."}};
+without it an image's modality is what its file name begins with, and its patient what the path says (see `patients`).
 """
 
 import dataclasses
@@ -11,7 +13,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -19,14 +21,18 @@ from PIL import Image
 from medplib_jax.data import images
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import find_file
-from medplib_jax.datasets import modalities
+from medplib_jax.datasets import labels, modalities
+from medplib_jax.datasets.files import Folder, files_below, safe_name, unused
 from medplib_jax.datasets.mecovqa import merged_name, stem
-from medplib_jax.datasets.place import place, safe_name, write_bytes
-from medplib_jax.datasets.qa.facts import Facts, measure
+from medplib_jax.datasets.patients import patient_of
+from medplib_jax.datasets.qa.facts import ImageFacts, measure
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+METADATA = "metadata.json"
 _INSTANCE = re.compile(r"_\d{3}$")
 _NAME = re.compile(r"\w[\w .+()'%=,-]{0,79}")  # what `safe_name` keeps, so that two names never share a file
+_LETTERS = "up to 80 letters, digits, or . + ( ) ' % = , -"
+_EXPECTED = "images/<image>.png, masks/<image>/<name>.png, metadata.json or labels.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,59 +41,86 @@ class Pair:
 
     root: str
     image: str
-    masks: tuple[tuple[str, str], ...]  # (name, path)
+    masks: tuple[tuple[str, str], ...]  # (name, path); the name of masks/<image>.png is empty
     metadata: dict[str, str]
     reference: str  # the image's place in the new dataset
+    patient: str
+    label_names: Mapping[int, str]  # of label maps; empty when there are none
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for name, _ in self.masks))
+        """What its masks are called, those of label maps aside."""
+        return tuple(dict.fromkeys(name for name, _ in self.masks if not labels.is_label_map(name, self.label_names)))
 
     @property
     def modality(self) -> str:
         return modalities.of_file(self.reference)
 
 
-def scan(root: str) -> tuple[list[Pair], list[DataError]]:
-    """The folder's images in order of their names, and what cannot be used. DataError when there is no image at all."""
-    metadata, problems = _metadata(root), []
-    files = sorted(_files_below(root, "images"))
-    if not files:
+def scan(root: str, pattern: str = "") -> tuple[list[Pair], list[DataError]]:
+    """The folder's images in order of their names, and what cannot be used: every file and entry of metadata that
+    belongs to no image, too.
+
+    pattern: see `patient_of`. DataError when there is no image at all.
+    """
+    files, metadata, names = files_below(root), _metadata(root), labels.read_names(root)
+    if unfit := [name for name in names.values() if not _NAME.fullmatch(name)]:
+        raise DataError(root, None, "name of a label cannot be used", _LETTERS, repr(unfit[0]))
+    found = [name for name in files if name.startswith("images/") and name.lower().endswith(SUFFIXES)]
+    if not found:
         raise DataError(root, None, "no images", "a folder images/ with " + ", ".join(SUFFIXES), "none")
-    pairs, taken = [], {}
-    for file in files:
-        name = os.path.splitext(os.path.relpath(file, "images"))[0]
+    masks = _masks_by_image(files)
+    pairs, problems, taken = [], [], {}
+    for file in found:
+        name = os.path.splitext(file.removeprefix("images/"))[0]
         known = metadata.get(name) or metadata.get(os.path.basename(file)) or {}
-        reference = image_reference(os.path.relpath(file, "images"), modalities.prefix_of(known.get("modality", "")))
-        if stem(reference) in taken:
-            problems.append(
-                DataError(
-                    os.path.join(root, file),
-                    None,
-                    "image name is not unique",
-                    "one image of each name",
-                    taken[stem(reference)],
-                )
-            )
+        reference = image_reference(file.removeprefix("images/"), modalities.prefix_of(known.get("modality", "")))
+        try:
+            if (other := taken.setdefault(stem(reference), file)) != file:
+                path = os.path.join(root, file)
+                raise DataError(path, None, "image name is not unique", "one image of each name", other)
+            patient = (not pattern and known.get("patient")) or patient_of(name, pattern, os.path.join(root, file))
+        except DataError as error:
+            problems.append(error)
             continue
-        taken[stem(reference)] = file
-        masks = []
-        for mask in sorted(_files_below(root, os.path.join("masks", name))):
-            label = mask_label(mask)
-            if _NAME.fullmatch(label):
-                masks.append((label, mask))
-            else:
-                problems.append(
-                    DataError(
-                        os.path.join(root, mask),
-                        None,
-                        "mask name cannot be used",
-                        "up to 80 letters, digits, or . + ( ) ' % = , -",
-                        repr(label),
-                    )
-                )
-        pairs.append(Pair(root, file, tuple(masks), known, reference))
+        usable = []
+        for label, mask in masks.get(name, ()):
+            problem = _name_problem(root, label, mask, names)
+            problems += [problem] if problem else []
+            usable += [] if problem else [(label, mask)]
+        pairs.append(Pair(root, file, tuple(usable), known, reference, patient, names))
+    images_of = {os.path.splitext(file.removeprefix("images/"))[0] for file in found}
+    used = {*found, METADATA, *labels.NAMES_FILES, *(mask for name in images_of for _, mask in masks.get(name, ()))}
+    problems += unused(root, [name for name in files if name not in used], _EXPECTED)
+    lost = metadata.keys() - images_of - {os.path.basename(file) for file in found}
+    path = os.path.join(root, METADATA)
+    problems += [
+        DataError(path, None, "metadata of no image", "an image's name without suffix", key) for key in sorted(lost)
+    ]
     return pairs, problems
+
+
+def _masks_by_image(files: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """(name, path) of the masks of each image: files in masks/<image>/, and masks/<image>.png itself without a name."""
+    masks = defaultdict(list)
+    for file in files:
+        if file.startswith("masks/") and file.lower().endswith(SUFFIXES):
+            folder, _ = os.path.split(file.removeprefix("masks/"))
+            masks[folder].append((mask_label(file), file))
+            masks[os.path.splitext(file.removeprefix("masks/"))[0]].append(("", file))
+    return masks
+
+
+def _name_problem(root: str, label: str, mask: str, names: Mapping[int, str]) -> DataError | None:
+    """Why a mask of this name cannot be used; None when it can."""
+    path = os.path.join(root, mask)
+    if not label and not names:
+        return DataError(
+            path, None, "mask without a name", "masks/<image>/<name>.png, or a label map and labels.json", mask
+        )
+    if label and not _NAME.fullmatch(label):
+        return DataError(path, None, "mask name cannot be used", _LETTERS, repr(label))
+    return None
 
 
 def image_reference(name: str, modality: str) -> str:
@@ -100,19 +133,12 @@ def mask_label(path: str) -> str:
     return " ".join(_INSTANCE.sub("", stem(path)).replace("_", " ").split())
 
 
-def _files_below(root: str, folder: str) -> list[str]:
-    found = []
-    for path, _, files in os.walk(os.path.join(root, folder)):
-        found += [os.path.relpath(os.path.join(path, file), root) for file in files if file.lower().endswith(SUFFIXES)]
-    return found
-
-
 def _metadata(root: str) -> dict[str, dict[str, str]]:
-    path = os.path.join(root, "metadata.json")
+    path = os.path.join(root, METADATA)
     if not os.path.exists(path):
         return {}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             metadata = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(path, None, "metadata cannot be read", "a JSON object", str(error)) from error
@@ -124,60 +150,85 @@ def _metadata(root: str) -> dict[str, dict[str, str]]:
 
 
 def vocabulary(pairs: Sequence[Pair]) -> dict[str, tuple[str, ...]]:
-    """Names seen in each modality, sorted."""
+    """Names of each modality's masks and labels, sorted."""
     names = defaultdict(set)
     for pair in pairs:
-        names[pair.modality].update(pair.names)
+        names[pair.modality].update(pair.names, pair.label_names.values())
     return {modality: tuple(sorted(seen)) for modality, seen in names.items()}
 
 
-def read_facts(pair: Pair, out: str, absent: Sequence[str] = ()) -> tuple[Facts, list[DataError]]:
-    """Puts the image and its masks into the dataset `out` and measures them; the errors are of masks that were left out.
+def read_facts(
+    pair: Pair, folder: Folder, complete: Sequence[str] = (), window: images.Window | None = None
+) -> tuple[ImageFacts, list[DataError]]:
+    """Puts the image and its masks into the dataset `folder` and measures them; the errors are of masks that were left
+    out, and notices.
 
-    absent: names that are not in this image. DataError when the image itself cannot be used.
+    complete: names that are not in this image, unless it has a mask of them. window: of pictures of 16 bits, see
+    `images.load_pixels`. DataError when the image itself cannot be used.
     """
-    path = find_file(pair.root, pair.image)
-    size = images.load_image(path).shape[:2]
-    place(path, out, pair.reference)
-    masks, problems = defaultdict(list), []
+    path, problems = find_file(pair.root, pair.image), []
+    pixels = images.load_pixels(path, problems, window)
+    size, reference = pixels.shape[:2], pair.reference
+    if window and images.is_sixteen_bit(path):
+        reference = f"images/{stem(reference)}.png"
+        folder.write(reference, _png(pixels))
+    else:
+        folder.link(path, reference)
+    masks = defaultdict(list)
     for name, file in pair.masks:
         try:
-            source = find_file(pair.root, file)
-            mask = images.load_mask(source, size)
-            if not mask.any():
-                raise DataError(source, None, "mask is empty", "at least one pixel", "none")
+            for label, one in _read_masks(pair, name, find_file(pair.root, file), size, problems).items():
+                masks[label].append(one)
         except DataError as error:
             problems.append(error)
-            continue
-        masks[name].append((source, mask))
-    references = {name: _place_masks(found, name, stem(pair.reference), out) for name, found in masks.items()}
+    references = {name: _place_masks(found, name, stem(reference), folder) for name, found in masks.items()}
     targets, touching = measure({name: [mask for _, mask in found] for name, found in masks.items()}, references)
-    return Facts(pair.reference, size, pair.modality, targets, touching, tuple(absent), pair.metadata), problems
+    absent = tuple(name for name in complete if name not in masks and name not in pair.names)
+    facts = ImageFacts(reference, size, pair.modality, targets, touching, absent, pair.metadata, pair.patient)
+    return facts, problems
 
 
-def _place_masks(found: list[tuple[str, np.ndarray]], name: str, image: str, out: str) -> tuple[tuple[str, ...], str]:
+def _read_masks(
+    pair: Pair, name: str, path: str, size: tuple[int, int], problems: list[DataError]
+) -> dict[str, tuple[str, np.ndarray]]:
+    """(file, mask uint8) by name: of a mask its own name, of a label map those of its values, which have no file of
+    their own.
+    """
+    if labels.is_label_map(name, pair.label_names):
+        found, unnamed = labels.split(images.load_labels(path, size, problems), pair.label_names, path)
+        problems += unnamed
+        return {label: ("", mask.astype(np.uint8)) for label, mask in found.items()}
+    mask = images.load_mask(path, size, problems)
+    if not mask.any():
+        raise DataError(path, None, "mask is empty", "at least one pixel", "none")
+    return {name: (path, mask)}
+
+
+def _place_masks(
+    found: list[tuple[str, np.ndarray]], name: str, image: str, folder: Folder
+) -> tuple[tuple[str, ...], str]:
     """References of the instances and of their union, which is written when there are several."""
     label = safe_name(name)
     if len(found) == 1:
         reference = f"masks/{image}--{label}.png"
-        _place_mask(*found[0], out, reference)
+        _place_mask(*found[0], folder, reference)
         return (reference,), reference
     references = tuple(f"masks/{image}--{label}_{number:03d}.png" for number in range(len(found)))
     for (source, mask), reference in zip(found, references, strict=True):
-        _place_mask(source, mask, out, reference)
+        _place_mask(source, mask, folder, reference)
     merged = merged_name(references[0])
-    _write_mask(np.maximum.reduce([mask for _, mask in found]), out, merged)
+    folder.write(merged, _png(np.maximum.reduce([mask for _, mask in found]) * 255))
     return references, merged
 
 
-def _place_mask(source: str, mask: np.ndarray, out: str, reference: str) -> None:
+def _place_mask(source: str, mask: np.ndarray, folder: Folder, reference: str) -> None:
     if source.lower().endswith(".png"):
-        place(source, out, reference)
+        folder.link(source, reference)
     else:
-        _write_mask(mask, out, reference)
+        folder.write(reference, _png(mask * 255))
 
 
-def _write_mask(mask: np.ndarray, out: str, reference: str) -> None:
+def _png(pixels: np.ndarray) -> bytes:
     content = io.BytesIO()
-    Image.fromarray(mask * 255).save(content, "png")
-    write_bytes(content.getvalue(), out, reference)
+    Image.fromarray(pixels).save(content, "png")
+    return content.getvalue()

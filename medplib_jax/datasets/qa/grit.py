@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from medplib_jax.datasets.mecovqa import stem
-from medplib_jax.datasets.qa.facts import Facts, Target
+from medplib_jax.datasets.qa.facts import ImageFacts, Target
 from medplib_jax.datasets.qa.grid import Box, box_text, to_grid
 from medplib_jax.datasets.qa.template import LISTED, article, enumerate_names, pick, share, verb
 
@@ -18,7 +18,7 @@ TASKS = ("VG", "ROC", "RC", "MIA")
 Turn = tuple[str, str]  # question and answer
 
 
-def turns(facts: Facts, rng: np.random.Generator) -> dict[str, list[Turn]]:
+def turns(facts: ImageFacts, rng: np.random.Generator) -> dict[str, list[Turn]]:
     """Turns by task: one per name, and one for the whole image; none without targets."""
     if not facts.targets:
         return {task: [] for task in TASKS}
@@ -29,7 +29,7 @@ def turns(facts: Facts, rng: np.random.Generator) -> dict[str, list[Turn]]:
     return {**made, "MIA": [_analyse(facts, rng)]}
 
 
-def record(facts: Facts, turn: Turn) -> dict[str, Any]:
+def record(facts: ImageFacts, turn: Turn) -> dict[str, Any]:
     question, answer = turn
     return {
         "id": stem(facts.image),
@@ -43,12 +43,12 @@ def boxes(target: Target) -> Sequence[Box]:
     return target.boxes if len(target.boxes) <= LISTED else (target.box,)
 
 
-def referred(facts: Facts, phrase: str, around: Sequence[Box]) -> str:
+def referred(facts: ImageFacts, phrase: str, around: Sequence[Box]) -> str:
     """The phrase with pixel boxes around what it means."""
     return f"<ref>{phrase}</ref>{''.join(box_text(to_grid(box, facts.size)) for box in around)}"
 
 
-def find_turn(facts: Facts, target: Target, rng: np.random.Generator) -> Turn:
+def find_turn(facts: ImageFacts, target: Target, rng: np.random.Generator) -> Turn:
     """VG: where a name is."""
     phrase = f"<ref>the {target.name}</ref>"
     question = pick(
@@ -62,13 +62,13 @@ def find_turn(facts: Facts, target: Target, rng: np.random.Generator) -> Turn:
     return question, referred(facts, f"the {target.name}", boxes(target))
 
 
-def name_turn(facts: Facts, target: Target, rng: np.random.Generator) -> Turn:
+def name_turn(facts: ImageFacts, target: Target, rng: np.random.Generator) -> Turn:
     """ROC: what one instance is."""
     region = referred(facts, "this region", [pick(rng, target.boxes)])
     return pick(rng, (f"What is shown in {region}?", f"Name the structure in {region}.")), f"The {target.name}."
 
 
-def caption_request(facts: Facts, target: Target, rng: np.random.Generator) -> str:
+def caption_request(facts: ImageFacts, target: Target, rng: np.random.Generator) -> str:
     """The question of RC."""
     region = referred(facts, "this region", [target.box])
     return pick(rng, (f"Describe {region}.", f"Give a short caption of {region}."))
@@ -79,18 +79,18 @@ def analysis_request(rng: np.random.Generator) -> str:
     return pick(rng, ("Analyse this medical image.", "Describe this image and point out what you see."))
 
 
-def _describe(facts: Facts, target: Target, rng: np.random.Generator) -> Turn:
+def _describe(facts: ImageFacts, target: Target, rng: np.random.Generator) -> Turn:
     return caption_request(facts, target, rng), f"{_sentence(facts)} {_place(target)}"
 
 
-def _analyse(facts: Facts, rng: np.random.Generator) -> Turn:
+def _analyse(facts: ImageFacts, rng: np.random.Generator) -> Turn:
     phrases = [referred(facts, f"the {target.name}", boxes(target)) for target in facts.targets]
     return analysis_request(rng), " ".join(
         [f"{_sentence(facts)[:-1]} with {enumerate_names(phrases)}.", *map(_place, facts.targets)]
     )
 
 
-def _sentence(facts: Facts) -> str:
+def _sentence(facts: ImageFacts) -> str:
     return f"This is {article(facts.label)} image." if facts.label else "This is a medical image."
 
 

@@ -1,7 +1,7 @@
 """Questions from a language model, in two steps: facts -> description, description -> questions.
 
-The description with boxes is Med-GRIT's MIA, captions of structures its RC; VG and ROC need no words and come from `grit`. What the model
-gets wrong is asked for again, then left out by name.
+The description with boxes is Med-GRIT's MIA, captions of structures its RC; VG and ROC need no words and come from
+`grit`. What the model gets wrong is asked for again, then left out by name.
 """
 
 import concurrent.futures
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from medplib_jax.data.errors import DataError
 from medplib_jax.datasets.qa import grit, llm_answers, llm_prompts, template
 from medplib_jax.datasets.qa.chat import Chat, EndpointError, Message, NoAnswer
-from medplib_jax.datasets.qa.facts import Facts, Target
+from medplib_jax.datasets.qa.facts import ImageFacts, Target
 from medplib_jax.datasets.qa.records import Written
 
 ANSWERS = 3  # to one request, until one can be used
@@ -24,14 +24,17 @@ T = TypeVar("T")
 
 
 class Writer:
-    """Writes about images in their order, `concurrency` of them at a time. Prices are per million tokens, of questions and of answers."""
+    """Writes about images in their order, `concurrency` of them at a time.
+
+    Prices are per million tokens, of questions and of answers.
+    """
 
     def __init__(self, chat: Chat, seed: int, concurrency: int, prices: tuple[float, float] = (0.0, 0.0)):
         if concurrency < 1:
             raise ValueError(f"concurrency: expected at least 1, found {concurrency}")
         self._chat, self._seed, self._concurrency, self._prices = chat, seed, concurrency, prices
 
-    def write(self, facts: Sequence[Facts]) -> Iterator[Written]:
+    def write(self, facts: Sequence[ImageFacts]) -> Iterator[Written]:
         """EndpointError when the endpoint answers nothing."""
         with concurrent.futures.ThreadPoolExecutor(self._concurrency) as pool:
             unanswered = 0
@@ -54,7 +57,7 @@ class Writer:
         cost = (counts["prompt_tokens"] * self._prices[0] + counts["completion_tokens"] * self._prices[1]) / 1e6
         return {**report, "cost": cost} if any(self._prices) else report
 
-    def _write(self, facts: Facts) -> Written | NoAnswer:
+    def _write(self, facts: ImageFacts) -> Written | NoAnswer:
         """NoAnswer is given back, not raised, because `write` counts how many there are in a row."""
         try:
             return write_image(self._chat, facts, facts.generator(self._seed, "llm"))
@@ -73,13 +76,13 @@ class Writer:
                 yield result
 
 
-def _unanswered(facts: Facts, error: NoAnswer) -> Written:
+def _unanswered(facts: ImageFacts, error: NoAnswer) -> Written:
     return Written(
         facts, problems=[DataError(facts.image, None, "the language model did not answer", "an answer", str(error))]
     )
 
 
-def write_image(chat: Chat, facts: Facts, rng: np.random.Generator) -> Written:
+def write_image(chat: Chat, facts: ImageFacts, rng: np.random.Generator) -> Written:
     """The turns about one image; those that could not be used are named."""
     if not facts.targets and not facts.label and not facts.metadata:
         return Written(
@@ -114,7 +117,7 @@ def write_image(chat: Chat, facts: Facts, rng: np.random.Generator) -> Written:
 
 
 def _ask(
-    chat: Chat, facts: Facts, messages: list[Message], parse: Callable[[str], T], problems: list[DataError]
+    chat: Chat, facts: ImageFacts, messages: list[Message], parse: Callable[[str], T], problems: list[DataError]
 ) -> T | None:
     """The first answer that can be used; None, with the reason among the problems, when none can."""
     for _ in range(ANSWERS):
@@ -131,7 +134,7 @@ def _ask(
 
 
 def _grit(
-    facts: Facts, targets: Sequence[Target], description: str, captions: dict[str, str], rng: np.random.Generator
+    facts: ImageFacts, targets: Sequence[Target], description: str, captions: dict[str, str], rng: np.random.Generator
 ) -> dict[str, list[grit.Turn]]:
     if not targets:
         return {}

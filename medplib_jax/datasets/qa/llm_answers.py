@@ -1,6 +1,8 @@
-"""What a language model answered, checked: descriptions and questions that name known structures only, in the form that was asked for.
+"""What a language model answered, checked: descriptions and questions that name known structures only, in the form that
+was asked for.
 
-An answer of another form is `BadAnswer`; single questions that cannot be used are left out and named. Paths and boxes are put in here.
+An answer of another form is `BadAnswer`; single questions that cannot be used are left out and named. Paths and boxes
+are put in here.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ import numpy as np
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import check_complete, parse_record
 from medplib_jax.datasets.qa import grit
-from medplib_jax.datasets.qa.facts import Facts, Target
+from medplib_jax.datasets.qa.facts import ImageFacts, Target
 from medplib_jax.datasets.qa.records import Turn, leaks, record
 from medplib_jax.datasets.qa.template import pick
 from medplib_jax.datasets.sides import contradiction
@@ -69,7 +71,7 @@ def plain(description: str) -> str:
     return _REF.sub(r"\1", description)
 
 
-def with_boxes(description: str, facts: Facts) -> str:
+def with_boxes(description: str, facts: ImageFacts) -> str:
     """The description in Med-GRIT's form: boxes after each marked phrase."""
     return _REF.sub(
         lambda match: grit.referred(facts, match[1], grit.boxes(meant(match[1], facts.targets))), description
@@ -87,7 +89,7 @@ def _normal(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def parse_questions(text: str, facts: Facts, targets: Sequence[Target], rng: np.random.Generator) -> Questions:
+def parse_questions(text: str, facts: ImageFacts, targets: Sequence[Target], rng: np.random.Generator) -> Questions:
     """The usable questions and captions about these structures. BadAnswer when there is no question at all."""
     value, found = _object(text), Questions()
     by_name = {target.name: target for target in targets}
@@ -221,7 +223,7 @@ def _target(name: Any, by_name: dict[str, Target]) -> Target:
     return by_name[name]
 
 
-def _checked(turn: Turn, facts: Facts) -> Turn:
+def _checked(turn: Turn, facts: ImageFacts) -> Turn:
     """The turn, when it does not give its answer away and is a record that training can read."""
     if leaks(turn):
         raise _BadItem("the question contains its answer")

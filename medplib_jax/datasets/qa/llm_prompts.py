@@ -1,12 +1,13 @@
 """What a language model is told about an image, and asked for: facts -> description, description -> questions.
 
-The model sees words only: no picture, no file name, no coordinates. It names structures; paths and boxes are put in by `llm_answers`.
+The model sees words only: no picture, no file name, no coordinates. It names structures; paths and boxes are put in by
+`llm_answers`.
 """
 
 from collections.abc import Sequence
 
 from medplib_jax.datasets.qa.chat import Message
-from medplib_jax.datasets.qa.facts import Facts, Target
+from medplib_jax.datasets.qa.facts import ImageFacts, Target
 from medplib_jax.datasets.qa.template import order, share, verb
 
 _RULES = """You help to make a dataset of questions about medical images. You cannot see the image: use only what is stated, and add no \
@@ -47,7 +48,7 @@ _OWN = ("modality", "patient")  # of the metadata: said in other words, and nobo
 _AGAIN = "This cannot be used: %s. Give the whole JSON object again, corrected, and nothing else."
 
 
-def description_request(facts: Facts, targets: Sequence[Target]) -> list[Message]:
+def description_request(facts: ImageFacts, targets: Sequence[Target]) -> list[Message]:
     """Asks for {"description"} of the image, these structures of it."""
     return _messages(_DESCRIBE + "\n".join(known(facts, targets)))
 
@@ -67,7 +68,7 @@ def _messages(text: str) -> list[Message]:
     return [{"role": "system", "content": _RULES}, {"role": "user", "content": text}]
 
 
-def known(facts: Facts, targets: Sequence[Target]) -> list[str]:
+def known(facts: ImageFacts, targets: Sequence[Target]) -> list[str]:
     """All that masks and metadata prove, a line each."""
     lines = [f"- Modality: {facts.label or 'not known'}"]
     lines += [f"- {key}: {value}" for key, value in sorted(facts.metadata.items()) if key not in _OWN and value.strip()]

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import MASK, REGION
-from medplib_jax.datasets.qa.facts import Facts
+from medplib_jax.datasets.patients import anonymous
+from medplib_jax.datasets.qa.facts import ImageFacts
 
 KINDS = ("vqa", "region", "grounding", "grounding_pairs")  # a file each, so that a file holds questions of one kind
 TURNS = 4  # about the whole image in one training conversation
@@ -31,7 +32,7 @@ class Turn:
 class Writer(Protocol):
     """Makes turns from facts, image by image; what it has to say of the whole run goes into the manifest."""
 
-    def write(self, facts: Sequence[Facts]) -> Iterator["Written"]: ...
+    def write(self, facts: Sequence[ImageFacts]) -> Iterator["Written"]: ...
 
     def report(self) -> dict[str, Any]: ...
 
@@ -40,7 +41,7 @@ class Writer(Protocol):
 class Written:
     """What a writer made of one image. grit: (question, answer) by task of Med-GRIT; problems: what it left out."""
 
-    facts: Facts
+    facts: ImageFacts
     turns: list[Turn] = dataclasses.field(default_factory=list)
     grit: dict[str, list[tuple[str, str]]] = dataclasses.field(default_factory=dict)
     problems: list[DataError] = dataclasses.field(default_factory=list)
@@ -64,8 +65,10 @@ def _contains(words: Sequence[str], part: Sequence[str]) -> bool:
     return bool(part) and any(words[i : i + len(part)] == part for i in range(len(words) - len(part) + 1))
 
 
-def training_records(facts: Facts, turns: Sequence[Turn]) -> dict[str, list[dict[str, Any]]]:
-    """Records by kind: conversations of up to `TURNS` turns about the image, and a record for each turn with regions or masks."""
+def training_records(facts: ImageFacts, turns: Sequence[Turn]) -> dict[str, list[dict[str, Any]]]:
+    """Records by kind: conversations of up to `TURNS` turns about the image, and a record for each turn with regions or
+    masks.
+    """
     vqa = [turn for turn in turns if turn.kind == "vqa"]
     records = {"vqa": [record(facts, vqa[start : start + TURNS]) for start in range(0, len(vqa), TURNS)]}
     for kind in KINDS[1:]:
@@ -73,12 +76,12 @@ def training_records(facts: Facts, turns: Sequence[Turn]) -> dict[str, list[dict
     return records
 
 
-def test_records(facts: Facts, turns: Sequence[Turn]) -> dict[str, list[dict[str, Any]]]:
+def test_records(facts: ImageFacts, turns: Sequence[Turn]) -> dict[str, list[dict[str, Any]]]:
     """Records by kind, one per turn."""
     return {kind: [record(facts, [turn]) for turn in turns if turn.kind == kind] for kind in KINDS}
 
 
-def record(facts: Facts, turns: Sequence[Turn]) -> dict[str, Any]:
+def record(facts: ImageFacts, turns: Sequence[Turn]) -> dict[str, Any]:
     """One record; `answer_type` and `candidates` are those of its only turn."""
     messages = []
     for turn in turns:
@@ -90,4 +93,10 @@ def record(facts: Facts, turns: Sequence[Turn]) -> dict[str, Any]:
             "answer_type": turns[0].answer_type,
             **({"candidates": list(turns[0].candidates)} if turns[0].candidates else {}),
         }
-    return {"image": facts.image, "conversations": messages, **extra, "modality": facts.modality}
+    return {
+        "image": facts.image,
+        "conversations": messages,
+        **extra,
+        "modality": facts.modality,
+        "patient": anonymous(facts.patient),
+    }

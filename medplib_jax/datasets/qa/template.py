@@ -1,7 +1,9 @@
-"""Questions from sentences made here. They say only what the masks prove; the same facts and generator give the same questions.
+"""Questions from sentences made here.
 
-That a mask is missing proves nothing, unless the folder's masks are complete (`Facts.absent`): "No" comes from structures that lie
-elsewhere, are smaller, or are not the one in the region.
+They say only what the masks prove; the same facts and generator give the same questions.
+
+That a mask is missing proves nothing, unless the folder's masks are complete (`ImageFacts.absent`): "No" comes from
+structures that lie elsewhere, are smaller, or are not the one in the region.
 """
 
 from collections.abc import Sequence
@@ -9,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from medplib_jax.datasets.modalities import LABELS
-from medplib_jax.datasets.qa.facts import Facts, Target
+from medplib_jax.datasets.qa.facts import ImageFacts, Target
 from medplib_jax.datasets.qa.records import YES_NO, Turn, leaks
 
 COMMON = ("ct", "mr", "x_ray", "ultrasound", "pet", "endoscopy", "dermoscopy", "fundus", "oct", "histopathology")
@@ -18,10 +20,10 @@ _SINGULAR_S = ("ss", "us", "is", "as")
 _SINGULAR = ("lens", "pons", "biceps", "triceps")
 
 
-def turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
-    """All turns about one image, those about the whole image in random order; none gives its answer away."""
+def turns(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
+    """All turns about one image, each once, those about the whole in random order; none gives its answer away."""
     made = [*sample(rng, vqa_turns(facts, rng)), *region_turns(facts, rng), *grounding_turns(facts, rng)]
-    return [turn for turn in made if not leaks(turn)]
+    return [turn for turn in dict.fromkeys(made) if not leaks(turn)]
 
 
 def sample(rng: np.random.Generator, items: Sequence, count: int | None = None) -> list:
@@ -55,8 +57,10 @@ def share(area: float) -> str:
     return f"{round(percent) if percent < 10 else 5 * round(percent / 5)} percent"
 
 
-def vqa_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
-    """About the whole image: its modality, what is there, a place, side or size for each name, and comparisons of names."""
+def vqa_turns(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
+    """About the whole image: its modality, what is there, a place, side or size for each name, and comparisons of
+    names.
+    """
     made = [*_modality(facts, rng), *_presence(facts, rng)]
     if 0 < len(facts.targets) <= LISTED:
         question = pick(
@@ -70,7 +74,7 @@ def vqa_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
     return made
 
 
-def _modality(facts: Facts, rng: np.random.Generator) -> list[Turn]:
+def _modality(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
     """One question, because the answer to one gives the other away."""
     if not facts.label:
         return []
@@ -94,7 +98,7 @@ def _yes_no(question: str, yes: bool, kind: str = "vqa") -> Turn:
     return Turn(kind, question, YES_NO[not yes], YES_NO)
 
 
-def _presence(facts: Facts, rng: np.random.Generator) -> list[Turn]:
+def _presence(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
     """About as many names that are there as names that are not; nothing where nothing is known to be absent."""
     present = [target.name for target in facts.targets]
     count = min(len(present), len(facts.absent), 2)
@@ -139,14 +143,18 @@ def _comparisons(first: Target, second: Target, rng: np.random.Generator) -> lis
 
 
 def order(first: Target, second: Target, axis: int) -> int | None:
-    """0 when the first one's box ends before the second one's begins, 1 the other way round, None when they overlap on this axis."""
+    """0 when the first one's box ends before the second one's begins, 1 the other way round, None when they overlap on
+    this axis.
+    """
     if first.box[axis + 2] <= second.box[axis]:
         return 0
     return 1 if second.box[axis + 2] <= first.box[axis] else None
 
 
-def region_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
-    """What each name's region is; whether it is one of two names, yes and no equally often; where one of the regions lies."""
+def region_turns(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
+    """What each name's region is; whether it is one of two names, yes and no equally often; where one of the regions
+    lies.
+    """
     made = []
     for target in facts.targets:
         region = f"<region>{pick(rng, target.masks)}</region>"
@@ -172,7 +180,7 @@ def region_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
     return made
 
 
-def grounding_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
+def grounding_turns(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
     """A mask of each name, one pair in one answer, and, where names are known to be absent, one that is not there."""
     made = [
         Turn("grounding", _request(facts, rng, target.name), f"{_the(target.name)} <SEG>.<mask>{target.merged}</mask>")
@@ -186,7 +194,7 @@ def grounding_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
     return made + absent_turns(facts, rng)
 
 
-def absent_turns(facts: Facts, rng: np.random.Generator) -> list[Turn]:
+def absent_turns(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
     """A request for a mask of something that is known not to be there; none where nothing is."""
     return [
         Turn("grounding", _request(facts, rng, name), f"The {name} {verb(name)} not visible in this image.")
@@ -198,7 +206,7 @@ def _the(name: str) -> str:
     return f"The {name} {verb(name)}"
 
 
-def _request(facts: Facts, rng: np.random.Generator, *names: str) -> str:
+def _request(facts: ImageFacts, rng: np.random.Generator, *names: str) -> str:
     wanted = enumerate_names([f"the {name}" for name in names])
     image = f"{facts.label} image" if facts.label else "image"
     return pick(

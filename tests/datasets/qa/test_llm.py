@@ -13,6 +13,7 @@ import pytest
 from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.datasets import write_qa
 from medplib_jax.datasets.audit.collect import audit
+from medplib_jax.datasets.files import Folder
 from medplib_jax.datasets.qa import chat, llm, llm_answers, llm_prompts
 from medplib_jax.datasets.qa.folder import read_facts, scan
 from medplib_jax.evaluate.metrics import parse_boxes
@@ -30,7 +31,7 @@ def pairs(tmp_path):
 
 @pytest.fixture
 def facts(tmp_path, pairs):
-    one, problems = read_facts(scan(pairs)[0][0], str(tmp_path / "facts"))
+    one, problems = read_facts(scan(pairs)[0][0], Folder(str(tmp_path / "facts"), "test"))
     assert not problems
     return one
 
@@ -41,7 +42,7 @@ def run(server, pairs, out, concurrency=4, **options):
         pairs,
         str(out),
         llm.Writer(asked, 0, concurrency, (2.0, 8.0)),
-        write_qa.Options(**{"test_share": 0.5} | options),
+        write_qa.QaOptions(**{"test_share": 0.5} | options),
     )
 
 
@@ -361,7 +362,7 @@ def test_descriptions_mark_known_structures(facts, description, complaint):
 
 def test_the_longest_name_in_a_phrase_is_meant(tmp_path):
     pairs = make_pairs(tmp_path / "pairs", 1, {"kidney": (2, 2, 8, 8), "left_kidney": (12, 12, 18, 18)})
-    one, _ = read_facts(scan(pairs)[0][0], str(tmp_path / "out"))
+    one, _ = read_facts(scan(pairs)[0][0], Folder(str(tmp_path / "out"), "test"))
     assert (
         llm_answers.meant("the left kidney", one.targets).name == "left kidney"
         and llm_answers.meant("Kidneys", one.targets) is None

@@ -16,6 +16,7 @@ from medplib_jax.data.records import MASK
 from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.datasets import write_qa
 from medplib_jax.datasets.audit.collect import audit
+from medplib_jax.datasets.files import Folder
 from medplib_jax.datasets.qa import grid, grit
 from medplib_jax.datasets.qa.folder import read_facts, scan
 from medplib_jax.datasets.qa.records import KINDS, Turn, leaks
@@ -24,7 +25,7 @@ from tests.datasets.qa.folders import SHAPES, SIZE, make_pairs
 
 
 def run(pairs, out, **options):
-    options = write_qa.Options(**{"test_share": 0.5} | options)
+    options = write_qa.QaOptions(**{"test_share": 0.5} | options)
     return write_qa.write_qa(pairs, str(out), write_qa.TemplateWriter(options.seed), options)
 
 
@@ -216,6 +217,9 @@ def test_leaks(turn, expected):
 
 def test_many_instances_share_a_box(tmp_path):
     shapes = {f"nodule{f'_{number:03d}' if number else ''}": (2 * number, 3, 2 * number + 1, 4) for number in range(8)}
-    (one,) = (read_facts(pair, str(tmp_path / "out"))[0] for pair in scan(make_pairs(tmp_path / "pairs", 1, shapes))[0])
+    (one,) = (
+        read_facts(pair, Folder(str(tmp_path / "out"), "test"))[0]
+        for pair in scan(make_pairs(tmp_path / "pairs", 1, shapes))[0]
+    )
     (target,) = one.targets
     assert len(target.boxes) == 8 and grit.boxes(target) == (target.box,) and target.box == (3, 0, 4, 15)
