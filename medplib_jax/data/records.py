@@ -105,34 +105,6 @@ def _real_roots(root: str) -> tuple[str, ...]:
     return os.path.realpath(root), *(os.path.realpath(path) for path in linked if os.path.islink(path))
 
 
-def modality(self) -> str:
-    return modality(self.images[0]) if self.images else ""
-
-
-def find_file(root: str, reference: str) -> str:
-    """The real path of the file that a reference names, looked up below `root`; a missing ".png" is tried.
-
-    DataError when it is missing or lies (through a link, too) outside the root; images/ and masks/ may be links
-    themselves.
-    """
-    if "\0" in reference:
-        raise DataError(root, None, "not a path", "no zero byte", repr(reference))
-    root, *others = _real_roots(root)
-    joined = os.path.join(root, reference)
-    path = joined if os.path.isfile(joined) else joined + ".png"
-    real = os.path.realpath(path)
-    if not any(os.path.commonpath([one, real]) == one for one in (root, *others)):
-        raise DataError(root, None, "path leaves the data folder", f"a file below {root}", reference)
-    if not os.path.isfile(real):
-        raise DataError(root, None, "file is missing", joined, "no such file")
-    return real
-
-
-@functools.lru_cache(maxsize=64)
-def _real_root(root: str) -> str:
-    return os.path.realpath(root)
-
-
 def modality(image: str) -> str:
     """Imaging modality from a file name: the text before "_00--", else before the first "_". x and x_ray are both
     "x_ray".
