@@ -1,25 +1,18 @@
-"""Model FLOPs: the matrix products that the mathematics of a program needs, counted in the program itself.
-
-Counted is the jaxpr on one chip without rematerialisation and after dead code is gone: gradients of frozen weights are not
-there, causal attention counts the half of the scores that it needs, a top-k mixture k experts. Elementwise work is left out.
-"""
+"""Model FLOPs of a program (counted by `train.flops`), and the FLOPs that its kernels execute."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-from jax.extend.core import jaxprs_in_params
-from jax.interpreters import partial_eval as pe
 
 from medplib_jax.aot.hlo import Shape
 from medplib_jax.aot.programs import make_program
 from medplib_jax.config.experiment import ExperimentConfig, MeshConfig
 from medplib_jax.models.kernels.grouped_matmul import TPU_ROW_TILE
 from medplib_jax.models.kernels.grouped_matmul_gpu import DEPTH_BYTES, ROWS
-from medplib_jax.models.language.attention import splash_block
 from medplib_jax.parallel.mesh import make_mesh
+from medplib_jax.train.flops import attention_flops, count_flops, splash_flops
 
 CUDNN_BLOCK = 128  # side of the blocks of scores in cuDNN's flash attention
 
@@ -34,40 +27,6 @@ def model_flops(
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, expert=1, tensor=1), [chip])
     traced = make_program(kind, config, mesh, rows, length).trace()
     return count_flops(traced.jaxpr.jaxpr, loop_trips=config.eval.max_new_tokens if kind == "decode" else 1)
-
-
-def count_flops(jaxpr, loop_trips: int = 1) -> float:
-    """FLOPs of the products in a jaxpr; a loop without a known number of trips counts as `loop_trips`."""
-    live, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    return sum(_equation_flops(eqn, loop_trips) for eqn in live.eqns)
-
-
-def _equation_flops(eqn, loop_trips: int) -> float:
-    name, params = eqn.primitive.name, eqn.params
-    if name == "dot_general":
-        (contracting, _), _ = params["dimension_numbers"]
-        return 2.0 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracting)
-    if name == "conv_general_dilated":
-        kernel, out_axis = eqn.invars[1].aval, params["dimension_numbers"].rhs_spec[0]
-        return 2.0 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[out_axis]
-    if name == "pallas_call":
-        return _kernel_flops(eqn)
-    if name.startswith("dot_product_attention"):
-        q = eqn.invars[0].aval
-        return attention_flops(q.size, q.shape[1], backward="bwd" in name)
-    if name == "cond":
-        return max(count_flops(branch.jaxpr, loop_trips) for branch in params["branches"])
-    times = {"scan": params.get("length"), "while": loop_trips}.get(name, 1)
-    return times * sum(count_flops(inner, loop_trips) for inner in jaxprs_in_params(params))
-
-
-def _kernel_flops(eqn) -> float:
-    name = eqn.params["name"] or ""
-    if name.startswith("splash"):
-        return splash_flops(
-            name, [v.aval.shape for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)], needed=True
-        )
-    return eqn.params["cost_estimate"].flops
 
 
 def executed_kernel_flops(name: str, operands: Sequence[Shape]) -> float:
@@ -98,23 +57,3 @@ def _grouped_flops(name: str, integers: int, first: tuple[int, ...], second: tup
             (integers - 3) * TPU_ROW_TILE
         )  # a tile across the border of two groups is worked on twice; the groups' borders, and the rest's
     return 2.0 * rows * inner * outer
-
-
-def splash_flops(name: str, floating_operands: Sequence[tuple[int, ...]], needed: bool) -> float:
-    """Of splash attention on q [..., H, L, K], the first operand of as many axes."""
-    q = next(shape for shape in floating_operands if len(shape) >= 3)
-    return attention_flops(
-        math.prod(q), q[-2], backward="fwd" not in name, block=None if needed else splash_block(q[-2])
-    )
-
-
-def attention_flops(size: int, length: int, backward: bool, block: int | None = None) -> float:
-    """Of causal attention among `length` positions on queries of `size` values: 2 products forward, 4 backward of half the scores are
-    needed. With `block`, what a kernel executes: all blocks of scores of that side that hold one of them, and backward the scores once more.
-    """
-    if block is None:
-        products, share = 4 if backward else 2, 0.5
-    else:
-        blocks = -(-length // block)
-        products, share = 5 if backward else 2, blocks * (blocks + 1) / 2 * (block / length) ** 2
-    return products * 2.0 * size * length * share

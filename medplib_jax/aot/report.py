@@ -8,13 +8,15 @@ from typing import Any
 
 import jax
 
-from medplib_jax.aot.chips import GB, Chip, chip_of
 from medplib_jax.aot.flops import executed_kernel_flops, model_flops
 from medplib_jax.aot.programs import Program, make_program
 from medplib_jax.aot.topologies import COMPILER_OPTIONS, devices_of, full_rematerialisations
 from medplib_jax.aot.usage import Collective, Usage, read_usage
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.parallel.mesh import make_mesh
+from medplib_jax.train.flops import Chip, chip_of
+
+GB = 1e9
 
 
 @dataclasses.dataclass(frozen=True)

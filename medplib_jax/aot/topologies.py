@@ -12,7 +12,7 @@ import tempfile
 import jax
 from jax.experimental import topologies
 
-from medplib_jax.aot.chips import GPUS, Chip, chip_of
+from medplib_jax.train.flops import GPUS, Chip, chip_of
 
 # What libtpu asks of the machine it runs on (without an answer it waits for a cloud's metadata server).
 TPU_ENVIRONMENT = {
@@ -21,6 +21,7 @@ TPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}  # one device a chip, as on a Cloud TPU VM
 GPU_ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}  # that the driver is new enough: there may be none
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
@@ -75,7 +76,9 @@ def _tpus(topology: str, slices: int) -> list[jax.Device]:
         os.environ["TPU_LOG_DIR"] = tempfile.mkdtemp(prefix="tpu_logs_")
         atexit.register(shutil.rmtree, os.environ["TPU_LOG_DIR"], ignore_errors=True)
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, num_slices=slices, **CHIP_CONFIG.get(topology.partition(":")[0], {})
+        ).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"topology {topology!r}: {error}") from error
 

@@ -28,7 +28,7 @@ from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import Agreement, Watchdog, abort_together, of_process_0, wait_for_others
 from medplib_jax.parallel.sharding import batch_sharding, process_rows, put_batch
-from medplib_jax.train.flops import mfu, step_flops
+from medplib_jax.train.flops import chip_of_device, mfu, step_flops
 from medplib_jax.train.metrics_log import Clock, MetricWriter, read_metrics
 from medplib_jax.train.optim import make_optimizer, make_schedule, partition
 from medplib_jax.train.signals import StopSignal
@@ -85,13 +85,13 @@ class Run:
 
         self.model = abstract_model(config.model)
         trainable, _ = partition(params_of(self.model), config.optim.trainable)
-        self.trainable_share = _count(trainable) / _count(params_of(self.model))
         schedule = make_schedule(config.optim, self.total_steps, self.plan.steps_per_epoch)
         self.tx = make_optimizer(config.optim, schedule, trainable)
         self.shardings = state_shardings(self.model, config, self.tx, self.mesh)
         self.step = CompiledStep(make_train_step(self.model, config, self.tx, schedule), self.shardings)
         self.start, self.state = (0, self._start()) if last is None else self._resume(last)
         self.losses: list[float] = []  # since the last checkpoint
+        self.flops: dict[int, float] = {}  # bucket length -> model FLOPs of a step, where that says something
         log.info(
             "%.2f of %.2f million parameters train; steps %d to %d",
             _count(trainable) / 1e6,
@@ -146,6 +146,8 @@ class Run:
             self.state, metrics = self.step(self.state, batch)
             if len(self.step.compile_seconds) > compiled:
                 self.clock.lose(self.step.compile_seconds[batch.tokens.shape[1]])
+                if chip_of_device(jax.devices()[0]):
+                    self.flops[batch.tokens.shape[1]] = step_flops(self.config, batch)
             step += 1
             late.add(
                 step, metrics | self.feeding | self.agree(stop.signal or 0, self.skipped.count), batch.tokens.shape
@@ -225,17 +227,14 @@ class LateMetrics:
             yield {"step": step, **row, **self._speed(row, shape)}
 
     def _speed(self, row: dict[str, float], shape: tuple[int, int]) -> dict[str, float]:
-        config, seconds = self._run.config, self._run.clock.seconds_per_step()
+        seconds = self._run.clock.seconds_per_step()
         speed = {
             "seconds_per_step": seconds,
             "tokens_per_second": row["tokens"] / seconds,
             "examples_per_second": shape[0] / seconds,
             "goodput": self._run.clock.goodput(),
         }
-        flops = step_flops(
-            config.model, *shape, config.data.max_images, config.data.max_masks, self._run.trainable_share
-        )
-        used = mfu(flops, seconds)
+        used = mfu(self._run.flops.get(shape[1], 0.0), seconds)
         return speed if used is None else speed | {"mfu": used}
 
     def _describe(self, step: int, row: dict[str, float]) -> str:

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from medplib_jax.aot.flops import count_flops, executed_kernel_flops, splash_flops
+from medplib_jax.aot.flops import executed_kernel_flops
 from medplib_jax.aot.hlo import Shape
 from medplib_jax.models.language import attention
 from medplib_jax.models.language.attention import splash_block
+from medplib_jax.train.flops import count_flops, splash_flops
 
 
 def flops(function, *args, **options):

@@ -6,12 +6,13 @@ import json
 
 import pytest
 
-from medplib_jax.aot import chips, topologies
+from medplib_jax.aot import topologies
 from medplib_jax.aot.flops import executed_kernel_flops
 from medplib_jax.aot.report import Request, as_text, examine
 from medplib_jax.aot.usage import read_usage
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.parallel.mesh import make_mesh
+from medplib_jax.train import flops
 from tests.aot.test_report import config
 
 needs_cuda = pytest.mark.skipif(
@@ -150,7 +151,7 @@ def test_what_is_missing_or_misspelt_is_said(monkeypatch):
 
 
 @needs_cuda
-@pytest.mark.parametrize("kind", chips.GPUS)
+@pytest.mark.parametrize("kind", flops.GPUS)
 def test_nodes_of_every_kind(kind):
     devices = topologies.devices_of(f"{kind}:4", slices=2)
     assert (
@@ -177,7 +178,7 @@ def test_a_training_step_for_two_gpus():
 
 @needs_cuda
 def test_what_does_not_fit_is_said(monkeypatch):
-    small = dataclasses.replace(chips.GPUS["h100"], hbm_bytes=2**20)
+    small = dataclasses.replace(flops.GPUS["h100"], hbm_bytes=2**20)
     monkeypatch.setattr("medplib_jax.aot.report.chip_of", lambda topology: small)
     report = examine(Request(config(), "h100:1", "eval", rows=1, length=128))
     assert not report["fits"] and report["peak_hbm_gb_per_chip"] > 0.001
