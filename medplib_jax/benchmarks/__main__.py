@@ -3,117 +3,158 @@
     python -m medplib_jax.benchmarks --suite cpu --against torch --json cpu.json
 
 cpu      a training step, a mixture beside one MLP, parts of the step, peak memory, start-up
-decode   time to the first token and tokens per second, batch 1 and 16, also with weights of 8 bits
-gpu      memory, stage IV and III at 7B's width with as many layers as fit (--layers), MFU, parts, answers, input at the steps' rate; needs
-         one accelerator
+decode   time to the first token and tokens per second at batch 1 and 16, also with weights of 8 bits; answers in slots
+gpu      the kernels beside the CPU's numbers, memory, stages IV and III at 7B's width with as many layers as fit
+         (--layers), MFU, answers, mixture beside one MLP, parts, input at the steps' rate; needs one accelerator
 tpu      bounds of stage IV at 7B on v5e, v5p and v6e by the TPU's compiler; needs libtpu, no TPU
 data     whether the input keeps up with a rate (--rate); with --data also time per record beside a PyTorch DataLoader
 convert  speed and memory of the conversion
 
-Prints tables; `--json` writes their figures flat. `--against torch` measures a PyTorch program of the same sizes in the same run; `--only moe,memory`
-measures these parts of a suite.
-README.md beside this file has what came out and how.
+Prints a table after each part; `--json` writes their figures flat. `--against torch` measures a PyTorch program of the
+same sizes in the same run. `--only moe,memory` measures these parts of a suite. With `--budget SECONDS` it ends when
+the time is up: parts come in the order of their worth, and what is not measured by then is named.
 """
 
 import argparse
 import dataclasses
 import functools
+import glob
 import json
 import logging
 import os
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from convert import benchmark
+import jax
+import numpy as np
+import psutil
+
+from configs import common, stage3_grounding, stage4_moe
+from convert import benchmark, mapping
+from medplib_jax.batch import Params, flatten
 from medplib_jax.benchmarks import (
     accelerator,
     data_pipeline,
     decoding,
     feeding,
+    kernels,
     memory,
     parts,
     roofline,
+    slots,
     startup,
     training,
     workload,
 )
 from medplib_jax.benchmarks.measure import Table
+from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.config.model import ModelConfig
 from medplib_jax.parallel.compilation import use_cache
 
-# Each suite says which parts it has: {name: what measures it}.
+# Each suite says which parts it has, those first that matter most: {name: what measures it}.
 Parts = dict[str, Callable[[], Iterable[Table]]]
+
+RECIPES = {"IV": stage4_moe.large, "III": stage3_grounding.large}
+SLOTS_PROMPT, SLOTS_REQUESTS = 96, 96  # positions of a prompt, 64 of them of the picture; prompts
+
+
+def original_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(name in the original's files, path in our tree, values) of every parameter."""
+    flat = flatten(params)
+    for name, place in mapping.entries(config, flat).items():
+        yield name, place.path, np.array(place.layout.to_torch(np.asarray(flat[place.path])[place.index]))
+
+
+def rival(options: argparse.Namespace) -> workload.Rival | None:
+    if not options.against:
+        return None
+    device = options.device if options.suite == "gpu" else "cpu"
+    return workload.Rival(original_tensors, device, compiled=not options.no_compile)
+
+
+def experiment(options: argparse.Namespace, rows: int, stage: str = "IV") -> ExperimentConfig:
+    return workload.experiment(RECIPES[stage](), workload.model(options.size, options.layers), rows)
 
 
 def cpu(options: argparse.Namespace) -> Parts:
-    config = workload.experiment(workload.MODELS[options.size], options.batch or 2)
+    config, rounds = experiment(options, options.batch or 2), options.rounds
     return {
-        "train_step": lambda: [training.compare(config, _peers(options), options.rounds)],
-        "moe": lambda: [training.moe_over_dense(config, options.rounds)],
-        "parts": lambda: [parts.measure(config, options.rounds)],
-        "memory": lambda: [
-            memory.compare(options.size, options.batch or 2, options.layers, options.against == "torch")
-        ],
+        "train_step": lambda: [training.compare(config, rival(options), rounds)],
+        "moe": lambda: [training.moe_over_dense(config, rounds)],
+        "parts": lambda: [parts.measure(config, rounds)],
+        "memory": lambda: [memory.compare(config, rival(options))],
         "startup": lambda: [startup.measure()],
     }
 
 
 def decode(options: argparse.Namespace) -> Parts:
     def answers(rows: int) -> list[Table]:
-        config = workload.merged(workload.experiment(workload.MODELS[options.size], rows))
-        return decoding.compare(config, options.against == "torch", options.rounds, options.new_tokens)
+        config = workload.merged(experiment(options, rows))
+        return decoding.compare(config, rival(options), options.rounds, options.new_tokens)
 
-    return {
-        f"batch_{rows}": functools.partial(answers, rows) for rows in ((options.batch,) if options.batch else (1, 16))
-    }
+    def in_slots() -> list[Table]:
+        config = workload.merged(workload.experiment(RECIPES["IV"](), common.TINY, SLOTS_REQUESTS))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, bucket_lengths=(SLOTS_PROMPT,)))
+        return [slots.measure(config, options.rounds)]
+
+    sizes = (options.batch,) if options.batch else (1, 16)
+    return {f"batch_{rows}": functools.partial(answers, rows) for rows in sizes} | {"slots": in_slots}
 
 
 def gpu(options: argparse.Namespace) -> Parts:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs its share of the memory
-    model, rows = workload.model(options.size, options.layers), options.batch or 8
-    config = workload.experiment(model, rows)
+    rows, rounds = options.batch or 8, options.rounds
+    config, other = experiment(options, rows), rival(options)
     measured: dict[str, float] = {}
 
-    def step(stage: str) -> Iterator[Table]:
-        table = accelerator.training_step(
-            workload.experiment(model, rows, stage), stage, _peers(options), options.rounds, options.device
-        )
+    def step(stage: str, other: workload.Rival | None) -> Iterator[Table]:
+        table = accelerator.training_step(experiment(options, rows, stage), stage, other, rounds)
         measured[stage] = rows / table.flat[f"train_step.stage_{stage}.ours.seconds"]
         yield table
 
-    def keeps_up() -> Iterator[Table]:
-        """The input at the fastest of the rates that the steps have reached."""
-        yield feeding.measure(max(measured.values(), default=options.rate), options.workers, options.seconds)
+    def answers(rows: int, other: workload.Rival | None) -> list[Table]:
+        config = workload.merged(experiment(options, rows))
+        return accelerator.answers(config, other, rounds, options.new_tokens)
 
-    return {
-        "memory": lambda: [
-            memory.compare(options.size, rows, options.layers, options.against == "torch")
-        ],  # first: it has the device for itself
-        "rates": lambda: [accelerator.machine_rates(model.llm.hidden_size)],
-        **{f"stage_{stage}": functools.partial(step, stage) for stage in ("IV", "III")},
-        "moe": lambda: [training.moe_over_dense(config, options.rounds)],
-        "parts": lambda: [parts.measure(config, options.rounds)],
-        "decode": lambda: accelerator.answers(
-            model, options.against == "torch", options.rounds, options.new_tokens, options.device
-        ),
+    def keeps_up() -> list[Table]:
+        """The input at the fastest of the rates that the steps have reached."""
+        return [_input(options, max(measured.values(), default=options.rate))]
+
+    found: Parts = {
+        "kernels": lambda: [kernels.measure()],
+        "memory": lambda: [memory.compare(config, other)],  # early: it has the device for itself
+        "rates": lambda: [accelerator.machine_rates(config.model.llm.hidden_size)],
+        **{f"stage_{stage}": functools.partial(step, stage, None) for stage in RECIPES},
+        **{f"decode_{rows}": functools.partial(answers, rows, None) for rows in (1, 16)},
+        "moe": lambda: [training.moe_over_dense(config, rounds)],
+        "parts": lambda: [parts.measure(config, rounds)],
         "input": keeps_up,
     }
+    if other:
+        found |= {f"stage_{stage}_torch": functools.partial(step, stage, other) for stage in RECIPES}
+        found |= {f"decode_{rows}_torch": functools.partial(answers, rows, other) for rows in (1, 16)}
+    return found
 
 
 def tpu(options: argparse.Namespace) -> Parts:
-    return {"roofline": lambda: [roofline.measure()]}
+    return {"roofline": lambda: [roofline.measure(RECIPES["IV"]())]}
 
 
 def data(options: argparse.Namespace) -> Parts:
-    found: Parts = {"input": lambda: [feeding.measure(options.rate, options.workers, options.seconds)]}
-    return found | ({"records": lambda: [_records(options)]} if options.data else {})
+    def records() -> list[Table]:
+        sources = tuple(sorted(glob.glob(os.path.join(options.data, "*.json"))))
+        config = data_pipeline.config(sources, options.data, options.tokenizer)
+        return [data_pipeline.measure(config, options.rounds)]
+
+    found: Parts = {"input": lambda: [_input(options, options.rate)]}
+    return found | ({"records": records} if options.data else {})
 
 
-def _records(options: argparse.Namespace) -> Table:
-    times = data_pipeline.compare(data_pipeline.config(str(options.data), str(options.tokenizer)), options.rounds)
-    rows = [(name, f"{value:.2f}", f"{times['PyTorch DataLoader'] / value:.1f}") for name, value in times.items()]
-    flat = {f"data.{name.replace(' ', '_').replace(',', '')}.ms": value for name, value in times.items()}
-    return Table("Reading records", ("", "ms per record and core", "times PyTorch's rate"), rows, flat)
+def _input(options: argparse.Namespace, rate: float) -> Table:
+    return feeding.measure(RECIPES["IV"]().data.bucket_lengths, rate, options.workers, options.seconds)
 
 
 def convert(options: argparse.Namespace) -> Parts:
@@ -134,15 +175,7 @@ def _conversion(layers: int) -> Table:
 SUITES = {suite.__name__: suite for suite in (cpu, decode, gpu, tpu, data, convert)}
 
 
-def _peers(options: argparse.Namespace) -> tuple[str, ...]:
-    return (
-        (("torch eager",) if options.no_compile else ("torch eager", "torch compile"))
-        if options.against == "torch"
-        else ()
-    )
-
-
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="medplib_jax.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -150,6 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--against", choices=("torch",))
     parser.add_argument("--only", metavar="PART,...", help="parts of the suite, by default all")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="end when this time is up")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved runs, of which the median counts")
     parser.add_argument("--size", choices=workload.SIZES, help="default: small, 7b for gpu")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (gpu, convert)")
@@ -159,28 +193,71 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", help="where PyTorch runs in the suite gpu")
     parser.add_argument("--rate", type=float, default=64.0, help="rows per second that training takes (data)")
     parser.add_argument("--workers", type=int, default=8, help="worker processes (data)")
-    parser.add_argument("--data", type=Path, help="folder of annotation files in MeCoVQA's form")
-    parser.add_argument("--tokenizer", type=Path, help="for --data")
+    parser.add_argument("--data", help="folder of annotation files in MeCoVQA's form")
+    parser.add_argument("--tokenizer", help="for --data")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long the input is watched (data)")
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options.
+
+    Exits with one line for what does not go together, and for the suite gpu on a machine without an accelerator.
+    """
+    parser = make_parser()
     options = parser.parse_args(argv)
     options.size = options.size or ("7b" if options.suite == "gpu" else "small")
     if options.data and not options.tokenizer:
         parser.error("--data needs --tokenizer")
     if options.size == "7b" and options.suite != "gpu":
         parser.error("--size 7b is for the suite gpu")
+    small = options.device == "cpu" and options.size == "tiny"
+    if options.suite == "gpu" and not small and jax.default_backend() == "cpu":
+        parser.error(
+            "--suite gpu needs an accelerator, and JAX finds none here (with one, install the extra gpu or tpu);"
+            " to try the suite out on a CPU, add --device cpu --size tiny"
+        )
+    return options
+
+
+def end_after(seconds: float, pending: list[str]) -> None:
+    """Ends this process when the time is up, even inside a compiler.
+
+    What was measured has been printed and written by then.
+    """
+
+    def end() -> None:
+        print(f"{seconds:g} s are over; not measured: {', '.join(pending)}", file=sys.stderr, flush=True)
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        os._exit(0)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
     suite = SUITES[options.suite](options)
-    chosen = options.only.split(",") if options.only else list(suite)
-    if unknown := set(chosen) - set(suite):
-        parser.error(f"--only: {', '.join(sorted(unknown))}: --suite {options.suite} has {', '.join(suite)}")
+    pending = options.only.split(",") if options.only else list(suite)
+    if unknown := set(pending) - set(suite):
+        sys.exit(f"--only: {', '.join(sorted(unknown))}: --suite {options.suite} has {', '.join(suite)}")
+    if options.budget:
+        end_after(options.budget, pending)
     use_cache()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     flat: dict[str, float] = {}
-    for part in chosen:
-        for table in suite[part]():
-            print(f"{table}\n", flush=True)
-            flat |= table.flat
-    if options.json:
-        options.json.write_text(json.dumps(flat, indent=1) + "\n")
+    while pending:
+        try:
+            for table in suite[pending[0]]():
+                print(f"{table}\n", flush=True)
+                flat |= table.flat
+        except (ModuleNotFoundError, RuntimeError, ValueError) as error:
+            sys.exit(f"{pending[0]}: {error}")
+        if options.json:
+            options.json.write_text(json.dumps(flat, indent=1) + "\n")
+        pending.pop(0)
 
 
 if __name__ == "__main__":

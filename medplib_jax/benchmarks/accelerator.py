@@ -1,58 +1,54 @@
-"""What one accelerator is used for: its measured rates, model FLOPs utilisation of the step, share of the memory bandwidth in decoding."""
+"""What one accelerator is used for: its measured rates, model FLOPs utilisation of the step, share of the memory
+bandwidth in decoding."""
 
 import functools
 import time
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from medplib_jax.aot.flops import model_flops
 from medplib_jax.batch import flatten
-from medplib_jax.benchmarks import decoding, training, workload
+from medplib_jax.benchmarks import decoding, training
 from medplib_jax.benchmarks.measure import Table
+from medplib_jax.benchmarks.workload import Rival, example_batch
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.config.model import ModelConfig
 from medplib_jax.models.layers import params_of
 from medplib_jax.train.step import abstract_model
 
 
-def training_step(config: ExperimentConfig, stage: str, sides: Sequence[str], rounds: int, device: str) -> Table:
-    """The step beside the peer's, with its model FLOPs utilisation: of the measured rate, not of what the maker names."""
+def training_step(config: ExperimentConfig, stage: str, rival: Rival | None, rounds: int) -> Table:
+    """The step with its model FLOPs utilisation: of the measured rate, not of what the maker names."""
     name = f"train_step.stage_{stage}"
-    table = training.compare(config, sides, rounds, device, name)
-    labelled = int((workload.example_batch(config).loss_weights > 0).sum(1).max())
-    flops = model_flops(
-        "train", config, jax.devices()[0], config.data.batch_size, config.data.bucket_lengths[-1], labelled
-    )
+    table = training.compare(config, rival, rounds, name)
+    labelled = int((example_batch(config).loss_weights > 0).sum(1).max())
+    rows, length = config.data.batch_size, config.data.bucket_lengths[-1]
+    flops = model_flops("train", config, jax.devices()[0], rows, length, labelled)
     rate = machine_rates(config.model.llm.hidden_size).flat["machine.matmul_flops"]
     table.flat[f"{name}.mfu"] = flops / table.flat[f"{name}.ours.seconds"] / rate
     table.title += f", stage {stage}: {100 * table.flat[f'{name}.mfu']:.0f} % of the measured matmul rate"
     return table
 
 
-def answers(model: ModelConfig, against: bool, rounds: int, new_tokens: int, device: str) -> list[Table]:
-    """Answers at batch 1 and 16; of one answer also the share of the memory's bandwidth that reading the active weights takes."""
-    tables = []
-    for rows in (1, 16):
-        config = workload.merged(workload.experiment(model, rows))
-        tables += decoding.compare(config, against, rounds, new_tokens, device=device)
-        if rows == 1:
-            first, whole = tables
-            fastest = (
-                whole.flat["decode.batch_1.ours.fastest_seconds"]
-                - first.flat["first_token.batch_1.ours.fastest_seconds"]
-            )
-            step = fastest / max(new_tokens - 1, 1)
-            rate = machine_rates(model.llm.hidden_size).flat["machine.bytes_per_second"]
-            whole.flat["decode.batch_1.bandwidth_share"] = active_bytes(config) / rate / step
-    return tables
+def answers(config: ExperimentConfig, rival: Rival | None, rounds: int, new_tokens: int) -> list[Table]:
+    """Answers.
+
+    Of a single one also the share of the memory's bandwidth that reading the active weights takes, per token after the
+    first.
+    """
+    first, whole = decoding.compare(config, rival, rounds, new_tokens)
+    if config.data.batch_size == 1:  # the experts of several rows differ
+        seconds = whole.flat["decode.batch_1.ours.fastest_seconds"]
+        step = (seconds - first.flat["first_token.batch_1.ours.fastest_seconds"]) / max(new_tokens - 1, 1)
+        rate = machine_rates(config.model.llm.hidden_size).flat["machine.bytes_per_second"]
+        whole.flat["decode.batch_1.bandwidth_share"] = active_bytes(config) / rate / step
+    return [first, whole]
 
 
 @functools.cache
 def machine_rates(width: int) -> Table:
-    """The rate of one large bfloat16 product of random numbers (of equal ones a GPU, which saves power, is faster), and of a copy, which is
-    what decoding is bound by."""
+    """The rate of one large bfloat16 product of random numbers (of equal ones a GPU, which saves power, is faster), and
+    of a copy, which is what decoding is bound by."""
     matrix, array = (
         jax.random.normal(jax.random.key(0), (2 * width, 4 * width), jnp.bfloat16),
         jnp.ones(2**14 * width, jnp.bfloat16),

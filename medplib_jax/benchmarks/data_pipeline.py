@@ -1,59 +1,47 @@
-"""How fast records become batches, beside the obvious PyTorch DataLoader of the same preprocessing; and whether workers' memory stays flat.
+"""How fast records become batches, beside the obvious PyTorch DataLoader of the same preprocessing.
 
-    python -m medplib_jax.benchmarks.data_pipeline --data DIR --tokenizer FOLDER                  # milliseconds of one core per record
-    python -m medplib_jax.benchmarks.data_pipeline --data DIR --tokenizer FOLDER --memory 50000   # MB of a worker over that many records
-
-DIR holds annotation files in MeCoVQA's form and images/. All variants read the same records in this process, in turns, and the fastest round
-counts; "assembled" reads what `datasets.assemble` made of DIR. CPU time, not wall time, so that other work on the machine matters little.
-Expect at least 3 times the samples per core of PyTorch from assembled data, and later epochs with a cache at least 10 times faster than the
-first without.
+All variants read the same records in this process, in turns, and the fastest round counts; "assembled" reads what
+`datasets.assemble` made of them. CPU time, not wall time, so that other work on the machine matters little.
 """
 
 import dataclasses
-import glob
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import psutil
-from absl import app, flags
 from PIL import Image
 from scipy import ndimage
 
+from medplib_jax.benchmarks.measure import Table
 from medplib_jax.config.experiment import DataConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.data import pipeline
 from medplib_jax.data.prompts import encode_conversation
 from medplib_jax.datasets.assemble.dataset import assemble
 
-_DATA = flags.DEFINE_string("data", None, "folder with annotation files, paths relative to it", required=True)
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "folder of a tokenizer", required=True)
-_MEMORY = flags.DEFINE_integer(
-    "memory", 0, "records to read in a worker process while its memory is watched; 0: measure time"
-)
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "of which the fastest counts")
-
 MODEL = ModelConfig()  # 336 and 256 pixels, 576 image tokens
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
-def config(folder: str, tokenizer: str, **changes) -> DataConfig:
-    sources = tuple(sorted(glob.glob(os.path.join(folder, "*.json"))))
-    values = {
-        "bucket_lengths": (768, 1024, 1664),
-        "batch_size": 16,
-        "mask_canvas": 1024,
-        "on_error": "skip",
-        "workers": 0,
-    }
-    return DataConfig(sources=sources, root=folder, tokenizer=tokenizer, **values | changes)
+def config(sources: tuple[str, ...], root: str, tokenizer: str, batch_size: int = 16) -> DataConfig:
+    return DataConfig(
+        sources=sources,
+        root=root,
+        tokenizer=tokenizer,
+        bucket_lengths=(768, 1024, 1664),
+        batch_size=batch_size,
+        mask_canvas=1024,
+        on_error="skip",
+        workers=0,
+    )
 
 
 def torch_batches(data: DataConfig) -> Iterator[dict]:
-    """The obvious way: a map-style Dataset that prepares one record as float tensors, and a DataLoader that pads and stacks them."""
+    """The obvious way: a map-style Dataset that prepares one record as float tensors, and a DataLoader that pads and
+    stacks them."""
     import torch
 
     torch.set_num_threads(1)
@@ -148,7 +136,8 @@ def our_batches(data: DataConfig) -> Iterator[tuple]:
 
 
 def milliseconds(make: Callable[[], Iterator], records: int) -> float:
-    """CPU milliseconds of this process per record in an epoch; making the iterator (reading the annotations) does not count."""
+    """CPU milliseconds of this process per record in an epoch; making the iterator (reading the annotations) does not
+    count."""
     batches = make()
     began = time.process_time()
     for _ in batches:
@@ -157,15 +146,29 @@ def milliseconds(make: Callable[[], Iterator], records: int) -> float:
 
 
 def assembled(data: DataConfig, out: str) -> DataConfig:
-    """The same data as `datasets.assemble` writes them. ValueError when it leaves records out, because the comparison would be uneven."""
+    """The same data as `datasets.assemble` writes them.
+
+    ValueError when it leaves records out, because the comparison would be uneven.
+    """
     manifest = assemble(data.root, data.root, out, workers=0)
     if manifest["left_out"]:
         raise ValueError(f"{data.root}: expected records that can all be assembled, found {manifest['left_out']}")
     return dataclasses.replace(data, sources=tuple(manifest["sources"]))
 
 
+def measure(data: DataConfig, rounds: int) -> Table:
+    """A row per variant."""
+    times = compare(data, rounds)
+    rows = [(name, f"{value:.2f}", f"{times['PyTorch DataLoader'] / value:.1f}") for name, value in times.items()]
+    flat = {f"data.{name.replace(' ', '_').replace(',', '')}.ms": value for name, value in times.items()}
+    return Table("Reading records", ("", "ms per record and core", "times PyTorch's rate"), rows, flat)
+
+
 def compare(data: DataConfig, rounds: int) -> dict[str, float]:
-    """Milliseconds of one core per record for each variant, the fastest of the rounds. Nothing is kept in memory from record to record."""
+    """Milliseconds of one core per record for each variant, the fastest of the rounds.
+
+    Nothing is kept in memory from record to record.
+    """
     records = len(pipeline.make_loader(data, MODEL, data.root))
     times: dict[str, float] = {}
     for _ in range(rounds):
@@ -182,40 +185,3 @@ def compare(data: DataConfig, rounds: int) -> dict[str, float]:
             for name, make in variants.items():
                 times[name] = min(milliseconds(make, records), times.get(name, np.inf))
     return times
-
-
-def worker_memory(data: DataConfig, records: int) -> list[tuple[int, float]]:
-    """(records read, MB of memory of the worker process, shared parts counted) ten times over the run."""
-    loader = pipeline.make_loader(data, MODEL, data.root)
-    plan, _ = loader.plan(seed=0)
-    steps = records // data.batch_size
-    marks = set(np.linspace(1, steps, 10).astype(int).tolist())
-    found = []
-    for step, _ in enumerate(pipeline.train_batches(loader, plan, range(data.batch_size), 0, steps, workers=1), 1):
-        if step in marks:
-            children = psutil.Process().children(recursive=True)
-            found.append((step * data.batch_size, max(child.memory_info().rss for child in children) / 2**20))
-            print(f"{found[-1][0]:>8} records  {found[-1][1]:8.0f} MB", flush=True)
-    return found
-
-
-def main(argv: Sequence[str]) -> None:
-    del argv
-    data = config(_DATA.value, _TOKENIZER.value)
-    if _MEMORY.value:
-        worker_memory(data, _MEMORY.value)
-        return
-    times = compare(data, _ROUNDS.value)
-    for name, value in times.items():
-        print(
-            f"{name:26} {value:7.2f} ms per record and core, {times['PyTorch DataLoader'] / value:6.1f} times PyTorch's rate"
-        )
-    run = times["disk cache, first epoch"] + 2 * times["disk cache, later epochs"]
-    print(f"a run of 3 epochs with a disk cache: {3 * times['PyTorch DataLoader'] / run:.1f} times PyTorch's rate")
-    print(
-        f"later epochs over the first without a cache: {times['no cache'] / times['disk cache, later epochs']:.1f} times"
-    )
-
-
-if __name__ == "__main__":
-    app.run(main)

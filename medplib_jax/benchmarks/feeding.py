@@ -1,10 +1,10 @@
-"""Whether the input keeps up: how long training would wait for batches at a given rate, and how many cores that rate needs."""
+"""Whether the input keeps up: how long training would wait for batches at a given rate, and how many cores that rate
+needs."""
 
 import tempfile
 import time
 from pathlib import Path
 
-from configs import stage4_moe
 from medplib_jax.benchmarks.measure import Table
 from medplib_jax.config.experiment import DataConfig
 from medplib_jax.config.model import ModelConfig
@@ -12,24 +12,23 @@ from medplib_jax.data.pipeline import make_loader, train_batches
 from medplib_jax.datasets.phantom import generate as phantom
 from medplib_jax.datasets.train_tokenizer import build_tokenizer
 
-BATCH = 16
+BATCH, EXAMPLES = 16, 200
 
 
-def measure(rate: float, workers: int, seconds: float, examples: int = 200) -> Table:
+def measure(buckets: tuple[int, ...], rate: float, workers: int, seconds: float) -> Table:
     """Batches at MedPLIB-7B's sizes from generated pictures, taken every BATCH / rate seconds by steps that only sleep.
 
-    A row per case: one reader as fast as it can, which gives the rows that one core prepares, then `workers` processes at the given
-    rate (rows per second).
+    The first row of the table is one reader as fast as it can: the rows that one core prepares. The second is `workers`
+    processes at the given rate (rows per second). `buckets`: the lengths that rows are padded to.
     """
     table = Table(
         f"Input: {workers} worker processes at {rate:.0f} rows/s",
         ("", "rows/s", "share of the time spent waiting", "cores that the rate needs"),
     )
     with tempfile.TemporaryDirectory() as folder:
-        phantom.generate(folder, examples, 4)
+        phantom.generate(folder, EXAMPLES, 4)
         sources = tuple(str(Path(folder) / name) for name in phantom.FILES["train"].values())
         build_tokenizer(sources, str(Path(folder) / "tokenizer"))
-        buckets = stage4_moe.large().data.bucket_lengths
         data = DataConfig(
             sources=sources,
             root=folder,
@@ -60,8 +59,11 @@ def measure(rate: float, workers: int, seconds: float, examples: int = 200) -> T
 
 
 def _consume(batches, rate: float, seconds: float) -> tuple[float, int, float]:
-    """(seconds that steps of BATCH / rate seconds waited, rows taken, seconds in all). As in `train.py` a batch is read while the step
-    before runs, and no further ahead. The first batch, which starts the workers, is free."""
+    """(seconds that steps of BATCH / rate seconds waited, rows taken, seconds in all).
+
+    As in training, a batch is read while the step before runs, and no further ahead. The first batch, which starts the
+    workers, is free.
+    """
     next(batches)
     begin = now = done = time.perf_counter()  # done: when the step that was started last ends
     waited, taken = 0.0, 0

@@ -32,7 +32,8 @@ class Samples:
 
 
 def interleave(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Samples]:
-    """Times the programs in turn, so that whatever else the machine does hits all of them; each must return when its work is done.
+    """Times the programs in turn, so that whatever else the machine does hits all of them; each must return when its
+    work is done.
 
     The caller has run each of them before (compilation is not measured here).
     """
@@ -63,8 +64,10 @@ class Table:
 
 
 def side_by_side(title: str, name: str, samples: Mapping[str, Samples], unit: str, work: float = 0.0) -> Table:
-    """A table of competing programs; ratios (of the medians, of the fastest runs) are to the first, which is ours. With `work` (items per
-    run) a rate in `unit` a second is shown as well."""
+    """A table of competing programs; ratios (of the medians, of the fastest runs) are to the first, which is ours.
+
+    With `work` (items per run) a rate in `unit` a second is shown as well.
+    """
     ours = next(iter(samples))
     table = Table(
         title, ("", "median s", "spread", "CPU s", *((f"{unit}/s",) if work else ()), f"times {ours}", "of the fastest")

@@ -1,4 +1,5 @@
-"""From the command to the end of the first training step of the tiny config, with an empty compilation cache and with a full one."""
+"""From the command to the end of the first training step of the tiny config, with an empty compilation cache and with a
+full one."""
 
 import os
 import re
@@ -14,7 +15,10 @@ from medplib_jax.datasets.train_tokenizer import build_tokenizer
 
 
 def measure() -> Table:
-    """Runs `python -m medplib_jax.train` for one step, saving included, twice. Counts the programs that each run compiled or found."""
+    """Runs `python -m medplib_jax.train` for one step, saving included, twice.
+
+    Counts the programs that each run compiled or found.
+    """
     table = Table("Start-up: one step of the tiny stage I", ("", "seconds", "programs", "from the cache"))
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "phantom"

@@ -1,13 +1,14 @@
-"""What a user would run instead: MedPLIB as a straightforward PyTorch program of the same sizes, on transformers' own CLIP, LLaMA and SAM.
+"""What a user would run instead: MedPLIB as a plain PyTorch program, on transformers' own CLIP, LLaMA and SAM.
 
-The mixture of experts is computed as the original does (DeepSpeed 0.13.1 `sharded_moe`: softmax gate, capacity, random token selection,
-one-hot dispatch by einsum), adapters as PEFT does, frozen towers without gradients, attention by PyTorch's fused kernels. It takes the
-parameters of a `medplib_jax` model (`load`), so that both sides compute the same numbers.
+The mixture of experts is computed as the original does (DeepSpeed 0.13.1 `sharded_moe`: softmax gate, capacity, random
+token selection, one-hot dispatch by einsum), adapters as PEFT does, frozen towers without gradients, attention by
+PyTorch's fused kernels. It takes the parameters of a `medplib_jax` model (`load`), so that both sides compute the same
+numbers.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,13 +19,11 @@ from transformers.initialization import no_init_weights
 from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamVisionEncoder
 
-from convert import mapping
-from medplib_jax.batch import Params, flatten
-from medplib_jax.config.model import LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig
+from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig
 from medplib_jax.models.masks import sam
 from medplib_jax.models.vision import clip
 
-# Names of the original's tensors (`convert.mapping`) -> those of the modules below.
+# Names of the original's tensors (as `convert` writes them) -> those of the modules below.
 NAMES = (
     (r"^model\.vision_tower\.vision_tower\.vision_model\.", "clip."),
     (r"^model\.mm_projector\.", "projector."),
@@ -98,7 +97,7 @@ class TopOneMixture(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         combine = self.gate(tokens.float()).to(x.dtype)
         chunks = torch.einsum("sec,sd->ecd", combine.bool().to(x.dtype), tokens)
-        outputs = torch.stack([expert(chunk) for expert, chunk in zip(self.experts, chunks)])
+        outputs = torch.stack([expert(chunk) for expert, chunk in zip(self.experts, chunks, strict=True)])
         return torch.einsum("sec,ecd->sd", combine, outputs).reshape(x.shape)
 
     def gate(self, tokens):
@@ -163,6 +162,58 @@ def mask_encoder(config: MaskConfig) -> SamVisionEncoder:
     return encoder
 
 
+def vision_tower(config: ClipConfig) -> CLIPVisionModel:
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.mlp_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+        )
+    )
+
+
+def decoder(config: ModelConfig) -> LlamaForCausalLM:
+    """LLaMA with adapters and mixtures in the places that the config names."""
+    llm, lora = config.llm, config.lora
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=llm.vocab_size,
+            hidden_size=llm.hidden_size,
+            num_hidden_layers=llm.num_layers,
+            num_attention_heads=llm.num_heads,
+            num_key_value_heads=llm.num_kv_heads,
+            intermediate_size=llm.mlp_dim,
+            rms_norm_eps=llm.rms_norm_eps,
+            max_position_embeddings=llm.max_positions,
+        )
+    )
+    for index, layer in enumerate(model.model.layers):
+        for name in "qkvo":
+            old = getattr(layer.self_attn, f"{name}_proj")
+            setattr(layer.self_attn, f"{name}_proj", linear(name, old.in_features, old.out_features, lora))
+        layer.mlp = TopOneMixture(llm, config.moe, lora) if index in config.moe_layers else Expert(llm, lora)
+    return model
+
+
+def mask_decoder(config: MaskConfig) -> SamMaskDecoder:
+    return SamMaskDecoder(
+        SamMaskDecoderConfig(
+            hidden_size=config.out_dim,
+            mlp_dim=config.decoder_mlp_dim,
+            num_hidden_layers=config.decoder_layers,
+            num_attention_heads=config.decoder_heads,
+            iou_head_hidden_dim=config.iou_head_dim,
+            iou_head_depth=config.iou_head_layers,
+            num_multimask_outputs=config.num_multimask,
+            layer_norm_eps=1e-5,
+            attn_implementation="sdpa",
+        )
+    )
+
+
 class Peer(nn.Module):
     """The whole model; `inputs` of its methods come from `to_torch`."""
 
@@ -170,65 +221,24 @@ class Peer(nn.Module):
         super().__init__()
         vision, llm, mask = config.clip, config.llm, config.mask
         self.config = config
-        self.clip = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=vision.hidden_size,
-                intermediate_size=vision.mlp_dim,
-                num_hidden_layers=vision.num_layers,
-                num_attention_heads=vision.num_heads,
-                image_size=vision.image_size,
-                patch_size=vision.patch_size,
-            )
-        )
+        self.clip, self.llm = vision_tower(vision), decoder(config)
         self.projector = two_linear(vision.hidden_size, llm.hidden_size, llm.hidden_size, nn.GELU())
         self.region = nn.Linear(vision.hidden_size, llm.hidden_size)
-        self.llm = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=llm.vocab_size,
-                hidden_size=llm.hidden_size,
-                num_hidden_layers=llm.num_layers,
-                num_attention_heads=llm.num_heads,
-                num_key_value_heads=llm.num_kv_heads,
-                intermediate_size=llm.mlp_dim,
-                rms_norm_eps=llm.rms_norm_eps,
-                max_position_embeddings=llm.max_positions,
-            )
-        )
-        for index, layer in enumerate(self.llm.model.layers):
-            for name in "qkvo":
-                old = getattr(layer.self_attn, f"{name}_proj")
-                setattr(layer.self_attn, f"{name}_proj", linear(name, old.in_features, old.out_features, config.lora))
-            layer.mlp = (
-                TopOneMixture(llm, config.moe, config.lora) if index in config.moe_layers else Expert(llm, config.lora)
-            )
         self.seg_mlp = two_linear(llm.hidden_size, llm.hidden_size, mask.out_dim, nn.ReLU())
-        self.encoder = mask_encoder(mask)
-        self.decoder = SamMaskDecoder(
-            SamMaskDecoderConfig(
-                hidden_size=mask.out_dim,
-                mlp_dim=mask.decoder_mlp_dim,
-                num_hidden_layers=mask.decoder_layers,
-                num_attention_heads=mask.decoder_heads,
-                iou_head_hidden_dim=mask.iou_head_dim,
-                iou_head_depth=mask.iou_head_layers,
-                num_multimask_outputs=mask.num_multimask,
-                layer_norm_eps=1e-5,
-                attn_implementation="sdpa",
-            )
-        )
+        self.encoder, self.decoder = mask_encoder(mask), mask_decoder(mask)
         self.no_mask_embed = nn.Parameter(torch.zeros(1, mask.out_dim), requires_grad=False)
         self.position_gaussian = nn.Parameter(torch.zeros(2, mask.out_dim // 2), requires_grad=False)
 
-    def load(self, params: Params, trainable: Sequence[str] = ()) -> "Peer":
-        """Takes over the parameters; those whose path in our tree some pattern is found in have gradients."""
-        flat = flatten(params)
-        tensors, with_gradient = {}, set()
-        for key, entry in mapping.entries(self.config, flat).items():
-            if (name := _rename(key)).startswith(UNUSED):
+    def load(self, tensors: Iterable[tuple[str, str, np.ndarray]], trainable: Sequence[str] = ()) -> "Peer":
+        """Takes over (name in the original's files, path in our tree, values); those whose path some pattern is found
+        in have gradients."""
+        values, with_gradient = {}, set()
+        for original, path, value in tensors:
+            if (name := _rename(original)).startswith(UNUSED):
                 continue
-            tensors[name] = torch.from_numpy(np.array(entry.layout.to_torch(np.asarray(flat[entry.path])[entry.index])))
-            with_gradient |= {name} if any(re.search(pattern, entry.path) for pattern in trainable) else set()
-        self.load_state_dict(tensors)
+            values[name] = torch.from_numpy(value)
+            with_gradient |= {name} if any(re.search(pattern, path) for pattern in trainable) else set()
+        self.load_state_dict(values)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in with_gradient)
         return self
@@ -301,11 +311,11 @@ class Peer(nn.Module):
         return torch.cat(found, 1)
 
 
-def loaded(config: ModelConfig, params: Params, trainable: Sequence[str] = ()) -> Peer:
-    """A peer with these parameters (see `Peer.load`), without drawing others before: at 7B's width that takes a minute."""
+def loaded(config: ModelConfig, tensors: Iterable[tuple[str, str, np.ndarray]], trainable: Sequence[str] = ()) -> Peer:
+    """A peer with these parameters (see `Peer.load`). None are drawn before: at 7B's width that takes a minute."""
     with no_init_weights():
         peer = Peer(config)
-    return peer.load(params, trainable)
+    return peer.load(tensors, trainable)
 
 
 def _rename(key: str) -> str:
@@ -315,7 +325,8 @@ def _rename(key: str) -> str:
 
 
 def to_torch(batch, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """A `Batch` of NumPy arrays as the peer takes it: pixels normalised, channels first, one picture a row, labels -100 where none count."""
+    """A `Batch` of NumPy arrays as the peer takes it: pixels normalised, channels first, one picture a row, labels -100
+    where none count."""
     pixels = {
         "clip_pixels": np.asarray(clip.normalise_clip(batch.clip_pixels[:, 0])).transpose(0, 3, 1, 2),
         "sam_pixels": np.asarray(sam.normalise_sam(batch.sam_pixels, batch.sam_box)).transpose(0, 3, 1, 2),

@@ -1,12 +1,12 @@
 """One training step (stage IV: forward, backward, clipping, AdamW) beside the same step in PyTorch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import optax
 
 from medplib_jax.benchmarks.measure import Table, interleave, side_by_side
-from medplib_jax.benchmarks.workload import dense, example_batch
+from medplib_jax.benchmarks.workload import Rival, dense, example_batch
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.models.layers import draw_params, params_of
 from medplib_jax.parallel.compilation import compiler_options, release_memory
@@ -15,16 +15,15 @@ from medplib_jax.train.optim import make_optimizer, partition
 from medplib_jax.train.step import abstract_model, make_state, make_train_step
 
 
-def compare(
-    config: ExperimentConfig, sides: Sequence[str], rounds: int, device: str = "cpu", name: str = "train_step"
-) -> Table:
-    """Our step beside the peer's, `sides` among "torch eager" and "torch compile"."""
+def compare(config: ExperimentConfig, rival: Rival | None, rounds: int, name: str = "train_step") -> Table:
+    """Our step, beside the rival's where there is one."""
     runs: dict[str, Callable[[], float]] = {"ours": JaxStep(config)}
-    runs |= {side: torch_step(config, device, side == "torch compile") for side in sides}
+    runs |= {side: torch_step(config, rival, side == "torch compile") for side in (rival.sides if rival else ())}
     for run in runs.values():  # compiles, and the first step of all allocates
         run(), run()
-    model, batch = config.model, config.data.batch_size
-    title = f"Training step: {model.llm.num_layers} layers of width {model.llm.hidden_size}, batch {batch} x {config.data.bucket_lengths[-1]}, {model.dtype}"
+    llm, data = config.model.llm, config.data
+    title = f"Training step: {llm.num_layers} layers of width {llm.hidden_size}, "
+    title += f"batch {data.batch_size} x {data.bucket_lengths[-1]}, {config.model.dtype}"
     return side_by_side(title, name, interleave(runs, rounds), "step")
 
 
@@ -61,30 +60,21 @@ class JaxStep:
         return float(jax.block_until_ready((self.state, metrics))[1]["loss"])
 
 
-def torch_step(config: ExperimentConfig, device: str = "cpu", compiled: bool = False) -> Callable[[], float]:
-    """The peer's step, parameters and data as in `JaxStep`, all in the config's type (ours keeps trainable parameters in float32)."""
+def torch_step(config: ExperimentConfig, rival: Rival, compiled: bool = False) -> Callable[[], float]:
+    """The peer's step, parameters and data as in `JaxStep`, all in the config's type (ours keeps trainable parameters
+    in float32)."""
     import torch
 
-    from medplib_jax.benchmarks.torch_peer import loaded, to_torch
-
-    dtype = getattr(torch, config.model.dtype)
-    peer = (
-        loaded(config.model, draw_params(abstract_model(config.model), 0), config.optim.trainable)
-        .train()
-        .to(device, dtype)
-    )
+    peer, inputs, optim = rival.model(config.model, config.optim.trainable).train(), rival.inputs(config), config.optim
     trainable = peer.trainable()
-    optimizer = torch.optim.AdamW(
-        trainable, config.optim.lr, (config.optim.b1, config.optim.b2), config.optim.eps, config.optim.weight_decay
-    )
-    inputs = to_torch(example_batch(config), device, dtype)
+    optimizer = torch.optim.AdamW(trainable, optim.lr, (optim.b1, optim.b2), optim.eps, optim.weight_decay)
     weights = {name: getattr(config.loss, name) for name in ("ce", "dice", "bce")}
     forward = torch.compile(peer) if compiled else peer
 
     def step() -> float:
         loss = forward(inputs, weights)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, config.optim.clip_norm)
+        torch.nn.utils.clip_grad_norm_(trainable, optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()

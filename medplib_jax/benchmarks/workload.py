@@ -1,13 +1,19 @@
-"""The models and batches that are measured. Sizes follow the original's own measurements on a CPU, and MedPLIB-7B on an accelerator."""
+"""The models, batches and the PyTorch rival that are measured.
+
+Sizes follow the original's own measurements on a CPU, and MedPLIB-7B on an accelerator.
+"""
 
 import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from configs import stage3_grounding, stage4_moe
-from medplib_jax.batch import Batch
+from medplib_jax.batch import Batch, Params
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, LossConfig
 from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
+from medplib_jax.models.layers import draw_params
+from medplib_jax.train.step import abstract_model
 
 TEXT = 64  # positions of text; the rest of a row is the picture
 
@@ -52,18 +58,17 @@ def model(size: str, layers: int) -> ModelConfig:
     return dataclasses.replace(large, llm=dataclasses.replace(large.llm, num_layers=layers))
 
 
-def experiment(model: ModelConfig, batch_size: int, stage: str = "IV") -> ExperimentConfig:
-    """Stage III or IV of the published recipe (what trains, which losses) with this model's sizes, and logits in smaller chunks than suit
-    a TPU's matrix unit."""
-    config = {"III": stage3_grounding, "IV": stage4_moe}[stage].large()
-    model = dataclasses.replace(model, moe=config.model.moe, lora=config.model.lora)
+def experiment(recipe: ExperimentConfig, model: ModelConfig, batch_size: int) -> ExperimentConfig:
+    """A published recipe (what trains, which losses) with this model's sizes, and logits in smaller chunks than suit a
+    TPU's matrix unit."""
+    model = dataclasses.replace(model, moe=recipe.model.moe, lora=recipe.model.lora)
     length = model.clip.num_patches + TEXT
     data = DataConfig(
         bucket_lengths=(length,), batch_size=batch_size, max_regions=1, max_masks=1, mask_canvas=model.mask.image_size
     )
-    optim = dataclasses.replace(config.optim, frozen_dtype=model.dtype)
-    loss = dataclasses.replace(config.loss, ce_chunk=LossConfig.ce_chunk)
-    return dataclasses.replace(config, model=model, data=data, optim=optim, loss=loss, init=type(config.init)())
+    optim = dataclasses.replace(recipe.optim, frozen_dtype=model.dtype)
+    loss = dataclasses.replace(recipe.loss, ce_chunk=LossConfig.ce_chunk)
+    return dataclasses.replace(recipe, model=model, data=data, optim=optim, loss=loss, init=type(recipe.init)())
 
 
 def dense(config: ExperimentConfig) -> ExperimentConfig:
@@ -79,7 +84,7 @@ def merged(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def example_batch(config: ExperimentConfig, seed: int = 0) -> Batch:
-    """Full rows: 8 positions of prompt, the picture, a question with a region, an answer of 32 tokens with one <SEG>."""
+    """Full rows: 8 positions of prompt, the picture, a question with a region, 32 tokens of answer with one <SEG>."""
     rng = np.random.default_rng(seed)
     model, data = config.model, config.data
     B, L, patches = data.batch_size, data.bucket_lengths[-1], model.clip.num_patches
@@ -107,3 +112,40 @@ def example_batch(config: ExperimentConfig, seed: int = 0) -> Batch:
         mask_size=np.full((B, 2), canvas, np.int32),
         record=np.arange(B, dtype=np.int32),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    """The PyTorch program of `torch_peer.py`, with the parameters and the batch that ours has.
+
+    `tensors(config, params)` yields (the original's tensor name, path in our tree, values) of every parameter. With
+    `compiled`, `torch.compile` is measured as well.
+    """
+
+    tensors: Callable[[ModelConfig, Params], Iterable[tuple[str, str, np.ndarray]]]
+    device: str = "cpu"
+    compiled: bool = False
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return ("torch eager", "torch compile") if self.compiled else ("torch eager",)
+
+    def model(self, config: ModelConfig, trainable: Sequence[str] = ()):
+        """A `torch_peer.Peer` on the device, all in the config's type.
+
+        `trainable`: patterns of the paths that have gradients.
+        """
+        import torch
+
+        from medplib_jax.benchmarks.torch_peer import loaded
+
+        tensors = self.tensors(config, draw_params(abstract_model(config), 0))
+        return loaded(config, tensors, trainable).to(self.device, getattr(torch, config.dtype))
+
+    def inputs(self, config: ExperimentConfig) -> Mapping[str, Any]:
+        """`example_batch` as the peer takes it."""
+        import torch
+
+        from medplib_jax.benchmarks.torch_peer import to_torch
+
+        return to_torch(example_batch(config), self.device, getattr(torch, config.model.dtype))

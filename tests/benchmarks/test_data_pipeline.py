@@ -15,7 +15,7 @@ def dataset(tmp_path):
     records = [collection.region(case) for case in range(4)] + [collection.vqa(case) for case in range(4)]
     collection.write(root, "train.json", records)
     (root / "SAMed2D_v1_class_mapping_id.json").unlink()
-    return data_pipeline.config(str(root), str(GOLDEN / "tokenizer"), batch_size=4)
+    return data_pipeline.config((str(root / "train.json"),), str(root), str(GOLDEN / "tokenizer"), batch_size=4)
 
 
 def test_both_sides_prepare_the_same_pixels(tmp_path):

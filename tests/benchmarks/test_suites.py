@@ -1,10 +1,18 @@
 """Every suite runs from the command line, in the tests' size, and writes the figures that it promises."""
 
 import json
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pytest
 
 from medplib_jax.benchmarks import __main__ as benchmarks
+from medplib_jax.benchmarks import kernels, roofline
+from tests.paths import ROOT
+
+KERNELS = {f"kernels.{name.replace(' ', '_')}.error" for name in kernels.programs()}
 
 
 def figures(tmp_path, *arguments: str) -> dict[str, float]:
@@ -22,41 +30,58 @@ def test_training_step_and_its_parts(tmp_path, capsys):
     assert "| torch eager |" in capsys.readouterr().out
 
 
-def test_memory_of_each_side_beside_what_is_predicted(tmp_path):
-    flat = figures(tmp_path, "--suite", "cpu", "--size", "tiny", "--against", "torch", "--only", "memory")
-    assert flat["memory.ours_over_torch"] == flat["memory.ours.peak_gb"] / flat["memory.torch.peak_gb"]
+def test_memory_beside_what_is_predicted(tmp_path):
+    flat = figures(tmp_path, "--suite", "cpu", "--size", "tiny", "--only", "memory")
     assert flat["memory.measured_over_predicted"] == flat["memory.ours.measured_gb"] / flat["memory.ours.predicted_gb"]
     assert 0 < flat["memory.ours.predicted_gb"] < flat["memory.ours.peak_gb"]
 
 
 def test_answers(tmp_path):
-    flat = figures(
-        tmp_path, "--suite", "decode", "--size", "tiny", "--against", "torch", "--batch", "2", "--new-tokens", "3"
-    )
+    sizes = ("--size", "tiny", "--batch", "2", "--new-tokens", "3", "--only", "batch_2")
+    flat = figures(tmp_path, "--suite", "decode", "--against", "torch", *sizes)
     assert flat["decode.batch_2.speedup"] > 0 and flat["first_token.batch_2.speedup"] > 0
     assert flat["decode.batch_2.ours.per_second"] == pytest.approx(3 * 2 / flat["decode.batch_2.ours.seconds"])
 
 
+SMALL = ("--device", "cpu", "--size", "tiny", "--batch", "1", "--new-tokens", "24", "--workers", "1", "--seconds", "2")
+
+
 @pytest.mark.slow
 def test_the_accelerator_suite_runs_on_a_cpu(tmp_path):
-    arguments = (
-        "--size",
-        "tiny",
-        "--device",
-        "cpu",
-        "--batch",
-        "1",
-        "--new-tokens",
-        "24",
-        "--workers",
-        "1",
-        "--seconds",
-        "2",
-    )
-    flat = figures(tmp_path, "--suite", "gpu", *arguments)
+    flat = figures(tmp_path, "--suite", "gpu", "--against", "torch", *SMALL)
     assert flat["machine.matmul_flops"] > 0 and flat["decode.batch_1.bandwidth_share"] > 0
     assert flat["memory.measured_over_predicted"] > 0 and 0 <= flat["input.waiting_share"] <= 1
     assert 0 < flat["train_step.stage_III.mfu"] < 1 and 0 < flat["train_step.stage_IV.mfu"] < 1
+    assert flat["memory.ours_over_torch"] == flat["memory.ours.peak_gb"] / flat["memory.torch.peak_gb"]
+    assert flat["train_step.stage_IV.speedup"] > 0 and flat["decode.batch_1.speedup"] > 0
+
+
+def test_without_an_accelerator_its_suite_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmarks.main(["--suite", "gpu"])
+    assert "--suite gpu needs an accelerator" in capsys.readouterr().err
+
+
+def test_kernels_beside_the_cpu(tmp_path):
+    flat = figures(tmp_path, "--suite", "gpu", *SMALL, "--only", "kernels")
+    assert set(flat) == KERNELS and all(0 <= error < kernels.TOLERANCE for error in flat.values())
+
+
+def test_a_kernel_that_is_wrong_ends_the_suite(tmp_path, monkeypatch):
+    nothing = {"product": (lambda x: (x / 0 * 0,), (np.ones(3, np.float32),))}
+    monkeypatch.setattr(kernels, "programs", lambda: nothing)
+    with pytest.raises(SystemExit, match="differ from the CPU's: product"):
+        figures(tmp_path, "--suite", "gpu", *SMALL, "--only", "kernels")
+
+
+def test_the_budget_ends_a_suite_in_time(tmp_path):
+    """Also while a part is measured: here the input, watched for an hour."""
+    file, begin = tmp_path / "figures.json", time.monotonic()
+    command = [sys.executable, "-m", "medplib_jax.benchmarks", "--suite", "gpu", *SMALL, "--json", str(file)]
+    command += ["--only", "kernels,input,moe", "--seconds", "3600", "--budget", "12"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "not measured: input, moe" in done.stderr
+    assert time.monotonic() - begin < 60 and set(json.loads(file.read_text())) == KERNELS
 
 
 def test_input_at_a_rate(tmp_path):
@@ -70,7 +95,23 @@ def test_the_second_start_finds_its_programs(tmp_path):
     assert flat["startup.second.cached"] > 0 == flat["startup.first.cached"]
 
 
-def test_an_unknown_part_is_named(capsys):
-    with pytest.raises(SystemExit):
+def test_an_unknown_part_is_named():
+    with pytest.raises(SystemExit, match="memroy: --suite cpu has train_step, moe, parts, memory, startup"):
         benchmarks.main(["--suite", "cpu", "--only", "moe,memroy"])
-    assert "memroy: --suite cpu has train_step, moe, parts, memory, startup" in capsys.readouterr().err
+
+
+def test_bounds_on_tpus_without_their_compiler_say_so(monkeypatch):
+    """What the process that compiles says comes through."""
+    monkeypatch.setattr(roofline, "examine", _without_libtpu)
+    with pytest.raises(SystemExit, match="roofline: compiling for a TPU needs libtpu"):
+        benchmarks.main(["--suite", "tpu"])
+
+
+def _without_libtpu(request):
+    raise ModuleNotFoundError("compiling for a TPU needs libtpu")
+
+
+@pytest.mark.slow
+def test_slots_are_refilled(tmp_path):
+    flat = figures(tmp_path, "--suite", "decode", "--only", "slots")
+    assert flat["mixed.refilled_over_static"] > 0 and flat["long.slots_over_one"] > 0

@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from configs import stage3_grounding, stage4_moe
 from medplib_jax.batch import flatten
 from medplib_jax.benchmarks import workload
+from medplib_jax.benchmarks.__main__ import original_tensors
 from medplib_jax.benchmarks.measure import Samples, side_by_side
 from medplib_jax.benchmarks.torch_peer import loaded, to_torch
 from medplib_jax.decode.generator import Generator
@@ -16,7 +18,8 @@ from medplib_jax.train.losses import divisors, total_loss
 from medplib_jax.train.optim import partition
 from medplib_jax.train.step import abstract_model
 
-CONFIG = workload.experiment(workload.TINY, 2)
+RECIPES = {"III": stage3_grounding.large(), "IV": stage4_moe.large()}
+CONFIG = workload.experiment(RECIPES["IV"], workload.TINY, 2)
 
 
 @functools.cache
@@ -27,12 +30,16 @@ def params():
     return jax.tree.map(lambda x: x if x.any() else 0.1 * rng.standard_normal(x.shape, np.float32), drawn)
 
 
+def peer_of(model, params, trainable=()):
+    return loaded(model, original_tensors(model, params), trainable)
+
+
 @pytest.mark.parametrize("stage", ["III", "IV"])
 def test_the_same_parts_train(stage):
-    config = workload.experiment(workload.TINY, 2, stage)
+    config = workload.experiment(RECIPES[stage], workload.TINY, 2)
     drawn = draw_params(abstract_model(config.model), 0)
     ours, _ = partition(drawn, config.optim.trainable)
-    theirs = loaded(config.model, drawn, config.optim.trainable).trainable()
+    theirs = peer_of(config.model, drawn, config.optim.trainable).trainable()
     unused = sum(leaf.size for path, leaf in flatten(ours).items() if "prompt_encoder" in path)
     assert (
         sum(parameter.numel() for parameter in theirs) == sum(leaf.size for leaf in jax.tree.leaves(ours)) - unused > 0
@@ -48,9 +55,7 @@ def test_loss_and_gradient_are_the_same():
         return total_loss(output, joined["llm"]["head"]["kernel"], batch, CONFIG.loss, CONFIG.model, divisors(batch))[0]
 
     ours, gradient = jax.jit(jax.value_and_grad(loss))({"head": params()["llm"]["head"]}, params())
-    peer = loaded(
-        CONFIG.model, params(), CONFIG.optim.trainable
-    ).eval()  # evaluation: no dropout, and room for every token
+    peer = peer_of(CONFIG.model, params(), CONFIG.optim.trainable).eval()  # no dropout, and room for every token
     theirs = peer(to_torch(batch), {name: getattr(CONFIG.loss, name) for name in ("ce", "dice", "bce")})
     theirs.backward()
     np.testing.assert_allclose(ours, theirs.item(), rtol=1e-5)
@@ -63,7 +68,7 @@ def test_answers_are_the_same():
     ours = draw_params(abstract_model(config.model), 0)
     batch = workload.example_batch(config)
     found = Generator(config.model, ours, eos_id=-1, seg_id=-1, max_new_tokens=4, max_masks=0)(batch).tokens
-    np.testing.assert_array_equal(found, loaded(config.model, ours).eval().generate(to_torch(batch), 4))
+    np.testing.assert_array_equal(found, peer_of(config.model, ours).eval().generate(to_torch(batch), 4))
 
 
 def test_a_table_names_the_speedup():

@@ -13,13 +13,13 @@ import jax
 import psutil
 import pytest
 
-from medplib_jax.benchmarks import tiny_run
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.data.pipeline import make_loader
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import RESTART
 from medplib_jax.train import loop as train_module
 from medplib_jax.train.metrics_log import read_metrics
+from tests import tiny_run
 from tests.paths import ROOT
 
 TOGETHER = """

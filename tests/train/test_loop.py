@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from medplib_jax.benchmarks import tiny_run
 from medplib_jax.config.experiment import TrainConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.train import loop as train_module
 from medplib_jax.train.loop import train
 from medplib_jax.train.metrics_log import read_metrics
+from tests import tiny_run
 from tests.paths import ROOT
 
 KILLED = """

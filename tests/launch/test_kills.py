@@ -1,14 +1,10 @@
-"""Kills training runs at random moments and checks that each goes on, bit for bit, as if nothing had happened.
+"""Runs that are killed at random moments go on, bit for bit, as if nothing had happened.
 
-    python -m medplib_jax.benchmarks.kill_trials --trials 20 --processes 2      # from the repository's root; about half a minute each
-
-Every trial starts the smallest run (tiny_run.py) by launch/local_multiprocess.py, sends SIGKILL to one process or to all, while it starts,
-trains or writes a checkpoint, and lets the launcher start it again. Expected: loss and gradient norm of every step, and every
-array of the last checkpoint, equal those of a run that was left alone; no step is resumed from that was not complete. The exit code is
-1 when a trial is not so.
+Every trial starts the smallest run (`tests.tiny_run`) by launch/local_multiprocess.py, sends SIGKILL to one process or
+to all of them, while it starts, trains or writes a checkpoint, and lets the launcher start it again. Half a minute
+each.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -17,17 +13,38 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import psutil
+import pytest
 
-from medplib_jax.benchmarks import tiny_run
 from medplib_jax.train.metrics_log import read_metrics
+from tests import tiny_run
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
+TRIALS, PROCESSES, STEPS = 20, 2, 18
 COMPILE_FAST = "--xla_backend_optimization_level=0"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> tuple[Path, tuple]:
+    """A folder with the data, and what a run comes to that nobody kills."""
+    folder = tmp_path_factory.mktemp("kills")
+    tiny_run.prepare(str(folder))
+    assert start(folder, folder / "alone").wait() == 0, (folder / "alone.log").read_text()
+    return folder, outcome(folder / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(TRIALS))
+def test_a_killed_run_goes_on_bit_for_bit(alone, seed):
+    """Loss and gradient norm of every step and every array of the last checkpoint; no step is resumed from that was not
+    whole."""
+    (folder, expected), rng, number = alone, random.Random(seed), 0
+    while (found := trial(folder, f"trial{seed}_{number}", expected, rng)) is None:
+        number += 1
+    assert found.good, found
 
 
 @dataclasses.dataclass
@@ -44,12 +61,13 @@ class Trial:
 
     @property
     def good(self) -> bool:
-        """A process that lived on may have completed a step that was half-written; otherwise none of those may be gone on from."""
+        """A process that lived on may have completed a step that was half-written; otherwise none of those may be gone
+        on from."""
         usable = self.saved if self.victim == "all" else self.saved + self.half_written
         return self.same and set(self.resumed[:1]) <= set(usable)
 
 
-def start(folder: Path, workdir: Path, processes: int, steps: int) -> subprocess.Popen:
+def start(folder: Path, workdir: Path) -> subprocess.Popen:
     variables = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -60,7 +78,7 @@ def start(folder: Path, workdir: Path, processes: int, steps: int) -> subprocess
         "-m",
         "launch.local_multiprocess",
         "--processes",
-        str(processes),
+        str(PROCESSES),
         "--devices",
         "1",
         "--max-restarts",
@@ -74,10 +92,10 @@ def start(folder: Path, workdir: Path, processes: int, steps: int) -> subprocess
         "medplib_jax.train",
         config,
         f"--workdir={workdir}",
-        f"--config.mesh.fsdp={processes}",
+        f"--config.mesh.fsdp={PROCESSES}",
     ]
     return subprocess.Popen(
-        [*launcher, *command, f"--config.train.steps={steps}", "--config.train.keep=100"],
+        [*launcher, *command, f"--config.train.steps={STEPS}", "--config.train.keep=100"],
         cwd=ROOT,
         env={**os.environ, **variables},
         stdout=(workdir.parent / f"{workdir.name}.log").open("w"),
@@ -100,9 +118,10 @@ def half_written(workdir: Path) -> list[int]:
     return [int(path.name.split(".")[0]) for path in workdir.glob("checkpoints/*-tmp*")]
 
 
-def wait_until(moment: str, process: subprocess.Popen, workdir: Path, steps: int, rng: random.Random) -> None:
-    """Until a random moment of starting, of a random step, or of the writing of a random checkpoint; or until the run ends."""
-    step, complete = rng.randrange(steps), rng.randrange(steps // 3)
+def wait_until(moment: str, process: subprocess.Popen, workdir: Path, rng: random.Random) -> None:
+    """Until a random moment of starting, of a random step, or of the writing of a random checkpoint; or until the run
+    ends."""
+    step, complete = rng.randrange(STEPS), rng.randrange(STEPS // 3)
     reached = {
         "starting": lambda: True,
         "training": lambda: len(read_metrics(str(workdir))) >= step,
@@ -113,13 +132,13 @@ def wait_until(moment: str, process: subprocess.Popen, workdir: Path, steps: int
     time.sleep(rng.uniform(0, 10 if moment == "starting" else 0.1))
 
 
-def trial(folder: Path, name: str, processes: int, steps: int, expected: tuple, rng: random.Random) -> Trial | None:
+def trial(folder: Path, name: str, expected: tuple, rng: random.Random) -> Trial | None:
     """One run that is killed once; None when it was over before it could be."""
     victim, moment = rng.choice(["one", "all"]), rng.choice(["starting", "training", "training", "saving", "saving"])
     workdir = folder / name
     began = time.perf_counter()
-    process = start(folder, workdir, processes, steps)
-    wait_until(moment, process, workdir, steps, rng)
+    process = start(folder, workdir)
+    wait_until(moment, process, workdir, rng)
     victims = psutil.Process(process.pid).children() if process.poll() is None else []
     for child in victims if victim == "all" else rng.sample(victims, min(1, len(victims))):
         child.send_signal(signal.SIGKILL)
@@ -132,35 +151,3 @@ def trial(folder: Path, name: str, processes: int, steps: int, expected: tuple, 
     ]
     same = code == 0 and outcome(workdir) == expected
     return Trial(victim, moment, saved, unfinished, resumed, time.perf_counter() - began, same)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=18)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out", help="folder for the runs and their output, which stay there; default: a temporary one"
-    )
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(given.out or temporary)
-        tiny_run.prepare(str(folder))
-        if start(folder, folder / "alone", given.processes, given.steps).wait():
-            raise SystemExit(f"{folder}/alone.log: the run that nobody kills failed")
-        expected = outcome(folder / "alone")
-        rng, trials, number = random.Random(given.seed), [], 0
-        while len(trials) < given.trials:
-            number += 1
-            if one := trial(folder, f"trial{number}", given.processes, given.steps, expected, rng):
-                trials.append(one)
-                print(f"{'ok  ' if one.good else 'BAD '} {one}", flush=True)
-    print(
-        f"{sum(one.good for one in trials)} of {len(trials)} go on bit for bit; in {sum(bool(one.half_written) for one in trials)} a checkpoint was half-written"
-    )
-    return 0 if all(one.good for one in trials) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,7 @@
-"""The smallest run worth the name: 12 steps of a model of some thousand parameters, for trials of stopping and restarting.
+"""The smallest run worth the name: 12 steps of a model of some thousand parameters, for trials of stopping and
+restarting.
 
-python -m medplib_jax.train --config=medplib_jax/benchmarks/tiny_run.py:FOLDER --workdir=... (FOLDER: what `prepare` has filled)
+python -m medplib_jax.train --config=tests/tiny_run.py:FOLDER --workdir=... (FOLDER: what `prepare` has filled)
 """
 
 import json
@@ -26,7 +27,10 @@ def prepare(folder: str) -> None:
 
 
 def experiment(folder: str) -> ExperimentConfig:
-    """Captions only, no experts and no masks: what matters is the loop. Records of one epoch do not fill its last batch."""
+    """Captions only, no experts and no masks: what matters is the loop.
+
+    Records of one epoch do not fill its last batch.
+    """
     model = ModelConfig(
         clip=ClipConfig(image_size=28, patch_size=14, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=32),
         llm=LlmConfig(
