@@ -10,6 +10,7 @@ die() {
 }
 
 # parse_options "allowed names" "required names" "$@": fills option[name], flags without a value become 1, what follows -- is command.
+[ "${BASH_VERSINFO[0]}" -ge 4 ] || die "bash 4 or newer is needed, this is $BASH_VERSION (macOS: brew install bash)"
 FLAGS=" spot gpu keep dry-run "
 declare -A option=()
 command=()

@@ -1,7 +1,7 @@
 """The whole system on a laptop: data, four training stages, evaluation, report. Run by launch/demo.sh.
 
-Every step leaves its result in the output folder and is skipped when it is there, so a second call resumes. Figures of the run
-stand in metrics.json, everything else in report.html.
+Every step leaves its result in the output folder and is skipped when it is there, so a second call resumes. Figures of
+the run stand in metrics.json, everything else in report.html.
 """
 
 import argparse
@@ -49,6 +49,7 @@ TESTS = {
     "III grounding": ("grounding",),
     "IV mixture": ("complex", "region", "grounding"),
 }
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
 SWEPT = ("II visual-language", "III grounding", "IV mixture")  # put to all tasks by --sweep
 GALLERY_SCORES = ("dice", "iou", "closed_accuracy", "open_exact_match", "open_f1")
 CURVES = ("loss", "ce", "dice", "bce")
@@ -118,10 +119,10 @@ class Stopwatch:
         self._start = time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         return {
             "seconds": self._before["seconds"] + time.perf_counter() - self._start,
-            "peak_rss_gb": max(self._before["peak_rss_gb"], kilobytes / 2**20),
+            "peak_rss_gb": max(self._before["peak_rss_gb"], peak * MAXRSS_BYTES / 2**30),
         }
 
     def save(self) -> None:
@@ -198,7 +199,8 @@ def evaluate(demo: Demo, stage: str) -> dict[str, dict]:
 
 
 def sweep(demo: Demo) -> int:
-    """Stages II to IV on every task, those about absent targets apart; goes on in the folder of the stages' own evaluation."""
+    """Stages II to IV on every task, those about absent targets apart; goes on in the folder of the stages' own
+    evaluation."""
     announce("Sweep")
     records = json.loads((demo.data / phantom.FILES["test"]["grounding"]).read_text())
     demo.absent.write_text(
@@ -229,7 +231,8 @@ def flat_metrics(results: dict[str, dict]) -> dict[str, float]:
 
 
 def headline(cells: dict[str, dict]) -> dict[str, float]:
-    """The figures of one model: grounding.mdice, no_target.accuracy, region_vqa.accuracy, closed_vqa.accuracy, open_vqa.accuracy, ..."""
+    """The figures of one model: grounding.mdice, no_target.accuracy, region_vqa.accuracy, closed_vqa.accuracy,
+    open_vqa.accuracy, ..."""
     flat = {}
     if "grounding" in cells:
         found = cells["grounding"]["metrics"]

@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # The whole system on a laptop: makes .venv, generates a phantom dataset, trains the four stages of a small MedPLIB,
 # evaluates it on held-out examples and writes runs/demo/report.html. Ctrl-C and a second call resume where it stood.
+#
+#   bash launch/demo.sh [--out runs/demo] [--examples 3000] [--test-examples 100] [--seed 0] [--sweep]
+#
 # With --sweep it then compares the stages' models on every task: runs/demo/evaluation/report.html.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."
 source launch/venv.sh launch/requirements.txt
 exec python -m launch.demo "$@"

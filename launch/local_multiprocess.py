@@ -4,9 +4,10 @@ COMMAND
     python -m launch.local_multiprocess --processes 2 --devices 4 -- \
         python -m medplib_jax.train --config=configs/stage1_align.py:tiny --workdir=runs/two --config.mesh.fsdp=2
 
-Every process gets JAX's coordinator variables and, with --devices, that many virtual CPU devices. Its output is prefixed with its
-number. When one exits with 75 (saved, hung, lost another one) or is killed, all are started again, at most --max-restarts times;
-any other failure ends all. SIGTERM, SIGUSR1 and SIGINT are passed on, and then nothing is started again.
+Every process gets JAX's coordinator variables and, with --devices, that many virtual CPU devices. Its output is
+prefixed with its number. When one exits with 75 (saved, hung, lost another one) or is killed, all are started again, at
+most --max-restarts times; any other failure ends all. SIGTERM, SIGUSR1 and SIGINT are passed on, and then nothing is
+started again.
 
 EXIT CODES
     0    every process finished
@@ -97,7 +98,8 @@ class Group:
         return next((code for code in codes if not asks_for_restart(code)), RESTART if codes else 0)
 
     def _first_failures(self) -> list[int]:
-        """Waits until all have finished (then none) or some have failed (then their codes: what follows is only its consequence)."""
+        """Waits until all have finished (then none) or some have failed (then their codes: what follows is only its
+        consequence)."""
         while True:
             codes = [process.poll() for process in self.processes]
             failed = [code for code in codes if code]

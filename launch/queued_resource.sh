@@ -22,6 +22,7 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 LAUNCH="$(cd "$(dirname "$0")" && pwd)"
 POLL_SECONDS=30
+MAX_ERRORS=10
 
 action="${1:-}"
 case "$action" in
@@ -54,19 +55,39 @@ create() {
     --scopes=https://www.googleapis.com/auth/cloud-platform --async
 }
 
-# ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; nothing when there is none of this name.
-state() {
-  run gcloud compute tpus queued-resources describe "${option[name]}" "${where[@]}" --format='value(state.state)' 2>/dev/null || true
+# Sets `now` to the resource's state (ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...), or to `gone` when there is none of this
+# name. Any other error of gcloud ends this script: at once when gcloud has not worked yet (no project, no login), else after
+# MAX_ERRORS in a row (the network).
+now='' gcloud_works=''
+read_state() {
+  local errors=0 said
+  local ask=(gcloud compute tpus queued-resources describe "${option[name]}" "${where[@]}" --format='value(state.state)')
+  if [ -n "${option[dry-run]:-}" ]; then
+    quoted "${ask[@]}"
+    now=ACTIVE
+    return
+  fi
+  said="$(mktemp)"
+  until now="$("${ask[@]}" 2> "$said")"; do
+    if grep -q NOT_FOUND "$said"; then now=gone; break; fi
+    cat "$said" >&2
+    errors=$((errors + 1))
+    if [ -z "$gcloud_works" ] || [ "$errors" -ge "$MAX_ERRORS" ]; then
+      rm -f "$said"
+      die "the state of ${option[name]} is not known (the error above is gcloud's)"
+    fi
+    sleep "$POLL_SECONDS"
+  done
+  rm -f "$said"
+  gcloud_works=1
 }
 
 wait_until_active() {
-  local now
   while true; do
-    now="$(state)"
+    read_state
     case "$now" in
       ACTIVE) return ;;
-      gcloud*) echo "$now"; return ;; # a dry run
-      '' | FAILED | SUSPENDED | SUSPENDING | DELETING) echo "${option[name]} is ${now:-gone}" >&2; return 1 ;;
+      gone | FAILED | SUSPENDED | SUSPENDING | DELETING) echo "${option[name]} is $now" >&2; return 1 ;;
       *) echo "$(date +%T) ${option[name]} is $now" >&2 ;;
     esac
     sleep "$POLL_SECONDS"
@@ -83,22 +104,22 @@ on_workers() {
 # Copies the repository as git has it to every worker, and makes it ready to run.
 setup() {
   local archive node
-  archive="$(mktemp --suffix=.tar.gz)"
-  git -C "$LAUNCH/.." archive --format=tar.gz --prefix=medplib_jax/ -o "$archive" HEAD
+  archive="$(mktemp -d)/medplib_jax.tar.gz"
+  git -C "$LAUNCH/.." archive --format=tar.gz --prefix=medplib_jax/ -o "$archive" HEAD || return
   for node in $(nodes); do
     run gcloud compute tpus tpu-vm scp "$archive" "$node:medplib_jax.tar.gz" "${where[@]}" --worker=all || return
     run gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all --command='tar -xzf ~/medplib_jax.tar.gz -C ~' || return
   done
-  rm -f "$archive"
+  rm -r "$(dirname "$archive")"
   on_workers -- bash launch/setup_worker.sh "${option[bucket]:-}"
 }
 
 make_ready() {
-  local now
-  now="$(state)"
+  now=gone
+  [ -n "${option[dry-run]:-}" ] || read_state
   case "$now" in
-    '' | gcloud*) create ;;
-    FAILED | SUSPENDED | SUSPENDING) delete && create ;;
+    gone) create || return ;;
+    FAILED | SUSPENDED | SUSPENDING) delete && create || return ;;
   esac
   wait_until_active && setup
 }
@@ -108,27 +129,32 @@ attempt() {
   local code=0
   on_workers -- "${command[@]}" || code=$?
   if [ -n "${option[dry-run]:-}" ] || [ "$code" -eq 0 ]; then return 0; fi
-  if [ "$(state)" != ACTIVE ]; then return 76; fi
+  read_state
+  if [ "$now" != ACTIVE ]; then return 76; fi
   if [ "$code" -eq 75 ] || [ "$code" -ge 128 ]; then return 75; fi
   return "$code"
 }
 
+# New machines that cannot be had or made ready count as a start, too.
 train() {
-  local restart code
+  local restart code=76
   [ ${#command[@]} -gt 0 ] || die "no COMMAND after --"
-  make_ready
-  for ((restart = 1; ; restart++)); do
+  for ((restart = 0; restart <= ${option[max-restarts]:-100}; restart++)); do
+    [ "$restart" -eq 0 ] || echo "start $((restart + 1))" >&2
+    if [ "$code" -eq 76 ] && ! make_ready; then
+      [ "$restart" -gt 0 ] || return 1
+      sleep "$POLL_SECONDS"
+      continue
+    fi
     code=0
     attempt || code=$?
     case "$code" in
-      0) break ;;
-      75 | 76) [ "$restart" -le "${option[max-restarts]:-100}" ] || die "no restart is left" ;;
+      0) [ -n "${option[keep]:-}" ] || delete; return ;;
+      75 | 76) ;;
       *) echo "the command failed with $code; ${option[name]} is left as it is" >&2; exit "$code" ;;
     esac
-    echo "start $((restart + 1))" >&2
-    [ "$code" -eq 75 ] || until make_ready; do sleep "$POLL_SECONDS"; done
   done
-  [ -n "${option[keep]:-}" ] || delete
+  die "no restart is left"
 }
 
 case "$action" in

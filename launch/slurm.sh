@@ -14,6 +14,7 @@
 set -euo pipefail
 MAX_RESTARTS=100
 
+case "${1:-}" in -h | --help) sed -n '2,/^#SBATCH/s/^# \{0,1\}//p' "$0" | grep -v '^#*SBATCH'; exit 0 ;; esac
 dry_run=
 if [ "${1:-}" = --dry-run ]; then dry_run=1; shift; fi
 [ $# -gt 0 ] || { echo "usage: sbatch [SLURM OPTIONS] launch/slurm.sh [--dry-run] COMMAND..." >&2; exit 2; }

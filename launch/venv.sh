@@ -15,7 +15,12 @@ find_python() {
 
 ensure_venv() {
   local requirements="$1" stamp=".venv/installed-$(basename "$1")" python
-  [ -d .venv ] || { python="$(find_python)" && echo "Making .venv with $python ..." >&2 && "$python" -m venv .venv; }
+  # `activate` is written last: without it an earlier call was interrupted; without the program its Python has gone
+  if [ ! -e .venv/bin/activate ] || [ ! -x .venv/bin/python ]; then
+    python="$(find_python)"
+    echo "Making .venv with $python ..." >&2
+    "$python" -m venv --clear .venv
+  fi
   if ! cmp -s <(cat launch/requirements*.txt) "$stamp"; then
     echo "Installing $requirements ..." >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"

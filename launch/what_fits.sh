@@ -2,11 +2,12 @@
 # The tables "What fits where" of README.md: compiles every program of one for its TPUs or GPUs, without them. A few minutes each.
 # usage: bash launch/what_fits.sh FOLDER [tpu|gpu]    (reports that lie there already are kept)
 set -euo pipefail
-[ $# -ge 1 ] && [ "$1" != --help ] && [[ "${2:-tpu}" =~ ^(tpu|gpu)$ ]] || { sed -n '2,3s/^# //p' "$0" >&2; exit 2; }
-folder="$(realpath -m "$1")" kind="${2:-tpu}"
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+[ $# -ge 1 ] && [[ "${2:-tpu}" =~ ^(tpu|gpu)$ ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+mkdir -p "$1"
+folder="$(cd "$1" && pwd)" kind="${2:-tpu}"
 cd "$(dirname "$0")/.."
 source launch/venv.sh "launch/requirements-$kind.txt" # with the compiler
-mkdir -p "$folder"
 
 examine() { # NAME TOPOLOGY CONFIG FLAGS...
   local report="$folder/$1.json" topology="$2" config="$3"

@@ -39,9 +39,13 @@ def initialize_distributed() -> None:
     GKE nodes with TPUs (one slice or several), and for the tasks of one SLURM step.
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
-        )
+        numbers = [os.environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+        if not all(number.isdigit() for number in numbers):
+            raise ValueError(
+                "JAX_COORDINATOR_ADDRESS is set: expected JAX_NUM_PROCESSES and JAX_PROCESS_ID (0, 1, ...) beside it,"
+                f" found {numbers[0]!r} and {numbers[1]!r}"
+            )
+        jax.distributed.initialize(num_processes=int(numbers[0]), process_id=int(numbers[1]))
     elif on_tpu_vm() or in_slurm_step():
         jax.distributed.initialize()
 

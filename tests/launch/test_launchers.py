@@ -1,4 +1,5 @@
-"""The shell launchers: what they print in a dry run, and what they do with the programs they call replaced by small scripts."""
+"""The shell launchers: what they print in a dry run, and what they do with the programs they call replaced by small
+scripts."""
 
 import os
 import shlex
@@ -13,7 +14,8 @@ from launch import jobset
 from tests.paths import ROOT
 
 TRAIN = ["python", "-m", "medplib_jax.train", "--config=configs/stage4_moe.py:7b", "--workdir=/mnt/bucket/a run"]
-# The flags that the launchers may use, as `gcloud ... --help` (SDK 528) and `xpk workload create --help` (1.16) list them.
+# The flags that the launchers may use, as `gcloud ... --help` (SDK 528) and `xpk workload create --help` (1.16) list
+# them.
 GCLOUD = {
     "queued-resources create": {
         "zone",
@@ -134,7 +136,9 @@ def test_a_queued_resource_in_a_dry_run(slices):
 CLOUD = """
 case "$*" in
   *" create "*) echo ACTIVE > {0}/state ;;
-  *" describe "*) cat {0}/state 2> /dev/null ;;
+  *" describe "*)
+    [ ! -e {0}/errors ] || {{ mv {0}/errors {0}/past; echo "ERROR: connection reset" >&2; exit 1; }}
+    cat {0}/state 2> /dev/null || {{ echo "ERROR: NOT_FOUND: Resource 'm' was not found" >&2; exit 1; }} ;;
   *" delete "*) rm {0}/state ;;
   *medplib_jax.train*)
     echo x >> {0}/tries
@@ -147,7 +151,8 @@ esac
 
 
 def train(folder: Path, tries: str, code: int = 0) -> list[str]:
-    """What queued_resource.sh train calls when the command ends as the lines of a `case` over the number of the try say."""
+    """What queued_resource.sh train calls when the command ends as the lines of a `case` over the number of the try
+    say."""
     fake(folder, "sleep", "")
     fake(folder, "gcloud", CLOUD.format(folder, tries))
     run(
@@ -179,6 +184,130 @@ def test_a_resource_that_was_taken_away_is_made_anew(tmp_path):
 
 def test_a_run_that_fails_for_good_is_not_started_again(tmp_path):
     assert train(tmp_path / "bin", "1) exit 1 ;;", code=1) == ["create", "train"]
+
+
+def test_an_error_of_gcloud_is_not_a_resource_that_is_gone(tmp_path):
+    """Before gcloud has worked it is told at once, and nothing is created."""
+    folder = fake(tmp_path / "bin", "gcloud", 'echo "ERROR: property [project] is not set" >&2; exit 1')
+    fake(folder, "sleep", "")
+    options = ["--name", "m", "--type", "v6e-64", "--zone", "z"]
+    for action in (["wait", *options], ["train", *options, "--", *TRAIN]):
+        said = run("queued_resource.sh", *action, path=folder, code=2).stderr
+        assert "property [project] is not set" in said and "the state of m is not known" in said
+    assert not any(" create " in call for call in calls(folder))
+
+
+def test_a_passing_error_of_gcloud_is_waited_for(tmp_path):
+    assert train(tmp_path / "bin", f"1) touch {tmp_path}/bin/errors; exit 75 ;;") == [
+        "create",
+        "train",
+        "train",
+        "delete",
+    ]
+
+
+def test_a_name_that_gcloud_does_not_know_is_gone(tmp_path):
+    folder = fake(tmp_path / "bin", "gcloud", CLOUD.format(tmp_path / "bin", ""))
+    assert "m is gone" in run("queued_resource.sh", "wait", "--name", "m", "--zone", "z", path=folder, code=1).stderr
+
+
+def test_machines_that_cannot_be_had_again_are_asked_for_so_often_only(tmp_path):
+    """The second `create` and all after it leave nothing that becomes active."""
+    folder = tmp_path / "bin"
+    cloud = CLOUD.replace(
+        "echo ACTIVE > {0}/state", "test -e {0}/tries && echo FAILED > {0}/state || echo ACTIVE > {0}/state"
+    )
+    fake(folder, "sleep", "")
+    fake(folder, "gcloud", cloud.format(folder, f"1) echo SUSPENDED > {folder}/state; exit 255 ;;"))
+    options = ["--name", "m", "--type", "v6e-64", "--zone", "z", "--max-restarts", "3"]
+    said = run("queued_resource.sh", "train", *options, "--", *TRAIN, path=folder, code=2).stderr
+    assert "no restart is left" in said and sum(" create " in call for call in calls(folder)) == 4
+
+
+@pytest.fixture
+def worker(tmp_path) -> Path:
+    """A repository on a TPU VM: .venv is there, the bucket is a folder, and mounting it works."""
+    (tmp_path / "launch").mkdir()
+    for path in (ROOT / "launch").glob("*"):
+        if path.suffix in (".sh", ".txt"):
+            (tmp_path / "launch" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / ".venv").mkdir()
+    fake(tmp_path / ".venv/bin", "python", "")
+    (tmp_path / ".venv/bin/activate").touch()
+    requirements = sorted((tmp_path / "launch").glob("requirements*.txt"))
+    stamp = "".join(path.read_text() for path in requirements)
+    (tmp_path / ".venv/installed-requirements-tpu.txt").write_text(stamp)
+    path = tmp_path / "bin"
+    fake(path, "sudo", '"$@"')
+    fake(path, "mountpoint", f"test -e {path}/mounted")
+    fake(path, "gcsfuse", f"touch {path}/mounted")
+    fake(path, "python3.11", "")
+    fake(path, "python3.12", "")
+    (tmp_path / "bucket").mkdir()
+    return tmp_path
+
+
+def setup(worker: Path, code: int = 0) -> subprocess.CompletedProcess:
+    variables = {"PATH": f"{worker}/bin:{os.environ['PATH']}", "BUCKET_MOUNT": str(worker / "bucket")}
+    script = ["bash", str(worker / "launch/setup_worker.sh"), "gs://b"]
+    done = subprocess.run(script, env={**os.environ, **variables}, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_a_worker_trains_into_the_bucket_whatever_an_earlier_call_left(worker):
+    """The first call mounts the bucket and then fails; the second finds it mounted."""
+    (worker / "bin/mounted").touch()
+    (worker / "runs").mkdir()  # made by a command that ran without the links
+    setup(worker)
+    setup(worker)
+    for folder in ("runs", "data", "checkpoints"):
+        assert (worker / folder).is_symlink() and (worker / folder).resolve() == worker / "bucket" / folder
+    assert not (worker / "bucket/runs/runs").exists()
+
+
+def test_what_lies_on_the_disk_of_a_worker_is_not_hidden(worker):
+    (worker / "runs/7b").mkdir(parents=True)
+    assert "runs holds files on this VM's disk" in setup(worker, code=1).stderr
+    assert (worker / "runs/7b").is_dir()
+
+
+def test_a_worker_whose_bucket_is_no_longer_mounted_does_not_train(worker):
+    setup(worker)
+    command = ["bash", str(worker / "launch/on_worker.sh"), "true"]
+    environment = {**os.environ, "PATH": f"{worker}/bin:{os.environ['PATH']}"}
+    assert subprocess.run(command, env=environment).returncode == 0
+    (worker / "bin/mounted").unlink()
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 1 and "no longer mounted" in refused.stderr
+
+
+@pytest.mark.parametrize("left", ["nothing", "bin/python alone", "a Python that has gone"])
+def test_a_half_made_venv_is_made_again(worker, left):
+    venv = worker / ".venv"
+    (venv / "bin/python").unlink()
+    if left == "bin/python alone":
+        (venv / "bin/activate").unlink()
+        fake(venv / "bin", "python", "exit 1")
+    if left == "a Python that has gone":
+        (venv / "bin/python").symlink_to("/no/such/python")
+    made = 'mkdir -p bin; rm -f bin/python; ln -s "$0" bin/python; touch bin/activate'
+    made = f'[ "$1" != -m ] || {{ cd {venv}; {made}; }}'
+    fake(worker / "bin", "python3.11", made)
+    setup(worker)
+    assert "python3.11 -m venv --clear .venv" in calls(worker / "bin")
+    (venv / "bin/python").resolve(strict=True)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").glob("*.sh")))
+def test_help_is_printed_and_nothing_else_happens(script, tmp_path):
+    if script in ("common.sh", "venv.sh"):
+        return  # sourced by the others
+    folder = tmp_path / "bin"
+    for program in ("srun", "gcloud", "xpk", "docker", "python", "python3.11", "sudo", "setsid", "pip"):
+        fake(folder, program, "exit 9")
+    said = run(script, "--help", path=folder).stdout
+    assert f"launch/{script}" in said and "#" not in said.split("\n")[0] and not (folder / "calls").exists()
 
 
 def test_on_a_worker_what_an_earlier_call_left_running_is_ended(tmp_path):
@@ -246,7 +375,7 @@ def manifest(topology: str, **changes) -> dict:
         "topology": topology,
         "slices": 1,
         "image": "i",
-        "bucket": "gs://b",
+        "bucket": "gs://bucket",
         "service_account": "trainer",
         "max_restarts": 5,
         "command": TRAIN,
@@ -293,7 +422,7 @@ def test_the_jobset_starts_again_on_75_and_kills_only():
 
 
 def test_jobset_on_the_command_line():
-    arguments = ["--name", "m", "--image", "i", "--bucket", "b", "--", *TRAIN]
+    arguments = ["--name", "m", "--image", "i", "--bucket", "bucket", "--", *TRAIN]
     command = [sys.executable, "-m", "launch.jobset", "--topology"]
     printed = subprocess.run(
         [*command, "v5e:8x8", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
@@ -301,6 +430,25 @@ def test_jobset_on_the_command_line():
     assert yaml.safe_load(printed)["metadata"]["name"] == "m" and "$" not in printed
     refused = subprocess.run([*command, "v5e-64", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "expected KIND:SIZES such as v5e:8x8" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "Stage_IV"}, "--name 'Stage_IV': expected lower-case letters, digits and -"),
+        ({"name": "4th"}, "--name '4th'"),
+        ({"name": "m" * 60}, "is 14 letters too long: pods are called"),
+        ({"service_account": "a b"}, "--service-account 'a b'"),
+        ({"bucket": "gs://B"}, "--bucket 'B'"),
+        ({"image": "an image: here"}, "--image"),
+        ({"slices": 0}, "--slices 0: expected 1 or more"),
+        ({"topology": "v5e:x"}, "expected KIND:SIZES"),
+        ({"topology": "v5e:0x8"}, "expected KIND:SIZES"),
+    ],
+)
+def test_names_that_kubernetes_would_refuse_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        manifest(**{"topology": "v5e:8x8"} | changes)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The launcher with commands that need no jax; what it does for a training run is tested in tests/parallel/test_processes.py."""
+"""The launcher with commands that need no jax; what it does for a training run is tested in
+tests/parallel/test_processes.py."""
 
 import os
 import shlex
@@ -18,7 +19,8 @@ COUNT = "import os, pathlib, signal, sys; me = os.environ['JAX_PROCESS_ID']; n =
 
 @pytest.fixture
 def starts(tmp_path):
-    """start(body, processes, max_restarts) -> exit code; in `body`, `me` is the process and `n` how often it was started before."""
+    """start(body, processes, max_restarts) -> exit code; in `body`, `me` is the process and `n` how often it was
+    started before."""
 
     def start(body: str, processes: int = 2, max_restarts: int = 3) -> int:
         code = COUNT.format(tmp_path, tmp_path) + body

@@ -16,7 +16,7 @@ import pytest
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.data.pipeline import make_loader
 from medplib_jax.parallel.mesh import make_mesh
-from medplib_jax.parallel.processes import RESTART
+from medplib_jax.parallel.processes import RESTART, initialize_distributed
 from medplib_jax.train import loop as train_module
 from medplib_jax.train.metrics_log import read_metrics
 from tests import tiny_run
@@ -118,6 +118,16 @@ def assert_close(found: dict[int, tuple[float, float]], expected: dict[int, tupl
     assert found.keys() == expected.keys()
     for step, values in found.items():
         assert values == pytest.approx(expected[step], rel=1e-5), step
+
+
+@pytest.mark.parametrize(
+    "variables", [{}, {"JAX_NUM_PROCESSES": "2"}, {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "one"}]
+)
+def test_a_coordinator_alone_is_explained(monkeypatch, variables):
+    for name, value in {"JAX_COORDINATOR_ADDRESS": "host:1234", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="expected JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
+        initialize_distributed()
 
 
 def test_processes_agree_and_an_error_in_one_ends_all(folder):
