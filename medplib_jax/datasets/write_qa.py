@@ -191,9 +191,10 @@ def _llm_writer(arguments: argparse.Namespace) -> records.Writer:
         arguments.endpoint, arguments.model, os.environ.get(KEY, ""), json.loads(arguments.request), arguments.timeout
     )
     cache = arguments.cache or os.path.join(arguments.out, "answers")
-    return llm.Writer(
-        chat.Chat(endpoint, cache), arguments.seed, arguments.concurrency, (arguments.price_in, arguments.price_out)
-    )
+    asked = chat.Chat(endpoint, cache)
+    if not os.path.isdir(cache):  # later runs may find all answers there
+        asked.reach()
+    return llm.LlmWriter(asked, arguments.seed, arguments.concurrency, (arguments.price_in, arguments.price_out))
 
 
 def main() -> int:

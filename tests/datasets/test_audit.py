@@ -201,3 +201,34 @@ def test_command_writes_both_reports_with_worker_processes(root, monkeypatch, ca
 def test_a_folder_without_a_dataset_is_refused(tmp_path):
     with pytest.raises(DataError, match="no dataset"):
         audit(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "more", "pattern"),
+    [
+        (("images/p1/a.png", "images/p1/b.png"), ({}, {}), ""),
+        (("images/a.png", "images/b.png"), ({"patient": "x"}, {"patient": "x"}), ""),
+        (("images/17_a.png", "images/17_b.png"), ({}, {}), r"^\d+"),
+        (("images/ct_00--A--case_1_t1--x_1.png", "images/ct_00--A--case_1_flair--x_9.png"), ({}, {}), ""),
+        (("images/ct_00--s--p1--one--z_0.png", "images/ct_00--s--p1--two--z_0.png"), ({}, {}), ""),
+    ],
+)
+def test_a_patient_in_two_splits_is_found_in_records_that_are_split_already(tmp_path, names, more, pattern):
+    for number, (split, name, extra) in enumerate(zip(("train", "test"), names, more, strict=True)):
+        raw = {"image": name, "conversations": vqa(0)["conversations"], **extra}
+        write(tmp_path, f"{split}.json", [raw])
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (20, 20), number).save(tmp_path / name)
+    report, _ = audit(str(tmp_path), patient=pattern)
+    assert report["finding_counts"] == {"held-out patient is in the training data": 1}
+
+
+def test_every_json_file_is_read_or_named(root):
+    write(root, "train.json", GOOD)
+    (root / "more.JSONL").write_text(json.dumps(GOOD[0]))
+    (root / "notes.json").write_text("{}")
+    (root / "grit").mkdir()
+    write(root, "grit/VG.json", [])
+    report, _ = audit(str(root))
+    assert report["not_read"] == ["grit/VG.json", "notes.json"]
+    assert report["by_source"].keys() == {"train.json", "more.JSONL"}

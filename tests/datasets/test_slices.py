@@ -1,6 +1,9 @@
 """DICOM and NIfTI scans to a folder of images with named masks, and on to questions."""
 
 import json
+import os
+import pathlib
+import sys
 
 import nibabel
 import numpy as np
@@ -10,6 +13,9 @@ from PIL import Image
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medplib_jax.data.errors import DataError
+from medplib_jax.datasets import slices, write_qa
+from medplib_jax.datasets.audit.collect import audit
+from medplib_jax.datasets.files import files_below
 from medplib_jax.datasets.qa.folder import scan
 from medplib_jax.datasets.slices import SliceOptions, make_slices
 
@@ -26,7 +32,7 @@ def write_dicom(path, values, **tags):
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     data = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
     data.Modality, data.PatientName = "CT", "Somebody^Known"
-    data.Rows, data.Columns = values.shape[-2:]
+    data.Rows, data.Columns = values.shape[-2:]  # of one sample per pixel
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
     data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
     data.RescaleIntercept, data.RescaleSlope = -1024, 2
@@ -122,3 +128,146 @@ def test_what_cannot_be_used_is_named(tmp_path, volume):
 def test_options_are_checked(wrong, message):
     with pytest.raises(ValueError, match=message):
         SliceOptions(**wrong)
+
+
+def test_a_patient_of_several_dicom_files_is_in_one_split_and_the_audit_agrees(tmp_path):
+    for patient in range(6):
+        for number in range(4):
+            values = np.random.default_rng([patient, number]).integers(0, 900, (20, 20))
+            name = f"s/images/{patient * 4 + number}.dcm"
+            write_dicom(tmp_path / name, values, PatientID=f"ID-{patient}" if patient else "", StudyInstanceUID="1.2")
+    manifest = make_slices(str(tmp_path / "s"), str(tmp_path / "slices"), SliceOptions())
+    assert manifest["patients"] == 6 and manifest["slices"] == 24
+    assert not any(b"ID-" in file.read_bytes() for file in (tmp_path / "slices").rglob("*") if file.is_file())
+    options = write_qa.QaOptions(test_share=0.5)
+    write_qa.write_qa(str(tmp_path / "slices"), str(tmp_path / "qa"), write_qa.TemplateWriter(0), options)
+    report, facts = audit(str(tmp_path / "qa"))
+    assert len({one.patient for one in facts}) == 6 and {one.held_out for one in facts} == {True, False}
+    assert "held-out patient is in the training data" not in report["finding_counts"]
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        (("p1/flair", "p1/t1", "p2/flair", "p2/t1"), ""),
+        (("BRATS_001_flair", "BRATS_001_t1ce", "BRATS_002_flair", "BRATS_002_t1ce"), ""),
+        (("case1_0000", "case1_0001", "case2_0000", "case2_0001"), ""),
+        (("sub-01_ses-1_T1w", "sub-01_ses-2_T1w", "sub-02/anat/a", "sub-02/anat/b"), ""),
+        (("x-17-a", "x-17-b", "x-18-a", "x-18-b"), r"x-(\d+)"),
+    ],
+)
+def test_sequences_of_a_patient_belong_together(tmp_path, volume, names, pattern):
+    for name in names:
+        write_nifti(tmp_path / f"s/images/{name}.nii.gz", volume)
+    make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions("MR", patient=pattern))
+    patients = [entry["patient"] for entry in json.loads((tmp_path / "out/metadata.json").read_text()).values()]
+    assert len(patients) == 12 and sorted(map(patients.count, set(patients))) == [6, 6]
+
+
+def test_a_name_that_does_not_tell_the_patient_is_named(tmp_path, volume):
+    for name in ("x-17", "other"):
+        write_nifti(tmp_path / f"s/images/{name}.nii", volume)
+    manifest = make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions("MR", patient=r"\d+"))
+    assert manifest["reasons"] == {"name does not tell the patient": 1} and manifest["scans"] == 1
+    with pytest.raises(ValueError, match="--patient: expected a regular expression"):
+        SliceOptions(patient="(")
+
+
+def odd_dicom(path, **tags):
+    write_dicom(path, np.zeros((20, 20, 3)), Rows=20, Columns=20, SamplesPerPixel=3, PlanarConfiguration=0, **tags)
+
+
+ODD_SCANS = {
+    "colour.nii": lambda path: write_nifti(path, np.zeros((8, 8, 2), np.dtype([(one, "u1") for one in "RGB"]))),
+    "complex.nii": lambda path: write_nifti(path, np.ones((8, 8, 2), np.complex64)),
+    "nan.nii": lambda path: write_nifti(path, np.full((8, 8, 2), np.nan, np.float32)),
+    "deep.dcm": lambda path: odd_dicom(path, PhotometricInterpretation="RGB"),
+    "empty.dcm": lambda path: path.write_bytes(b""),
+    "empty.nii.gz": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("name", ODD_SCANS)
+def test_one_odd_scan_is_named_and_the_others_are_used(tmp_path, volume, name):
+    write_nifti(tmp_path / "s/images/good.nii", volume)
+    ODD_SCANS[name](tmp_path / "s/images" / name)
+    manifest = make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions("MR"))
+    (line,) = (tmp_path / "out/skipped.jsonl").read_text().splitlines()
+    assert name in json.loads(line)["file"] and manifest["scans"] == 1 and manifest["skipped"] == 1
+    assert json.loads((tmp_path / "out/metadata.json").read_text()).keys() == {
+        path.stem for path in (tmp_path / "out/images").iterdir()
+    }
+
+
+def test_of_a_scan_that_breaks_in_the_middle_nothing_stays(tmp_path, volume, monkeypatch):
+    write_nifti(tmp_path / "s/images/a.nii", volume)
+    write_nifti(tmp_path / "s/images/b.nii", volume)
+    grey, calls = slices._grey, []
+    monkeypatch.setattr(
+        slices, "_grey", lambda *values: grey(*values) if len(calls) < 4 and not calls.append(0) else 1 / 0
+    )
+    make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions("MR"))
+    assert {path.stem.split("--")[2] for path in (tmp_path / "out/images").iterdir()} == {"a"}
+
+
+def test_files_of_the_system_do_not_count(tmp_path, volume):
+    write_nifti(tmp_path / "s/images/a.nii", volume)
+    write_nifti(tmp_path / "s/masks/a/liver.nii", (volume > 0).astype(np.uint8))
+    for name in ("images/._a.nii", "masks/a/.DS_Store", "masks/.DS_Store", ".git/x", "masks/a/Thumbs.db"):
+        (tmp_path / "s" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "s" / name).write_bytes(b"\0")
+    manifest = make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions("MR"))
+    assert (manifest["slices"], manifest["skipped"]) == (1, 0)
+
+
+def test_every_file_is_used_or_named(tmp_path, volume):
+    source = tmp_path / "s"
+    write_nifti(source / "images/a.nii.gz", volume)
+    write_nifti(source / "masks/a/liver.nii.gz", (volume > 0).astype(np.uint8))
+    lost = ("masks/A/liver.nii.gz", "masks/b/liver.nii.gz", "imagesTr/c.nii.gz", "labelsTr/a.nii.gz")
+    for name in lost:
+        write_nifti(source / name, volume)
+    write_nifti(source / "masks/a.nii.gz", volume)  # there is no labels.json
+    (source / "images/notes.txt").write_text("x")
+    make_slices(str(source), str(tmp_path / "out"), SliceOptions("MR"))
+    lines = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    named = {str(pathlib.Path(line["file"]).relative_to(source)) for line in lines}
+    assert named == {*lost, "images/notes.txt", "masks/a.nii.gz"}
+    assert set(files_below(str(source))) == named | {"images/a.nii.gz", "masks/a/liver.nii.gz"}
+
+
+def test_scans_that_would_share_their_files_are_refused(tmp_path, volume):
+    for name in ("P 1", "P_1"):
+        write_nifti(tmp_path / f"s/images/{name}.nii.gz", volume)
+    with pytest.raises(DataError, match="two scans would share their files.*P 1.nii.gz, images/P_1.nii.gz"):
+        make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions("MR"))
+
+
+def test_each_value_of_a_label_map_is_a_mask(tmp_path, volume):
+    labels = (volume > 0).astype(np.uint8) * 2
+    labels[:4, :4, 1], labels[5:8, :4, 1] = 13, 9
+    write_nifti(tmp_path / "s/images/a.nii.gz", volume)
+    write_nifti(tmp_path / "s/masks/a/segmentation.nii.gz", labels)
+    make_slices(str(tmp_path / "s"), str(tmp_path / "one"), SliceOptions("MR"))
+    assert "mask has several values" in (tmp_path / "one/skipped.jsonl").read_text()
+    (tmp_path / "s/labels.json").write_text(json.dumps({"background": 0, "liver": 2, "left kidney": "13"}))
+    manifest = make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions("MR"))
+    assert manifest["reasons"] == {"value without a name": 1}
+    masks = sorted((tmp_path / "out/masks").rglob("*.png"))
+    assert [path.name for path in masks] == ["left_kidney.png", "liver.png"]
+    np.testing.assert_array_equal(picture(masks[0]) > 0, slices._axial(labels[:, :, 1] == 13))
+
+
+def test_a_window_may_begin_with_a_minus(tmp_path, volume, monkeypatch, capsys):
+    write_nifti(tmp_path / "s/images/a.nii.gz", volume)
+    arguments = ["--source", str(tmp_path / "s"), "--out", str(tmp_path / "out"), "--window", "-600,1500"]
+    monkeypatch.setattr(sys, "argv", ["slices", *arguments])
+    assert slices.main() == 0 and json.loads(capsys.readouterr().out)["window"] == [-600, 1500]
+
+
+def test_a_full_disk_is_one_line(tmp_path, volume, monkeypatch, capsys):
+    write_nifti(tmp_path / "s/images/a.nii.gz", volume)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device", "out")))
+    monkeypatch.setattr(sys, "argv", ["slices", "--source", str(tmp_path / "s"), "--out", str(tmp_path / "out")])
+    assert slices.main() == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "[Errno 28] No space left on device: 'out'"

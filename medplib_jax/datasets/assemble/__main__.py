@@ -8,7 +8,6 @@ import argparse
 import os
 import sys
 
-from medplib_jax.data.errors import DataError
 from medplib_jax.datasets.assemble.dataset import assemble, describe
 
 
@@ -23,7 +22,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         manifest = assemble(arguments.annotations, arguments.images, arguments.out, arguments.workers)
-    except DataError as error:
+    except (ValueError, OSError) as error:  # DataError among them
         print(error, file=sys.stderr)
         return 1
     print(describe(manifest, arguments.out))

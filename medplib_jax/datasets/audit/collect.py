@@ -13,6 +13,7 @@ The process ends with 0 whatever is found; --json holds the figures to decide up
 """
 
 import collections
+import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Sequence
@@ -27,22 +28,25 @@ from medplib_jax.data.sources import open_source
 from medplib_jax.data.splits import annotation_files, is_held_out
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.datasets.assemble.shards import DATASET, dataset_folder
-from medplib_jax.datasets.audit.facts import Facts, Reader, plain
+from medplib_jax.datasets.audit.facts import RecordFacts, Reader, plain
 from medplib_jax.datasets.audit.findings import Finding, find
 from medplib_jax.datasets.mecovqa import read_class_names
+from medplib_jax.datasets.patients import check_pattern
 from medplib_jax.datasets.processes import make_pool
 
 CHUNK = 200  # records per task of a worker process
 AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the picture
 
 
-def audit(folder: str, tokenizer: str = "", workers: int = 0) -> tuple[dict[str, Any], list[Facts]]:
+def audit(
+    folder: str, tokenizer: str = "", workers: int = 0, patient: str = ""
+) -> tuple[dict[str, Any], list[RecordFacts]]:
     """The report (see `summarize`) and the facts of every record.
 
     DataError when the folder holds no dataset or a file cannot be read.
     """
     sources, others = find_sources(folder)
-    facts = collect(sources, folder, tokenizer, workers)
+    facts = collect(sources, Reading(folder, tokenizer, patient), workers)
     return {**summarize(facts, find(facts), "tokens" if tokenizer else "words"), "not_read": others}, facts
 
 
@@ -68,15 +72,27 @@ def find_sources(folder: str) -> tuple[list[str], list[str]]:
     return found, sorted(os.path.relpath(file, folder) for file in {*others, *files} - {*found})
 
 
-def collect(sources: Sequence[str], folder: str, tokenizer: str, workers: int) -> list[Facts]:
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How records are read. tokenizer: its folder; empty: lengths are in words. patient: see `patients.patient_of`."""
+
+    folder: str
+    tokenizer: str
+    patient: str
+
+    def __post_init__(self):
+        check_pattern(self.patient)
+
+
+def collect(sources: Sequence[str], reading: Reading, workers: int) -> list[RecordFacts]:
     """Facts of every record of the sources, in order."""
-    chunks = []
+    chunks, folder = [], reading.folder
     for source in sources:
         count = len(open_source(source, folder))
         chunks += [(source, range(first, min(first + CHUNK, count))) for first in range(0, count, CHUNK)]
     if not chunks:
         raise DataError(folder, None, "no records", "at least one", "none")
-    read = functools.partial(_read_chunk, folder, tokenizer)
+    read = functools.partial(_read_chunk, reading)
     with tqdm(total=sum(len(indices) for _, indices in chunks), desc="audit", unit=" records") as bar:
         if not workers:
             return [one for chunk in chunks for one in _counted(read(chunk), bar)]
@@ -84,21 +100,22 @@ def collect(sources: Sequence[str], folder: str, tokenizer: str, workers: int) -
             return [one for facts in pool.map(read, chunks) for one in _counted(facts, bar)]
 
 
-def _counted(facts: list[Facts], bar: tqdm) -> list[Facts]:
+def _counted(facts: list[RecordFacts], bar: tqdm) -> list[RecordFacts]:
     bar.update(len(facts))
     return facts
 
 
-def _read_chunk(folder: str, tokenizer: str, chunk: tuple[str, Iterable[int]]) -> list[Facts]:
+def _read_chunk(reading: Reading, chunk: tuple[str, Iterable[int]]) -> list[RecordFacts]:
     source, indices = chunk
-    reader = _reader(folder, tokenizer, source)
+    reader = _reader(reading, source)
     return [reader.facts(index) for index in indices]
 
 
 @functools.lru_cache(maxsize=1)
-def _reader(folder: str, tokenizer: str, source: str) -> Reader:
-    name = os.path.relpath(source, folder).replace(os.sep, "/")
-    return Reader(open_source(source, folder), name, is_held_out(name), _measure(tokenizer), read_class_names(folder))
+def _reader(reading: Reading, source: str) -> Reader:
+    name = os.path.relpath(source, reading.folder).replace(os.sep, "/")
+    records, names = open_source(source, reading.folder), read_class_names(reading.folder)
+    return Reader(records, name, is_held_out(name), _measure(reading.tokenizer), names, reading.patient)
 
 
 def _measure(tokenizer: str):
@@ -112,7 +129,7 @@ def _words(record: Record) -> list[str]:
     return [word for _, text in record.turns for word in plain(text).split()]
 
 
-def summarize(facts: Sequence[Facts], findings: Sequence[Finding], unit: str) -> dict[str, Any]:
+def summarize(facts: Sequence[RecordFacts], findings: Sequence[Finding], unit: str) -> dict[str, Any]:
     """The report: `records`, `usable`, `pictures`, `suspicious` (with findings), counts, lengths, areas, and `findings`
     by name.
     """

@@ -15,6 +15,7 @@ from medplib_jax.data import images, regions
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.records import MASK, REGION, Record, check_complete
 from medplib_jax.datasets.mecovqa import class_name, parse_image_name
+from medplib_jax.datasets.patients import patient_of
 
 _TAG = re.compile(r"<[^<>]{1,12}>")
 
@@ -35,7 +36,7 @@ class MaskFacts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class RecordFacts:
     """One record. `problem` says why it cannot be used; what comes after it may then be missing."""
 
     source: str
@@ -44,7 +45,7 @@ class Facts:
     problem: DataError | None = None
     images: tuple[str, ...] = ()
     modality: str = ""
-    patient: str = ""  # patient, scan or video, as far as the file name says
+    patient: str = ""  # patient, scan or video, as far as anything says
     task: str = ""  # grounding, region, open, closed, or vqa where the type of the answer is not stated
     answer_type: str = ""
     questions: tuple[str, ...] = ()
@@ -70,26 +71,33 @@ class Reader:
     """Facts of the records of one source. Pictures are decoded once per name; only their size and hash are kept."""
 
     def __init__(
-        self, source: Sequence[Record], name: str, held_out: bool, measure: Callable[[Record], int], class_names: dict
+        self,
+        source: Sequence[Record],
+        name: str,
+        held_out: bool,
+        measure: Callable[[Record], int],
+        class_names: dict,
+        pattern: str,
     ):
         self._source, self._name, self._held_out = source, name, held_out
-        self._measure, self._class_names = measure, class_names
+        self._measure, self._class_names, self._pattern = measure, class_names, pattern
         self._pictures: dict[str, _Picture] = {}
 
-    def facts(self, index: int) -> Facts:
+    def facts(self, index: int) -> RecordFacts:
         try:
             record = self._source[index]
             check_complete(record)
+            patient = self._patient(record)
         except DataError as error:
-            return Facts(self._name, index, self._held_out, error)
-        known = Facts(
+            return RecordFacts(self._name, index, self._held_out, error)
+        known = RecordFacts(
             self._name,
             index,
             self._held_out,
             None,
             record.images,
             record.modality,
-            parse_image_name(record.images[0]).patient if record.images else "",
+            patient,
             task_of(record),
             record.answer_type,
             tuple(plain(text) for role, text in record.turns if role == "human"),
@@ -109,6 +117,18 @@ class Reader:
             masks=masks,
             notices=tuple(f"{os.path.basename(one.file)}: {one.found}" for one in odd),
         )
+
+    def _patient(self, record: Record) -> str:
+        """Whose image it is, as far as the option, the record, or the image's name or folder says; empty when none does.
+
+        A folder without a digit is a modality or a part of a dataset rather than a patient.
+        """
+        image = record.images[0].removeprefix("images/") if record.images else ""
+        if self._pattern:
+            return patient_of(image, self._pattern)
+        folder = image.split("/")[0] if "/" in image else ""
+        told = record.patient or parse_image_name(image).patient
+        return told or (folder if any(map(str.isdigit, folder)) else "")
 
     def _picture(self, record: Record, name: str) -> "_Picture":
         if name not in self._pictures:

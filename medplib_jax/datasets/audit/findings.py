@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from medplib_jax.data.errors import DataError
-from medplib_jax.datasets.audit.facts import Facts, MaskFacts
+from medplib_jax.datasets.audit.facts import RecordFacts, MaskFacts
 from medplib_jax.datasets.sides import MARGIN, SIDE, contradiction
 
 FULL = 0.98  # share of the picture from which a mask is called full
@@ -55,7 +55,7 @@ class Finding:
         return dataclasses.asdict(self)
 
 
-def find(facts: Sequence[Facts]) -> list[Finding]:
+def find(facts: Sequence[RecordFacts]) -> list[Finding]:
     """Every finding, in the order of `CHECKS`."""
     usable = [one for one in facts if one.problem is None]
     findings = [
@@ -75,28 +75,28 @@ def describe(problem: DataError) -> str:
     return where + "; ".join(filter(None, [problem.what, ", ".join(detail)]))
 
 
-Found = Iterator[tuple[Facts, str, str]]
+Found = Iterator[tuple[RecordFacts, str, str]]
 
 
-def odd_files(facts: Sequence[Facts]) -> Found:
+def odd_files(facts: Sequence[RecordFacts]) -> Found:
     for one in facts:
         if one.notices:
             yield one, ", ".join(one.notices), ""
 
 
-def full_masks(facts: Sequence[Facts]) -> Found:
+def full_masks(facts: Sequence[RecordFacts]) -> Found:
     for one, mask in _masks(facts):
         if mask.area >= FULL:
             yield one, f"covers {mask.area:.0%} of the picture", mask.name
 
 
-def tiny_masks(facts: Sequence[Facts]) -> Found:
+def tiny_masks(facts: Sequence[RecordFacts]) -> Found:
     for one, mask in _masks(facts):
         if mask.area < TINY and not mask.name.startswith(("point:", "scribble:")):
             yield one, f"covers {mask.area:.2g} of the picture", mask.name
 
 
-def misplaced(facts: Sequence[Facts]) -> Found:
+def misplaced(facts: Sequence[RecordFacts]) -> Found:
     """The text says where in the picture something is, and its only mask lies elsewhere.
 
     A mask that reaches the place counts as there.
@@ -109,7 +109,7 @@ def misplaced(facts: Sequence[Facts]) -> Found:
             yield one, f'the text says "{words}", the mask\'s centre is at x {mask.x:.0%}, y {mask.y:.0%}', mask.name
 
 
-def wrong_side(facts: Sequence[Facts]) -> Found:
+def wrong_side(facts: Sequence[RecordFacts]) -> Found:
     """A left or right organ on the other side than the same collection has it nearly always (CT shows the patient's
     left on the right).
     """
@@ -134,7 +134,7 @@ def wrong_side(facts: Sequence[Facts]) -> Found:
                 )
 
 
-def same_place(facts: Sequence[Facts]) -> Found:
+def same_place(facts: Sequence[RecordFacts]) -> Found:
     """The left and the right one of a pair lie on each other in one picture."""
     pairs = collections.defaultdict(dict)
     for one, mask in _masks(facts):
@@ -150,7 +150,7 @@ def same_place(facts: Sequence[Facts]) -> Found:
                 yield one, f'lies where "{other.label}" lies ({other.name})', mask.name
 
 
-def same_mask(facts: Sequence[Facts]) -> Found:
+def same_mask(facts: Sequence[RecordFacts]) -> Found:
     """The same pixels of a picture are called by different names."""
     names = collections.defaultdict(set)
     for one, mask in _masks(facts):
@@ -162,7 +162,7 @@ def same_mask(facts: Sequence[Facts]) -> Found:
             yield one, f'the mask of "{mask.label}" is pixel for pixel that of "{", ".join(others)}"', mask.name
 
 
-def other_class(facts: Sequence[Facts]) -> Found:
+def other_class(facts: Sequence[RecordFacts]) -> Found:
     """The mask marks one class, and its question and answer name only others that the dataset knows."""
     vocabulary = {frozenset(words) for _, mask in _masks(facts) if (words := _label_words(mask.label))}
     for one, mask in _masks(facts):
@@ -174,7 +174,7 @@ def other_class(facts: Sequence[Facts]) -> Found:
             yield one, f'the mask is of "{mask.label}", the text names {", ".join(named[:3])}', mask.name
 
 
-def duplicates(facts: Sequence[Facts]) -> Found:
+def duplicates(facts: Sequence[RecordFacts]) -> Found:
     groups = collections.defaultdict(list)
     for one in facts:
         masks = tuple(mask.name for mask in one.masks if mask.in_question)
@@ -190,7 +190,7 @@ def duplicates(facts: Sequence[Facts]) -> Found:
             yield other, f"asks what {first.source}, record {first.record} asks, with {answer}", ""
 
 
-def leaks(facts: Sequence[Facts]) -> Found:
+def leaks(facts: Sequence[RecordFacts]) -> Found:
     """The answer stands in the question, which does not offer a choice."""
     for one in facts:
         if one.task in ("grounding", "closed"):
@@ -202,7 +202,7 @@ def leaks(facts: Sequence[Facts]) -> Found:
                 yield one, f'"{answer}" stands in the question "{question}"', ""
 
 
-def same_picture(facts: Sequence[Facts]) -> Found:
+def same_picture(facts: Sequence[RecordFacts]) -> Found:
     training = {one.picture_hash: one for one in facts if not one.held_out and one.picture_hash}
     for one in facts:
         if one.held_out and one.picture_hash in training:
@@ -210,7 +210,7 @@ def same_picture(facts: Sequence[Facts]) -> Found:
             yield one, f"its picture is that of {other.source}, record {other.record} ({other.images[0]})", ""
 
 
-def same_patient(facts: Sequence[Facts]) -> Found:
+def same_patient(facts: Sequence[RecordFacts]) -> Found:
     training = {one.patient: one for one in facts if not one.held_out and one.patient}
     for one in facts:
         if one.held_out and one.patient in training:
@@ -218,7 +218,7 @@ def same_patient(facts: Sequence[Facts]) -> Found:
             yield one, f"{one.patient} is in {other.source}, record {other.record}, too", ""
 
 
-CHECKS: dict[str, Callable[[Sequence[Facts]], Found]] = {
+CHECKS: dict[str, Callable[[Sequence[RecordFacts]], Found]] = {
     "mask and text are at different places": misplaced,
     "left and right swapped": wrong_side,
     "left and right at one place": same_place,
@@ -234,30 +234,30 @@ CHECKS: dict[str, Callable[[Sequence[Facts]], Found]] = {
 }
 
 
-def _masks(facts: Sequence[Facts]) -> Iterator[tuple[Facts, MaskFacts]]:
+def _masks(facts: Sequence[RecordFacts]) -> Iterator[tuple[RecordFacts, MaskFacts]]:
     return ((one, mask) for one in facts for mask in one.masks)
 
 
-def _round(one: Facts, mask: MaskFacts) -> str:
+def _round(one: RecordFacts, mask: MaskFacts) -> str:
     """The question and answer that the mask belongs to."""
     number = mask.turn // 2
     return " ".join(one.questions[number : number + 1] + one.answers[number : number + 1])
 
 
-def _is_denied(one: Facts, mask: MaskFacts) -> bool:
+def _is_denied(one: RecordFacts, mask: MaskFacts) -> bool:
     """The mask's question asks whether it is something else, and the answer is no."""
     answers = one.answers[mask.turn // 2 :]
     return mask.in_question and bool(answers) and _normal(answers[0]).split()[:1] == ["no"]
 
 
-def _collection(one: Facts) -> str:
+def _collection(one: RecordFacts) -> str:
     """Records that share one way of showing left and right: collection and, for slices, the plane."""
     parts = one.images[0].split("/")[-1].split("--")
     plane = parts[-1].split("_")[0] if len(parts) > 3 else ""
     return "--".join([*parts[:2], plane])
 
 
-def _side_of(mask: MaskFacts, one: Facts) -> str:
+def _side_of(mask: MaskFacts, one: RecordFacts) -> str:
     """left or right, when the mask's label says one of them, or, without a label, the text of a record with this mask
     alone.
     """

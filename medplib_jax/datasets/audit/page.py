@@ -17,7 +17,7 @@ from medplib_jax.data import images, regions
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import Record
 from medplib_jax.data.sources import open_source
-from medplib_jax.datasets.audit.facts import Facts, MaskFacts
+from medplib_jax.datasets.audit.facts import RecordFacts, MaskFacts
 
 THUMBNAIL = 200  # pixels of the longest side
 PER_FINDING, PER_GROUP, MOST_GROUPS = 6, 1, 48  # cards
@@ -36,7 +36,7 @@ class Card:
     detail: str
 
 
-def write_page(report: dict[str, Any], facts: Sequence[Facts], folder: str, path: str) -> None:
+def write_page(report: dict[str, Any], facts: Sequence[RecordFacts], folder: str, path: str) -> None:
     """Writes the page of a report and the facts it was made from.
 
     What comes from the dataset is escaped; nothing is fetched.
@@ -77,7 +77,7 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).astype(int))]
 
 
-def gallery(facts: Sequence[Facts]) -> list[Facts]:
+def gallery(facts: Sequence[RecordFacts]) -> list[RecordFacts]:
     """One record for each modality and task, each with another picture where there is one."""
     groups, seen = collections.defaultdict(list), set()
     for one in facts:
@@ -91,7 +91,7 @@ def gallery(facts: Sequence[Facts]) -> list[Facts]:
     return chosen[:MOST_GROUPS]
 
 
-def card_of(one: Facts, pictures: "Pictures", unit: str, detail: str = "", mask: str = "") -> Card:
+def card_of(one: RecordFacts, pictures: "Pictures", unit: str, detail: str = "", mask: str = "") -> Card:
     chips = tuple(
         filter(
             None,
@@ -116,7 +116,7 @@ class Pictures:
     def __init__(self, folder: str):
         self._folder, self._sources = folder, {}
 
-    def draw(self, one: Facts, masks: Iterable[MaskFacts]) -> str:
+    def draw(self, one: RecordFacts, masks: Iterable[MaskFacts]) -> str:
         """Data URI of a JPEG, empty when the record has no picture that can be read."""
         if one.source not in self._sources:
             self._sources[one.source] = open_source(str(Path(self._folder, one.source)), self._folder)

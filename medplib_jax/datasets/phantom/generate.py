@@ -116,7 +116,7 @@ def _write_example(out: Path, seed: int, job: tuple[str, int]) -> dict[str, list
     return {kind: text.single_records(facts, turns) for kind, turns in turns.items()}
 
 
-def _save(out: Path, stem: str, scene: Scene) -> text.Facts:
+def _save(out: Path, stem: str, scene: Scene) -> text.SceneFacts:
     """Write the image, each instance's mask and each name's united mask (0/255), and say what is visible."""
     _write_png(out / "images" / f"{stem}.png", scene.image)
     targets = []
@@ -130,11 +130,11 @@ def _save(out: Path, stem: str, scene: Scene) -> text.Facts:
         merged = f"masks_merged/{stem}--{label}.png"
         _write_png(out / merged, united.astype(np.uint8) * 255)
         centre_x = float(np.nonzero(united)[1].mean() / united.shape[1])
-        targets.append(text.Target(name, instances[0].finding, files, merged, centre_x))
+        targets.append(text.SceneTarget(name, instances[0].finding, files, merged, centre_x))
     visible = {target.name for target in targets}
     modality = scene.modality
     names = [(thing.name, False) for thing in modality.structures] + [(thing.name, True) for thing in modality.findings]
-    return text.Facts(
+    return text.SceneFacts(
         f"images/{stem}.png", modality.label, tuple(targets), tuple(entry for entry in names if entry[0] not in visible)
     )
 

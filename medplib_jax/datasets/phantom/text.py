@@ -9,7 +9,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class SceneTarget:
     """One visible name: files of its single instances and of their union, centre x of the union in [0, 1]."""
 
     name: str
@@ -20,12 +20,12 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class SceneFacts:
     """What is true of one image. `absent` holds (name, is finding) of the same modality's other names."""
 
     image: str
     modality: str
-    targets: tuple[Target, ...]
+    targets: tuple[SceneTarget, ...]
     absent: tuple[tuple[str, bool], ...]
 
     @property

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import requests
-from urllib3.exceptions import HTTPError, InvalidHeader, TimeoutError
+from urllib3.exceptions import HTTPError, InvalidHeader, NewConnectionError, TimeoutError
 from urllib3.util import Retry
 
 from medplib_jax.datasets.files import write_json
@@ -23,6 +23,7 @@ from medplib_jax.datasets.files import write_json
 Message = dict[str, str]  # role, content
 TRIES = 7  # of one request
 LONGEST_WAIT = 600.0  # seconds that a server may ask to wait
+CONNECT = 10.0  # seconds until a server must have accepted the connection
 MAX_BYTES = 2**24  # of a response
 _PASSING = (408, 409, 425, 429)  # and all from 500
 _FAILED = "failed: "
@@ -113,6 +114,17 @@ class Chat:
                 self._under_way.pop(key, None)
         return answer["text"]
 
+    def reach(self) -> None:
+        """Returns when anybody listens at the address, whatever the answer; else EndpointError, within seconds."""
+        address = self._endpoint.address.removesuffix("/chat/completions") + "/models"
+        options = {"timeout": CONNECT, "allow_redirects": False, "stream": True}
+        try:
+            self._session().get(address, auth=self._authorize, **options).close()
+        except requests.exceptions.ReadTimeout:
+            return  # it is there, and busy
+        except requests.exceptions.RequestException as error:
+            raise EndpointError(f"{address}: nobody answers ({error})") from error
+
     def failures(self) -> dict[str, int]:
         """How many tries failed, by kind."""
         with self._guard:
@@ -152,35 +164,52 @@ class Chat:
 
     def _try(self, request: dict[str, Any]) -> dict[str, Any]:
         endpoint, deadline = self._endpoint, time.monotonic() + self._endpoint.timeout
-        headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+        options = {
+            "timeout": (min(CONNECT, endpoint.timeout), endpoint.timeout),
+            "stream": True,
+            "allow_redirects": False,
+        }
         try:
-            with self._session().post(
-                endpoint.address, json=request, headers=headers, timeout=endpoint.timeout, stream=True
-            ) as response:
+            with self._session().post(endpoint.address, json=request, auth=self._authorize, **options) as response:
                 status, body = response.status_code, _body(response, deadline)
-        except (
-            requests.exceptions.InvalidURL,
-            requests.exceptions.MissingSchema,
-            requests.exceptions.TooManyRedirects,
-        ) as error:
+        except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema) as error:
             raise EndpointError(f"{endpoint.address}: {error}") from error
+        except requests.exceptions.ConnectTimeout as error:
+            if not self.counts["answers_paid"]:
+                raise EndpointError(f"{endpoint.address}: nobody answers within {CONNECT:g} s") from error
+            raise _Failure("connection failed", str(error)) from error
         except (requests.exceptions.Timeout, TimeoutError) as error:
             raise _Failure("no answer in time", f"{endpoint.timeout:g} s") from error
         except (requests.exceptions.RequestException, HTTPError, OSError) as error:
+            if not self.counts["answers_paid"] and _is_refused(error):
+                raise EndpointError(f"{endpoint.address}: nobody answers ({error})") from error
             raise _Failure("connection failed", str(error)) from error
         if status == 200:
             return _parse(body)
         said = f"HTTP {status}: {body[:300].decode(errors='replace')}"
-        if status in _HOPELESS:
+        if response.is_redirect:
+            said += f"; it leads to {response.headers['Location']}, give that address if you trust it"
+        if status in _HOPELESS or response.is_redirect:
             raise EndpointError(f"{endpoint.address} answers {said}")
         if status in _PASSING or status >= 500:
             raise _Failure(f"HTTP {status}", said, _seconds(response.headers.get("Retry-After")))
         raise NoAnswer(said)
 
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Adds the key alone. That there is such a function keeps the library from looking for passwords in ~/.netrc."""
+        if self._endpoint.key:
+            request.headers["Authorization"] = f"Bearer {self._endpoint.key}"
+        return request
+
     def _session(self) -> requests.Session:
         if not hasattr(self._threads, "session"):
             self._threads.session = requests.Session()
         return self._threads.session
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether nobody accepted the connection: no such host, or no server at that port."""
+    return isinstance(getattr(error.args[0] if error.args else None, "reason", None), NewConnectionError)
 
 
 def _read(path: str) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ GIVE_UP = 10  # images in a row without any answer: nobody is there
 T = TypeVar("T")
 
 
-class Writer:
+class LlmWriter:
     """Writes about images in their order, `concurrency` of them at a time.
 
     Prices are per million tokens, of questions and of answers.

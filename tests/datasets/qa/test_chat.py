@@ -209,3 +209,34 @@ def test_the_address_may_be_given_whole():
         == chat.Endpoint("http://a/v1/chat/completions", "m").address
         == "http://a/v1/chat/completions"
     )
+
+
+def test_a_redirect_takes_neither_the_text_nor_the_key_elsewhere(tmp_path):
+    with serve(lambda handler, messages, number: "Hi.") as other:
+        for status in (301, 302, 307, 308):
+            moved = {"Location": f"{other.url}/chat/completions"}
+            with (
+                serve(
+                    lambda handler, messages, number, to=moved, code=status: handler.reply(b"", code, **to)
+                ) as server,
+                pytest.raises(chat.EndpointError, match=f"HTTP {status}.*{other.url}"),
+            ):
+                client(server, tmp_path, key="secret").ask(MESSAGES)
+        assert not other.requests
+
+
+def test_a_password_of_netrc_is_not_sent(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with serve(lambda handler, messages, number: "Hi.") as server:
+        client(server, tmp_path).ask(MESSAGES)
+        client(server, tmp_path, extra={"a": 1}, key="secret").ask(MESSAGES)
+    (_, without), (_, headers) = server.requests
+    assert "Authorization" not in without and headers["Authorization"] == "Bearer secret"
+
+
+def test_an_address_where_nobody_is_ends_everything_at_once(tmp_path):
+    with serve() as server:
+        gone = client(server, tmp_path, backoff=100.0)
+    with pytest.raises(chat.EndpointError, match="nobody answers"):
+        gone.ask(MESSAGES)

@@ -41,7 +41,7 @@ def run(server, pairs, out, concurrency=4, **options):
     return write_qa.write_qa(
         pairs,
         str(out),
-        llm.Writer(asked, 0, concurrency, (2.0, 8.0)),
+        llm.LlmWriter(asked, 0, concurrency, (2.0, 8.0)),
         write_qa.QaOptions(**{"test_share": 0.5} | options),
     )
 
@@ -150,10 +150,31 @@ def test_a_dead_endpoint_ends_the_run(tmp_path):
         pytest.raises(chat.EndpointError, match="no such model"),
     ):
         run(server, pairs, tmp_path / "out")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(chat.EndpointError, match="5 images in a row"):
-        patch.setattr(llm, "GIVE_UP", 5)
-        run(server, pairs, tmp_path / "out")  # nobody listens there any more
+    with pytest.raises(chat.EndpointError, match="nobody answers"):
+        run(server, pairs, tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_an_endpoint_that_fails_again_and_again_ends_the_run(tmp_path, monkeypatch):
+    pairs = make_pairs(tmp_path / "pairs", 9, {"liver": SHAPES["liver"]})
+    monkeypatch.setattr(llm, "GIVE_UP", 5)
+    with (
+        serve(lambda handler, messages, number: handler.reply(b"", 502)) as server,
+        pytest.raises(chat.EndpointError, match="5 images in a row"),
+    ):
+        run(server, pairs, tmp_path / "out")
+
+
+def test_the_command_says_within_seconds_that_nobody_answers(tmp_path, monkeypatch, capsys):
+    with serve() as server:
+        pass
+    pairs = make_pairs(tmp_path / "pairs", 1)
+    monkeypatch.setattr(write_qa, "read_facts", lambda *_: pytest.fail("the masks were read first"))
+    command = ["write_qa", "--pairs", pairs, "--out", str(tmp_path / "out"), "--writer", "llm"]
+    monkeypatch.setattr(sys, "argv", [*command, "--endpoint", server.url, "--model", "m"])
+    assert write_qa.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{server.url}/models: nobody answers")
 
 
 def test_a_killed_run_continues_and_pays_for_what_was_under_way_alone(tmp_path):

@@ -16,7 +16,7 @@ from medplib_jax.data.records import MASK
 from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.datasets import write_qa
 from medplib_jax.datasets.audit.collect import audit
-from medplib_jax.datasets.files import Folder
+from medplib_jax.datasets.files import Folder, files_below
 from medplib_jax.datasets.qa import grid, grit
 from medplib_jax.datasets.qa.folder import read_facts, scan
 from medplib_jax.datasets.qa.records import KINDS, Turn, leaks
@@ -223,3 +223,95 @@ def test_many_instances_share_a_box(tmp_path):
     )
     (target,) = one.targets
     assert len(target.boxes) == 8 and grit.boxes(target) == (target.box,) and target.box == (3, 0, 4, 15)
+
+
+def skipped(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+
+
+def test_every_file_and_entry_is_used_or_named(tmp_path):
+    pairs = pathlib.Path(make_pairs(tmp_path / "pairs", 2))
+    name = "ct_00--A--case_0--x_1"
+    known = set(files_below(str(pairs)))
+    lost = (
+        *(
+            "masks/x.png",
+            f"masks/{name.upper()}/liver.png",
+            f"masks/{name}_segmentation.png",
+            f"masks/{name}/more/a.png",
+        ),
+        *("imagesTr/a.png", f"masks/{name}.png", f"masks/{name}/notes.txt", "images/readme.md"),
+    )
+    for file in lost:
+        (pairs / file).parent.mkdir(exist_ok=True)
+        Image.new("L", SIZE[::-1], 255).save(pairs / file, "PNG")
+    (pairs / "masks/.DS_Store").touch()
+    notes = json.loads((pairs / "metadata.json").read_text())
+    (pairs / "metadata.json").write_text("\ufeff" + json.dumps({**notes, "other": {}, name.upper(): {}}), "utf-8")
+    run(str(pairs), tmp_path / "out")
+    named = [line for line in skipped(tmp_path / "out") if line["what"] != "metadata of no image"]
+    assert {str(pathlib.Path(line["file"]).relative_to(pairs)) for line in named} == set(lost)
+    assert {line["found"] for line in skipped(tmp_path / "out")} >= {"other", name.upper()}
+    assert set(files_below(str(pairs))) == known | set(lost)
+
+
+def test_no_record_is_made_twice(tmp_path):
+    shapes = {name: (2 * number, 2, 2 * number + 2, 9) for number, name in enumerate("abcdefghij")}
+    run(make_pairs(tmp_path / "pairs", 40, shapes), tmp_path / "out")
+    for path in [*(tmp_path / "out").rglob("t*/*.json")]:
+        texts = [json.dumps(record) for record in json.loads(path.read_text())]
+        assert len(texts) == len(set(texts)), path
+
+
+def test_an_empty_split_is_said(tmp_path, monkeypatch, capsys):
+    pairs = make_pairs(tmp_path / "pairs", 2)
+    monkeypatch.setattr(
+        sys, "argv", ["write_qa", "--pairs", pairs, "--out", str(tmp_path / "out"), "--test-share", "1e-9"]
+    )
+    assert write_qa.main() == 0
+    assert "no test split: none of 2 patients" in capsys.readouterr().err
+    assert not run(make_pairs(tmp_path / "many", 12), tmp_path / "many_out")["notices"]
+
+
+def test_images_of_a_folder_or_of_a_pattern_are_one_patient(tmp_path):
+    for number in range(12):
+        path = tmp_path / f"pairs/images/p{number % 2}/x-{number % 3}-{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", SIZE[::-1], number).save(path)
+    notes = {f"p{number % 2}/x-{number % 3}-{number}": {"modality": "CT"} for number in range(12)}
+    (tmp_path / "pairs/metadata.json").write_text(json.dumps(notes))
+    assert run(str(tmp_path / "pairs"), tmp_path / "out")["patients"] == 2
+    assert run(str(tmp_path / "pairs"), tmp_path / "out", patient=r"x-(\d)")["patients"] == 3
+
+
+def test_a_label_map_is_a_mask_for_each_value(tmp_path):
+    pairs = pathlib.Path(make_pairs(tmp_path / "pairs", 2, {}))
+    values = np.zeros(SIZE, np.uint8)
+    values[2:9, 2:9], values[12:20, 4:20], values[0, 0] = 1, 13, 7
+    Image.fromarray(values).save(pairs / "masks/ct_00--A--case_0--x_1.png")
+    (pairs / "labels.json").write_text(json.dumps({"1": "liver", "13": "left kidney", "2": "spleen"}))
+    manifest = run(str(pairs), tmp_path / "out", complete=True)
+    assert manifest["masks"] == 2 and manifest["reasons"]["value without a name"] == 1
+    found = {
+        name: np.asarray(Image.open(path))
+        for name in ("liver", "left_kidney")
+        for path in (tmp_path / "out").rglob(f"*0--x_1--{name}.png")
+    }
+    np.testing.assert_array_equal(found["liver"], (values == 1) * 255)
+    np.testing.assert_array_equal(found["left_kidney"], (values == 13) * 255)
+    absent = {
+        record.turns[0][1] for record in records(tmp_path / "out", "grounding") if "not visible" in record.turns[1][1]
+    }
+    assert absent and not any("liver" in text and "case_0" in text for text in absent)
+
+
+def test_a_picture_of_twelve_bits_is_noted_and_shown_in_a_window(tmp_path):
+    pairs = pathlib.Path(make_pairs(tmp_path / "pairs", 1))
+    values = np.linspace(0, 4095, SIZE[0] * SIZE[1]).reshape(SIZE).astype(np.uint16)
+    Image.fromarray(values).save(pairs / "images/ct_00--A--case_0--x_1.png")
+    manifest = run(str(pairs), tmp_path / "out")
+    assert any("keeps 16 levels of grey" in notice for notice in manifest["notices"])
+    manifest = run(str(pairs), tmp_path / "out", window=(2048, 4096))
+    assert not any("levels" in notice for notice in manifest["notices"])
+    shown = np.asarray(Image.open(tmp_path / "out/images/ct_00--A--case_0--x_1.png"))
+    assert shown.dtype == np.uint8 and shown.min() == 0 and shown.max() == 255 and manifest["masks"] == 4
