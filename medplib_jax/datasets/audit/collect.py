@@ -28,7 +28,7 @@ from medplib_jax.data.sources import open_source
 from medplib_jax.data.splits import annotation_files, is_held_out
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.datasets.assemble.shards import DATASET, dataset_folder
-from medplib_jax.datasets.audit.facts import RecordFacts, Reader, plain
+from medplib_jax.datasets.audit.facts import Reader, RecordFacts, plain
 from medplib_jax.datasets.audit.findings import Finding, find
 from medplib_jax.datasets.mecovqa import read_class_names
 from medplib_jax.datasets.patients import check_pattern

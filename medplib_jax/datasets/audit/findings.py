@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from medplib_jax.data.errors import DataError
-from medplib_jax.datasets.audit.facts import RecordFacts, MaskFacts
+from medplib_jax.datasets.audit.facts import MaskFacts, RecordFacts
 from medplib_jax.datasets.sides import MARGIN, SIDE, contradiction
 
 FULL = 0.98  # share of the picture from which a mask is called full

@@ -17,7 +17,7 @@ from medplib_jax.data import images, regions
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import Record
 from medplib_jax.data.sources import open_source
-from medplib_jax.datasets.audit.facts import RecordFacts, MaskFacts
+from medplib_jax.datasets.audit.facts import MaskFacts, RecordFacts
 
 THUMBNAIL = 200  # pixels of the longest side
 PER_FINDING, PER_GROUP, MOST_GROUPS = 6, 1, 48  # cards
