@@ -1,12 +1,12 @@
 """Compiles a program for a TPU topology or for nodes of NVIDIA GPUs on any machine and prints what it needs.
 
 COMMAND
-    python -m medplib_jax.aot --config=configs/stage4_moe.py:7b --topology=v5e:8x8|h200:8 [--program=train|eval|decode] [--json=FILE]
-        [--length=1024] [--rows=128] [--sweep] [--config.mesh.fsdp=32 --config.mesh.dcn_data=2 ...]
+    python -m medplib_jax.aot --config=configs/stage4_moe.py:7b --topology=v5e:8x8|h200:8 [--program=train|eval|decode]
+        [--json=FILE] [--length=1024] [--rows=128] [--sweep] [--config.mesh.fsdp=32 --config.mesh.dcn_data=2 ...]
 
-Memory, FLOPs, collectives, kernels and a roofline of one step; no TPU or GPU is needed, only its compiler: libtpu (the extra `tpu`)
-or JAX's CUDA plugin (the extra `gpu`). A program at 7B compiles for about a minute. `--sweep` tries batch sizes, remat policies and
-meshes and lists those that fit, best first.
+Memory, FLOPs, collectives, kernels and a roofline of one step; no TPU or GPU is needed, only its compiler: libtpu (the
+extra `tpu`) or JAX's CUDA plugin (the extra `gpu`). A program at 7B compiles for about a minute. `--sweep` tries batch
+sizes, remat policies and meshes and lists those that fit, best first.
 """
 
 import json
@@ -30,7 +30,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
-    "TPUs KIND:SHAPE, such as v5e:8x8, v5p:4x4x4; GPUs of a node KIND:NUMBER, such as h200:8; config.mesh.dcn_data such slices or nodes",
+    "TPUs KIND:SHAPE, such as v5e:8x8, v5p:4x4x4; GPUs of a node KIND:NUMBER, such as h200:8;"
+    " config.mesh.dcn_data is the number of such slices or nodes",
 )
 _PROGRAM = flags.DEFINE_enum("program", "train", PROGRAMS, "what to compile")
 _LENGTH = flags.DEFINE_integer("length", None, "positions per row; default: the longest of data.bucket_lengths")

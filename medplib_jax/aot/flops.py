@@ -20,7 +20,10 @@ CUDNN_BLOCK = 128  # side of the blocks of scores in cuDNN's flash attention
 def model_flops(
     kind: str, config: ExperimentConfig, chip: jax.Device, rows: int, length: int, labelled: int | None = None
 ) -> float:
-    """FLOPs of one call of the program for the whole batch, whatever the mesh. `labelled`: positions of a row with a label, default all."""
+    """FLOPs of one call of the program for the whole batch, whatever the mesh.
+
+    `labelled`: positions of a row with a label, default all.
+    """
     model = dataclasses.replace(config.model, remat="none")
     loss = dataclasses.replace(config.loss, ce_chunk=labelled or length)  # all of them in one trip
     config = dataclasses.replace(config, model=model, loss=loss)
@@ -46,7 +49,10 @@ def executed_kernel_flops(name: str, operands: Sequence[Shape]) -> float:
 
 
 def _grouped_flops(name: str, integers: int, first: tuple[int, ...], second: tuple[int, ...]) -> float:
-    """Of rows `first` [S, D] with `second`, matrices or other rows. Tiles that some sizes of the groups need count, though others leave them out."""
+    """Of rows `first` [S, D] with `second`, matrices or other rows.
+
+    Tiles that some sizes of the groups need count, though others leave them out.
+    """
     (rows, inner), outer = first, second[-1] if "tgmm" in name else math.prod(second) // (second[0] * first[1])
     if name.startswith("tgmm_triton"):
         rows += integers * (DEPTH_BYTES // 2)  # every group has steps of its own; as many integers as groups

@@ -1,4 +1,4 @@
-"""The programs that run on a pod (a training step, a teacher-forced pass, generation), with shapes in place of arrays."""
+"""The programs that run on a pod (training step, teacher-forced pass, generation), with shapes in place of arrays."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +28,10 @@ STEPS = 1000  # of the schedule; no program depends on how many
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`function(*args)`, its abstract arguments, and how it is compiled. `tokens`: positions it works off, or new ones it generates."""
+    """`function(*args)`, its abstract arguments, and how it is compiled.
+
+    `tokens`: positions it works off, or new ones it generates.
+    """
 
     function: Callable
     args: tuple[Any, ...]
@@ -41,7 +44,8 @@ class Program:
 
 
 def make_program(kind: str, config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
-    """One of PROGRAMS for a batch of `rows` x `length` positions; for generation these include the `eval.max_new_tokens` new ones."""
+    """One of PROGRAMS for a batch of `rows` x `length` positions; for generation these include the
+    `eval.max_new_tokens` new ones."""
     if kind not in PROGRAMS:
         raise ValueError(f"program {kind!r} is not one of {PROGRAMS}")
     limit = config.model.llm.max_positions

@@ -31,7 +31,10 @@ class Request:
 
 
 def examine(request: Request) -> dict[str, Any]:
-    """The report of a request. A program that does not fit is one too: then it says what was missing, as far as the compiler does."""
+    """The report of a request.
+
+    A program that does not fit is one too: then it says what was missing, as far as the compiler does.
+    """
     slices = request.config.mesh.dcn_data
     chip, devices = chip_of(request.topology), devices_of(request.topology, slices)
     mesh = make_mesh(request.config.mesh, devices)
@@ -81,7 +84,10 @@ def _does_not_fit(needs: float | None, chip: Chip, message: str) -> dict[str, An
 
 
 def _allotted(memory) -> int:
-    """Bytes that a GPU's program takes. Its temporaries are one piece of memory, gaps included, which the compiler's own peak leaves out."""
+    """Bytes that a GPU's program takes.
+
+    Its temporaries are one piece of memory, gaps included, which the compiler's own peak leaves out.
+    """
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -142,7 +148,8 @@ def as_text(report: dict[str, Any]) -> str:
     """The report for a terminal."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     lines = [
-        f"{report['program']} on {report['topology']} ({report['chips']} chips: {mesh}), {report['rows']} x {report['length']} positions, remat {report['remat']}"
+        f"{report['program']} on {report['topology']} ({report['chips']} chips: {mesh}), "
+        f"{report['rows']} x {report['length']} positions, remat {report['remat']}"
         + (f", in {report['accumulate']} parts" if report["accumulate"] > 1 else ""),
         "",
         *_memory_lines(report),
@@ -158,7 +165,8 @@ def _memory_lines(report: dict[str, Any]) -> list[str]:
             report["message"].splitlines()[0],
         ]
     return [
-        f"HBM per chip        {peak:8.2f} GB at peak of {have:.2f}: fits, {have - peak:.2f} GB ({report['spare_share']:.0%}) to spare",
+        f"HBM per chip        {peak:8.2f} GB at peak of {have:.2f}: fits, "
+        f"{have - peak:.2f} GB ({report['spare_share']:.0%}) to spare",
         f"  arguments         {report['argument_gb_per_chip']:8.2f} GB",
         f"  temporaries       {report['temporary_gb_per_chip']:8.2f} GB",
     ]
@@ -177,5 +185,6 @@ def _work_lines(report: dict[str, Any]) -> list[str]:
         "roofline            seconds per step, each with perfect overlap",
         *(f"  {name:18}{value:8.3f} s" for name, value in seconds.items()),
         *(f"WARNING: the compiler reshards through every chip: {text}" for text in report["full_rematerialisations"]),
-        f"bound by {report['bound_by']}: {report['tokens_per_second_per_chip']:.0f} tokens/s per chip, {report['mfu_at_roofline']:.0%} MFU at best",
+        f"bound by {report['bound_by']}: {report['tokens_per_second_per_chip']:.0f} tokens/s per chip, "
+        f"{report['mfu_at_roofline']:.0%} MFU at best",
     ]

@@ -18,7 +18,10 @@ POLICIES = ("projections", "outputs", "full")
 
 
 def sweep(request: Request) -> list[dict[str, Any]]:
-    """Reports of all candidates, those that fit first, the most tokens per second and chip first. Takes about a minute each."""
+    """Reports of all candidates, those that fit first, the most tokens per second and chip first.
+
+    Takes about a minute each.
+    """
     chips = len(devices_of(request.topology, request.config.mesh.dcn_data))
     reports = []
     for candidate in tqdm(list(candidates(request, chips)), desc="sweep", unit="program"):
@@ -30,8 +33,9 @@ def sweep(request: Request) -> list[dict[str, Any]]:
 
 
 def candidates(request: Request, chips: int) -> Iterator[Request]:
-    """The batch as given and doubled; every policy in training; one axis over all chips, a quarter of it, and with two-way tensor
-    parallelism, as far as the rows divide over them (for generation also all chips as one tensor axis)."""
+    """The batch as given and doubled; every policy in training; one axis over all chips, a quarter of it, and with
+    two-way tensor parallelism, as far as the rows divide over them (for generation also all chips as one tensor axis).
+    """
     training = request.kind == "train"
     policies = POLICIES if training else (request.config.model.remat,)
     for rows, policy, mesh in itertools.product(
@@ -67,13 +71,15 @@ def _meshes(chips: int, training: bool) -> list[MeshConfig]:
 def as_table(reports: list[dict[str, Any]]) -> str:
     """One line per candidate."""
     lines = [
-        f"{'mesh (data x fsdp x expert x tensor)':38}{'rows':>6}  {'remat':14}{'peak GB':>9}{'spare':>7}{'executed/model':>16}{'tokens/s/chip':>15}  bound by"
+        f"{'mesh (data x fsdp x expert x tensor)':38}{'rows':>6}  {'remat':14}{'peak GB':>9}{'spare':>7}"
+        f"{'executed/model':>16}{'tokens/s/chip':>15}  bound by"
     ]
     for report in reports:
         peak, spare = report["peak_hbm_gb_per_chip"], report["spare_share"]
         line = f"{' x '.join(map(str, report['mesh'].values())):38}{report['rows']:>6}  {report['remat']:14}"
         line += f"{'?' if peak is None else f'{peak:.2f}':>9}{'' if spare is None else f'{spare:.0%}':>7}"
         if report["fits"]:
-            line += f"{report['executed_over_model']:>16.3f}{report['tokens_per_second_per_chip']:>15.0f}  {report['bound_by']}"
+            line += f"{report['executed_over_model']:>16.3f}{report['tokens_per_second_per_chip']:>15.0f}"
+            line += f"  {report['bound_by']}"
         lines.append(line if report["fits"] else f"{line}  does not fit")
     return "\n".join(lines)

@@ -25,8 +25,9 @@ CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}  # one device a chip, as 
 GPU_ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}  # that the driver is new enough: there may be none
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
-# For a TPU, weaving collectives into products changes neither what they do nor, much, what they need, but takes the compiler minutes.
-# For a GPU, kernels cannot be tried out, so every product is the library's and none a Triton kernel that might have been faster.
+# For a TPU, weaving collectives into products changes neither what they do nor, much, what they need, but takes the
+# compiler minutes. For a GPU, kernels cannot be tried out, so every product is the library's and none a Triton kernel
+# that might have been faster.
 COMPILER_OPTIONS = {
     "tpu": {"xla_tpu_enable_async_collective_fusion": False},
     "gpu": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
@@ -35,7 +36,8 @@ COMPILER_OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Multiprocessors:
-    """What the compiler wants to know of a GPU beyond its data sheet's rates (CUDA C++ Programming Guide, compute capabilities)."""
+    """What the compiler wants to know of a GPU beyond its data sheet's rates (CUDA C++ Programming Guide, compute
+    capabilities)."""
 
     name: str
     capability: str  # fields of stream_executor.CudaComputeCapabilityProto
@@ -69,7 +71,7 @@ def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
 def _tpus(topology: str, slices: int) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
-            "compiling for a TPU needs libtpu, which comes with the extra: pip install 'medplib_jax[tpu]'"
+            "compiling for a TPU needs libtpu, the extra tpu: pip install -e '.[tpu]' in the repository's root"
         )
     _set(TPU_ENVIRONMENT)
     if "TPU_LOG_DIR" not in os.environ:
@@ -86,7 +88,8 @@ def _tpus(topology: str, slices: int) -> list[jax.Device]:
 def _gpus(kind: str, chip: Chip, gpus: int, nodes: int) -> list[jax.Device]:
     if not any(importlib.util.find_spec(plugin) for plugin in CUDA_PLUGINS):
         raise ModuleNotFoundError(
-            "compiling for a GPU needs JAX's CUDA plugin, which comes with the extra: pip install 'medplib_jax[gpu]'"
+            "compiling for a GPU needs JAX's CUDA plugin, the extra gpu:"
+            " pip install -e '.[gpu]' in the repository's root"
         )
     _set(GPU_ENVIRONMENT)
     shape = f"{nodes}x1x{gpus}"  # one host per node
@@ -107,7 +110,8 @@ gpu_device_info {{
   name: "{sm.name}" device_vendor: "NVIDIA Corporation" cuda_compute_capability {{ {sm.capability} }}
   core_count: {sm.count} fpus_per_core: {sm.float32_lanes} clock_rate_ghz: {sm.clock_ghz}
   device_memory_size: {chip.hbm_bytes:.0f} memory_bandwidth: {chip.hbm_rate:.0f} l2_cache_size: {sm.l2_bytes}
-  shared_memory_per_core: {sm.shared_bytes} shared_memory_per_block_optin: {sm.shared_bytes_per_block} shared_memory_per_block: {48 * 2**10}
+  shared_memory_per_core: {sm.shared_bytes} shared_memory_per_block: {48 * 2**10}
+  shared_memory_per_block_optin: {sm.shared_bytes_per_block}
   registers_per_core_limit: {2**16} registers_per_block_limit: {2**16}
   threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
@@ -119,8 +123,8 @@ platform_name: "CUDA" device_description_str: "{sm.name}" dnn_version_info {{ ma
 
 
 def full_rematerialisations() -> list[str]:
-    """What this process's compiler for TPUs has said so far about arrays that it had to collect on every chip to shard them anew: bad
-    shardings. The compiler for GPUs says it on the terminal."""
+    """What this process's compiler for TPUs has said so far about arrays that it had to collect on every chip to shard
+    them anew: bad shardings. The compiler for GPUs says it on the terminal."""
     if "TPU_LOG_DIR" not in os.environ:
         return []
     logs = pathlib.Path(os.environ["TPU_LOG_DIR"]).glob(f"*.WARNING.*.{os.getpid()}")

@@ -1,7 +1,7 @@
 """Reads what a compiler made of a program: products, collectives, kernels and memory traffic of one chip in one step.
 
-`compiled.cost_analysis()` counts the body of a loop once and kernels not at all, so the optimised HLO text is walked instead: every
-instruction counts as often as the loops around it run.
+`compiled.cost_analysis()` counts the body of a loop once and kernels not at all, so the optimised HLO text is walked
+instead: every instruction counts as often as the loops around it run.
 """
 
 import collections
@@ -41,7 +41,10 @@ class Usage:
 
 
 def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...]], float], loop_trips: int = 1) -> Usage:
-    """Walks the module. `kernel_flops(kernel's name, operand shapes)` gives a kernel's FLOPs; `loop_trips`: of loops without a bound."""
+    """Walks the module.
+
+    `kernel_flops(kernel's name, operand shapes)` gives a kernel's FLOPs; `loop_trips`: of loops without a bound.
+    """
     computations, entry = parse(text)
     flops = traffic = 0.0
     collectives: dict[str, Collective] = {}
@@ -113,8 +116,10 @@ def _executed(
 
 
 def _trips(loop: Instruction, computations: dict[str, Computation], unknown: int) -> int:
-    """Loops count up from 0 by a constant to a constant. One that may end earlier counts as going on to the end, one without a bound as
-    `unknown`."""
+    """Loops count up from 0 by a constant to a constant.
+
+    One that may end earlier counts as going on to the end, one without a bound as `unknown`.
+    """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known.group(1))
@@ -181,7 +186,8 @@ def _collective(
 
 
 def _group_size(attributes: str) -> int:
-    """Chips per group, from replica_groups={{0,1},..}, [groups,size]<=[..] or mesh['a'=4,'b'=2] {'b'}; 0 when the instruction has none."""
+    """Chips per group, from replica_groups={{0,1},..}, [groups,size]<=[..] or mesh['a'=4,'b'=2] {'b'}; 0 when the
+    instruction has none."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     if listed:
         return len(listed.group(1).split(","))
@@ -233,8 +239,11 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
 
 
 def _written(instruction: Instruction, operands: list[tuple[Shape, ...]]) -> tuple[Shape, ...]:
-    """The results that an instruction writes. A library's workspace, its last one, is as large as a table says, and little of it is touched;
-    the begin of a collective names its operands among its results."""
+    """The results that an instruction writes.
+
+    A library's workspace, its last one, is as large as a table says, and little of it is touched; the begin of a
+    collective names its operands among its results.
+    """
     shapes = instruction.shapes
     if instruction.target.startswith(LIBRARIES) and len(shapes) > 1 and shapes[-1].dtype in ("s8", "u8"):
         return shapes[:-1]
@@ -246,7 +255,7 @@ def _hbm(shapes: tuple[Shape, ...]) -> float:
 
 
 def _fusion_traffic(fusion: Computation, results: tuple[Shape, ...]) -> Iterator[float]:
-    """A parameter that is only sliced costs its slices; a result that updates a slice of a parameter costs the slice."""
+    """A parameter that is only sliced costs its slices, a result that updates a parameter's slice costs the slice."""
     users = collections.defaultdict(list)
     for instruction in fusion.values():
         for operand in instruction.operands:

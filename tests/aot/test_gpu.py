@@ -20,7 +20,8 @@ needs_cuda = pytest.mark.skipif(
     reason="JAX's CUDA plugin (the extra gpu) is not installed",
 )
 
-# Two trips of a product with gathered weights, whose gradient is scattered; attention, a kernel of ours and convolutions outside.
+# Two trips of a product with gathered weights, whose gradient is scattered; attention, a kernel of ours and
+# convolutions outside.
 MODULE = r"""HloModule jit_f, is_scheduled=true
 
 %add (a: bf16[], b: bf16[]) -> bf16[] {
@@ -146,7 +147,7 @@ def test_what_is_missing_or_misspelt_is_said(monkeypatch):
         with pytest.raises(ValueError, match=message):
             topologies.devices_of(misspelt)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install 'medplib_jax\\[gpu\\]'"):
+    with pytest.raises(ModuleNotFoundError, match="pip install -e '.\\[gpu\\]'"):
         topologies.devices_of("h200:1")
 
 

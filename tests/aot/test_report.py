@@ -93,7 +93,7 @@ def test_what_is_missing_or_misspelt_is_said(monkeypatch):
     with pytest.raises(ValueError, match="topology 'v5e-16' is not KIND:SHAPE"):
         devices_of("v5e-16")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install 'medplib_jax\\[tpu\\]'"):
+    with pytest.raises(ModuleNotFoundError, match="pip install -e '.\\[tpu\\]'"):
         devices_of("v5e:2x2")
 
 

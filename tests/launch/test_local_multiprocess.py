@@ -14,7 +14,10 @@ from launch import local_multiprocess
 from medplib_jax.parallel import processes as multihost
 from tests.paths import ROOT
 
-COUNT = "import os, pathlib, signal, sys; me = os.environ['JAX_PROCESS_ID']; n = len(list(pathlib.Path('{}').glob(me + '.*'))); pathlib.Path('{}', f'{{me}}.{{n}}').touch(); "
+COUNT = (
+    "import os, pathlib, signal, sys; me = os.environ['JAX_PROCESS_ID'];"
+    " n = len(list(pathlib.Path('{}').glob(me + '.*'))); pathlib.Path('{}', f'{{me}}.{{n}}').touch(); "
+)
 
 
 @pytest.fixture
@@ -73,7 +76,8 @@ def launcher(*command: str) -> subprocess.Popen:
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_signals_are_passed_on_and_nothing_starts_again(number, expected):
-    body = f"import signal, sys; signal.signal({int(number)}, lambda *_: sys.exit(75)); print('ready', flush=True); signal.pause()"
+    body = f"import signal, sys; signal.signal({int(number)}, lambda *_: sys.exit(75));"
+    body += " print('ready', flush=True); signal.pause()"
     process = launcher(body)
     assert {process.stdout.readline(), process.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
     process.send_signal(number)

@@ -68,7 +68,7 @@ def corpus_bleu(counts: np.ndarray, order: int) -> np.ndarray:
 def spice(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
     """SPICE (Anderson et al. 2016) of each answer, by pycocoevalcap's Java program.
 
-    Raises MissingExtra when Java, pycocoevalcap (`pip install medplib_jax[caption]`) or its parser's models are absent.
+    Raises MissingExtra when Java, pycocoevalcap (`pip install -e '.[caption]'`) or its parser's models are absent.
     """
     if shutil.which("java") is None:
         raise MissingExtra(
@@ -78,7 +78,7 @@ def spice(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
         from pycocoevalcap.spice.spice import Spice  # an extra
     except ImportError as error:
         raise MissingExtra(
-            "SPICE needs pycocoevalcap: pip install 'medplib_jax[caption]', or leave SPICE out"
+            "SPICE needs pycocoevalcap: pip install -e '.[caption]' in the repository's root, or leave SPICE out"
         ) from error
     references = {i: [_one_line(truth)] for i, truth in enumerate(truths)}
     captions = {i: [_one_line(answer)] for i, answer in enumerate(answers)}

@@ -107,5 +107,5 @@ def test_spice_says_what_is_missing(monkeypatch):
         metrics.spice(["a"], ["b"])
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/java")
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
-    with pytest.raises(metrics.MissingExtra, match=r"pip install 'medplib_jax\[caption\]'"):
+    with pytest.raises(metrics.MissingExtra, match=r"pip install -e '\.\[caption\]'"):
         metrics.spice(["a"], ["b"])
