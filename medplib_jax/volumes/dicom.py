@@ -101,8 +101,8 @@ class Header:
 
 def read_header(path: str) -> Header:
     """Of a picture, or of masks (`MASKS`; without frames). DataError for what is not DICOM or neither of them."""
-    with _guard(path, "DICOM"):
-        data = _read(path, pixels=False)
+    with guarded(path, "DICOM"):
+        data = open_dicom(path, pixels=False)
         word = str(data.get("Modality", "") or "")
         word = {"1.2.840.10008.5.1.4.1.1.66.4": "SEG", "1.2.840.10008.5.1.4.1.1.481.3": "RTSTRUCT"}.get(
             str(data.get("SOPClassUID", "")), word
@@ -136,8 +136,8 @@ def read_pixels(header: Header) -> np.ndarray:
     A file with a table of its own for values (Modality LUT) is in the scan's units already.
     """
     path = header.file
-    with _guard(path, "DICOM with pixels"):
-        data = _read(path, pixels=True)
+    with guarded(path, "DICOM with pixels"):
+        data = open_dicom(path, pixels=True)
         if not any(name in data for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
             raise DataError(path, None, "DICOM object is not a picture", "pixels of a scan", "no pixel data")
         bits, high = int(data.get("BitsStored") or 0), data.get("HighBit")
@@ -157,7 +157,7 @@ def read_pixels(header: Header) -> np.ndarray:
         return pixels.astype(np.uint8, copy=False).reshape(*shape, 3) if header.colour else pixels.reshape(shape)
 
 
-class _guard:
+class guarded:
     """Makes DataErrors of what pydicom and its codecs raise; drops their warnings and logs, which may hold names."""
 
     def __init__(self, path: str, expected: str):
@@ -178,7 +178,7 @@ class _guard:
             raise DataError(self._path, None, "scan cannot be read", self._expected, found) from error
 
 
-def _read(path: str, pixels: bool) -> Any:
+def open_dicom(path: str, pixels: bool) -> Any:
     """The dataset. Files without preamble are tried, too; what says neither what it is nor how large is not DICOM."""
     import pydicom  # only scans need it
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
