@@ -17,10 +17,11 @@ import dataclasses
 import logging
 import pathlib
 
-from configs import common
 from medplib_jax.config.base import to_config_dict
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, LossConfig, TrainConfig
 from medplib_jax.data.splits import annotation_files, is_held_out
+
+from . import common
 
 log = logging.getLogger(__name__)
 

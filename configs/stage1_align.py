@@ -8,9 +8,10 @@ tiny: nothing is pretrained, so CLIP, projector and language model all train, on
 whether it is there.
 """
 
-from configs import common
 from medplib_jax.config.base import to_config_dict
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig
+
+from . import common
 
 
 def get_config(size: str = "7b"):

@@ -11,9 +11,10 @@ tiny: also the rest of the language model, which is as new to questions as to th
 
 import dataclasses
 
-from configs import common
 from medplib_jax.config.base import to_config_dict
 from medplib_jax.config.experiment import ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig
+
+from . import common
 
 TRAINABLE = (common.LORA, *common.HEAD_AND_EMBEDDINGS, common.LAYER_NORMS, common.PROJECTOR, common.REGION)
 

@@ -10,9 +10,10 @@ tiny: the whole of SAM trains, because nothing is pretrained, and embeddings and
 
 import dataclasses
 
-from configs import common
 from medplib_jax.config.base import to_config_dict
 from medplib_jax.config.experiment import ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig
+
+from . import common
 
 LOSS = LossConfig(ce=1.0, dice=5.0, bce=1.0, focal=1.0, iou=0.0)
 

@@ -10,9 +10,10 @@ all of MeCoVQA. Batch 128, 3 epochs (the released weights: 2), lr 3e-4.
 
 import dataclasses
 
-from configs import common
 from medplib_jax.config.base import to_config_dict
 from medplib_jax.config.experiment import ExperimentConfig, InitConfig, LossConfig, OptimConfig, TrainConfig
+
+from . import common
 
 TRAINABLE = (
     common.LORA,

@@ -21,11 +21,12 @@ import zlib
 import ml_dtypes
 import numpy as np
 
-from convert import from_torch, hf_config, mapping, torch_files
 from medplib_jax.batch import flatten
 from medplib_jax.config.model import LlmConfig, ModelConfig, MoeConfig
 from medplib_jax.data.tokenizers import train_tokenizer
 from medplib_jax.models.layers import params_of
+
+from . import from_torch, hf_config, mapping, torch_files
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5 << 30
@@ -140,11 +141,11 @@ def compare(work: pathlib.Path, layers: int) -> Comparison:
         results = {"copy": measure(source, copy, "cp", "-r", str(source), str(copy))}
         shutil.rmtree(copy)
         results["from_torch"] = measure(
-            source, jax, *python, "convert.from_torch", "--source", str(source), "--out", str(jax)
+            source, jax, *python, f"{__package__}.from_torch", "--source", str(source), "--out", str(jax)
         )
         shutil.rmtree(source)
         results["to_torch"] = measure(
-            jax, back, *python, "convert.to_torch", "--checkpoint", str(jax), "--out", str(back)
+            jax, back, *python, f"{__package__}.to_torch", "--checkpoint", str(jax), "--out", str(back)
         )
         return Comparison(layers, gigabytes, count_changed(back), results)
     finally:

@@ -4,7 +4,7 @@ python -m convert.from_torch --source DIR_OR_FILE [--source ...] --out WORKDIR [
 fsdp=8,tensor=2]
 
 Several sources are put together (LLaVA, CLIP and SAM-Med2D, say); where two hold the same tensor, the first is taken.
-Tensors are read, laid out and written one at a time. The result appears under its name only when it is complete."""
+Tensors are read, transposed and written one at a time. The result appears under its name only when it is complete."""
 
 import argparse
 import collections
@@ -27,15 +27,19 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from convert import kinds, mapping, orbax_stream, torch_files, vocabulary
 from medplib_jax import checkpoint
 from medplib_jax.batch import flatten, unflatten
-from medplib_jax.config.experiment import DataConfig, ExperimentConfig, InitConfig, MeshConfig
+from medplib_jax.config.base import from_dict
+from medplib_jax.config.experiment import DataConfig, EvalConfig, ExperimentConfig, InitConfig, MeshConfig
 from medplib_jax.config.model import ModelConfig
+from medplib_jax.config.versions import VERSION
 from medplib_jax.models.layers import Mlp, abstract_module, gelu, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.region.encoder import RegionEncoder
 from medplib_jax.parallel.sharding import axis_size, partition_spec
+
+from . import kinds, mapping, orbax_stream, torch_files, vocabulary
+from .sources import Source, read_source
 
 DTYPES = {"fp32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}
 SIDE_FOLDER = "huggingface"  # the source's own files, for the way back
@@ -65,7 +69,8 @@ class Options:
     tokenizer: pathlib.Path | None = None
     fresh: tuple[str, ...] = ()
     stage: int = 0
-    lora_alpha: float = 16.0
+    lora_alpha: float | None = None  # of adapters without an adapter_config.json
+    ignored_keys: tuple[str, ...] = ()  # of config.json, said to be harmless
 
 
 def convert(options: Options) -> ModelConfig:
@@ -73,79 +78,44 @@ def convert(options: Options) -> ModelConfig:
 
     Raises FileNotFoundError for missing files, ValueError for weights that are damaged, not finite, of a wrong shape,
     or that do not fill the model exactly; then nothing is left behind."""
-    tensors = read_sources(options.sources)
-    shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    folders = [
-        folder for folder in (options.config, *(s if s.is_dir() else s.parent for s in options.sources)) if folder
-    ]
-    language, vision, side = find_configs(folders)
-    config = kinds.detect_config(shapes, language, vision, options.lora_alpha)
+    source = read_source(options.sources, options.config, options.lora_alpha, options.ignored_keys)
+    config, shapes = source.config, source.shapes
     model = model_shapes(config)
     params = target_shapes(config, model, shapes, required_parts(options, shapes))
     plan = mapping.strict_plan(config, params, shapes)
-    growth, tokenizer = 0, None
+    rows, tokenizer = vocabulary.Rows(config.llm.vocab_size), None
     if "llm/embed/embedding" in params:
-        tokenizer = vocabulary.find_tokenizer(options.tokenizer, folders)
-        growth = vocabulary.missing_rows(tokenizer, config.llm.vocab_size)
-        config = dataclasses.replace(
-            config, llm=dataclasses.replace(config.llm, vocab_size=config.llm.vocab_size + growth)
-        )
-    params = {path: _grown(path, shape, growth) for path, shape in params.items()}
+        tokenizer = vocabulary.find_tokenizer(options.tokenizer, source.folders)
+        rows = vocabulary.fit(tokenizer, config.llm.vocab_size, source.foreign.language.get("image_token_index"))
+        config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=rows.total))
+    params = {path: rows.shape(path, shape) for path, shape in params.items()}
     pieces = shard_counts(model, params, options.mesh)
     members = collections.defaultdict(list)
     for key, entry in plan.items():
-        members[entry.path].append((entry, tensors[key]))
-    leaves = {path: streamed(path, params[path], pieces[path], members[path], options.dtype, growth) for path in params}
+        members[entry.path].append((entry, source.tensors[key]))
+    leaves = {path: streamed(path, params[path], pieces[path], members[path], options.dtype, rows) for path in params}
     leaves |= fresh_leaves(config, options)
     with staged(options.out) as folder:
         if tokenizer:
             vocabulary.copy_tokenizer(tokenizer, folder / "tokenizer")
-        write_checkpoint(folder, config, leaves, options)
-        for name in SIDE_FILES if side else ():
-            if (side / name).is_file():
+        write_checkpoint(folder, experiment_of(source, config, options), leaves)
+        for name in SIDE_FILES if source.foreign.side else ():
+            if (source.foreign.side / name).is_file():
                 (folder / SIDE_FOLDER).mkdir(exist_ok=True)
-                shutil.copyfile(side / name, folder / SIDE_FOLDER / name)
+                shutil.copyfile(source.foreign.side / name, folder / SIDE_FOLDER / name)
     return config
 
 
-def read_sources(sources: Sequence[pathlib.Path]) -> dict[str, torch_files.Tensor]:
-    """Canonical name -> tensor of all sources; the first that has a name counts."""
-    merged: dict[str, torch_files.Tensor] = {}
-    for source in sources:
-        if not source.exists():
-            raise FileNotFoundError(f"--source {source}: no such file or folder")
-        named: dict[str, torch_files.Tensor] = {}
-        for key, tensor in torch_files.read_folder(source).items():
-            name = mapping.canonical(key)
-            if name in named:
-                raise ValueError(
-                    f"{tensor.file}: {key!r} is one tensor under two names; the other is in {named[name].file}"
-                )
-            named[name] = tensor
-        repeated = named.keys() & merged.keys()
-        if repeated:
-            logging.info(
-                "%s: %d tensors are taken from an earlier source, first %s", source, len(repeated), min(repeated)
-            )
-        merged = named | merged
-    return merged
-
-
-def find_configs(folders: Sequence[pathlib.Path]) -> tuple[kinds.Json, kinds.Json, pathlib.Path | None]:
-    """config.json of the language model and of CLIP, and the folder of the former. CLIP's may lie where
-    `mm_vision_tower` points."""
-    language, vision, side = {}, {}, None
-    for folder in folders:
-        found = kinds.read_json(folder / "config.json")
-        if found.get("model_type", "").startswith("clip"):
-            vision = vision or found
-        elif found and not language:
-            language, side = found, folder
-            vision = vision or found.get("vision_config", {})
-    tower = language.get("mm_vision_tower")
-    for base in (pathlib.Path(), side.parent, side) if tower else ():
-        vision = vision or kinds.read_json(base / tower / "config.json")
-    return language, vision, side
+def experiment_of(source: Source, config: ModelConfig, options: Options) -> ExperimentConfig:
+    """The experiment that the checkpoint belongs to. What `to_torch` recorded of it comes back; else it is as
+    prediction needs it."""
+    own, longest = source.foreign.own, min(DataConfig().bucket_lengths[-1], config.llm.max_positions)
+    data = from_dict(DataConfig, {"bucket_lengths": (longest,)} | own.get("data", {}))
+    if "llm" in {kinds.part_of(key) for key in source.tensors}:
+        data = dataclasses.replace(data, tokenizer=str(options.out.absolute() / "tokenizer"))
+    return ExperimentConfig(
+        model=config, data=data, init=InitConfig(stage=options.stage), eval=from_dict(EvalConfig, own.get("eval", {}))
+    )
 
 
 def required_parts(options: Options, shapes: kinds.Shapes) -> set[str]:
@@ -184,13 +154,7 @@ def shard_counts(model: MedPLIB, params: dict[str, tuple[int, ...]], mesh: MeshC
     return {path: tuple(axis_size(abstract, target) for target in spec) for path, spec in specs.items()}
 
 
-def _grown(path: str, shape: tuple[int, ...], growth: int) -> tuple[int, ...]:
-    if path not in vocabulary.GROWING:
-        return shape
-    return (shape[0] + growth, shape[1]) if path == vocabulary.GROWING[0] else (shape[0], shape[1] + growth)
-
-
-def streamed(path: str, shape, pieces, members: list, dtype: str | None, growth: int) -> orbax_stream.Streamed:
+def streamed(path: str, shape, pieces, members: list, dtype: str | None, rows) -> orbax_stream.Streamed:
     """One parameter, to be put together from its tensors while it is written. `members`: (place, tensor) pairs."""
     found = {tensor.dtype for _, tensor in members}
     if dtype is None and len(found) > 1:
@@ -200,10 +164,8 @@ def streamed(path: str, shape, pieces, members: list, dtype: str | None, growth:
         raise ValueError(f"{path}: its tensors are of type {target}; choose one of {sorted(DTYPES)} with --dtype")
 
     def slab(entry: mapping.Entry, tensor: torch_files.Tensor) -> np.ndarray:
-        values = tensor.read().astype(target, copy=False)
-        torch_files.check_finite(entry.key, tensor.file, values)
-        made = torch_files.contiguous(entry.layout.to_jax(values))
-        return vocabulary.grow(path, made, growth) if growth and path in vocabulary.GROWING else made
+        values = torch_files.cast(entry.key, tensor.file, tensor.read(), target)
+        return rows.fill(path, torch_files.contiguous(entry.layout.to_jax(values)))
 
     chunk = orbax_stream.chunk_shape(shape, len(members[0][0].stack), pieces, target.itemsize)
     return orbax_stream.Streamed(
@@ -225,7 +187,7 @@ def _whole(array: np.ndarray) -> orbax_stream.Streamed:
     return orbax_stream.Streamed(array.shape, array.dtype, array.shape, [((), lambda: array)])
 
 
-def write_checkpoint(folder: pathlib.Path, config: ModelConfig, leaves, options: Options) -> None:
+def write_checkpoint(folder: pathlib.Path, experiment: ExperimentConfig, leaves) -> None:
     """Step 0 of a workdir, with the items that `medplib_jax.checkpoint` reads. Its tokenizer is in `folder` already."""
     steps = folder / checkpoint.FOLDER
     handlers = {
@@ -234,14 +196,9 @@ def write_checkpoint(folder: pathlib.Path, config: ModelConfig, leaves, options:
         "tokenizer": checkpoint.TokenizerHandler(),
     }
     tokenizer = folder / "tokenizer"
-    data = DataConfig(tokenizer=str(options.out.absolute() / "tokenizer") if tokenizer.exists() else "")
-    experiment = dataclasses.asdict(ExperimentConfig(model=config, data=data, init=InitConfig(stage=options.stage)))
-    items = {
-        "state": ocp.args.PyTreeSave(
-            {"step": _whole(np.zeros((), np.int32)), "trainable": unflatten(leaves), "frozen": {}, "opt_state": {}}
-        ),
-        "experiment": ocp.args.JsonSave({"experiment": experiment, "total_steps": 0}),
-    }
+    state = {"step": _whole(np.zeros((), np.int32)), "trainable": unflatten(leaves), "frozen": {}, "opt_state": {}}
+    written = {"version": VERSION, "experiment": dataclasses.asdict(experiment), "total_steps": 0}
+    items = {"state": ocp.args.PyTreeSave(state), "experiment": ocp.args.JsonSave(written)}
     if tokenizer.exists():
         items["tokenizer"] = checkpoint.TokenizerFolder(str(tokenizer))
     manager_options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
@@ -252,8 +209,9 @@ def write_checkpoint(folder: pathlib.Path, config: ModelConfig, leaves, options:
 
 @contextlib.contextmanager
 def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A hidden folder beside `out` that takes its name at the end, when all of it is on the disk. An exception removes
-    it; a kill leaves it, under its hidden name."""
+    """A hidden folder beside `out` (its path is absolute) that takes its name at the end, when all of it is on the
+    disk. An exception removes it; a kill leaves it, under its hidden name."""
+    out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out {out}: already exists and is not an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -292,20 +250,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kind", choices=("auto", *kinds.KINDS), default="auto")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as in the source")
     parser.add_argument(
-        "--mesh", type=parse_mesh, default=MeshConfig(data=1), help="lay files out for this mesh, e.g. fsdp=8,tensor=2"
+        "--mesh",
+        type=parse_mesh,
+        default=MeshConfig(data=1),
+        help="write the shards of this mesh, e.g. fsdp=8,tensor=2",
     )
     parser.add_argument("--config", type=pathlib.Path, help="folder with config.json, where the source has none")
     parser.add_argument("--tokenizer", type=pathlib.Path, help="folder with tokenizer.model, where the source has none")
     parser.add_argument("--fresh", default="", help=f"comma-separated parts that start at random: {', '.join(FRESH)}")
     parser.add_argument("--stage", type=int, default=0, help="training stage that the weights come from")
-    parser.add_argument("--lora_alpha", type=float, default=16.0, help="of unmerged adapters; it is in no tensor")
+    parser.add_argument("--lora_alpha", type=float, help="of adapters without an adapter_config.json; MedPLIB's is 16")
+    parser.add_argument(
+        "--ignore_key", action="append", default=[], help="key of config.json that changes nothing; several times"
+    )
     arguments = vars(parser.parse_args(argv))
+    arguments["ignored_keys"] = tuple(arguments.pop("ignore_key"))
     arguments["fresh"] = tuple(filter(None, arguments["fresh"].split(",")))
     arguments["sources"] = tuple(arguments.pop("source"))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
     jax.config.update("jax_platforms", "cpu")  # nothing to compute; leave accelerators to those who do
-    config = convert(Options(**arguments))
+    try:
+        config = convert(Options(**arguments))
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"from_torch: {error}") from error
     print(json.dumps(dataclasses.asdict(config), indent=1))
     print(f"wrote {arguments['out']}")
 

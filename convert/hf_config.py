@@ -1,13 +1,30 @@
-"""The Hugging Face files around the original's weights: config.json, tokenizer and preprocessor settings."""
+"""The Hugging Face files around the original's weights: config.json, tokenizer and preprocessor settings.
 
+The original runs on transformers 4.31. Where that knows other keys than the installed version (rotary angles, the slow
+tokenizer, image processors by name), the files are written here by hand.
+"""
+
+import dataclasses
 import json
 import pathlib
 
 import numpy as np
+import transformers
 
-from convert import vocabulary
-from convert.kinds import Json, read_json
-from medplib_jax.config.model import ModelConfig
+from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.config.model import ClipConfig, ModelConfig
+
+from . import vocabulary
+from .foreign_config import OWN, RELEASED_TOWERS, Json, read_json
+
+TOWER_FOLDER = "clip"  # beside config.json: the description of a vision tower that is not a released one
+_PARTS = {
+    "clip": "clip",
+    "llm": "llm",
+    "moe": "llm",
+    "mask": "sam",
+    "region": "region",
+}  # field -> part of the parameters
 
 # Settings of the released model that no size of ours decides (config.json of MedPLIB-7b-2e).
 _DEFAULTS: Json = {
@@ -52,11 +69,11 @@ _TOKENIZER: Json = {
 }
 
 
-def model_json(config: ModelConfig, carried: Json, dtype: np.dtype) -> Json:
+def model_json(config: ModelConfig, carried: Json, dtype: np.dtype, own: Json | None = None) -> Json:
     """config.json for the original program: sizes from `config`, the rest from the `carried` file of the source, else
-    defaults."""
+    defaults. `own` is our record of what no other key tells, see `own_json`."""
     llm, moe_layers = config.llm, config.moe_layers
-    written = _DEFAULTS | carried
+    written = _DEFAULTS | ({} if "text_config" in carried else carried)
     written |= {
         "architectures": ["MedPLIBForCausalLM" if moe_layers else "LISAForCausalLM"],
         "model_type": "medplib_moe_llama" if moe_layers else "medplib",
@@ -67,6 +84,7 @@ def model_json(config: ModelConfig, carried: Json, dtype: np.dtype) -> Json:
         "num_hidden_layers": llm.num_layers,
         "max_position_embeddings": llm.max_positions,
         "rms_norm_eps": llm.rms_norm_eps,
+        "tie_word_embeddings": False,  # embedding and head are written each
         "vocab_size": llm.vocab_size,
         "mm_hidden_size": config.clip.hidden_size,
         "mm_vision_select_layer": config.clip.select_layer,
@@ -74,14 +92,48 @@ def model_json(config: ModelConfig, carried: Json, dtype: np.dtype) -> Json:
         "max_sample_point": config.region.max_points,
         "sampler_pooler_mode": config.region.pooling,
         "out_dim": config.mask.out_dim,
-        "mask_unpad": config.mask.unpad,  # read by `from_torch` alone
         "torch_dtype": str(dtype),
     }
+    if not _is_released(config.clip, written["mm_vision_tower"]):
+        written |= {"mm_vision_tower": TOWER_FOLDER, "vision_tower": TOWER_FOLDER}
+    for newer in ("rope_parameters", "mask_unpad"):  # the former is transformers 5's, the latter is in our record
+        written.pop(newer, None)
     if llm.rope_theta != 10000.0 or "rope_theta" in carried:  # transformers 4.31 does not write it
         written["rope_theta"] = llm.rope_theta
     if moe_layers:
         written["moe"] = carried.get("moe", {}) | _moe_json(config)
-    return dict(sorted(written.items()))
+    return dict(sorted(written.items())) | ({OWN: own} if own else {})
+
+
+def own_json(experiment: ExperimentConfig, parts: set[str], adapters: bool) -> Json:
+    """What `from_torch` needs beside the tensors to make the same checkpoint again: the configuration of the `parts`
+    that are there, and what prediction reads of data and evaluation."""
+    model, data = dataclasses.asdict(experiment.model), dataclasses.asdict(experiment.data)
+    held = [name for name, part in _PARTS.items() if part in parts]
+    sizes = {name: model[name] for name in held} | {"dtype": model["dtype"]}
+    if adapters:
+        sizes["lora"] = {name: model["lora"][name] for name in ("alpha", "dropout")}
+    read = {name: data[name] for name in ("bucket_lengths", "max_images", "max_regions", "max_masks", "mask_canvas")}
+    return {"model": sizes, "data": read, "eval": dataclasses.asdict(experiment.eval) | {"sources": []}}
+
+
+def _is_released(clip: ClipConfig, tower: str) -> bool:
+    """Whether the released vision tower of that name has these sizes."""
+    return RELEASED_TOWERS.get(tower, {}).items() <= tower_json(clip).items() and tower in RELEASED_TOWERS
+
+
+def tower_json(clip: ClipConfig) -> Json:
+    """config.json of the vision tower."""
+    return transformers.CLIPVisionConfig(
+        hidden_size=clip.hidden_size,
+        intermediate_size=clip.mlp_dim,
+        num_hidden_layers=clip.num_layers,
+        num_attention_heads=clip.num_heads,
+        image_size=clip.image_size,
+        patch_size=clip.patch_size,
+        layer_norm_eps=clip.layer_norm_eps,
+        architectures=["CLIPVisionModel"],
+    ).to_diff_dict()
 
 
 def _moe_json(config: ModelConfig) -> Json:
@@ -121,14 +173,18 @@ def preprocessor_json(config: ModelConfig) -> Json:
 
 
 def write_files(
-    folder: pathlib.Path, config: ModelConfig, side: pathlib.Path, tokenizer: pathlib.Path, dtype: np.dtype
+    folder: pathlib.Path, config: ModelConfig, side: pathlib.Path, tokenizer: pathlib.Path, dtype: np.dtype, own: Json
 ) -> None:
     """Writes all files around the weights into `folder`. `side` holds the source's own, where there was one."""
-    _write(folder / "config.json", model_json(config, read_json(side / "config.json"), dtype))
+    described = model_json(config, read_json(side / "config.json"), dtype, own)
+    preprocessor = read_json(side / "preprocessor_config.json") or preprocessor_json(config)
+    _write(folder / "config.json", described)
     _write(folder / "generation_config.json", read_json(side / "generation_config.json") or _GENERATION)
-    _write(
-        folder / "preprocessor_config.json", read_json(side / "preprocessor_config.json") or preprocessor_json(config)
-    )
+    _write(folder / "preprocessor_config.json", preprocessor)
+    if described["mm_vision_tower"] == TOWER_FOLDER:
+        (folder / TOWER_FOLDER).mkdir()
+        _write(folder / TOWER_FOLDER / "config.json", tower_json(config.clip))
+        _write(folder / TOWER_FOLDER / "preprocessor_config.json", preprocessor)
     vocabulary.copy_tokenizer(tokenizer, folder)
     for name, content in (
         ("tokenizer_config.json", _TOKENIZER),

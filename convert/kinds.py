@@ -1,18 +1,17 @@
 """What a PyTorch checkpoint is, and the model's sizes: from the tensors themselves; from config.json only what no shape
 tells."""
 
-import json
 import math
-import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
 
-from convert import mapping
+from medplib_jax.config.base import from_dict
 from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
 
+from . import mapping
+from .foreign_config import OWN, Foreign, Json
+
 Shapes = Mapping[str, tuple[int, ...]]
-Json = dict[str, Any]
 
 # Parts of the model that a checkpoint of each kind must hold in full.
 KINDS = {
@@ -56,105 +55,114 @@ def detect_kind(names) -> str:
     raise ValueError(f"not a checkpoint of a known kind ({', '.join(KINDS)}): it holds {sorted(names)[:5]}")
 
 
-def read_json(path: pathlib.Path) -> Json:
-    """A JSON file's content, {} when there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def detect_config(shapes: Shapes, language: Json, vision: Json, lora_alpha: float) -> ModelConfig:
+def detect_config(shapes: Shapes, foreign: Foreign, lora_alpha: float | None = None) -> ModelConfig:
     """The model's sizes. `shapes` has canonical names; parts that it lacks keep the sizes of MedPLIB-7B.
 
-    `language` and `vision` are the config.json of the language model and of CLIP. Raises ValueError when a size is in
-    neither, or when config.json and the tensors disagree."""
+    `lora_alpha` is that of adapters without an adapter_config.json. ValueError when a size is neither in a tensor nor
+    in a file, or when files and tensors disagree."""
     parts = {part_of(key) for key in shapes}
-    sizes = {}
+    own = foreign.own.get("model", {})
+    sizes = {"region": _region(shapes, foreign)}
     if "clip" in parts:
-        sizes["clip"] = _clip(shapes, vision, language)
+        sizes["clip"] = _clip(shapes, foreign)
     if "llm" in parts:
-        sizes["llm"], sizes["moe"] = _llm(shapes, language), _moe(shapes, language)
-        sizes["lora"] = _lora(shapes, lora_alpha)
+        sizes["llm"], sizes["moe"] = _llm(shapes, foreign), _moe(shapes, foreign)
+        sizes["lora"] = _lora(shapes, foreign, lora_alpha)
     if "sam" in parts:
-        sizes["mask"] = _mask(shapes, language)
-    sizes["region"] = RegionConfig(
-        sampler="geometry" if any(key.startswith("model.region_geo_sampler.") for key in shapes) else "mean",
-        max_points=language.get("max_sample_point", 512),
-        pooling=language.get("sampler_pooler_mode", "max"),
-    )
-    return ModelConfig(**sizes)
+        sizes["mask"] = _mask(shapes, foreign)
+    return ModelConfig(**sizes, dtype=own.get("dtype", "float32"))
 
 
-def _clip(shapes: Shapes, vision: Json, language: Json) -> ClipConfig:
-    vision = vision.get("vision_config", vision)
+def _combined(kind: type, part: str, foreign: Foreign, found: Json, told: Json):
+    """The part's configuration: what tensors tell (`found`), then our own record in config.json, then its other keys
+    (`told`).
+
+    ValueError when our own record disagrees with the tensors.
+    """
+    own = foreign.own.get("model", {}).get(part, {})
+    _agree(f"{OWN}.model.{part}", own, found)
+    return from_dict(kind, told | own | found, f"config.json: {OWN}.model.{part}.")
+
+
+def _region(shapes: Shapes, foreign: Foreign) -> RegionConfig:
+    geometry = any(key.startswith("model.region_geo_sampler.") for key in shapes)
+    told = {
+        "max_points": foreign.language.get("max_sample_point", 512),
+        "pooling": foreign.language.get("sampler_pooler_mode", "max"),
+    }
+    return _combined(RegionConfig, "region", foreign, {"sampler": "geometry" if geometry else "mean"}, told)
+
+
+def _clip(shapes: Shapes, foreign: Foreign) -> ClipConfig:
+    vision, language = foreign.vision, foreign.language
     patch = _shape(shapes, _CLIP + "embeddings.patch_embedding.weight")
     positions = _shape(shapes, _CLIP + "embeddings.position_embedding.weight")[0]
-    hidden = patch[0]
-    heads = vision.get("num_attention_heads") or (hidden // 64 if hidden % 64 == 0 else None)
-    if heads is None:
-        raise ValueError(
-            f"CLIP of width {hidden}: the number of heads is in no tensor; "
-            "give the folder with CLIP's config.json (--config)"
-        )
-    config = ClipConfig(
-        image_size=math.isqrt(positions - 1) * patch[2],
-        patch_size=patch[2],
-        hidden_size=hidden,
-        num_layers=_count(shapes, _CLIP + r"encoder.layers\.(\d+)\."),
-        num_heads=heads,
-        mlp_dim=_shape(shapes, _CLIP + "encoder.layers.0.mlp.fc1.weight")[0],
-        select_layer=language.get("mm_vision_select_layer", language.get("vision_feature_layer", -2)),
-        layer_norm_eps=vision.get("layer_norm_eps", 1e-5),
-    )
     found = {
-        "hidden_size": hidden,
-        "num_hidden_layers": config.num_layers,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
+        "hidden_size": patch[0],
+        "image_size": math.isqrt(positions - 1) * patch[2],
+        "patch_size": patch[2],
+        "num_layers": _count(shapes, _CLIP + r"encoder.layers\.(\d+)\."),
+        "mlp_dim": _shape(shapes, _CLIP + "encoder.layers.0.mlp.fc1.weight")[0],
     }
-    _agree("CLIP", vision, found)
-    return config
+    told = {
+        "num_heads": vision.get("num_attention_heads"),
+        "layer_norm_eps": vision.get("layer_norm_eps", 1e-5),
+        "select_layer": language.get("mm_vision_select_layer", language.get("vision_feature_layer", -2)),
+    }
+    same = {name: found[name] for name in ("hidden_size", "image_size", "patch_size")}
+    _agree("CLIP", vision, same | {"num_hidden_layers": found["num_layers"], "intermediate_size": found["mlp_dim"]})
+    return _combined(ClipConfig, "clip", foreign, found, _complete("CLIP", told, foreign.own, "clip"))
 
 
-def _llm(shapes: Shapes, language: Json) -> LlmConfig:
+def _complete(what: str, told: Json, own: Json, part: str) -> Json:
+    """`told` without the number of heads where only our own record has it. ValueError when nothing has."""
+    heads = own.get("model", {}).get(part, {}).get("num_heads")
+    if told["num_heads"] is None and heads is None:
+        raise ValueError(
+            f"{what}: the number of heads is in no tensor; give the folder with its config.json (--config)"
+        )
+    if None not in (told["num_heads"], heads) and told["num_heads"] != heads:
+        raise ValueError(f"{what}: num_attention_heads {told['num_heads']}, but {OWN}.model.{part}.num_heads {heads}")
+    return told
+
+
+def _llm(shapes: Shapes, foreign: Foreign) -> LlmConfig:
+    language = foreign.language
     vocab, hidden = _shape(shapes, "model.embed_tokens.weight")
     mlp = next((shape[0] for key, shape in shapes.items() if key.endswith(".gate_proj.weight")), None)
     if mlp is None:
         raise ValueError("the language model has no tensor ending in '.gate_proj.weight': its MLP's width is unknown")
-    language = language.get("text_config", language)
-    if "num_attention_heads" not in language:
-        raise ValueError(
-            "the language model's number of heads is in no tensor; give the folder with its config.json (--config)"
-        )
-    heads = language["num_attention_heads"]
-    kv_heads = _shape(shapes, "model.layers.0.self_attn.k_proj.weight")[0] * heads // hidden
-    layers = _count(shapes, r"model\.layers\.(\d+)\.")
-    found = {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "intermediate_size": mlp,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
+    told = {
+        "num_heads": language.get("num_attention_heads"),
+        "rope_theta": language.get("rope_theta", 10000.0),
+        "rms_norm_eps": language.get("rms_norm_eps", 1e-5),
+        "max_positions": language.get("max_position_embeddings", 4096),
     }
-    _agree("the language model", language, found)
-    if language.get("rope_scaling"):
-        raise ValueError(f"config.json: rope_scaling {language['rope_scaling']} is not supported")
-    return LlmConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        mlp_dim=mlp,
-        rope_theta=float(language.get("rope_theta", 10000.0)),
-        rms_norm_eps=language.get("rms_norm_eps", 1e-5),
-        max_positions=language.get("max_position_embeddings", 4096),
-    )
+    told = _complete("the language model", told, foreign.own, "llm")
+    heads = told["num_heads"] or foreign.own["model"]["llm"]["num_heads"]
+    found = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_layers": _count(shapes, r"model\.layers\.(\d+)\."),
+        "num_kv_heads": _shape(shapes, "model.layers.0.self_attn.k_proj.weight")[0] * heads // hidden,
+        "mlp_dim": mlp,
+    }
+    same = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": found["num_layers"],
+        "intermediate_size": mlp,
+        "num_key_value_heads": found["num_kv_heads"],
+    }
+    _agree("the language model", language, same)
+    return _combined(LlmConfig, "llm", foreign, found, told)
 
 
-def _moe(shapes: Shapes, language: Json) -> MoeConfig:
+def _moe(shapes: Shapes, foreign: Foreign) -> MoeConfig:
     layers = tuple(sorted({int(match[1]) for key in shapes if (match := re.match(_MOE, key))}))
     if not layers:
-        return MoeConfig()
-    written = language.get("moe", {})
+        return _combined(MoeConfig, "moe", foreign, {"num_experts": 0}, {})
+    written = foreign.language.get("moe", {})
     experts = _count(shapes, _MOE + r"experts\.deepspeed_experts\.(\d+)\.")
     if set(written.get("num_experts", [experts])) != {experts}:
         raise ValueError(
@@ -165,37 +173,57 @@ def _moe(shapes: Shapes, language: Json) -> MoeConfig:
             f"config.json: moe.moe_layers_idx {written['moe_layers_idx']} disagrees with the tensors: layers {layers}"
         )
     count = _count(shapes, r"model\.layers\.(\d+)\.")
-    named = (
-        name
-        for name in ("dense", "sparse", "first_half", "second_half")
-        if MoeConfig(1, layers=name).layer_indices(count) == layers
-    )
-    return MoeConfig(
-        num_experts=experts,
-        top_k=written.get("top_k_experts", 1),
-        layers=next(named, layers),
-        capacity_factor=written.get("capacity_factor", 1.5),
-        eval_capacity_factor=written.get("eval_capacity_factor", 2.0),
-        min_capacity=written.get("min_capacity", 0),
-        residual=any(".mlp.coefficient." in key for key in shapes),
-        aux_loss_weight=written.get("router_aux_loss_coef", 0.0),
-    )
+    own = foreign.own.get("model", {}).get("moe", {})
+    names = (own.get("layers", "dense"), "dense", "sparse", "first_half", "second_half")
+    named = (name for name in names if MoeConfig(1, layers=name).layer_indices(count) == layers)
+    found = {
+        "num_experts": experts,
+        "layers": next(named, layers),
+        "residual": any(".mlp.coefficient." in key for key in shapes),
+    }
+    told = {
+        "top_k": written.get("top_k_experts", 1),
+        "capacity_factor": written.get("capacity_factor", 1.5),
+        "eval_capacity_factor": written.get("eval_capacity_factor", 2.0),
+        "min_capacity": written.get("min_capacity", 0),
+        "aux_loss_weight": written.get("router_aux_loss_coef", 0.0),
+    }
+    return _combined(MoeConfig, "moe", foreign, found, told)
 
 
-def _lora(shapes: Shapes, alpha: float) -> LoraConfig:
+def _lora(shapes: Shapes, foreign: Foreign, alpha: float | None) -> LoraConfig:
     adapters = {key: shape for key, shape in shapes.items() if key.endswith(".lora_A.weight")}
     ranks = {shape[0] for shape in adapters.values()}
     if len(ranks) > 1:
         raise ValueError(f"adapters of several ranks ({sorted(ranks)}) in one checkpoint are not supported")
     if not ranks:
         return LoraConfig()
+    rank, written = ranks.pop(), foreign.adapter
+    _agree("the adapters (adapter_config.json)", written, {"r": rank})
     targets = {re.search(r"(\w+)_proj\.lora_A\.weight$", key)[1] for key in adapters}
-    return LoraConfig(rank=ranks.pop(), alpha=alpha, targets=tuple(sorted(targets)))
+    found = {"rank": rank, "alpha": adapters_alpha(rank, foreign, alpha), "targets": tuple(sorted(targets))}
+    return _combined(LoraConfig, "lora", foreign, found, {"dropout": written.get("lora_dropout", 0.0)})
 
 
-def _mask(shapes: Shapes, language: Json) -> MaskConfig:
+def adapters_alpha(rank: int, foreign: Foreign, given: float | None) -> float:
+    """What is divided by the rank and scales an adapter: from adapter_config.json, our own record or `given`, which
+    must agree. ValueError when nothing says it."""
+    written = foreign.adapter.get("lora_alpha")
+    if written is not None and foreign.adapter.get("use_rslora"):
+        written *= math.sqrt(rank)  # PEFT divides by the root of the rank then
+    alphas = (given, written, foreign.own.get("model", {}).get("lora", {}).get("alpha"))
+    known = {float(alpha) for alpha in alphas if alpha is not None}
+    if len(known) != 1:
+        raise ValueError(
+            "the adapters' alpha is in no tensor: expected one value from adapter_config.json or --lora_alpha "
+            f"(MedPLIB trains with 16), found {sorted(known) or 'none'}"
+        )
+    return known.pop()
+
+
+def _mask(shapes: Shapes, foreign: Foreign) -> MaskConfig:
     """With a SEG MLP, the original has trained it, on masks whose padding it cut away by its own rule, unless
-    config.json says other."""
+    config.json says other. SAM's own files tell no number of heads in the decoder, because all of them have 8."""
     trained = any(part_of(key) == "seg_mlp" for key in shapes)
     encoder, decoder = _SAM + "image_encoder.", _SAM + "mask_decoder."
     patch = _shape(shapes, encoder + "patch_embed.proj.weight")
@@ -203,24 +231,26 @@ def _mask(shapes: Shapes, language: Json) -> MaskConfig:
     layers = _count(shapes, re.escape(encoder) + r"blocks\.(\d+)\.")
     spans = [(_shape(shapes, f"{encoder}blocks.{i}.attn.rel_pos_h")[0] + 1) // 2 for i in range(layers)]
     hidden, head_dim = patch[0], _shape(shapes, encoder + "blocks.0.attn.rel_pos_h")[1]
-    return MaskConfig(
-        image_size=grid * patch[2],
-        patch_size=patch[2],
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=hidden // head_dim,
-        window_size=min(spans),
-        global_layers=tuple(i for i, span in enumerate(spans) if span == grid),
-        adapter=any(".Adapter." in key for key in shapes),
-        out_dim=_shape(shapes, encoder + "neck.0.weight")[0],
-        mask_in_dim=_shape(shapes, _SAM + "prompt_encoder.mask_downscaling.3.weight")[0],
-        decoder_layers=_count(shapes, re.escape(decoder) + r"transformer\.layers\.(\d+)\."),
-        decoder_mlp_dim=_shape(shapes, decoder + "transformer.layers.0.mlp.lin1.weight")[0],
-        num_multimask=_shape(shapes, decoder + "mask_tokens.weight")[0] - 1,
-        iou_head_layers=_count(shapes, re.escape(decoder) + r"iou_prediction_head\.layers\.(\d+)\."),
-        iou_head_dim=_shape(shapes, decoder + "iou_prediction_head.layers.0.weight")[0],
-        unpad=language.get("mask_unpad", "reference") if trained else "exact",
-    )
+    found = {
+        "image_size": grid * patch[2],
+        "patch_size": patch[2],
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "num_heads": hidden // head_dim,
+        "adapter": any(".Adapter." in key for key in shapes),
+        "out_dim": _shape(shapes, encoder + "neck.0.weight")[0],
+        "mask_in_dim": _shape(shapes, _SAM + "prompt_encoder.mask_downscaling.3.weight")[0],
+        "decoder_layers": _count(shapes, re.escape(decoder) + r"transformer\.layers\.(\d+)\."),
+        "decoder_mlp_dim": _shape(shapes, decoder + "transformer.layers.0.mlp.lin1.weight")[0],
+        "num_multimask": _shape(shapes, decoder + "mask_tokens.weight")[0] - 1,
+        "iou_head_layers": _count(shapes, re.escape(decoder) + r"iou_prediction_head\.layers\.(\d+)\."),
+        "iou_head_dim": _shape(shapes, decoder + "iou_prediction_head.layers.0.weight")[0],
+    }
+    windows = {"window_size": min(spans), "global_layers": tuple(i for i, span in enumerate(spans) if span == grid)}
+    told = {"unpad": foreign.language.get("mask_unpad", "reference") if trained else "exact"}
+    if min(spans) == grid:  # one window or all of the picture: the tensors are the same
+        return _combined(MaskConfig, "mask", foreign, found, told | windows)
+    return _combined(MaskConfig, "mask", foreign, found | windows, told)
 
 
 def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
@@ -236,5 +266,6 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 def _agree(what: str, written: Json, found: Json) -> None:
     for name, value in found.items():
-        if written.get(name, value) != value:
-            raise ValueError(f"config.json of {what}: {name} {written[name]} disagrees with the tensors: {value}")
+        plain = list(value) if isinstance(value, tuple) else value
+        if written.get(name, plain) not in (plain, value):
+            raise ValueError(f"config.json of {what}: {name} {written[name]} disagrees with the tensors: {plain}")

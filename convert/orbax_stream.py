@@ -18,8 +18,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
-from convert.torch_files import ahead, progress
 from medplib_jax.batch import Params
+
+from .torch_files import ahead, progress
 
 Index = tuple[int, ...]
 MAX_CHUNK_BYTES = 1 << 25

@@ -1,90 +1,112 @@
-"""Weights out: a folder that the PyTorch original loads without edits.
+"""Weights out: a folder that the PyTorch original loads without edits, or PEFT adapters beside their base.
 
-python -m convert.to_torch --checkpoint WORKDIR --out DIR [--format safetensors] [--layout merged]
+python -m convert.to_torch --checkpoint WORKDIR[/checkpoints/STEP] --out DIR [--layout merged] [--dtype bf16]
 
-`merged` adds the adapters into their kernels (a released model); `lora` keeps them apart under PEFT's names (a training
-checkpoint)."""
+`merged` adds the adapters into their kernels (a released model). `lora` keeps both under the names of the original's
+training checkpoints. `peft` writes what `PeftModel.from_pretrained` loads, and the model without adapters in DIR/base.
+"""
 
 import argparse
 import dataclasses
+import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import absl.logging
 import jax
 import numpy as np
 
-from convert import hf_config, mapping, orbax_stream, torch_files
-from convert.from_torch import SIDE_FOLDER, staged
 from medplib_jax import checkpoint
 from medplib_jax.batch import combine, flatten
-from medplib_jax.config.model import ModelConfig
+from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.config.model import LoraConfig, ModelConfig
+
+from . import hf_config, mapping, orbax_stream, torch_files
+from .from_torch import DTYPES, SIDE_FOLDER, staged
 
 SHARD_BYTES = 2 << 30
-LAYOUTS = ("merged", "lora")
+LAYOUTS = ("merged", "lora", "peft")
+BASE_FOLDER = "base"  # of the layout `peft`
+EMBEDDING = "llm/embed/embedding"
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """A checkpoint that is open but not read: path -> TensorStore."""
 
-    config: ModelConfig
+    experiment: ExperimentConfig
     arrays: dict
-    tokenizer: pathlib.Path
+    folder: pathlib.Path  # of the step
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.experiment.model
+
+    @property
+    def tokenizer(self) -> pathlib.Path:
+        return self.folder / "tokenizer"
+
+    @property
+    def parts(self) -> set[str]:
+        return {path.split("/")[0] for path in self.arrays}
 
     def dtype(self, path: str) -> np.dtype:
         return self.arrays[path].dtype.numpy_dtype
 
+    def adapted(self, path: str) -> bool:
+        return path.endswith("/kernel") and path.removesuffix("kernel") + "lora_a" in self.arrays
 
-def open_checkpoint(workdir: pathlib.Path) -> Stored:
-    """The newest complete step of `workdir`. FileNotFoundError when there is none."""
-    if not (workdir / checkpoint.FOLDER).is_dir():
-        raise FileNotFoundError(f"--checkpoint {workdir}: expected a workdir with a {checkpoint.FOLDER!r} folder")
-    with checkpoint.make_manager(str(workdir), read_only=True) as manager:
-        step = checkpoint.latest_step(manager)
-        if step is None:
-            raise FileNotFoundError(f"--checkpoint {workdir}: it has no complete step")
-        experiment, _ = checkpoint.read_experiment(manager, step)
-    folder = workdir.absolute() / checkpoint.FOLDER / str(step)
+
+def open_checkpoint(path: pathlib.Path) -> Stored:
+    """The step that a path names: WORKDIR/checkpoints/STEP, or the newest of WORKDIR. FileNotFoundError without one."""
+    workdir, step = checkpoint.find_step(path)
+    experiment, _ = checkpoint.load_experiment(path)
+    folder = pathlib.Path(workdir) / checkpoint.FOLDER / str(step)
     parts = orbax_stream.open_arrays(folder / "state", ("trainable", "frozen"))
-    return Stored(experiment.model, flatten(combine(parts["trainable"], parts["frozen"])), folder / "tokenizer")
+    return Stored(experiment, flatten(combine(parts["trainable"], parts["frozen"])), folder)
 
 
 def convert(
-    workdir: pathlib.Path,
+    checkpoint_path: pathlib.Path,
     out: pathlib.Path,
     file_format: str = "safetensors",
     layout: str = "merged",
     shard_bytes: int = SHARD_BYTES,
+    dtype: str | None = None,
 ) -> None:
-    """Writes `out`. Raises FileNotFoundError without a checkpoint, ValueError when a parameter has no PyTorch name or
-    is not finite; then nothing is left behind."""
-    stored = open_checkpoint(workdir)
+    """Writes `out`. Raises FileNotFoundError without a checkpoint, ValueError when a parameter has no PyTorch name, is
+    not finite or overflows `dtype`; then nothing is left behind."""
+    stored = open_checkpoint(checkpoint_path)
     with staged(out) as folder:
-        torch_files.write_shards(folder, planned(stored, layout), file_format, shard_bytes)
-        if "llm/embed/embedding" in stored.arrays:
-            hf_config.write_files(
-                folder, stored.config, workdir / SIDE_FOLDER, stored.tokenizer, stored.dtype("llm/embed/embedding")
-            )
+        model = folder
+        if layout == "peft":
+            write_adapters(folder, stored, dtype)
+            model = folder / BASE_FOLDER
+            model.mkdir()
+        torch_files.write_shards(model, planned(stored, layout, dtype), file_format, shard_bytes)
+        if EMBEDDING in stored.arrays:
+            own = hf_config.own_json(stored.experiment, stored.parts, adapters=layout == "lora")
+            kind = DTYPES[dtype] if dtype else stored.dtype(EMBEDDING)
+            side = stored.folder.parent.parent / SIDE_FOLDER
+            hf_config.write_files(model, stored.config, side, stored.tokenizer, kind, own)
 
 
-def planned(stored: Stored, layout: str) -> Iterator[torch_files.Planned]:
-    """Every PyTorch tensor of the checkpoint, in the table's order."""
+def planned(stored: Stored, layout: str, dtype: str | None = None) -> Iterator[torch_files.Planned]:
+    """Every PyTorch tensor of the model, in the table's order."""
     shapes = {path: store.shape for path, store in stored.arrays.items()}
     for key, entry in mapping.entries(stored.config, shapes).items():
-        adapted = entry.path.endswith("/kernel") and entry.path.removesuffix("kernel") + "lora_a" in shapes
-        if layout == "merged" and entry.path.endswith(("/lora_a", "/lora_b")):
+        if layout != "lora" and entry.path.endswith(("/lora_a", "/lora_b")):
             continue
+        adapted = stored.adapted(entry.path)
         name = mapping.unmerged_name(key, adapted) if layout == "lora" else key
-        shape = entry.torch_shape(shapes[entry.path])
-        yield torch_files.Planned(
-            name, shape, stored.dtype(entry.path), _maker(stored, entry, name, adapted and layout == "merged")
-        )
-    if "llm/embed/embedding" in shapes:
-        yield from rotary_buffers(stored, layout)
+        yield _planned(stored, entry, name, dtype, merge=adapted and layout == "merged")
+    if EMBEDDING in shapes:
+        yield from rotary_buffers(stored, layout, dtype)
 
 
-def _maker(stored: Stored, entry: mapping.Entry, name: str, merge: bool):
+def _planned(stored: Stored, entry: mapping.Entry, name: str, dtype: str | None, merge: bool) -> torch_files.Planned:
+    target = DTYPES[dtype] if dtype else stored.dtype(entry.path)
+
     def make() -> np.ndarray:
         values = _read(stored, entry.path, entry.index)
         if merge:
@@ -92,41 +114,84 @@ def _maker(stored: Stored, entry: mapping.Entry, name: str, merge: bool):
             low, high = (
                 _read(stored, side + factor, entry.index).astype(np.float32) for factor in ("lora_a", "lora_b")
             )
-            values = (values.astype(np.float32) + stored.config.lora.scale * (low @ high)).astype(values.dtype)
-        torch_files.check_finite(name, stored.tokenizer.parent, values)
-        return entry.layout.to_torch(values)
+            values = values.astype(np.float32) + stored.config.lora.scale * (low @ high)
+        return entry.layout.to_torch(torch_files.cast(name, stored.folder, values, target))
 
-    return make
+    return torch_files.Planned(name, entry.torch_shape(stored.arrays[entry.path].shape), target, make)
 
 
 def _read(stored: Stored, path: str, index: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray(stored.arrays[path][index].read().result())
 
 
-def rotary_buffers(stored: Stored, layout: str) -> Iterator[torch_files.Planned]:
+def rotary_buffers(stored: Stored, layout: str, dtype: str | None = None) -> Iterator[torch_files.Planned]:
     """LLaMA's `inv_freq`, which transformers 4.31 keeps in checkpoints although rope_theta decides it."""
     llm = stored.config.llm
     exponent = np.arange(0, llm.head_dim, 2, dtype=np.float32) / np.float32(llm.head_dim)
-    values = (1 / np.float32(llm.rope_theta) ** exponent).astype(stored.dtype("llm/embed/embedding"))
+    target = DTYPES[dtype] if dtype else stored.dtype(EMBEDDING)
+    values = (1 / np.float32(llm.rope_theta) ** exponent).astype(target)
     for layer in range(llm.num_layers):
         name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
-        yield torch_files.Planned(
-            mapping.unmerged_name(name, False) if layout == "lora" else name, values.shape, values.dtype, lambda: values
-        )
+        written = mapping.unmerged_name(name, False) if layout == "lora" else name
+        yield torch_files.Planned(written, values.shape, values.dtype, _constant(values))
+
+
+def _constant(values: np.ndarray) -> Callable[[], np.ndarray]:
+    return lambda: values
+
+
+def write_adapters(folder: pathlib.Path, stored: Stored, dtype: str | None) -> None:
+    """adapter_model.safetensors and adapter_config.json in PEFT's own names. ValueError for a checkpoint without
+    adapters."""
+    entries = mapping.entries(stored.config, stored.arrays).items()
+    adapters = {key: entry for key, entry in entries if entry.path.endswith(("/lora_a", "/lora_b"))}
+    if not adapters:
+        raise ValueError(f"{stored.folder}: it has no adapters; --layout peft writes a checkpoint that has some")
+    tensors = [
+        _planned(stored, entry, f"base_model.model.{key}", dtype, merge=False) for key, entry in adapters.items()
+    ]
+    torch_files.write_shards(folder, tensors, "safetensors", 1 << 60, stem="adapter_model")
+    modules = sorted({key.rsplit(".lora_", 1)[0] for key in adapters})
+    written = adapter_json(stored.config.lora, modules, BASE_FOLDER)
+    (folder / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_json(lora: LoraConfig, modules: list[str], base: str) -> dict:
+    """PEFT's adapter_config.json. `modules` are the adapted modules' full names."""
+    return {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "target_modules": modules,
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", required=True, type=pathlib.Path, help="workdir of a training run or a conversion"
+        "--checkpoint",
+        required=True,
+        type=pathlib.Path,
+        help="workdir, or WORKDIR/checkpoints/STEP for one of its steps",
     )
     parser.add_argument("--out", required=True, type=pathlib.Path, help="folder to create")
     parser.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
     parser.add_argument("--layout", choices=LAYOUTS, default="merged")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as in the checkpoint")
     arguments = parser.parse_args(argv)
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
     jax.config.update("jax_platforms", "cpu")  # nothing to compute; leave accelerators to those who do
-    convert(arguments.checkpoint, arguments.out, arguments.format, arguments.layout)
+    try:
+        convert(arguments.checkpoint, arguments.out, arguments.format, arguments.layout, dtype=arguments.dtype)
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"to_torch: {error}") from error
     print(f"wrote {arguments.out}")
 
 

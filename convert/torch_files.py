@@ -22,6 +22,7 @@ from typing import TypeVar
 import jax
 import ml_dtypes
 import numpy as np
+import safetensors
 from tqdm import tqdm
 
 Shape = tuple[int, ...]
@@ -36,7 +37,11 @@ FLOATS = {
 _INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 _TYPES = FLOATS | {name: np.dtype(kind) for name, kind in _INTEGERS.items()}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
-_NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|rng_state|random_states)")
+_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+_NOT_WEIGHTS = re.compile(
+    r"^(training_args|optimizer|scheduler|rng_state|random_states|mp_rank_|zero_pp_|bf16_zero_pp_)"
+)
+_ZERO = re.compile(r"^(global_step\d+$|zero_to_fp32\.py$|mp_rank_|zero_pp_|bf16_zero_pp_)")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 _BLOCK = 1 << 17
 _THREADS = 6  # that make tensors: most wait for the disk while two or three compute
@@ -54,22 +59,28 @@ class Tensor:
 
 
 def read_folder(source: pathlib.Path) -> dict[str, Tensor]:
-    """Name -> tensor of one file, or of all weight files of a folder (safetensors if there are any, else .bin, else
-    .pth/.pt).
+    """Name -> tensor of one file, or of all weight files of a folder.
 
-    An index file may be absent, of the other format, or wrong in where it puts tensors; what is read is what the files
-    hold. Raises FileNotFoundError without weights or when a shard is missing, ValueError on a damaged file or a name
-    found twice."""
+    Where a folder holds the same model in two formats, safetensors are read. An index file may be absent, of the other
+    format, or wrong in where it puts tensors; what is read is what the files hold. A tensor that is in two files is one
+    if both have the same values. Raises FileNotFoundError without weights or when a shard is missing, ValueError on a
+    damaged file or a name with two values.
+    """
     files = [source] if source.is_file() else _weight_files(source)
     tensors: dict[str, Tensor] = {}
     for file in files:
         for name, tensor in read_file(file).items():
-            if name in tensors:
-                raise ValueError(f"{file}: tensor {name!r} is also in {tensors[name].file.name}")
-            tensors[name] = tensor
+            if name in tensors and not equal(tensors[name], tensor):
+                raise ValueError(f"{file}: tensor {name!r} is also in {tensors[name].file.name}, with other values")
+            tensors.setdefault(name, tensor)
     if source.is_dir():
         _check_shards(source, files, tensors)
     return tensors
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, in whatever types."""
+    return one.shape == other.shape and np.array_equal(one.read().astype(np.float64), other.read().astype(np.float64))
 
 
 def read_file(file: pathlib.Path) -> dict[str, Tensor]:
@@ -79,14 +90,25 @@ def read_file(file: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    for suffixes in ((".safetensors",), (".bin",), (".pth", ".pt")):
-        found = sorted(p for p in folder.iterdir() if p.suffix in suffixes and not _NOT_WEIGHTS.match(p.name))
-        if found:
-            return found
-    raise FileNotFoundError(
-        f"{folder}: expected weights (*.safetensors, *.bin, *.pth or *.pt), "
-        f"found {sorted(p.name for p in folder.iterdir())[:10]}"
-    )
+    found = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES and not _NOT_WEIGHTS.match(p.name))
+    stems = {_stem(p) for p in found if p.suffix == ".safetensors"}
+    found = [p for p in found if p.suffix == ".safetensors" or _stem(p) not in stems]
+    if found:
+        return found
+    names = sorted(p.name for p in folder.iterdir())
+    if any(_ZERO.match(name) for name in names):
+        raise FileNotFoundError(
+            f"{folder}: a checkpoint of DeepSpeed ZeRO in parts; first put it together, in that folder: "
+            "`python zero_to_fp32.py . pytorch_model.bin`, then give pytorch_model.bin as --source and the folder of "
+            "its config.json as --config"
+        )
+    raise FileNotFoundError(f"{folder}: expected weights (*.safetensors, *.bin, *.pth or *.pt), found {names[:10]}")
+
+
+def _stem(file: pathlib.Path) -> str:
+    """What a file holds, whatever its format: `pytorch_model-00001-of-00002.bin` and `model.safetensors` both
+    "model"."""
+    return _SHARD.sub(".", file.name).removesuffix(file.suffix).removeprefix("pytorch_")
 
 
 def _check_shards(folder: pathlib.Path, files: list[pathlib.Path], tensors: dict[str, Tensor]) -> None:
@@ -107,40 +129,18 @@ def _check_shards(folder: pathlib.Path, files: list[pathlib.Path], tensors: dict
 
 
 def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(
-                f"{file}: truncated or not a safetensors file: header of {length} bytes in a file of {size}"
-            )
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file}: damaged safetensors header: {error}") from error
-    header.pop("__metadata__", None)
+    try:
+        opened = safetensors.safe_open(file, "np")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file}: truncated, damaged or not a safetensors file: {error}") from error
     tensors = {}
-    for name, entry in header.items():
-        shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-        if entry["dtype"] not in _TYPES:
-            raise ValueError(f"{file}: tensor {name!r} has type {entry['dtype']}; known are {sorted(_TYPES)}")
-        dtype = _TYPES[entry["dtype"]]
-        if end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(
-                f"{file}: tensor {name!r} of shape {shape}: "
-                f"expected {math.prod(shape) * dtype.itemsize} bytes, found {end - start}"
-            )
-        if 8 + length + end > size:
-            raise ValueError(f"{file}: truncated: tensor {name!r} ends at byte {8 + length + end}, the file at {size}")
-        tensors[name] = Tensor(file, shape, dtype, _slice_reader(file, 8 + length + start, shape, dtype))
+    for name in opened.keys():
+        header = opened.get_slice(name)
+        if header.get_dtype() not in _TYPES:
+            raise ValueError(f"{file}: tensor {name!r} has type {header.get_dtype()}; known are {sorted(_TYPES)}")
+        read = functools.partial(opened.get_tensor, name)
+        tensors[name] = Tensor(file, tuple(header.get_shape()), _TYPES[header.get_dtype()], read)
     return tensors
-
-
-def _slice_reader(file: pathlib.Path, offset: int, shape: Shape, dtype: np.dtype) -> Callable[[], np.ndarray]:
-    """Reads by mapping the file: half the time of copying, since the pages go straight into what is made of them."""
-    return lambda: np.asarray(
-        np.memmap(file, dtype, "r", offset, shape) if math.prod(shape) else np.zeros(shape, dtype)
-    )
 
 
 def _read_pickle(file: pathlib.Path) -> dict[str, Tensor]:
@@ -153,7 +153,7 @@ def _read_pickle(file: pathlib.Path) -> dict[str, Tensor]:
             f"{file}: refused, the pickle holds more than tensors (it could run code when loaded): {str(error)[:200]}"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file}: truncated or damaged: {str(error)[:200]}") from error
+        raise ValueError(f"{file}: truncated or damaged: {' '.join(str(error).split())[:200]}") from error
     for key in ("model", "module", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -188,8 +188,29 @@ def _torch(file: pathlib.Path):
     return torch
 
 
+def cast(name: str, file: pathlib.Path, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The tensor in another type, finite. ValueError when it holds NaN or infinity, or overflows."""
+    with np.errstate(over="ignore"):
+        made = tensor.astype(dtype, copy=False)
+    try:
+        check_finite(name, file, made)
+    except ValueError:
+        check_finite(name, file, tensor)
+        largest, most = np.abs(tensor.astype(np.float64)).max(), float(ml_dtypes.finfo(dtype).max)
+        raise ValueError(
+            f"{file}: tensor {name!r} overflows {dtype}: it reaches {largest:.4g}, {dtype} ends at {most:.4g}; "
+            "choose bf16 or fp32 with --dtype"
+        ) from None
+    return made
+
+
 def check_finite(name: str, file: pathlib.Path, tensor: np.ndarray) -> None:
     """ValueError when a tensor holds NaN or infinity. Works on the bits: numpy has no fast isfinite for bfloat16."""
+    if tensor.dtype.itemsize not in _BITS:
+        finite = np.isfinite(tensor).all()
+        if not finite:
+            raise ValueError(f"{file}: tensor {name!r} holds NaN or infinite values")
+        return
     kind, mask, infinity = _BITS[tensor.dtype.itemsize]
     if infinity is None:
         infinity = 0x7C00 if tensor.dtype == np.float16 else 0x7F80
@@ -232,11 +253,14 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_shards(folder: pathlib.Path, tensors: Iterable[Planned], file_format: str, shard_bytes: int) -> None:
+def write_shards(
+    folder: pathlib.Path, tensors: Iterable[Planned], file_format: str, shard_bytes: int, stem: str = ""
+) -> None:
     """Writes `model*.safetensors` or `pytorch_model*.bin` with an index when there are several, each of at most
     `shard_bytes` (or one tensor)."""
     shards = list(_pack(tensors, shard_bytes))
-    stem, suffix, write = _FORMATS[file_format]
+    usual, suffix, write = _FORMATS[file_format]
+    stem = stem or usual
     weight_map, total = {}, sum(tensor.nbytes for shard in shards for tensor in shard)
     with progress("PyTorch", total) as bar:
         for i, shard in enumerate(shards):

@@ -11,8 +11,9 @@ import ml_dtypes
 import torch
 import torch.nn.functional as F
 
-from convert.torch_files import Tensor
 from medplib_jax.config.model import ModelConfig
+
+from .torch_files import Tensor
 
 _CLIP = "model.vision_tower.vision_tower.vision_model."
 _SAM = "model.visual_model."

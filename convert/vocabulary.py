@@ -1,5 +1,6 @@
 """The tokenizer that belongs to a checkpoint, and rows for tokens that its embedding does not have yet."""
 
+import dataclasses
 import hashlib
 import pathlib
 import shutil
@@ -9,7 +10,7 @@ import numpy as np
 from medplib_jax import checkpoint
 from medplib_jax.data.tokenizers import ADDED_FILE, ADDED_TOKENS, MODEL_FILE, Tokenizer
 
-GROWING = ("llm/embed/embedding", "llm/head/kernel")  # parameters with a vocabulary axis
+VOCABULARY_AXIS = {"llm/embed/embedding": 0, "llm/head/kernel": 1}
 
 
 def find_tokenizer(given: pathlib.Path | None, folders: list[pathlib.Path]) -> pathlib.Path:
@@ -43,27 +44,52 @@ def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
         Tokenizer.load(str(folder)).save(str(folder))
 
 
-def missing_rows(folder: pathlib.Path, rows: int) -> int:
-    """How many of the added tokens an embedding of `rows` rows lacks: none or all. ValueError when the tokenizer does
-    not fit."""
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What becomes of an embedding's rows (and of lm_head's columns): the first `kept` stay, `grown` follow.
+
+    A new one is the mean of those that stay. The original draws them from a normal distribution (transformers'
+    `resize_token_embeddings`) and trains them. The mean is LLaVA's rule for its own added tokens: it needs no seed and
+    starts every new token at the average score.
+    """
+
+    kept: int
+    grown: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.kept + self.grown
+
+    def shape(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The parameter's shape afterwards; `path` says whether it has a vocabulary axis."""
+        return tuple(self.total if axis == VOCABULARY_AXIS.get(path) else size for axis, size in enumerate(shape))
+
+    def fill(self, path: str, array: np.ndarray) -> np.ndarray:
+        """The parameter afterwards."""
+        axis = VOCABULARY_AXIS.get(path)
+        if axis is None or array.shape[axis] == self.total:
+            return array
+        kept = array.take(range(self.kept), axis)
+        mean = kept.mean(axis=axis, keepdims=True, dtype=np.float32).astype(array.dtype)
+        return np.concatenate([kept, np.repeat(mean, self.grown, axis=axis)], axis=axis)
+
+
+def fit(folder: pathlib.Path, rows: int, image_token: int | None = None) -> Rows:
+    """The rows for a tokenizer, of an embedding of `rows` rows that has all of MedPLIB's added tokens or none.
+
+    Hugging Face's LLaVA has an `<image>` token after the tokenizer's pieces, and padding up to a round number. No text
+    uses these rows, so they go. ValueError when the tokenizer does not fit.
+    """
     size = Tokenizer.load(str(folder)).vocab_size
     base = size - len(ADDED_TOKENS)
-    if rows not in (base, size):
-        raise ValueError(
-            f"{folder}: wrong tokenizer: it has {base} pieces and {len(ADDED_TOKENS)} added tokens, "
-            f"so the embedding should have {base} or {size} rows, but the weights have {rows}"
-        )
-    return size - rows
-
-
-def grow(path: str, array: np.ndarray, count: int) -> np.ndarray:
-    """`array` with `count` more entries on its vocabulary axis, each the mean of the existing ones.
-
-    The original draws them from a normal distribution (transformers' `resize_token_embeddings`) and trains them. The
-    mean is LLaVA's rule for its own added tokens: it needs no seed and starts every new token at the average score."""
-    axis = 0 if path == GROWING[0] else 1
-    mean = array.mean(axis=axis, keepdims=True, dtype=np.float32).astype(array.dtype)
-    return np.concatenate([array, np.repeat(mean, count, axis=axis)], axis=axis)
+    if rows == size:
+        return Rows(size)
+    if rows == base or (image_token is not None and base <= image_token < rows):
+        return Rows(base, len(ADDED_TOKENS))
+    raise ValueError(
+        f"{folder}: wrong tokenizer: it has {base} pieces and {len(ADDED_TOKENS)} added tokens, "
+        f"so the embedding should have {base} or {size} rows, but the weights have {rows}"
+    )
 
 
 def _digest(folder: pathlib.Path) -> str:

@@ -18,15 +18,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: a TPU or GPU of t
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 from medplib_jax.aot.programs import PROGRAMS
 from medplib_jax.aot.report import Request, as_text, examine
 from medplib_jax.aot.sweep import as_table, sweep
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.config.files import define_config
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:SIZE")
+_CONFIG = define_config("configs/NAME.py:SIZE, or NAME:SIZE of one that comes with the package")
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,

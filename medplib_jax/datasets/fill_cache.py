@@ -14,11 +14,11 @@ import logging
 from collections.abc import Iterator
 
 from absl import app, flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig
+from medplib_jax.config.files import define_config
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import Loader, make_loader
@@ -70,7 +70,7 @@ def _loader(data: DataConfig, model: ModelConfig) -> Loader:
 
 
 def main() -> None:
-    config = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:SIZE of the run")
+    config = define_config("configs/NAME.py:SIZE of the run, or NAME:SIZE of one that comes with the package")
     workers = flags.DEFINE_integer("workers", None, "processes; 0: this one only", required=True)
     flags.mark_flag_as_required("config")
 

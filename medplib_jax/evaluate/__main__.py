@@ -13,9 +13,9 @@ import logging
 import absl.logging
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 from medplib_jax.config.base import from_config_dict
+from medplib_jax.config.files import define_config
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.sweep import run_sweep
@@ -35,8 +35,8 @@ def print_summary(result: dict) -> None:
 
 
 def main() -> None:
-    config = config_flags.DEFINE_config_file(
-        "config", help_string="configs/eval_sweep.py or configs/eval_folder.py:FOLDER"
+    config = define_config(
+        "configs/eval_sweep.py or configs/eval_folder.py:FOLDER; without configs/ and .py: the package's"
     )
     workdir = flags.DEFINE_string("workdir", None, "Folder of predictions, sweep.json and the report.")
     flags.mark_flags_as_required(["config", "workdir"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import logging
 import os
 import re
@@ -12,12 +13,15 @@ from pathlib import Path
 import jax
 from etils import epath
 
+import medplib_jax
 from medplib_jax.checkpoint import FOLDER, complete_steps, make_manager, read_experiment
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.parallel.processes import wait_for_others
 
 log = logging.getLogger(__name__)
 
+# The converter lies in an installed package, or beside it in a checkout.
+_INSTALLED, _CHECKOUT = "medplib_jax.convert.from_torch", Path(medplib_jax.__file__).parents[1]
 TORCH_FILES = ("*.safetensors", "*.bin", "*.pth")
 
 
@@ -131,10 +135,11 @@ def _converted(folder: Path, converted: Path) -> Path:
     workdir = converted / f"{folder.name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
     if jax.process_index() == 0 and not workdir.exists():
         log.info("converting %s", folder)
-        command = [sys.executable, "-m", "convert.from_torch", "--source", str(folder), "--out", str(workdir)]
-        made = subprocess.run(
-            command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
-        )
+        module = "convert.from_torch" if importlib.util.find_spec("medplib_jax.convert") is None else _INSTALLED
+        command = [sys.executable, "-m", module, "--source", str(folder), "--out", str(workdir)]
+        paths = os.pathsep.join([str(_CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
+        made = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if made.returncode:
             raise ValueError(f"{folder}: cannot be converted: {made.stderr.strip()[-2000:]}")
     wait_for_others(f"converted/{workdir.name}")

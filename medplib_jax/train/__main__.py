@@ -19,10 +19,10 @@ import signal
 import absl.logging
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.config.files import define_config
 from medplib_jax.parallel.compilation import Compilations, use_cache
 from medplib_jax.parallel.processes import RESTART, exit_code, initialize_distributed
 from medplib_jax.train.loop import train
@@ -31,7 +31,7 @@ log = logging.getLogger("medplib_jax.train")
 
 
 def main() -> None:
-    config = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py:SIZE")
+    config = define_config("configs/NAME.py:SIZE, or NAME:SIZE of one that comes with the package")
     workdir = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics.jsonl and TensorBoard events.")
     flags.mark_flags_as_required(["config", "workdir"])
 

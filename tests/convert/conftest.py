@@ -58,15 +58,16 @@ def random_tensors(config: ModelConfig, dtype=np.float32, seed: int = 0) -> dict
 
 
 def write_folder(folder: pathlib.Path, config: ModelConfig, tensors: dict[str, np.ndarray]) -> pathlib.Path:
-    """A source folder: one safetensors file (written by the safetensors package), config.json and tokenizer."""
+    """A source folder as others write it: one safetensors file (of the safetensors package), config.json without
+    our record, the vision tower's config.json, and the tokenizer."""
     folder.mkdir(parents=True)
     save(folder / "model.safetensors", tensors)
-    (folder / "config.json").write_text(
-        json.dumps(hf_config.model_json(config, {"mm_vision_tower": "clip"}, next(iter(tensors.values())).dtype))
-    )
-    vision = {"model_type": "clip_vision_model", "num_attention_heads": config.clip.num_heads}
+    tower = {"mm_vision_tower": "clip", "vision_tower": "clip"}
+    written = hf_config.model_json(config, tower, next(iter(tensors.values())).dtype)
+    written["mask_unpad"] = config.mask.unpad
+    (folder / "config.json").write_text(json.dumps(written))
     (folder / "clip").mkdir()
-    (folder / "clip" / "config.json").write_text(json.dumps(vision))
+    (folder / "clip" / "config.json").write_text(json.dumps(hf_config.tower_json(config.clip)))
     for path in TOKENIZER.iterdir():
         shutil.copyfile(path, folder / path.name)
     return folder

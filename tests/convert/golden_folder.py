@@ -44,7 +44,7 @@ class Golden:
 
 @functools.lru_cache(maxsize=2)  # several checks in a row read the same weights
 def _converted(sources: tuple[pathlib.Path, ...], config: pathlib.Path | None) -> Converted:
-    return Converted.load(*sources, config=config)
+    return Converted.load(*sources, config=config, lora_alpha=16.0)  # of all of MedPLIB's adapters
 
 
 Check = Callable[[Golden, str], Iterator[Row]]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert import from_torch, kinds, mapping
+from convert.foreign_config import RELEASED_TOWERS, Foreign
 from medplib_jax.config.experiment import MeshConfig
 from tests.convert.conftest import LORA, TINY
 from tests.paths import GOLDEN
@@ -18,6 +19,10 @@ from tests.paths import GOLDEN
 RECORDED = json.loads(gzip.decompress((GOLDEN / "keys_7b.json.gz").read_bytes()))
 MOE = {key: tuple(shape) for key, shape in RECORDED["moe"].items()}
 LANGUAGE = {"num_attention_heads": 32, "moe": {"top_k_experts": 1}}
+
+
+def foreign(language: dict) -> Foreign:
+    return Foreign(language, RELEASED_TOWERS["openai/clip-vit-large-patch14-336"], adapter={}, own={}, side=None)
 
 
 def stage23() -> dict:
@@ -28,7 +33,7 @@ def stage23() -> dict:
 
 
 def plan(shapes):
-    config = kinds.detect_config(shapes, LANGUAGE, {}, 16.0)
+    config = kinds.detect_config(shapes, foreign(LANGUAGE))
     params = from_torch.target_shapes(config, from_torch.model_shapes(config), shapes, set(kinds.KINDS["medplib"]))
     return config, params, mapping.strict_plan(config, params, shapes)
 
@@ -67,7 +72,7 @@ def test_masks_are_unpadded_as_they_were_trained():
         for said in (None, "exact", "reference")
     }
     found = {
-        way: kinds.detect_config(MOE if way[0] == "trained" else fresh, LANGUAGE | written, {}, 16.0).mask.unpad
+        way: kinds.detect_config(MOE if way[0] == "trained" else fresh, foreign(LANGUAGE | written)).mask.unpad
         for way, written in ways.items()
     }
     assert [way for way, unpad in found.items() if unpad == "reference"] == [
@@ -174,17 +179,17 @@ def test_a_kind_is_known_by_its_names():
 
 def test_sizes_that_disagree_are_refused():
     with pytest.raises(ValueError, match="hidden_size 2048 disagrees with the tensors: 4096"):
-        kinds.detect_config(MOE, LANGUAGE | {"hidden_size": 2048}, {}, 16.0)
+        kinds.detect_config(MOE, foreign(LANGUAGE | {"hidden_size": 2048}))
     with pytest.raises(ValueError, match="number of heads is in no tensor"):
-        kinds.detect_config(MOE, {}, {}, 16.0)
+        kinds.detect_config(MOE, foreign({}))
     with pytest.raises(ValueError, match="moe.moe_layers_idx"):
-        kinds.detect_config(MOE, LANGUAGE | {"moe": {"moe_layers_idx": [0, 2]}}, {}, 16.0)
+        kinds.detect_config(MOE, foreign(LANGUAGE | {"moe": {"moe_layers_idx": [0, 2]}}))
     adapters = {
         "model.layers.0.mlp.gate_proj.lora_A.weight": (4, 16),
         "model.layers.1.mlp.gate_proj.lora_A.weight": (LORA.rank, 16),
     }
     with pytest.raises(ValueError, match="adapters of several ranks"):
-        kinds.detect_config(stage23() | adapters, LANGUAGE, {}, 16.0)
+        kinds.detect_config(stage23() | adapters, foreign(LANGUAGE))
 
 
 def test_readme_lists_every_row():

@@ -13,7 +13,7 @@ import pytest
 from convert import from_torch, mapping, to_torch, torch_files
 from medplib_jax import checkpoint
 from medplib_jax.batch import flatten
-from medplib_jax.config.experiment import MeshConfig
+from medplib_jax.config.experiment import ExperimentConfig, MeshConfig
 from medplib_jax.config.model import MoeConfig
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.models.language.lora import merge_lora
@@ -63,7 +63,9 @@ def test_merged_layout_is_bit_exact(tmp_path, dtype, file_format):
     for name in ("config.json", "tokenizer.model", "added_tokens.json"):
         assert (tmp_path / "torch" / name).read_bytes() == (source / name).read_bytes() or name == "config.json"
     written = json.loads((tmp_path / "torch" / "config.json").read_text())
-    assert written == json.loads((source / "config.json").read_text()) and written["moe"]["num_experts"] == [2, 2]
+    own, carried = written.pop("medplib_jax"), json.loads((source / "config.json").read_text())
+    assert carried.pop("mask_unpad") == own["model"]["mask"]["unpad"] and written == carried
+    assert written["moe"]["num_experts"] == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_what_training_saved_is_written_alike(tmp_path):
 
 def test_merging_adds_the_adapters(tmp_path):
     tensors = random_tensors(ADAPTED)
-    convert(tmp_path / "jax", write_folder(tmp_path / "source", ADAPTED, tensors))
+    convert(tmp_path / "jax", write_folder(tmp_path / "source", ADAPTED, tensors), lora_alpha=LORA.alpha)
     to_torch.convert(tmp_path / "jax", tmp_path / "torch")
     written = without_rotary(load(tmp_path / "torch"))
     assert set(written) == {name for name in tensors if ".lora_" not in name}
@@ -155,11 +157,8 @@ def test_stage_checkpoint_without_experts_and_with_icl_modules(tmp_path):
 def test_rotary_buffers_equal_pytorchs():
     import torch
 
-    stored = to_torch.Stored(
-        dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, hidden_size=256)),
-        {"llm/embed/embedding": FakeArray},
-        TOKENIZER,
-    )
+    model = dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, hidden_size=256))
+    stored = to_torch.Stored(ExperimentConfig(model=model), {"llm/embed/embedding": FakeArray}, TOKENIZER)
     made = next(to_torch.rotary_buffers(stored, "merged")).make()
     expected = 1.0 / (10000.0 ** (torch.arange(0, 128, 2).float() / 128))
     np.testing.assert_allclose(made, expected.numpy(), rtol=1e-6)  # the last bits of PyTorch's powers depend on the CPU

@@ -42,13 +42,6 @@ def run(tmp_path):
 def test_a_folder_of_pytorch_weights_answers_like_its_checkpoint(run, tmp_path):
     folder = tmp_path / "MedPLIB-tiny"
     to_torch.convert(run, folder)
-    tower = (
-        folder / json.loads((folder / "config.json").read_text())["mm_vision_tower"]
-    )  # the number of heads is in no tensor
-    tower.mkdir(parents=True)
-    (tower / "config.json").write_text(
-        json.dumps({"model_type": "clip_vision_model", "num_attention_heads": TINY.clip.num_heads})
-    )
     tasks = folder_tasks(tiny.write_data(tmp_path / "data"))
     config = SweepConfig(
         checkpoints=f"{run},{folder}", tasks=tasks, protocol="both", max_new_tokens=4, limit=2, slots=2, refill=2

@@ -43,7 +43,11 @@ def of_medplib(folder) -> from_torch.Options:
 def of_adapters(folder) -> from_torch.Options:
     config = dataclasses.replace(TINY, lora=LORA)
     return from_torch.Options(
-        (write_folder(folder / "source", config, random_tensors(config)),), folder / "jax", kind="lora", stage=4
+        (write_folder(folder / "source", config, random_tensors(config)),),
+        folder / "jax",
+        kind="lora",
+        stage=4,
+        lora_alpha=LORA.alpha,
     )
 
 

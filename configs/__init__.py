@@ -1,0 +1,1 @@
+"""Experiments: one file is one of them, with the command that runs it."""
