@@ -125,6 +125,11 @@ def open_source(name: str, root: str | None = None) -> Source:
     return TfdsSource(name) if is_dataset else MecovqaSource(name, root)
 
 
+def is_there(name: str) -> bool:
+    """Whether the file, or the folder of the dataset, of a source's name exists."""
+    return os.path.exists(name) or ("#" in name and os.path.isdir(name.rsplit("#", 1)[0]))
+
+
 def read_records(path: str) -> list[Any]:
     """The unchecked records of an annotation file: a JSON list, or JSON lines in a .jsonl; UTF-8 with or without a byte
     order mark.

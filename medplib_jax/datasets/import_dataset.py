@@ -1,7 +1,7 @@
 """Imports a public dataset into MeCoVQA's form, for training, assembling and the audit.
 
 COMMAND
-    python -m medplib_jax.datasets.import_dataset --dataset slake_en --source Slake1.0 --out data/slake
+    python -m medplib_jax.datasets.import_dataset --dataset slake_en --source Slake1.0        # into data/slake_en
 
 Writes images/ (hard links where the disk allows), DATASET_{train,validation,test}.json, manifest.json with the counts,
 and skipped.jsonl, which names every record that was left out and why.
@@ -19,7 +19,7 @@ from medplib_jax.data import images
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import check_complete, find_file, parse_record
 from medplib_jax.datasets import modalities
-from medplib_jax.datasets.command import finish
+from medplib_jax.datasets.command import finish, parse
 from medplib_jax.datasets.files import Folder, files_below
 from medplib_jax.datasets.importers import ALONGSIDE, READERS
 from medplib_jax.datasets.importers.example import Example
@@ -122,9 +122,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", required=True, choices=sorted(READERS))
     parser.add_argument("--source", required=True, help="the unpacked dataset's folder")
-    parser.add_argument("--out", required=True, help="folder to write")
-    arguments = parser.parse_args()
-    return finish(lambda: import_dataset(arguments.dataset, arguments.source, arguments.out))
+    parser.add_argument("--out", default="", help="folder to write; data/DATASET by default, where the configs look")
+    arguments = parse(parser)
+    out = arguments.out or os.path.join("data", arguments.dataset)
+    return finish(lambda: import_dataset(arguments.dataset, arguments.source, out))
 
 
 if __name__ == "__main__":

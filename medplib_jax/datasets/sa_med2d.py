@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from medplib_jax.data.errors import DataError
-from medplib_jax.datasets.command import finish
+from medplib_jax.datasets.command import finish, parse
 from medplib_jax.datasets.files import Folder, safe_name
 from medplib_jax.datasets.mecovqa import class_name, parse_mask_name, read_class_names, stem
 
@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("--source", required=True, help="the unpacked collection")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--match", default="*", help="pattern of image names without .png, e.g. 'ct_00--*'")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     return finish(lambda: make_pairs(arguments.source, arguments.out, arguments.match))
 
 
