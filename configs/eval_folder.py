@@ -4,10 +4,13 @@ COMMAND
     python -m medplib_jax.evaluate --config=configs/eval_folder.py:data/phantom --workdir=runs/results --config.checkpoints=runs/demo/stage_IV
 """
 
+import os
+
 from medplib_jax.config.base import to_config_dict
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.evaluate.tasks import folder_tasks
 
 
 def get_config(sources: str):
-    return to_config_dict(SweepConfig(tasks=folder_tasks(*sources.split(","))))
+    names = [sources] if os.path.exists(sources) else sources.split(",")  # a comma may belong to the path
+    return to_config_dict(SweepConfig(tasks=folder_tasks(*names)))

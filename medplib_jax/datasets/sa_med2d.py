@@ -3,10 +3,11 @@
 COMMAND
     python -m medplib_jax.datasets.sa_med2d --source SAMed2Dv1 --out data/pairs --match "ct_00--AbdomenCT1K--*"
 
-Reads images/, masks/ (IMAGE--CLASS_INSTANCE.png) and SAMed2D_v1_class_mapping_id.json; writes images/,
-masks/<image>/<name>_NNN.png (hard links where the disk allows), manifest.json, and skipped.jsonl, which names each mask
-without an image, without a class name, or with one that says nothing to a reader: "class3", "left", or "union_...",
-which unites classes that have masks of their own.
+Reads images/, masks/ (IMAGE--CLASS_INSTANCE.png) and SAMed2D_v1_class_mapping_id.json. Writes images/,
+masks/<image>/<name>_NNN.png (hard links where the disk allows), manifest.json and skipped.jsonl.
+
+skipped.jsonl names each image without a mask, each mask without an image, and each mask whose class has no name or one
+that says nothing to a reader: "class3", "left", or "union_...", which unites classes that have masks of their own.
 """
 
 import argparse
@@ -15,13 +16,14 @@ import fnmatch
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.datasets.command import finish, parse
-from medplib_jax.datasets.files import Folder, safe_name
+from medplib_jax.datasets.files import Folder, safe_name, unused
 from medplib_jax.datasets.mecovqa import class_name, parse_mask_name, read_class_names, stem
 
 _NO_NAME = re.compile(r"class ?\d*|left|right|union .*", re.IGNORECASE)
@@ -32,8 +34,8 @@ def make_pairs(source: str, out: str, match: str = "*") -> dict[str, Any]:
 
     DataError when no mask can be used.
     """
-    masks, names = _masks_by_image(source, match), read_class_names(source)
-    problems, counts = [], collections.Counter()
+    masks, problems = _masks_by_image(source, match)
+    names, counts = read_class_names(source), collections.Counter()
     with Folder(out, "sa_med2d", source) as folder:
         for image in tqdm(sorted(masks), desc="SA-Med2D-20M", unit="image"):
             path = os.path.join(source, "images", f"{image}.png")
@@ -56,16 +58,32 @@ def make_pairs(source: str, out: str, match: str = "*") -> dict[str, Any]:
     return manifest
 
 
-def _masks_by_image(source: str, match: str) -> dict[str, list[str]]:
-    folder = os.path.join(source, "masks")
-    if not os.path.isdir(folder):
-        raise DataError(source, None, "not SA-Med2D-20M", "folders images/ and masks/", "no masks/")
-    masks = collections.defaultdict(list)
-    for entry in os.scandir(folder):  # there are twenty million of them
-        image = stem(entry.name).rpartition("--")[0]
-        if entry.name.endswith(".png") and fnmatch.fnmatch(image, match):
-            masks[image].append(entry.name)
-    return masks
+def _masks_by_image(source: str, match: str) -> tuple[dict[str, list[str]], list[DataError]]:
+    """Names of the masks of each image that matches; and a problem for each matching file that is neither mask nor
+    image of one.
+    """
+    for folder in ("images", "masks"):
+        if not os.path.isdir(os.path.join(source, folder)):
+            raise DataError(source, None, "not SA-Med2D-20M", "folders images/ and masks/", f"no {folder}/")
+    masks, others = collections.defaultdict(list), []
+    for name in _names_in(source, "masks"):
+        image = stem(name).rpartition("--")[0]
+        if not fnmatch.fnmatch(image, match):
+            continue
+        if name.endswith(".png"):
+            masks[image].append(name)
+        else:
+            others.append(f"masks/{name}")
+    for name in _names_in(source, "images"):
+        if fnmatch.fnmatch(stem(name), match) and (stem(name) not in masks or not name.endswith(".png")):
+            others.append(f"images/{name}")
+    return masks, unused(source, sorted(others), "images/IMAGE.png with masks/IMAGE--CLASS_INSTANCE.png")
+
+
+def _names_in(source: str, folder: str) -> Iterator[str]:
+    """Names of the files, one by one, because there are twenty million of them."""
+    with os.scandir(os.path.join(source, folder)) as entries:
+        yield from (entry.name for entry in entries if not entry.name.startswith("."))
 
 
 def _place_mask(

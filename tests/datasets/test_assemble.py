@@ -270,6 +270,23 @@ def contents(out) -> dict:
     return found | {"manifest.json": found["manifest.json"].replace(str(out).encode(), b"OUT")}
 
 
+def test_every_json_file_is_read_or_named(folders):
+    (folders[0] / "train/MeCoVQA-Complex.json").rename(folders[0] / "train/MeCoVQA-Complex.JSON")
+    lines = "\n".join(json.dumps(vqa(case)) for case in range(2))
+    (folders[0] / "more.jsonl").write_text("\ufeff" + lines, "utf-8")
+    (folders[0] / "notes.json").write_text("{}")
+    manifest = run(folders)
+    assert manifest["files_of_another_kind"] == ["notes.json"]
+    assert manifest["splits"]["complex/train"]["written"] == 4
+
+
+def test_a_folder_may_have_a_number_sign_in_its_name(folders):
+    out = folders[2].with_name("out#1, second")
+    manifest = run((*folders[:2], out))
+    assert sum(len(open_source(source)) for source in manifest["sources"]) == manifest["written"] == 9
+    assert len(open_source(f"{out}/mecovqa/complex/1.0.0")) == 2
+
+
 def test_the_output_may_lie_among_the_annotations(folders):
     inside = (folders[0], folders[1], folders[0] / "assembled")
     write(folders[0], "train/MeCoVQA-Complex.json", [vqa(0), vqa(9)])

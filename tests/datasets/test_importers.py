@@ -15,6 +15,7 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.data.plan import BatchPlan
 from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.datasets.audit.collect import audit
+from medplib_jax.datasets.files import files_below
 from medplib_jax.datasets.import_dataset import import_dataset
 from medplib_jax.datasets.importers import READERS
 from medplib_jax.datasets.write_qa import QaOptions, TemplateWriter, write_qa
@@ -288,6 +289,16 @@ def test_the_audit_reads_an_imported_dataset(tmp_path):
     imported(tmp_path, "slake_en")
     report, _ = audit(str(tmp_path / "out"))
     assert report["records"] == report["usable"] == 3 and report["by_modality"] == {"ct": 3}
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_every_table_is_read_or_named(tmp_path, name):
+    CASES[name][0](tmp_path / "source")
+    lost = ("other.json", "more/other.jsonl", "notes.csv", "data/other.parquet", "readme.txt")
+    put(tmp_path / "source", dict.fromkeys(lost, b""))
+    tables = {path for path in files_below(str(tmp_path / "source")) if pathlib.Path(path).suffix not in (".jpg", "")}
+    manifest = import_dataset(name, str(tmp_path / "source"), str(tmp_path / "out"))
+    assert set(manifest["files_not_read"]) == set(lost) and tables > set(lost)
 
 
 def test_training_mixes_imported_datasets_by_weights(tmp_path):

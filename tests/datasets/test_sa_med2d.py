@@ -1,12 +1,14 @@
 """SA-Med2D-20M to a folder of images with named masks."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from medplib_jax.data.errors import DataError
+from medplib_jax.datasets.files import files_below
 from medplib_jax.datasets.qa.folder import scan
 from medplib_jax.datasets.sa_med2d import make_pairs
 
@@ -51,3 +53,15 @@ def test_a_part_can_be_chosen(collection, tmp_path):
         make_pairs(str(collection), str(tmp_path / "none"), "pet_*")
     with pytest.raises(DataError, match="not SA-Med2D-20M"):
         make_pairs(str(collection / "images"), str(tmp_path / "none"))
+
+
+def test_every_matching_file_is_used_or_named(collection, tmp_path):
+    for name in ("images/ct_00--A--B--x_1.png", "images/ct_00--A--B--x_1.jpg", f"masks/{CT}--0003_009.jpg"):
+        (collection / name).touch()
+    (collection / "masks/.DS_Store").touch()
+    make_pairs(str(collection), str(tmp_path / "out"), "ct_*")
+    lines = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    named = {str(pathlib.Path(line["file"]).relative_to(collection)) for line in lines}
+    used = {f"images/{CT}.png", f"masks/{CT}--0003_000.png", f"masks/{CT}--0003_001.png"}
+    there = {name for name in files_below(str(collection)) if name.split("/")[-1].startswith("ct_")}
+    assert named | used == there and not named & used
