@@ -1,5 +1,6 @@
-"""The one error of the data code: which file, which record, what is wrong, what was expected and what was found; and
-its mild form.
+"""The one error of the data code, and its mild form.
+
+It says which file, which record, what is wrong, what was expected and what was found.
 """
 
 
@@ -41,3 +42,6 @@ class Notice(DataError):
 
     def as_dict(self) -> dict:
         return {**super().as_dict(), "used": True}
+
+
+Notices = list[Notice] | list[DataError]  # notices are appended, to those of their own or to all problems

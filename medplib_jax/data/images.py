@@ -11,7 +11,7 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
-from medplib_jax.data.errors import DataError, Notice
+from medplib_jax.data.errors import DataError, Notice, Notices
 
 CLIP_PAD_COLOUR = (122, 116, 104)  # int(255 * CLIP's mean)
 MAX_PIXELS = 2**27  # a larger picture is refused before it is decoded
@@ -35,9 +35,10 @@ class Blob:
         return self.name
 
 
-def _open(file: str | Blob, notices: list[Notice] | None, upright: bool) -> Image.Image:
-    """The decoded picture, turned by its EXIF rotation if asked; what is unusual about the file is appended to
-    `notices`.
+def _open(file: str | Blob, notices: Notices | None, upright: bool) -> Image.Image:
+    """The decoded picture, turned by its EXIF rotation if asked.
+
+    What is unusual about the file is appended to `notices`.
     """
     path = str(file)
     try:
@@ -61,10 +62,11 @@ def _open(file: str | Blob, notices: list[Notice] | None, upright: bool) -> Imag
 def _unusual(image: Image.Image) -> str:
     """What is unusual about a picture file: its pixels, rotation, frames or shape; empty for most."""
     shortest, longest = sorted((image.width, image.height))
+    frames = getattr(image, "n_frames", 1)
     found = [
         f"mode {image.mode}" if image.mode not in ("1", "L", "RGB") else "",
         f"EXIF orientation {_orientation(image)}" if _orientation(image) != 1 else "",
-        f"{image.n_frames} frames" if getattr(image, "n_frames", 1) > 1 else "",
+        f"{frames} frames" if frames > 1 else "",
         f"{image.width} x {image.height} pixels" if shortest < MIN_SIDE or longest > MAX_ASPECT * shortest else "",
     ]
     return ", ".join(filter(None, found))
@@ -74,20 +76,19 @@ def _orientation(image: Image.Image) -> int:
     return image.getexif().get(_ORIENTATION, 1)
 
 
-def load_image(path: str | Blob, notices: list[Notice] | None = None, window: Window | None = None) -> np.ndarray:
+def load_image(path: str | Blob, notices: Notices | None = None, window: Window | None = None) -> np.ndarray:
     """RGB uint8 [h, w, 3]. DataError when it cannot be read or is too large; see `load_pixels`."""
     pixels = load_pixels(path, notices, window)
     return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
 
 
-def load_pixels(path: str | Blob, notices: list[Notice] | None = None, window: Window | None = None) -> np.ndarray:
-    """uint8 [h, w] when the picture is grey, however it is stored (most CT, MR, X-ray and ultrasound), else RGB [h, w,
-    3].
+def load_pixels(path: str | Blob, notices: Notices | None = None, window: Window | None = None) -> np.ndarray:
+    """A picture's pixels: uint8 [h, w] when it is grey, however it is stored, else RGB [h, w, 3].
 
-    DataError when it cannot be read or is too large. The file's EXIF rotation is applied, as OpenCV does in the
-    original; masks carry none, so that a mask made on the unrotated picture is met by the size check of `load_mask`.
-    Alpha is dropped, palettes and CMYK are converted. Grey of 16 bits is shown in the window; without one it keeps its
-    high byte. Whatever is not plain 8-bit grey or RGB is noted in `notices`.
+    Grey are most CT, MR, X-ray and ultrasound. DataError when it cannot be read or is too large. The file's EXIF
+    rotation is applied, as OpenCV does in the original; masks carry none, so that a mask made on the unrotated picture
+    is met by the size check of `load_mask`. Alpha is dropped, palettes and CMYK are converted. Grey of 16 bits is shown
+    in the window; without one it keeps its high byte. Whatever is not plain 8-bit grey or RGB is noted in `notices`.
     """
     image = _open(path, notices, upright=True)
     if image.mode in _SIXTEEN_BIT:
@@ -101,8 +102,9 @@ def load_pixels(path: str | Blob, notices: list[Notice] | None = None, window: W
 
 
 def is_sixteen_bit(path: str) -> bool:
-    """Whether the picture's pixels are grey of more than 8 bits, for which a window matters; False for what is no
-    picture.
+    """Whether the picture's pixels are grey of more than 8 bits, for which a window matters.
+
+    False for what is no picture.
     """
     try:
         with Image.open(path) as image:
@@ -111,7 +113,7 @@ def is_sixteen_bit(path: str) -> bool:
         return False
 
 
-def _to_bytes(values: np.ndarray, path: str, notices: list[Notice] | None, window: Window | None) -> np.ndarray:
+def _to_bytes(values: np.ndarray, path: str, notices: Notices | None, window: Window | None) -> np.ndarray:
     """Grey of 16 bits as uint8; a notice when its values span so little that the high byte shows next to nothing."""
     if window:
         centre, width = window
@@ -130,7 +132,7 @@ def _is_grey(rgb: np.ndarray) -> bool:
     return all(np.array_equal(rgb[::n, ::n, 0], rgb[::n, ::n, channel]) for n in (16, 1) for channel in (1, 2))
 
 
-def load_mask(path: str | Blob, size: tuple[int, int], notices: list[Notice] | None = None) -> np.ndarray:
+def load_mask(path: str | Blob, size: tuple[int, int], notices: Notices | None = None) -> np.ndarray:
     """0/1 uint8 [h, w]: 1 where the grey value is at least 1.
 
     How other files are read, see `_inside`; it is noted in `notices`.
@@ -144,11 +146,11 @@ def load_mask(path: str | Blob, size: tuple[int, int], notices: list[Notice] | N
     return inside.astype(np.uint8)
 
 
-def load_labels(path: str | Blob, size: tuple[int, int], notices: list[Notice] | None = None) -> np.ndarray:
-    """The values [h, w] of a label map, in which each value marks another thing: palette indices, or grey of 8 or 16
-    bits.
+def load_labels(path: str | Blob, size: tuple[int, int], notices: Notices | None = None) -> np.ndarray:
+    """The values of a label map, in which each value marks another thing, int64 [h, w].
 
-    DataError for a file of more channels or of lossy compression, else as `load_mask`.
+    Palette indices, or grey of 8 or 16 bits. DataError for a file of more channels or of lossy compression, else as
+    `load_mask`.
     """
     image = _open_mask(path, size, notices)
     if image.mode not in ("1", "L", "P", *_SIXTEEN_BIT) or _is_lossy(image, path):
@@ -157,7 +159,7 @@ def load_labels(path: str | Blob, size: tuple[int, int], notices: list[Notice] |
     return np.asarray(image).astype(np.int64)
 
 
-def _open_mask(path: str | Blob, size: tuple[int, int], notices: list[Notice] | None) -> Image.Image:
+def _open_mask(path: str | Blob, size: tuple[int, int], notices: Notices | None) -> Image.Image:
     image = _open(path, notices, upright=False)
     if (found := (image.height, image.width)) != tuple(size):
         expected = "{} x {} (h x w)".format(*size)
@@ -197,8 +199,9 @@ def _inside(image: Image.Image, path: str | Blob) -> tuple[np.ndarray, list[tupl
 
 
 def _opaque(image: Image.Image) -> np.ndarray | None:
-    """Where a picture with transparent pixels is at least half opaque, bool [h, w]; None when its opacity is the same
-    everywhere.
+    """Where a picture with transparent pixels is at least half opaque, bool [h, w].
+
+    None when its opacity is the same everywhere.
     """
     if not image.has_transparency_data:
         return None
@@ -217,8 +220,9 @@ def _is_lossy(image: Image.Image, path: str | Blob) -> bool:
 
 
 def fit(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(h, w) with the longest side made `side`, rounded half up as segment-anything's `get_preprocess_shape`; at least
-    1.
+    """The size (h, w) with the longest side made `side`; at least 1.
+
+    Rounded half up, as segment-anything's `get_preprocess_shape`.
     """
     scale = side / max(size)
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
@@ -240,7 +244,9 @@ def to_canvas(
         canvas[0] = colour
         canvas[1:] = canvas[0]  # whole rows: faster than pixel by pixel
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-    canvas[top : top + height, left : left + width] = resized.convert("RGB") if canvas.ndim == 3 else resized
+    canvas[top : top + height, left : left + width] = np.asarray(
+        resized.convert("RGB") if canvas.ndim == 3 else resized
+    )
     return canvas, (top, left, height, width)
 
 

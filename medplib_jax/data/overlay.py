@@ -22,8 +22,9 @@ def rgb(colour):
 def overlay(
     picture: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[str], opacity: float = 0.4
 ) -> np.ndarray:
-    """`picture` uint8 [H, W, 3] under translucent masks with solid outlines; masks bool [h, w] are stretched to it
-    (nearest).
+    """The picture uint8 [H, W, 3] under translucent masks with solid outlines.
+
+    Masks bool [h, w] are stretched to it (nearest).
     """
     shown = picture.astype(np.float32)
     for number, mask in enumerate(masks):

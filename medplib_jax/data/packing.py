@@ -6,12 +6,11 @@ OPEN_ROWS = 64  # rows that are tried for a record before another one is begun
 
 
 def pack(costs: np.ndarray, limits: tuple[int, ...], alone: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Groups of records such that each column of `costs` sums to at most its limit in every group (first fit, in a
-    random order).
+    """Groups of records that fit into a row each: first fit, in a random order.
 
-    costs: int [n, k], such as positions, images and regions of each record; a row of zeros leaves a record out. alone:
-    bool [n], records that share with none. A group is an ascending int64 array of row numbers; each usable record is in
-    one.
+    Each column of `costs` sums to at most its limit in every group. costs: int [n, k], such as positions, images and
+    regions of each record; a row of zeros leaves a record out. alone: bool [n], records that share with none. A group
+    is an ascending int64 array of row numbers; each usable record is in one.
     """
     usable = np.flatnonzero(costs.any(axis=1))
     groups = [np.array([index]) for index in usable[alone[usable]]]

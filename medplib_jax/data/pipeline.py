@@ -1,8 +1,8 @@
-"""From records to batches of static shape: how the rows of a `BatchPlan` are read (`Loader`), and iterators with
-prefetch.
+"""From records to batches of static shape.
 
-The plan is a pure function of the seed, so the position in the data IS the step number: a run resumes by asking for the
-next step, and every process reads its own rows of the same batch, however many processes or worker processes there are.
+How the rows of a `BatchPlan` are read (`Loader`), and iterators that read ahead. The plan is a pure function of the
+seed, so the position in the data IS the step number: a run resumes by asking for the next step, and every process reads
+its own rows of the same batch, however many processes or worker processes there are.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from medplib_jax.config.experiment import DataConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.data import images, prompts, regions
 from medplib_jax.data.cache import DiskCache, MemoryCache, fingerprint
-from medplib_jax.data.errors import DataError, Notice
+from medplib_jax.data.errors import DataError, Notice, Notices
 from medplib_jax.data.packing import pack
 from medplib_jax.data.plan import BatchPlan
 from medplib_jax.data.records import Record, check_images
-from medplib_jax.data.sources import open_source
+from medplib_jax.data.sources import Source, open_source
 from medplib_jax.data.tokenizers import Tokenizer
 
 CACHE_BYTES = 2**30  # decoded and resized pixels kept per process
@@ -82,8 +82,9 @@ class Loader:
         return encoded
 
     def plan(self, seed: int) -> tuple[BatchPlan, list[DataError]]:
-        """The plan of all sources, and the records left out of it because their text cannot be used (`on_error` skip;
-        else raises).
+        """The plan of all sources, and the records left out of it because their text cannot be used.
+
+        With `on_error` raise the first of those is raised.
         """
         data, problems, lengths, groups = self._data, [], [], []
         for number, start in enumerate(self._starts[:-1]):
@@ -102,10 +103,10 @@ class Loader:
         return BatchPlan(lengths, data.bucket_lengths, data.batch_size, seed, data.weights, groups), problems
 
     def _survey(self, number: int) -> tuple[np.ndarray, list[DataError]]:
-        """Positions, images, regions and masks of each record of a source, int64 [n, 4], zeros where its text cannot be
-        used; and why not.
+        """Positions, images, regions and masks of each record of a source, int64 [n, 4], and problems.
 
-        Kept on disk for sources that are files, because it takes tokenizing everything.
+        Zeros stand where a record's text cannot be used. Kept on disk for sources that are files, because it takes
+        tokenizing everything.
         """
         source, data = self._sources[number], self._data
 
@@ -120,7 +121,7 @@ class Loader:
                     problems.append(error.args)
             return {"costs": costs, "problems": np.frombuffer(json.dumps(problems).encode(), np.uint8)}
 
-        if self._disk is None or not hasattr(source, "fingerprint"):
+        if self._disk is None or not isinstance(source, Source):
             found = make()
         else:
             settings = (data.template, data.bucket_lengths[-1], data.max_images, data.max_regions, data.max_masks)
@@ -129,10 +130,10 @@ class Loader:
         return found["costs"], [DataError(*arguments) for arguments in json.loads(found["problems"].tobytes())]
 
     def load_batch(self, plan: BatchPlan, step: int, rows: Sequence[int]) -> tuple[Arrays, list[DataError]]:
-        """These rows of a step's batch, and the errors of records that were replaced by others (`on_error` skip) with
-        notices of odd ones.
+        """These rows of a step's batch, and what was wrong or odd about records.
 
-        A notice comes when a file is prepared, not again when it comes from a cache.
+        With `on_error` skip a record that cannot be used is replaced by another. A notice comes when a file is
+        prepared, not again when it comes from a cache.
         """
         bucket, numbers = plan.batch(step)
         augmented = self._data.region_augmentation != "none"
@@ -166,8 +167,9 @@ class Loader:
             return 0
 
     def prepare(self, index: int) -> list[DataError]:
-        """Reads one record, so that the caches hold it; what is odd about it, or why it cannot be used (`on_error`
-        skip; else raises).
+        """Reads one record, so that the caches hold it; what is odd about it.
+
+        With `on_error` skip also why it cannot be used; else that is raised.
         """
         found: list[DataError] = []
         self._read_all((index,), False, None, found)
@@ -231,7 +233,7 @@ class Loader:
         arrays["tokens"][:, 0], arrays["valid"][:, 0] = self.tokenizer.bos_id, True
         return arrays
 
-    def _read(self, index: int, question: bool, rng: np.random.Generator | None, notices: list[Notice]) -> "_Example":
+    def _read(self, index: int, question: bool, rng: np.random.Generator | None, notices: Notices) -> "_Example":
         record, new = self.record(index), []
         try:
             encoded = self.encode(record, question)
@@ -246,14 +248,15 @@ class Loader:
                 raise record.error("mask without an image", "an image", "none")
         except DataError as error:
             raise error if error.record is not None else error.in_record(record.file, record.index) from error
-        notices += [notice.in_record(record.file, record.index) for notice in new]
+        notices.extend(notice.in_record(record.file, record.index) for notice in new)
         return _Example(index, encoded, pictures, points, masks)
 
     def _cached(self, key: tuple, file: str | images.Blob, make: Callable[[], Arrays]) -> Arrays:
         """The value from memory, from disk, or made. What it is made from besides the file stands in the key."""
-        if self._disk is None:
+        disk = self._disk
+        if disk is None:
             return self._memory.get((*key, str(file)), make)
-        return self._memory.get((*key, str(file)), lambda: self._disk.get((*key, fingerprint(file)), make))
+        return self._memory.get((*key, str(file)), lambda: disk.get((*key, fingerprint(file)), make))
 
     def _picture(self, file: str | images.Blob, notices: list[Notice]) -> Arrays:
         sides = self._model.clip.image_size, self._model.mask.image_size
@@ -306,8 +309,9 @@ class Loader:
 
 
 def _replacements(plan: BatchPlan, step: int, row: int) -> Iterator[tuple[int, ...]]:
-    """The records to try instead of a row's own; found when the first is asked for, because that takes long and is
-    rarely needed.
+    """The records to try instead of a row's own.
+
+    They are found when the first is asked for, because that takes long and is rarely needed.
     """
     yield from map(plan.records, plan.replacements(step, row))
 
@@ -324,8 +328,9 @@ class _Example:
 
 
 def _write(arrays: Arrays, row: int, examples: Sequence[_Example], patches: int) -> None:
-    """Writes the examples one after another into a row; what belongs to a mask is there for the first one only (others
-    have none).
+    """Writes the examples one after another into a row.
+
+    What belongs to a mask is there for the first one only; others have none.
     """
     first = examples[0]
     position = picture_slot = region_slot = 0

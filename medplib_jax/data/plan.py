@@ -56,8 +56,9 @@ class BatchPlan:
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled_epoch)
 
     def batch(self, step: int) -> tuple[int, np.ndarray]:
-        """Length of the bucket and the record (or group) numbers int64 [batch_size] of a step; -1 where a row is left
-        empty.
+        """Length of the bucket and the record (or group) numbers of a step.
+
+        The numbers are int64 [batch_size]; -1 where a row is left empty.
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[position]

@@ -1,9 +1,9 @@
-"""Conversations to token ids, targets and indices of spliced features (spec: the original's `preprocess_v1` and its
-templates).
+"""Conversations to token ids, targets and indices of spliced features.
 
-Two steps that the original leaves to the device are done here: an image stands for `image_tokens` positions and a
-region for one, and `feature_index` says which visual feature goes there. Differences to the original: "ASSISTANT: "
-inside a text does not mask the labels, and a text longer than the limit is an error instead of being cut.
+After the original's `preprocess_v1` and its templates. Two steps that the original leaves to the device are done here:
+an image stands for `image_tokens` positions and a region for one, and `feature_index` says which visual feature goes
+there. Differences to the original: "ASSISTANT: " inside a text does not mask the labels, and a text longer than the
+limit is an error instead of being cut.
 """
 
 import dataclasses

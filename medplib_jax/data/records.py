@@ -45,8 +45,9 @@ class Record:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """The files that it names: its images, and the regions and masks of its text that are not drawn in words; each
-        once.
+        """The files that it names, each once.
+
+        Its images, and the regions and masks of its text; not what is drawn in words.
         """
         named = (name.strip() for _, text in self.turns for found in (REGION, MASK) for name in found.findall(text))
         return tuple(dict.fromkeys([*self.images, *(name for name in named if not is_shape(name))]))
@@ -98,16 +99,18 @@ def find_file(root: str, reference: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _real_roots(root: str) -> tuple[str, ...]:
-    """Where files may lie: the folder, and its images/, masks/ and masks_merged/ where these are links to folders
-    elsewhere.
+    """Where files may lie.
+
+    The folder, and its images/, masks/ and masks_merged/ where these are links to folders elsewhere.
     """
     linked = (os.path.join(root, name) for name in ("images", "masks", "masks_merged"))
     return os.path.realpath(root), *(os.path.realpath(path) for path in linked if os.path.islink(path))
 
 
 def modality(image: str) -> str:
-    """Imaging modality from a file name: the text before "_00--", else before the first "_". x and x_ray are both
-    "x_ray".
+    """Imaging modality from a file name: the text before "_00--", else before the first "_".
+
+    x and x_ray are both "x_ray".
     """
     name = os.path.splitext(os.path.basename(image))[0]
     prefix = name.split("_00--")[0] if "_00--" in name else name.split("_")[0]

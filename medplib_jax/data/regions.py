@@ -7,6 +7,7 @@ image.
 
 import math
 import re
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -24,8 +25,9 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
 
 
 def is_shape(reference: str) -> bool:
-    """Whether the reference is drawn inline ("point:x,y", "box:x0,y0,x1,y1", "polygon:x,y x,y ...", "scribble:...") and
-    not a mask file.
+    """Whether the reference is drawn in words and is no mask file.
+
+    Forms: "point:x,y", "box:x0,y0,x1,y1", "polygon:x,y x,y ...", "scribble:...".
     """
     return reference.split(":")[0] in SHAPES and ":" in reference
 
@@ -90,11 +92,10 @@ def _parse(reference: str, shape: str, text: str) -> np.ndarray:
 
 
 def grid_cells(mask: np.ndarray) -> np.ndarray:
-    """bool [GRID, GRID]: the cells of the region's largest 8-connected component; several of one size: the first in row
-    order.
+    """The cells of the region's largest 8-connected component, bool [GRID, GRID].
 
-    A region too small to meet any cell's sample takes the cell that holds its centroid (the original drops the
-    example's labels). ValueError when the mask is empty.
+    Of several of one size it is the first in row order. A region too small to meet any cell's sample takes the cell
+    that holds its centroid (the original drops the example's labels). ValueError when the mask is empty.
     """
     canvas, (top, left, height, width) = to_canvas(mask, CANVAS, 0)
     cells = canvas[::STRIDE, ::STRIDE] > 0  # OpenCV's nearest: the first pixel of each cell
@@ -106,18 +107,18 @@ def grid_cells(mask: np.ndarray) -> np.ndarray:
         column = left + (columns.mean() + 0.5) * width / mask.shape[1]
         cells[int(row // STRIDE), int(column // STRIDE)] = True
         return cells
-    labels, count = ndimage.label(cells, structure=np.ones((3, 3)))
+    labels, count = cast(tuple[np.ndarray, int], ndimage.label(cells, structure=np.ones((3, 3))))
     return labels == 1 + np.argmax(np.bincount(labels[labels > 0] - 1, minlength=count))
 
 
 def sub_component(cells: np.ndarray, rng: np.random.Generator, *, reference: bool = False) -> np.ndarray:
-    """bool [GRID, GRID]: a random connected part of a connected region, its area uniform in 20 to 100 %, at least
-    `LEAST_CELLS`.
+    """A random connected part of a connected region, bool [GRID, GRID].
 
-    The part grows from a random cell to random neighbours (8-connected), so that training sees incomplete and
-    odd-shaped regions (paper: a region stands for what a user marks by hand). A region below `LEAST_CELLS` stays whole.
-    With `reference` the upper bound of the share is the region's area in cells instead of 1, as in the original, where
-    a variable is shadowed: nearly always the whole.
+    Its area is uniform in 20 to 100 % of the region's, at least `LEAST_CELLS`. The part grows from a random cell to
+    random neighbours (8-connected), so that training sees incomplete and odd-shaped regions (paper: a region stands for
+    what a user marks by hand). A region below `LEAST_CELLS` stays whole. With `reference` the upper bound of the share
+    is the region's area in cells instead of 1, as in the original, where a variable is shadowed: nearly always the
+    whole.
     """
     area = int(cells.sum())
     if area < LEAST_CELLS:
@@ -138,10 +139,10 @@ def sub_component(cells: np.ndarray, rng: np.random.Generator, *, reference: boo
 
 
 def cell_points(cells: np.ndarray, max_points: int) -> np.ndarray:
-    """float32 [n, 2], n <= max_points: (x, y) in [0, 1) of the region's cells on the padded square picture, without
-    half-cell shift.
+    """Where features of a region are sampled, float32 [n, 2], n <= max_points.
 
-    More cells than `max_points` are thinned to a subset that looks random but is always the same one.
+    (x, y) in [0, 1) of the region's cells on the padded square picture, without half-cell shift. More cells than
+    `max_points` are thinned to a subset that looks random but is always the same one.
     """
     rows, columns = np.nonzero(cells)
     points = np.stack([columns, rows], axis=1).astype(np.float32) / GRID

@@ -4,8 +4,9 @@ import numpy as np
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, list[int]]:
-    """Boolean mask [I, J] as uncompressed COCO run lengths: {"size": [I, J], "counts": [zeros, ones, zeros, ...]},
-    column by column.
+    """Boolean mask [I, J] as uncompressed COCO run lengths.
+
+    {"size": [I, J], "counts": [zeros, ones, zeros, ...]}, column by column.
     """
     flat = mask.astype(bool).ravel(order="F")
     changes = np.flatnonzero(np.diff(flat, prepend=False))

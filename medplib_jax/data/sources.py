@@ -31,11 +31,11 @@ class Source(Sequence[Record]):
 
 
 class MecovqaSource(Source):
-    """Records of one annotation file (see `read_records`): {"image", "conversations": [{"from", "value"}, ...],
-    "answer_type", "patient"}.
+    """Records of one annotation file (see `read_records`).
 
-    "image" may be a list (several `<image>` in the text) or absent, as the last two keys. `root` is where its paths
-    start; the file's folder by default.
+    A record is {"image", "conversations": [{"from", "value"}, ...], "answer_type", "patient"}. "image" may be a list
+    (several `<image>` in the text) or absent, as the last two keys. `root` is where its paths start; the file's folder
+    by default.
     """
 
     def __init__(self, path: str, root: str | None = None):
@@ -69,11 +69,10 @@ class TfdsSource(Source):
             import tensorflow_datasets as tfds  # only who reads such a dataset needs it
 
             builder, raw = tfds.builder_from_directory(self.root), tfds.decode.DeserializeMethod.RAW_BYTES
-            self._examples = builder.as_data_source(split or "train", deserialize_method=raw)
+            self._examples = builder.as_data_source(split=split or "train", deserialize_method=raw)  # pyright: ignore[reportCallIssue]
         except Exception as error:  # the library raises errors of many types
-            raise DataError(
-                name, None, "dataset cannot be read", "FOLDER#SPLIT of an assembled dataset", str(error)
-            ) from error
+            expected = "FOLDER#SPLIT of an assembled dataset"
+            raise DataError(name, None, "dataset cannot be read", expected, str(error)) from error
 
     def __reduce__(self):
         return TfdsSource, (self.file,)
@@ -110,7 +109,8 @@ def _parse_example(serialized: bytes) -> dict[str, Sequence[bytes]]:
     """The lists of a tf.train.Example. TFDS's own way, through its features, takes half a millisecond more."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    features = tf_example_pb2.Example.FromString(serialized).features.feature
+    Example = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]  # made when the module is imported
+    features = Example.FromString(serialized).features.feature
     return {name: features[name].bytes_list.value for name in features}
 
 
@@ -131,10 +131,10 @@ def is_there(name: str) -> bool:
 
 
 def read_records(path: str) -> list[Any]:
-    """The unchecked records of an annotation file: a JSON list, or JSON lines in a .jsonl; UTF-8 with or without a byte
-    order mark.
+    """The unchecked records of an annotation file.
 
-    DataError when it cannot be read.
+    It holds a JSON list, or JSON lines in a .jsonl, in UTF-8 with or without a byte order mark. DataError when it
+    cannot be read.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:

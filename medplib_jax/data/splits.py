@@ -14,10 +14,10 @@ def is_held_out(name: str) -> bool:
 
 
 def annotation_files(folder: str, deep: bool = False) -> tuple[list[str], list[str]]:
-    """Paths of the folder's (deep: and its subfolders') files of records, and of its JSON files of other kinds; both
-    sorted.
+    """The folder's files of records, and its JSON files of other kinds; paths, both sorted.
 
-    The second list is for messages: class names, manifests, or records in a form that is not read.
+    deep: those of its subfolders, too. The second list is for messages: class names, manifests, or records in a form
+    that is not read.
     """
     found = []
     for place, folders, names in os.walk(folder):

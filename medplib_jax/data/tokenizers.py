@@ -1,13 +1,13 @@
-"""The LLaMA SentencePiece tokenizer with MedPLIB's added tokens, with the arithmetic of the original's slow, legacy
-tokenizer.
+"""The LLaMA SentencePiece tokenizer with MedPLIB's added tokens.
 
-The `transformers` package no longer has that tokenizer: its LLaMA tokenizer is the fast one, which neither strips the
-text around added tokens nor starts every chunk with a dummy space, so its ids differ. Here the two rules are written
-out on `sentencepiece`.
+It has the arithmetic of the original's slow, legacy tokenizer. The `transformers` package no longer has that tokenizer:
+its LLaMA tokenizer is the fast one, which neither strips the text around added tokens nor starts every chunk with a
+dummy space, so its ids differ. Here the two rules are written out on `sentencepiece`.
 """
 
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -145,23 +145,16 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], folder: str, vocab_size: int) -> Tokenizer:
-    """Trains a small tokenizer of LLaMA's kind (BPE, byte fallback, split digits, no normalisation), saves it and
-    returns it.
+    """Trains a small tokenizer of LLaMA's kind, saves it and returns it.
 
-    Deterministic. `vocab_size` counts the SentencePiece pieces; at least 259 plus the characters of the texts. Fewer
-    come out when the texts do not hold enough.
+    BPE with byte fallback and split digits, no normalisation. Deterministic. `vocab_size` counts the SentencePiece
+    pieces; at least 259 plus the characters of the texts. Fewer come out when the texts do not hold enough.
     """
 
-    class Writer:
-        model = b""
-
-        def write(self, data):
-            self.model += data
-
-    writer = Writer()
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
-        model_writer=writer,
+        model_writer=model,
         vocab_size=vocab_size,
         model_type="bpe",
         byte_fallback=True,
@@ -177,6 +170,6 @@ def train_tokenizer(texts: Iterable[str], folder: str, vocab_size: int) -> Token
         pad_id=-1,
         minloglevel=2,
     )
-    tokenizer = Tokenizer(writer.model)
+    tokenizer = Tokenizer(model.getvalue())
     tokenizer.save(folder)
     return tokenizer

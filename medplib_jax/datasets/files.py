@@ -1,9 +1,9 @@
-"""The folders that builders write: safe names, whole files, links in place of copies, and nothing that an earlier run
-left.
+"""The folders that builders write.
 
-A builder makes every file again, so that no result of another source, option or version of the code stays. `made.txt`
-lists what it made: files that the latest run did not make are removed, and files of anybody else are never touched. So
-a second run equals a run into an empty folder, or is refused.
+Safe names, whole files, links in place of copies, and nothing that an earlier run left. A builder makes every file
+again, so that no result of another source, option or version of the code stays. `made.txt` lists what it made: files
+that the latest run did not make are removed, and files of anybody else are never touched. So a second run equals a run
+into an empty folder, or is refused.
 """
 
 import collections

@@ -1,8 +1,10 @@
-"""Fills `data.cache` before a run, on any machine that shares the folder, so that a run's first epoch reads as fast as
-its later ones.
+"""Fills `data.cache` before a run, so that the first epoch reads as fast as later ones.
+
+It runs on any machine that shares the folder.
 
 COMMAND
-    python -m medplib_jax.datasets.fill_cache --config=configs/stage2_vqa.py --config.data.cache=/shared/cache --workers=16
+    python -m medplib_jax.datasets.fill_cache --config=configs/stage2_vqa.py --config.data.cache=/shared/cache \\
+        --workers=16
 
 The config is the run's. The cache knows files by path, size and time, so both machines must see them under the same
 paths. An interrupted fill goes on where it was. Records that cannot be used are named; with data.on_error=raise the

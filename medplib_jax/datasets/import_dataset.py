@@ -22,7 +22,7 @@ from medplib_jax.datasets import modalities
 from medplib_jax.datasets.command import finish, parse
 from medplib_jax.datasets.files import Folder, files_below
 from medplib_jax.datasets.importers import ALONGSIDE, READERS
-from medplib_jax.datasets.importers.example import Example
+from medplib_jax.datasets.importers.example import ImportedExample
 from medplib_jax.datasets.qa.folder import image_reference
 
 SPLITS = ("train", "validation", "test")
@@ -59,8 +59,9 @@ def import_dataset(dataset: str, source: str, out: str) -> dict[str, Any]:
 
 
 def _not_read(source: str, out: str, read: Collection[str], alongside: Collection[str]) -> list[str]:
-    """Tables below the source from which no record came: other parts of the dataset, or files of another name than the
-    reader looks for.
+    """Tables below the source from which no record came.
+
+    Other parts of the dataset, or files of another name than the reader looks for.
     """
     known = {os.path.realpath(path) for path in read}
     found = [name for name in files_below(source) if name.lower().endswith(_TABLES)]
@@ -77,7 +78,7 @@ class _Pictures:
         self._source, self._folder = source, folder
         self.sources: dict[str, str] = {}  # reference -> image of the source
 
-    def add(self, example: Example) -> str:
+    def add(self, example: ImportedExample) -> str:
         """The image's reference.
 
         DataError when it is missing, outside the source, unreadable, or shares its name with another one.
@@ -98,7 +99,7 @@ class _Pictures:
         return reference
 
 
-def _record(example: Example, pictures: _Pictures, out: str) -> dict[str, Any]:
+def _record(example: ImportedExample, pictures: _Pictures, out: str) -> dict[str, Any]:
     messages = []
     for question, answer in example.turns:
         messages += [

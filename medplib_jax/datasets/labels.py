@@ -13,10 +13,10 @@ _EXPECTED = '{"1": "liver", ...} in labels.json, or "labels" in nnU-Net\'s datas
 
 
 def read_names(root: str) -> dict[int, str]:
-    """Value -> name, from labels.json ({"1": "liver"} or {"liver": 1}) or nnU-Net's dataset.json ({"labels": ...});
-    empty without one.
+    """Value -> name, of a folder with a names file; empty without one.
 
-    The background, 0, has no name. DataError when the file has another form.
+    labels.json holds {"1": "liver"} or {"liver": 1}; nnU-Net's dataset.json {"labels": ...}. The background, 0, has no
+    name. DataError when the file has another form.
     """
     path = next((path for name in NAMES_FILES if os.path.isfile(path := os.path.join(root, name))), "")
     if not path:

@@ -47,8 +47,9 @@ class FileName:
 
 
 def without_sequence(name: str) -> str:
-    """A scan's name without what tells the sequences of one patient apart: "BRATS_001_flair", or nnU-Net's
-    "BRATS_001_0000".
+    """A scan's name without what tells the sequences of one patient apart.
+
+    "BRATS_001_flair", or nnU-Net's "BRATS_001_0000", are both of "BRATS_001".
     """
     return _SEQUENCE.sub("", name)
 
@@ -90,8 +91,9 @@ def unite(masks: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def read_class_names(root: str) -> dict[tuple[str, int], str]:
-    """(dataset, class id) -> name, from SA-Med2D-20M's SAMed2D_v1_class_mapping_id.json; empty when `root` does not
-    have it.
+    """(dataset, class id) -> name, from SA-Med2D-20M's SAMed2D_v1_class_mapping_id.json.
+
+    Empty when `root` does not have it.
     """
     path = os.path.join(root, "SAMed2D_v1_class_mapping_id.json")
     if not os.path.isfile(path):

@@ -70,8 +70,9 @@ _SHORT = 4  # words up to this length must be a word of their own
 
 
 def prefix_of(text: str) -> str:
-    """The prefix for a dataset's own word for a modality ("MRI", "CT(Computed Tomography)", "X-Ray"); "unknown" when
-    none fits.
+    """The prefix for a dataset's own word for a modality; "unknown" when none fits.
+
+    Such words: "MRI", "CT(Computed Tomography)", "X-Ray".
     """
     text = text.casefold()
     words = "".join(letter if letter.isalnum() or letter in "-_" else " " for letter in text).split()

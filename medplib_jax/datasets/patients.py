@@ -31,8 +31,9 @@ def patient_of(image: str, pattern: str = "", source: str = "") -> str:
 
 
 def anonymous(patient: str) -> str:
-    """A name for the patient that tells nobody who it is, as long as identifiers cannot be guessed: 12 hex digits;
-    empty for none.
+    """A name for the patient that does not tell who it is: 12 hex digits; empty for none.
+
+    A hash: who knows an identifier can tell whether it is this one.
     """
     return hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else ""
 

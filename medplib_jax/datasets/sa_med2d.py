@@ -59,8 +59,9 @@ def make_pairs(source: str, out: str, match: str = "*") -> dict[str, Any]:
 
 
 def _masks_by_image(source: str, match: str) -> tuple[dict[str, list[str]], list[DataError]]:
-    """Names of the masks of each image that matches; and a problem for each matching file that is neither mask nor
-    image of one.
+    """Names of the masks of each image that matches, and problems.
+
+    A problem for each matching file that is neither a mask nor an image with masks.
     """
     for folder in ("images", "masks"):
         if not os.path.isdir(os.path.join(source, folder)):

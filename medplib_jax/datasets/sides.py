@@ -4,17 +4,17 @@ import re
 
 MARGIN = 0.02  # tolerance of a position, as share of the picture
 SIDE = re.compile(
-    r"\b(left|right|upper|lower|top|bottom)(?:[ -](left|right))?[ -](?:side|part|half|portion|corner|region|area|quadrant|third)?[ ]?"
+    r"\b(left|right|upper|lower|top|bottom)(?:[ -](left|right))?[ -]"
+    r"(?:side|part|half|portion|corner|region|area|quadrant|third)?[ ]?"
     r"(?:of|in|on) (?:the|this) (?:\w+ )?(?:image|picture|scan|slice|photo|photograph)\b",
     re.IGNORECASE,
 )
 
 
 def contradiction(text: str, box: tuple[float, float, float, float]) -> str:
-    """The words that put something elsewhere than its box (x0, y0, x1, y1, shares of the picture); empty when there are
-    none.
+    """The words that put something elsewhere than its box; empty when there are none.
 
-    A box that reaches the place counts as there.
+    The box: x0, y0, x1, y1 as shares of the picture. A box that reaches the place counts as there.
     """
     x0, y0, x1, y1 = box
     lies = {

@@ -49,10 +49,10 @@ _DICOM_WORDS = {
 
 @dataclasses.dataclass(frozen=True)
 class SliceOptions:
-    """window: (centre, width) in the scan's units; None: the file's own, else `PERCENTILES`. every: takes each so
-    manieth slice.
+    """How scans become pictures.
 
-    modality: of scans that do not tell it, as NIfTI never does. patient: see `patients.patient_of`.
+    window: (centre, width) in the scan's units; None: the file's own, else `PERCENTILES`. every: takes each so manieth
+    slice. modality: of scans that do not tell it, as NIfTI never does. patient: see `patients.patient_of`.
     """
 
     modality: str = ""
@@ -224,7 +224,7 @@ def _mask_files(one: ScanFiles, reading: _Reading) -> dict[str, str]:
 
 
 def _patient(path: str, one: ScanFiles, options: SliceOptions) -> str:
-    """The scan's patient: what the option finds in its path, a hash of what a DICOM header says, or what the path says."""
+    """The scan's patient: what the option finds in its path, a hash from a DICOM header, or what the path says."""
     if not options.patient and one.scan.lower().endswith(DICOM):
         import pydicom  # only scans need it
 

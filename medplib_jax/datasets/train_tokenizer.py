@@ -20,8 +20,9 @@ FRAME_REPEATS = 100  # so that the words around every question become whole toke
 
 
 def build_tokenizer(sources: Sequence[str], out: str, pieces: int = PIECES) -> Tokenizer:
-    """A tokenizer of at most `pieces` SentencePiece pieces (fewer when the text does not hold enough) and the added
-    tokens, saved in `out`.
+    """A tokenizer for the words of these annotation files, saved in `out`.
+
+    At most `pieces` SentencePiece pieces, fewer when the text does not hold enough, and the added tokens.
     """
     return train_tokenizer(training_text(sources), out, pieces)
 
@@ -54,8 +55,9 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=PIECES)
     arguments = parser.parse_args()
     tokenizer = build_tokenizer(arguments.sources, arguments.out, arguments.pieces)
+    size = tokenizer.vocab_size
     print(
-        f"{arguments.out}: {tokenizer.vocab_size} tokens, {len(ADDED_TOKENS)} of them added; use --config.model.llm.vocab_size={tokenizer.vocab_size}"
+        f"{arguments.out}: {size} tokens, {len(ADDED_TOKENS)} of them added; use --config.model.llm.vocab_size={size}"
     )
 
 

@@ -1,9 +1,11 @@
-"""Writes questions and answers about a folder of images with named masks: VQA, region VQA, grounding, refer-and-ground
-conversations.
+"""Writes questions and answers about a folder of images with named masks.
+
+VQA, region VQA, grounding, refer-and-ground conversations.
 
 COMMAND
     python -m medplib_jax.datasets.write_qa --pairs data/mine --out data/mine_qa --writer template
-    python -m medplib_jax.datasets.write_qa --pairs data/mine --out data/mine_qa --writer llm --endpoint http://localhost:8000/v1 --model NAME
+    python -m medplib_jax.datasets.write_qa --pairs data/mine --out data/mine_qa --writer llm \\
+        --endpoint http://localhost:8000/v1 --model NAME
     python -m medplib_jax.datasets.train_tokenizer --sources data/mine_qa/train/*.json --out runs/mine/tokenizer
     python -m medplib_jax.train --config=configs/finetune_folder.py:data/mine_qa ...
 
@@ -45,10 +47,10 @@ KEY = "OPENAI_API_KEY"
 
 @dataclasses.dataclass(frozen=True)
 class QaOptions:
-    """seed: of the sentences. test_share: of the patients. complete: a name of the modality without a mask is not in
-    the image.
+    """What is asked, and how it is split.
 
-    window: (centre, width) in which pictures of 16 bits are shown. patient: see `patients.patient_of`.
+    seed: of the sentences. test_share: of the patients. complete: a name of the modality without a mask is not in the
+    image. window: (centre, width) in which pictures of 16 bits are shown. patient: see `patients.patient_of`.
     """
 
     seed: int = 0

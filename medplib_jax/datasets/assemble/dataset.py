@@ -81,7 +81,7 @@ class ShardTask:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the shard must be written anew for another reason than the collection's files (see `finished`)."""
+        """Changes when the shard must be written anew; what the collection's files say beside, see `finished`."""
         names = sorted([*key, name] for key, name in self.names.items())
         made_of = [self.records, sorted(self.instances.items()), self.file, self.first, self.root, names]
         content = json.dumps([*made_of, code_version()])
@@ -123,10 +123,9 @@ def find_collection(images: str) -> str:
 
 
 def find_annotations(folder: str, out: str) -> tuple[list[str], list[str]]:
-    """Annotation files below the folder, and JSON files of other kinds, relative to it; what lies in `out` does not
-    count.
+    """Annotation files below the folder, and JSON files of other kinds, relative to it.
 
-    DataError when there is none to use.
+    What lies in `out` does not count. DataError when there is none to use.
     """
     inside = os.path.relpath(out, folder) + "/"
     found, others = (
@@ -305,9 +304,8 @@ def describe(manifest: dict[str, Any], out: str) -> str:
     for title in ("repaired", "left_out"):
         lines += [f"{title.replace('_', ' '):10} {count:>8}  {what}" for what, count in manifest[title].items()]
     if manifest["missing_files"]:
-        lines.append(
-            f"{manifest['missing_files']} files are missing; they are listed in {os.path.join(out, 'missing.txt')}. By collection:"
-        )
+        listed = os.path.join(out, "missing.txt")
+        lines.append(f"{manifest['missing_files']} files are missing; they are listed in {listed}. By collection:")
         lines += [f"  {count:>8}  {place}" for place, count in list(manifest["missing_by_folder"].items())[:20]]
         lines.append("When they are there, the same command takes them in.")
     lines += [f"annotation file absent: {file}" for file in manifest["annotation_files_absent"]]

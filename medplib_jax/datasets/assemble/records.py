@@ -118,8 +118,9 @@ def prepare(raw: Any, file: str, index: int, files: Files) -> tuple[dict[str, An
 
 
 def repair_text(raw: dict[str, Any], repairs: list[str]) -> dict[str, Any]:
-    """The record with its references in the usual form and `<image>` in its first question; appends what changed to
-    `repairs`.
+    """The record with references in the usual form and `<image>` in its first question.
+
+    Appends what changed to `repairs`.
     """
     image, turns = raw.get("image"), raw.get("conversations")
     if isinstance(image, list) and len(image) == 1:
@@ -151,8 +152,9 @@ def _is_text(turn: Any) -> bool:
 
 
 def repair_reference(reference: str, repairs: list[str]) -> str:
-    """The reference relative to the collection's root, with suffix: other people's absolute paths are cut, a missing
-    ".png" is added.
+    """The reference relative to the collection's root, with suffix.
+
+    Other people's absolute paths are cut, a missing ".png" is added.
     """
     if not reference.strip() or is_shape(reference) or "\0" in reference:
         return reference
@@ -173,8 +175,9 @@ def repair_reference(reference: str, repairs: list[str]) -> str:
 
 
 def read_picture(path: str, notices: list[Notice]) -> tuple[bytes, tuple[int, int]]:
-    """The picture's content and size (h, w): its pixels as `encode` makes them, but a plain JPEG as it is, which is
-    much smaller.
+    """The picture's content and size (h, w).
+
+    Its pixels as `encode` makes them, but a plain JPEG as it is, which is much smaller.
     """
     pixels = images.load_pixels(path, notices)
     with Image.open(path) as image:

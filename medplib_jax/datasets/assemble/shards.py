@@ -49,8 +49,9 @@ def features():
 
 
 def serialize(example: dict[str, Any]) -> bytes:
-    """The example as tf.train.Example; the same bytes in every process, which `features().serialize_example` does not
-    promise.
+    """The example as tf.train.Example, the same bytes in every process.
+
+    `features().serialize_example` does not promise that.
     """
     return _serializer().get_tf_example(features().encode_example(example)).SerializeToString(deterministic=True)
 

@@ -1,7 +1,7 @@
 """Reports what is in a dataset and what is suspicious about it.
 
 COMMAND
-    python -m medplib_jax.datasets.audit DIR [--json report.json] [--html report.html] [--tokenizer FOLDER] [--patient REGEX]
+    python -m medplib_jax.datasets.audit DIR [--json report.json] [--html report.html] [--patient REGEX]
 """
 
 import argparse

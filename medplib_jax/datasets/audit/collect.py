@@ -29,7 +29,7 @@ from medplib_jax.data.splits import annotation_files, is_held_out
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.datasets.assemble.shards import DATASET, dataset_folder
 from medplib_jax.datasets.audit.facts import Reader, RecordFacts, plain
-from medplib_jax.datasets.audit.findings import Finding, find
+from medplib_jax.datasets.audit.findings import AuditFinding, find
 from medplib_jax.datasets.mecovqa import read_class_names
 from medplib_jax.datasets.patients import check_pattern
 from medplib_jax.datasets.processes import make_pool
@@ -51,10 +51,10 @@ def audit(
 
 
 def find_sources(folder: str) -> tuple[list[str], list[str]]:
-    """Names for `open_source`: splits of an assembled dataset, or annotation files below the folder; and JSON files
-    that are not read.
+    """Names for `open_source`, and JSON files that are not read.
 
-    DataError when there is nothing to read.
+    Sources are splits of an assembled dataset, or annotation files below the folder. DataError when there is nothing to
+    read.
     """
     assembled = os.path.join(folder, DATASET)
     if os.path.isdir(assembled):
@@ -129,9 +129,10 @@ def _words(record: Record) -> list[str]:
     return [word for _, text in record.turns for word in plain(text).split()]
 
 
-def summarize(facts: Sequence[RecordFacts], findings: Sequence[Finding], unit: str) -> dict[str, Any]:
-    """The report: `records`, `usable`, `pictures`, `suspicious` (with findings), counts, lengths, areas, and `findings`
-    by name.
+def summarize(facts: Sequence[RecordFacts], findings: Sequence[AuditFinding], unit: str) -> dict[str, Any]:
+    """The report as plain values.
+
+    `records`, `usable`, `pictures`, `suspicious` (with findings), counts, lengths, areas, and `findings` by name.
     """
     usable = [one for one in facts if one.problem is None]
     areas = [mask.area for one in usable for mask in one.masks]
@@ -171,9 +172,8 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def describe(report: dict[str, Any]) -> str:
     """The report in a few lines."""
-    lines = [
-        f"{report['records']} records, {report['usable']} usable, {report['pictures']} pictures, {report['suspicious']} suspicious"
-    ]
+    counts = (f"{report[name]} {name}" for name in ("records", "usable", "pictures", "suspicious"))
+    lines = [", ".join(counts)]
     for title in ("by_split", "by_modality", "by_task"):
         lines.append(
             f"{title.replace('_', ' '):12} " + ", ".join(f"{name} {count}" for name, count in report[title].items())

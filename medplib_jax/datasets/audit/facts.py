@@ -119,7 +119,7 @@ class Reader:
         )
 
     def _patient(self, record: Record) -> str:
-        """Whose image it is, as far as the option, the record, or the image's name or folder says; empty when none does.
+        """Whose image it is, as the option, the record, or the image's name or folder says; empty when none does.
 
         A folder without a digit is a modality or a part of a dataset rather than a patient.
         """

@@ -42,7 +42,7 @@ _TRIVIAL = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class AuditFinding:
     """One suspicious record."""
 
     kind: str
@@ -55,16 +55,16 @@ class Finding:
         return dataclasses.asdict(self)
 
 
-def find(facts: Sequence[RecordFacts]) -> list[Finding]:
+def find(facts: Sequence[RecordFacts]) -> list[AuditFinding]:
     """Every finding, in the order of `CHECKS`."""
     usable = [one for one in facts if one.problem is None]
     findings = [
-        Finding(f"unusable: {one.problem.what.split(' (')[0]}", one.source, one.record, describe(one.problem))
+        AuditFinding(f"unusable: {one.problem.what.split(' (')[0]}", one.source, one.record, describe(one.problem))
         for one in facts
         if one.problem is not None
     ]
     for kind, check in CHECKS.items():
-        findings += [Finding(kind, one.source, one.record, detail, mask) for one, detail, mask in check(usable)]
+        findings += [AuditFinding(kind, one.source, one.record, detail, mask) for one, detail, mask in check(usable)]
     return findings
 
 
@@ -110,8 +110,9 @@ def misplaced(facts: Sequence[RecordFacts]) -> Found:
 
 
 def wrong_side(facts: Sequence[RecordFacts]) -> Found:
-    """A left or right organ on the other side than the same collection has it nearly always (CT shows the patient's
-    left on the right).
+    """A left or right organ on the other side than its collection has it nearly always.
+
+    CT, for one, shows the patient's left on the right.
     """
     sides = collections.defaultdict(list)
     for one, mask in _masks(facts):
@@ -258,8 +259,9 @@ def _collection(one: RecordFacts) -> str:
 
 
 def _side_of(mask: MaskFacts, one: RecordFacts) -> str:
-    """left or right, when the mask's label says one of them, or, without a label, the text of a record with this mask
-    alone.
+    """left or right, when the mask's label says one of them.
+
+    Without a label, the text of a record with this mask alone.
     """
     text = mask.label or (SIDE.sub("", one.text) if len(one.masks) == 1 else "")
     found = {word.lower() for word in _LATERAL.findall(text)}

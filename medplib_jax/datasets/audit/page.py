@@ -1,4 +1,4 @@
-"""The audit as one self-contained HTML page: figures, bars, small pictures with their masks, and every finding by name."""
+"""The audit as one self-contained HTML page: figures, bars, small pictures with masks, and every finding by name."""
 
 import base64
 import collections

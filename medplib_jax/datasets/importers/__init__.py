@@ -1,6 +1,6 @@
 """Public datasets to MeCoVQA's form. A module for each; `READERS` is the registry.
 
-A reader takes the dataset's folder and yields, for every record, a function that makes its `Example` or raises
+A reader takes the dataset's folder and yields, for every record, a function that makes its `ImportedExample` or raises
 DataError; it raises DataError itself when the dataset is not there.
 """
 

@@ -19,7 +19,7 @@ YES_NO = ("yes", "no")
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class ImportedExample:
     """One conversation about one image.
 
     `place`: annotation file and index, for messages. `image`: relative to the dataset's folder.
@@ -60,8 +60,9 @@ def json_rows(root: str, name: str) -> Iterator[tuple[tuple[str, int], Any]]:
 
 
 def parquet_rows(root: str) -> Iterator[tuple[tuple[str, int], str, Any]]:
-    """(place, split, row) of data/{train,validation,test}-*.parquet with image {bytes}, question, answer, the form on
-    the Hugging Face hub.
+    """(place, split, row) of the form on the Hugging Face hub.
+
+    data/{train,validation,test}-*.parquet with image {bytes}, question, answer.
     """
     files = [
         (split, path)
@@ -82,14 +83,14 @@ def parquet_rows(root: str) -> Iterator[tuple[tuple[str, int], str, Any]]:
             ) from error
 
 
-def parquet_example(place: tuple[str, int], split: str, row: Any, modality: str = "") -> Example:
+def parquet_example(place: tuple[str, int], split: str, row: Any, modality: str = "") -> ImportedExample:
     """The example of such a row; its picture is named by its content."""
     question, answer = text(row, "question", place), text(row, "answer", place)
     content = (row["image"] or {}).get("bytes")
     if not content:
         raise DataError(*place, "no image", "its bytes", repr(row["image"]))
     name = hashlib.sha256(content).hexdigest()[:16] + (".png" if content[:4] == b"\x89PNG" else ".jpg")
-    return Example(place, name, split, ((question, answer),), modality, answer_type(answer), content=content)
+    return ImportedExample(place, name, split, ((question, answer),), modality, answer_type(answer), content=content)
 
 
 def csv_rows(root: str, name: str) -> Iterator[tuple[tuple[str, int], dict[str, str]]]:

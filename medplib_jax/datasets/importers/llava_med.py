@@ -1,24 +1,24 @@
-"""LLaVA-Med's alignment 500k: llava_med_alignment_500k.json, alone or in alignment/, beside images/, as the authors'
-scripts download them.
+"""LLaVA-Med's alignment 500k, as the authors' scripts download it.
 
-Its key is spelt "conversatons"; both spellings are read.
+llava_med_alignment_500k.json, alone or in alignment/, beside images/. Its key is spelt "conversatons"; both spellings
+are read.
 """
 
 from collections.abc import Callable, Iterator
 
 from medplib_jax.data.errors import DataError
-from medplib_jax.datasets.importers.example import Example, existing, json_rows, text
+from medplib_jax.datasets.importers.example import ImportedExample, existing, json_rows, text
 
 _FILES = ("llava_med_alignment_500k.json", "alignment/llava_med_alignment_500k.json")
 _MODALITIES = {"chest_xray": "x_ray", "mri": "mr", "ct_scan": "ct", "histology": "histopathology"}
 
 
-def read(root: str) -> Iterator[Callable[[], Example]]:
+def read(root: str) -> Iterator[Callable[[], ImportedExample]]:
     for place, row in json_rows(root, existing(root, _FILES)[0]):
         yield lambda place=place, row=row: _example(place, row)
 
 
-def _example(place, row) -> Example:
+def _example(place, row) -> ImportedExample:
     image = text(row, "image", place)
     messages = row.get("conversatons", row.get("conversations"))
     if not isinstance(messages, list) or not messages or len(messages) % 2:
@@ -30,4 +30,6 @@ def _example(place, row) -> Example:
         if isinstance(domain, dict)
         else ""
     )
-    return Example(place, f"images/{image}", "train", tuple(zip(values[::2], values[1::2], strict=True)), modality)
+    return ImportedExample(
+        place, f"images/{image}", "train", tuple(zip(values[::2], values[1::2], strict=True)), modality
+    )

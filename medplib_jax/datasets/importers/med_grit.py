@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.splits import annotation_files, is_held_out
-from medplib_jax.datasets.importers.example import Example, first_existing, json_rows
+from medplib_jax.datasets.importers.example import ImportedExample, first_existing, json_rows
 
 _PICTURE = re.compile(r"Picture \d+:\s*<img>(.*?)</img>\s*")
 
 
-def read(root: str) -> Iterator[Callable[[], Example]]:
+def read(root: str) -> Iterator[Callable[[], ImportedExample]]:
     own = pathlib.Path(root, "grit")  # in a folder that `write_qa` made
     files, _ = annotation_files(str(own if own.is_dir() else root), deep=True)
     if not files:
@@ -29,7 +29,7 @@ def read(root: str) -> Iterator[Callable[[], Example]]:
             yield lambda place=place, row=row, split=split: _example(root, place, row, split)
 
 
-def _example(root, place, row, split) -> Example:
+def _example(root, place, row, split) -> ImportedExample:
     turns = row.get("conversations") if isinstance(row, dict) else None
     if (
         not isinstance(turns, list)
@@ -44,6 +44,6 @@ def _example(root, place, row, split) -> Example:
         raise DataError(*place, "not about one picture", "Picture 1: <img>path</img>", str(list(images)))
     (named,) = images
     image = first_existing(root, [named, f"images/{pathlib.PurePosixPath(named).name}", f"images/{row.get('id')}.png"])
-    return Example(
+    return ImportedExample(
         place, image, split, tuple((_PICTURE.sub("", question).strip(), answer.strip()) for question, answer in turns)
     )

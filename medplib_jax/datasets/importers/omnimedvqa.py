@@ -7,10 +7,10 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 from medplib_jax.data.errors import DataError
-from medplib_jax.datasets.importers.example import Example, json_rows, text
+from medplib_jax.datasets.importers.example import ImportedExample, json_rows, text
 
 
-def read(root: str) -> Iterator[Callable[[], Example]]:
+def read(root: str) -> Iterator[Callable[[], ImportedExample]]:
     files = sorted(pathlib.Path(root, "QA_information").glob("*/*.json"))
     if not files:
         raise DataError(root, None, "dataset not found", "QA_information/Open-access/*.json", "none")
@@ -19,7 +19,7 @@ def read(root: str) -> Iterator[Callable[[], Example]]:
             yield lambda place=place, row=row: _example(place, row)
 
 
-def _example(place, row) -> Example:
+def _example(place, row) -> ImportedExample:
     question, answer = text(row, "question", place), text(row, "gt_answer", place)
     options = {
         letter: str(row[f"option_{letter}"]).strip() for letter in "ABCD" if row.get(f"option_{letter}") is not None
@@ -28,7 +28,7 @@ def _example(place, row) -> Example:
         raise DataError(*place, "answer is not among the options", "one of option_A ...", answer)
     question += "".join(f"\n{letter}. {option}" for letter, option in options.items())
     modality = text(row, "modality_type" if "modality_type" in row else "modality", place)
-    return Example(
+    return ImportedExample(
         place,
         text(row, "image_path", place),
         "test",

@@ -5,9 +5,9 @@ The authors' own archive holds pickle files, which can run code when they are re
 
 from collections.abc import Callable, Iterator
 
-from medplib_jax.datasets.importers.example import Example, parquet_example, parquet_rows
+from medplib_jax.datasets.importers.example import ImportedExample, parquet_example, parquet_rows
 
 
-def read(root: str) -> Iterator[Callable[[], Example]]:
+def read(root: str) -> Iterator[Callable[[], ImportedExample]]:
     for place, split, row in parquet_rows(root):
         yield lambda place=place, split=split, row=row: parquet_example(place, split, row, "histopathology")

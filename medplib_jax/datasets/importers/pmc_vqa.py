@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from medplib_jax.data.errors import DataError
-from medplib_jax.datasets.importers.example import Example, csv_rows, existing, first_existing, text
+from medplib_jax.datasets.importers.example import ImportedExample, csv_rows, existing, first_existing, text
 
 _LETTER = re.compile(r"^\s*[A-D]\s*:\s*")
 _FOLDERS = ("images", "figures", "images_2/figures", "images_2")
@@ -19,7 +19,7 @@ _FOLDERS = ("images", "figures", "images_2/figures", "images_2")
 
 def read(
     root: str, files: tuple[str, ...] = ("train.csv", "test.csv", "test_clean.csv"), label: str = "Answer_label"
-) -> Iterator[Callable[[], Example]]:
+) -> Iterator[Callable[[], ImportedExample]]:
     """files: of the version; label: the column of the letter."""
     names = existing(root, files)
     for name in names:
@@ -30,7 +30,7 @@ def read(
             yield lambda place=place, row=row, split=split: _example(root, place, row, split, label)
 
 
-def _example(root, place, row, split, column) -> Example:
+def _example(root, place, row, split, column) -> ImportedExample:
     choices = {letter: _LETTER.sub("", text(row, f"Choice {letter}", place)) for letter in "ABCD"}
     label = text(row, column, place)
     if label not in choices:
@@ -39,7 +39,7 @@ def _example(root, place, row, split, column) -> Example:
     turn = f"{text(row, 'Question', place)}\n{options}", choices[label]
     figure = text(row, "Figure_path", place)
     image = first_existing(root, [f"{folder}/{figure}" for folder in _FOLDERS])
-    return Example(place, image, split, (turn,), "", "closed", tuple(choices.values()))
+    return ImportedExample(place, image, split, (turn,), "", "closed", tuple(choices.values()))
 
 
 read_second = functools.partial(read, files=("train_2.csv", "test_2.csv"), label="Answer")

@@ -6,12 +6,12 @@ Questions are English and Chinese.
 import functools
 from collections.abc import Callable, Iterator
 
-from medplib_jax.datasets.importers.example import Example, existing, json_rows, text
+from medplib_jax.datasets.importers.example import ImportedExample, existing, json_rows, text
 
 _SPLITS = {"train.json": "train", "validate.json": "validation", "validation.json": "validation", "test.json": "test"}
 
 
-def read(root: str, language: str = "") -> Iterator[Callable[[], Example]]:
+def read(root: str, language: str = "") -> Iterator[Callable[[], ImportedExample]]:
     """language: "en" or "zh" alone; empty: both."""
     for name in existing(root, tuple(_SPLITS)):
         for place, row in json_rows(root, name):
@@ -19,10 +19,10 @@ def read(root: str, language: str = "") -> Iterator[Callable[[], Example]]:
                 yield lambda place=place, row=row, split=_SPLITS[name]: _example(place, row, split)
 
 
-def _example(place, row, split) -> Example:
+def _example(place, row, split) -> ImportedExample:
     turn = text(row, "question", place), text(row, "answer", place)
     modality = text(row, "modality", place)
-    return Example(
+    return ImportedExample(
         place, f"imgs/{text(row, 'img_name', place)}", split, (turn,), modality, text(row, "answer_type", place).lower()
     )
 

@@ -6,13 +6,14 @@ their annotation file. Of several answers, between "#" in 2019, the first is use
 are optional there. 2021 has no training set of its own: it is that of 2020.
 """
 
+import functools
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
 
 from medplib_jax.data.errors import DataError
-from medplib_jax.datasets.importers.example import Example, answer_type
+from medplib_jax.datasets.importers.example import ImportedExample, answer_type
 
 _PLAIN, _CATEGORIES = 3, 4  # fields of a line with its answer
 # annotation file -> (split, fields of a line or file of the answers)
@@ -33,7 +34,7 @@ ANSWERS = tuple(form for _, form in FILES.values() if isinstance(form, str))
 _OPTIONAL = re.compile(r"\s*\([^()]*\)\s*")
 
 
-def read(root: str) -> Iterator[Callable[[], Example]]:
+def read(root: str) -> Iterator[Callable[[], ImportedExample]]:
     files = [path for path in sorted(pathlib.Path(root).rglob("*.txt")) if path.name in FILES]
     if not files:
         raise DataError(root, None, "dataset not found", ", ".join(FILES), "none")
@@ -44,11 +45,8 @@ def read(root: str) -> Iterator[Callable[[], Example]]:
         folder = os.path.relpath(path.parent, root)
         for index, line in enumerate(_lines(path)):
             if line.strip():
-                yield (
-                    lambda place=(str(path), index), line=line, split=split, answers=answers, pictures=pictures, folder=folder: (
-                        _example(place, line, split, answers, pictures, folder)
-                    )
-                )
+                place = (str(path), index)
+                yield functools.partial(_example, place, line, split, answers, pictures, folder)
 
 
 def _lines(path: pathlib.Path) -> list[str]:
@@ -66,7 +64,7 @@ def _answers(path: pathlib.Path) -> dict[str, str]:
     return {row[0]: row[1] for row in rows if len(row) > 1}
 
 
-def _example(place, line, split, answers, pictures, folder) -> Example:
+def _example(place, line, split, answers, pictures, folder) -> ImportedExample:
     fields = [field.strip() for field in line.split("|")]
     if isinstance(answers, dict):
         fields = [*fields, answers.get(fields[0], "")]
@@ -78,4 +76,4 @@ def _example(place, line, split, answers, pictures, folder) -> Example:
         answer = answer.split("#")[0].strip()
         answer = _OPTIONAL.sub(" ", answer).strip() or answer
     image = pictures.get(fields[0], os.path.join(folder, f"{fields[0]}.jpg"))
-    return Example(place, image, split, ((fields[-2], answer),), "", answer_type(answer))
+    return ImportedExample(place, image, split, ((fields[-2], answer),), "", answer_type(answer))

@@ -9,12 +9,12 @@ as closed.
 import os
 from collections.abc import Callable, Iterator
 
-from medplib_jax.datasets.importers.example import Example, json_rows, parquet_example, parquet_rows, text
+from medplib_jax.datasets.importers.example import ImportedExample, json_rows, parquet_example, parquet_rows, text
 
 _FILE = "VQA_RAD Dataset Public.json"
 
 
-def read(root: str) -> Iterator[Callable[[], Example]]:
+def read(root: str) -> Iterator[Callable[[], ImportedExample]]:
     if not os.path.isfile(os.path.join(root, _FILE)) and os.path.isdir(os.path.join(root, "data")):
         for place, split, row in parquet_rows(root):
             yield lambda place=place, split=split, row=row: parquet_example(place, split, row)
@@ -23,8 +23,8 @@ def read(root: str) -> Iterator[Callable[[], Example]]:
         yield lambda place=place, row=row: _example(place, row)
 
 
-def _example(place, row) -> Example:
+def _example(place, row) -> ImportedExample:
     question, answer = text(row, "question", place), text(row, "answer", place)
     split = "test" if text(row, "phrase_type", place).startswith("test") else "train"
     image = f"VQA_RAD Image Folder/{text(row, 'image_name', place)}"
-    return Example(place, image, split, ((question, answer),), "", text(row, "answer_type", place).lower())
+    return ImportedExample(place, image, split, ((question, answer),), "", text(row, "answer_type", place).lower())

@@ -1,9 +1,9 @@
-"""Stylised medical images with exact masks: eight modality looks, their anatomy and findings, as one table and one
-painter.
+"""Stylised medical images with exact masks.
 
-Nothing here pretends to be clinical. A structure has a typical place, shape, brightness and texture inside its modality
-and varies around them, so that a small model can learn from pixels which names are visible and where. Coordinates are
-fractions: x of the width, y of the height, (0, 0) at the top left.
+Eight modality looks, their anatomy and findings, as one table and one painter. Nothing here pretends to be clinical. A
+structure has a typical place, shape, brightness and texture inside its modality and varies around them, so that a small
+model can learn from pixels which names are visible and where. Coordinates are fractions: x of the width, y of the
+height, (0, 0) at the top left.
 """
 
 import dataclasses
@@ -206,8 +206,9 @@ class Painter:
         return np.asarray(Image.fromarray(coarse).resize((self.width, self.height), Image.Resampling.BICUBIC))
 
     def level(self, centre, size, angle=0.0, bend=0.0, power=2.0, irregular=0.0):
-        """Level function [H, W] (inside < 1) of a bent superellipse, and its local coordinates u, v (fractions of the
-        image).
+        """Level function [H, W] (inside < 1) of a bent superellipse, and its local coordinates u, v.
+
+        The coordinates are fractions of the image.
         """
         turn = np.deg2rad(angle)
         dx, dy = self.x - centre[0], self.y - centre[1]
@@ -235,8 +236,9 @@ class Painter:
         return np.float32(0)
 
     def paint(self, rho, u, v, radius, look):
-        """Blend `look` over the canvas where rho < 1; `radius` (pixels) sets the softness of the edge to about one
-        pixel.
+        """Blends `look` over the canvas where rho < 1.
+
+        `radius` (pixels) sets the softness of the edge to about one pixel.
         """
         value = np.asarray(look.colour, np.float32) * (1 + self.texture(look.texture, rho, u, v))[..., None]
         if look.rim is not None:

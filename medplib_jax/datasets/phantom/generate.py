@@ -1,10 +1,8 @@
-"""A generated dataset in MeCoVQA's on-disk form: eight stylised modalities with anatomy, findings, masks and questions
-of all kinds.
+"""A generated dataset in MeCoVQA's on-disk form.
 
-
-It lets the whole programme (four stages, evaluation, demo) run anywhere without licensed data. Every image depends only
-on (seed, split, index), so the same arguments give the same bytes with any number of processes, and a larger dataset
-begins with the smaller one.
+Eight stylised modalities with anatomy, findings, masks and questions of all kinds. It lets the whole programme (four
+stages, evaluation, demo) run anywhere without licensed data. Every image depends only on (seed, split, index), so the
+same arguments give the same bytes with any number of processes, and a larger dataset begins with the smaller one.
 """
 
 import functools
@@ -41,12 +39,11 @@ _IN_PROCESS = 64  # fewer images are not worth starting processes for
 def generate(
     out_dir: str | os.PathLike, examples: int, test_examples: int, seed: int = 0, processes: int | None = None
 ) -> dict:
-    """Write `examples` training and `test_examples` test images with masks and records below `out_dir`; return its
-    manifest.
+    """Writes the dataset below `out_dir`; returns its manifest.
 
-    A folder whose `manifest.json` says that it is complete is left as it is; an interrupted one is written anew.
-    `processes`: None takes every core. Raises ValueError for counts below 1 or when `out_dir` holds a phantom made with
-    other arguments.
+    `examples` training and `test_examples` test images with masks and records. A folder whose `manifest.json` says that
+    it is complete is left as it is; an interrupted one is written anew. `processes`: None takes every core. Raises
+    ValueError for counts below 1 or when `out_dir` holds a phantom made with other arguments.
     """
     if examples < 1 or test_examples < 1:
         raise ValueError(
@@ -59,9 +56,8 @@ def generate(
         manifest = json.loads(manifest_file.read_text())
         found = {key: manifest.get(key) for key in wanted}
         if found != wanted:
-            raise ValueError(
-                f"{manifest_file}: holds a phantom of {found}, expected {wanted}; choose another folder or remove this one"
-            )
+            advice = "choose another folder or remove this one"
+            raise ValueError(f"{manifest_file}: holds a phantom of {found}, expected {wanted}; {advice}")
         return manifest
     for folder in ("images", "masks", "masks_merged", "train", "test"):
         (out / folder).mkdir(parents=True, exist_ok=True)

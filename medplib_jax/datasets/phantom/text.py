@@ -52,8 +52,9 @@ def sample(rng, items, count=None):
 
 
 def report(facts, rng):
-    """A structured report: the modality and, in random order, each of its names, e.g. "CT: liver present, cyst absent,
-    spine present".
+    """A structured report: the modality and each of its names in random order.
+
+    "CT: liver present, cyst absent, spine present".
     """
     statements = [present(target.name) for target in facts.targets] + [absent(name) for name, _ in facts.absent]
     return f"{facts.modality}: {', '.join(sample(rng, statements))}"
@@ -108,8 +109,9 @@ def absent(name):
 
 
 def more_presence_turns(facts, rng, asked, kinds, count):
-    """Up to `count` of (name, turn) about names not `asked` about yet, yes and no by a fair coin for as long as there
-    are both.
+    """Up to `count` of (name, turn) about names not `asked` about yet.
+
+    Yes and no by a fair coin for as long as there are both.
     """
     present = sample(
         rng,
@@ -232,8 +234,10 @@ def _absent_names(facts, rng, count):
 
 
 def grounding_turns(facts, rng):
-    """Requests for masks: up to two single targets, often one pair in one answer, two names that are not there; at most
-    4 masks. With fewer absent names a model draws what is usually there.
+    """Requests for masks, at most 4.
+
+    Up to two single targets, often one pair in one answer, two names that are not there. With fewer absent names a
+    model draws what is usually there.
     """
     targets = sample(rng, facts.targets)
     turns = []

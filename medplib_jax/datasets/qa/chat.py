@@ -1,5 +1,6 @@
-"""A client of the OpenAI-compatible chat API: answers are kept on disk, failures are tried again, everything is
-counted. Threads share it.
+"""A client of the OpenAI-compatible chat API. Threads share it.
+
+Answers are kept on disk, failures are tried again, everything is counted.
 """
 
 import collections
@@ -48,8 +49,9 @@ class _Failure(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """Where a model answers. url: up to the version ("http://localhost:8000/v1"); extra: further fields of every
-    request (temperature, ...).
+    """Where a model answers.
+
+    url: up to the version ("http://localhost:8000/v1"). extra: further fields of every request (temperature, ...).
     """
 
     url: str
@@ -75,8 +77,9 @@ class Endpoint:
 
 
 class Chat:
-    """Asks an endpoint; `cache` is a folder in which every answer is kept by its request, so that none is paid for
-    twice.
+    """Asks an endpoint.
+
+    `cache` is a folder in which every answer is kept by its request, so that none is paid for twice.
     """
 
     def __init__(self, endpoint: Endpoint, cache: str):
@@ -196,7 +199,7 @@ class Chat:
         raise NoAnswer(said)
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Adds the key alone. That there is such a function keeps the library from looking for passwords in ~/.netrc."""
+        """Adds the key alone. Such a function keeps the library from looking for passwords in ~/.netrc."""
         if self._endpoint.key:
             request.headers["Authorization"] = f"Bearer {self._endpoint.key}"
         return request
@@ -234,7 +237,7 @@ def _body(response: requests.Response, deadline: float) -> bytes:
 
 
 def _parse(body: bytes) -> dict[str, Any]:
-    """text, prompt_tokens, completion_tokens of a chat completion; tokens are 0 where the server does not count them."""
+    """text, prompt_tokens, completion_tokens of a chat completion; tokens are 0 where the server counts none."""
     try:
         value = json.loads(body)
         text = value["choices"][0]["message"]["content"] or ""

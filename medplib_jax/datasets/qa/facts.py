@@ -89,8 +89,9 @@ class ImageFacts:
 def measure(
     named: Mapping[str, Sequence[np.ndarray]], references: Mapping[str, tuple[tuple[str, ...], str]]
 ) -> tuple[tuple[Target, ...], frozenset]:
-    """Targets and touching pairs. named: each name's 0/1 masks uint8 [h, w], none empty; references: (instances, union)
-    of each name.
+    """Targets and touching pairs of an image.
+
+    named: each name's 0/1 masks uint8 [h, w], none empty. references: (instances, union) of each name.
     """
     united = {name: unite(masks).astype(bool) for name, masks in named.items()}
     targets = tuple(

@@ -1,10 +1,10 @@
-"""A plain folder of image-mask pairs: images/, masks/<image>/<name>.png, and what is known of each image in
-metadata.json.
+"""A plain folder of image-mask pairs, and what is known of each image.
 
-`<image>` is the image's name without suffix; further masks of one name are `<name>_001.png`, `<name>_002.png`, ... With
-a labels.json ({"1": "liver", ...}) masks/<image>.png, or a mask of a name that is not in it, is a label map: each of
-its values is a mask. metadata.json holds {"<image>": {"modality": "CT", "patient": "17", "anything else": "..."}};
-without it an image's modality is what its file name begins with, and its patient what the path says (see `patients`).
+images/, masks/<image>/<name>.png, metadata.json. `<image>` is the image's name without suffix; further masks of one
+name are `<name>_001.png`, `<name>_002.png`, ... With a labels.json ({"1": "liver", ...}) masks/<image>.png, or a mask
+of a name that is not in it, is a label map: each of its values is a mask. metadata.json holds {"<image>": {"modality":
+"CT", "patient": "17", "anything else": "..."}}; without it an image's modality is what its file name begins with, and
+its patient what the path says (see `patients`).
 """
 
 import dataclasses
@@ -58,10 +58,10 @@ class Pair:
 
 
 def scan(root: str, pattern: str = "") -> tuple[list[Pair], list[DataError]]:
-    """The folder's images in order of their names, and what cannot be used: every file and entry of metadata that
-    belongs to no image, too.
+    """The folder's images in order of their names, and what cannot be used.
 
-    pattern: see `patient_of`. DataError when there is no image at all.
+    Every file and entry of metadata that belongs to no image is named, too. pattern: see `patient_of`. DataError when
+    there is no image at all.
     """
     files, metadata, names = files_below(root), _metadata(root), labels.read_names(root)
     if unfit := [name for name in names.values() if not _NAME.fullmatch(name)]:
@@ -160,11 +160,11 @@ def vocabulary(pairs: Sequence[Pair]) -> dict[str, tuple[str, ...]]:
 def read_facts(
     pair: Pair, folder: Folder, complete: Sequence[str] = (), window: images.Window | None = None
 ) -> tuple[ImageFacts, list[DataError]]:
-    """Puts the image and its masks into the dataset `folder` and measures them; the errors are of masks that were left
-    out, and notices.
+    """Puts the image and its masks into the dataset `folder` and measures them.
 
-    complete: names that are not in this image, unless it has a mask of them. window: of pictures of 16 bits, see
-    `images.load_pixels`. DataError when the image itself cannot be used.
+    The problems are of masks that were left out, and notices. complete: names that are not in this image, unless it has
+    a mask of them. window: of pictures of 16 bits, see `images.load_pixels`. DataError when the image itself cannot be
+    used.
     """
     path, problems = find_file(pair.root, pair.image), []
     pixels = images.load_pixels(path, problems, window)
@@ -191,8 +191,9 @@ def read_facts(
 def _read_masks(
     pair: Pair, name: str, path: str, size: tuple[int, int], problems: list[DataError]
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """(file, mask uint8) by name: of a mask its own name, of a label map those of its values, which have no file of
-    their own.
+    """(file, mask uint8) by name.
+
+    A mask has its own name; a label map those of its values, which have no file of their own.
     """
     if labels.is_label_map(name, pair.label_names):
         found, unnamed = labels.split(images.load_labels(path, size, problems), pair.label_names, path)

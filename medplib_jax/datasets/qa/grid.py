@@ -1,4 +1,4 @@
-"""Boxes as text, in Med-GRIT's form: `<box>(x1,y1),(x2,y2)</box>`, integers 0-999 on the image stretched to a square."""
+"""Boxes as text, in Med-GRIT's form: `<box>(x1,y1),(x2,y2)</box>`, 0-999 on the image stretched to a square."""
 
 CELLS = 1000
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1; of pixels: x1 and y1 lie outside

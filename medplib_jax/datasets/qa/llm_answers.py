@@ -1,8 +1,7 @@
-"""What a language model answered, checked: descriptions and questions that name known structures only, in the form that
-was asked for.
+"""What a language model answered, checked.
 
-An answer of another form is `BadAnswer`; single questions that cannot be used are left out and named. Paths and boxes
-are put in here.
+Descriptions and questions that name known structures only, in the form that was asked for. An answer of another form is
+`BadAnswer`; single questions that cannot be used are left out and named. Paths and boxes are put in here.
 """
 
 import dataclasses
@@ -26,7 +25,8 @@ _REF = re.compile(r"<ref>(.*?)</ref>")
 _TAG = re.compile(r"<[^<>]*>")
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 _TELLTALE = re.compile(
-    r"\b(descri(?:bed|ption)|captions?|annotat\w+|facts?|provided|the (?:text|list|structures? listed|information given))\b",
+    r"\b(descri(?:bed|ption)|captions?|annotat\w+|facts?|provided|"
+    r"the (?:text|list|structures? listed|information given))\b",
     re.IGNORECASE,
 )
 _MASKS = re.compile(r"\b(masks?|segmentations?)\b", re.IGNORECASE)  # grounding may ask for one
@@ -42,7 +42,7 @@ class _BadItem(ValueError):
 
 @dataclasses.dataclass
 class Questions:
-    """What could be used of an answer. captions: of structures by name; problems: (what, the item) of those left out."""
+    """What could be used of an answer. captions: by structure; problems: (what, the item) of those left out."""
 
     turns: list[Turn] = dataclasses.field(default_factory=list)
     captions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -112,9 +112,8 @@ def parse_questions(text: str, facts: ImageFacts, targets: Sequence[Target], rng
         except _BadItem as error:
             found.problems.append(("caption cannot be used", f"{error}: {json.dumps(item)[:300]}"))
     if not found.turns:
-        raise BadAnswer(
-            f"it holds no usable question; the first problem: {': '.join(found.problems[0]) if found.problems else 'all lists are empty'}"
-        )
+        first = ": ".join(found.problems[0]) if found.problems else "all lists are empty"
+        raise BadAnswer(f"it holds no usable question; the first problem: {first}")
     return found
 
 

@@ -10,13 +10,18 @@ from medplib_jax.datasets.qa.chat import Message
 from medplib_jax.datasets.qa.facts import ImageFacts, Target
 from medplib_jax.datasets.qa.template import order, share, verb
 
-_RULES = """You help to make a dataset of questions about medical images. You cannot see the image: use only what is stated, and add no \
-finding, diagnosis, cause or advice. Write plain, correct English in several wordings. "left", "right", "upper" and "lower" are sides of \
-the image; "left" and "right" inside a structure's name are the patient's. Write as someone who looks at the image: never mention facts, \
+_RULES = """You help to make a dataset of questions about medical images. You cannot see the image: use only what is \
+stated, and add no \
+finding, diagnosis, cause or advice. Write plain, correct English in several wordings. "left", "right", "upper" and \
+"lower" are sides of \
+the image; "left" and "right" inside a structure's name are the patient's. Write as someone who looks at the image: \
+never mention facts, \
 descriptions, lists, masks, contours or segmentations. Answer with one JSON object and nothing else."""
 
-_DESCRIBE = """Describe the image in 2 to 6 sentences: its modality, the structures, where they lie, how large they are, and how they lie to \
-each other, as far as it is stated. Put the first mention of each structure into <ref> and </ref>, with its name as it is stated: \
+_DESCRIBE = """Describe the image in 2 to 6 sentences: its modality, the structures, where they lie, how large they \
+are, and how they lie to \
+each other, as far as it is stated. Put the first mention of each structure into <ref> and </ref>, with its name as it \
+is stated: \
 "<ref>the liver</ref>".
 
 {"description": "..."}
@@ -26,11 +31,14 @@ What is known:
 
 _ASK = """Write questions and answers about the image that is described below.
 
-- "vqa": %d about the whole image. Mix short and reasoned answers, and yes-or-no questions with both answers; "choices" lists the answers to \
+- "vqa": %d about the whole image. Mix short and reasoned answers, and yes-or-no questions with both answers; \
+"choices" lists the answers to \
 choose from ("Yes" and "No", or up to six), and is empty for a free answer. The answer is one of the choices then.
-- "region": one for each of the structures, about a part of the image that the reader has marked; <region> stands in the question for that \
+- "region": one for each of the structures, about a part of the image that the reader has marked; <region> stands in \
+the question for that \
 part, once. The question does not name the structure. "choices" as above.
-- "grounding": one for each of the structures, that asks for its outline; the answer is a sentence with <SEG> after the name. At most one more \
+- "grounding": one for each of the structures, that asks for its outline; the answer is a sentence with <SEG> after \
+the name. At most one more \
 names two structures and has <SEG> after each, in the order of "names".
 - "captions": for each of the structures one or two sentences that describe it.
 
@@ -39,7 +47,8 @@ names two structures and has <SEG> after each, in the order of "names".
  "grounding": [{"names": ["..."], "question": "...", "answer": "The ... is <SEG>."}],
  "captions": [{"name": "...", "caption": "..."}]}
 
-A question must not contain its answer, unless it offers all choices. Structures, with their names exactly as they must be given: %s
+A question must not contain its answer, unless it offers all choices. Structures, with their names exactly as they \
+must be given: %s
 
 The image:
 %s"""
@@ -87,7 +96,8 @@ def known(facts: ImageFacts, targets: Sequence[Target]) -> list[str]:
 def _structure(target: Target) -> str:
     place = f"in the {target.place} of the image" if target.is_compact else "over much of the image"
     parts = f", in {len(target.masks)} separate parts" if len(target.masks) > 1 else ""
-    return f"- {target.name}: {place}, {share(target.area) if target.area >= 0.01 else 'less than 1 percent'} of the image{parts}"
+    size = share(target.area) if target.area >= 0.01 else "less than 1 percent"
+    return f"- {target.name}: {place}, {size} of the image{parts}"
 
 
 def _relation(first: Target, second: Target) -> list[str]:

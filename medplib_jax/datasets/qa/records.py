@@ -66,8 +66,9 @@ def _contains(words: Sequence[str], part: Sequence[str]) -> bool:
 
 
 def training_records(facts: ImageFacts, turns: Sequence[Turn]) -> dict[str, list[dict[str, Any]]]:
-    """Records by kind: conversations of up to `TURNS` turns about the image, and a record for each turn with regions or
-    masks.
+    """Records for training by kind.
+
+    Conversations of up to `TURNS` turns about the image, and a record for each turn with regions or masks.
     """
     vqa = [turn for turn in turns if turn.kind == "vqa"]
     records = {"vqa": [record(facts, vqa[start : start + TURNS]) for start in range(0, len(vqa), TURNS)]}

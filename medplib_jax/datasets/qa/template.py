@@ -58,8 +58,9 @@ def share(area: float) -> str:
 
 
 def vqa_turns(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
-    """About the whole image: its modality, what is there, a place, side or size for each name, and comparisons of
-    names.
+    """Turns about the whole image.
+
+    Its modality, what is there, a place, side or size for each name, and comparisons of names.
     """
     made = [*_modality(facts, rng), *_presence(facts, rng)]
     if 0 < len(facts.targets) <= LISTED:
@@ -143,8 +144,9 @@ def _comparisons(first: Target, second: Target, rng: np.random.Generator) -> lis
 
 
 def order(first: Target, second: Target, axis: int) -> int | None:
-    """0 when the first one's box ends before the second one's begins, 1 the other way round, None when they overlap on
-    this axis.
+    """0 when the first one's box ends before the second one's begins, 1 the other way round.
+
+    None when they overlap on this axis.
     """
     if first.box[axis + 2] <= second.box[axis]:
         return 0
@@ -152,8 +154,9 @@ def order(first: Target, second: Target, axis: int) -> int | None:
 
 
 def region_turns(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
-    """What each name's region is; whether it is one of two names, yes and no equally often; where one of the regions
-    lies.
+    """Turns about regions.
+
+    What each name's region is; whether it is one of two names, yes and no equally often; where one of the regions lies.
     """
     made = []
     for target in facts.targets:
