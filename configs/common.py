@@ -51,7 +51,6 @@ ROUTER = "^llm/moe/router/"
 BUCKETS_2048, BUCKETS_1024 = (768, 1024, 1664, 2688), (768, 1024, 1664)
 
 ALIGN, COMPLEX, REGIONS, GROUNDING = "align", "MeCoVQA-Complex", "MeCoVQA-Complex_local+Region", "MeCoVQA-Grounding"
-ASSEMBLED = {COMPLEX: "complex", REGIONS: "region", GROUNDING: "grounding"}  # configs of the assembled dataset
 
 
 def choose(size: str, **by_size):
@@ -77,9 +76,10 @@ def tiny_optim(lr: float, *trainable: str) -> OptimConfig:
 
 
 def mecovqa(*names: str, **settings) -> DataConfig:
-    """MeCoVQA as `medplib_jax.datasets.assemble --out data/mecovqa` makes it, with the converted LLaVA-1.5-7B's tokenizer."""
+    """MeCoVQA's training files below data/MeCoVQA, with the tokenizer of the converted LLaVA-1.5-7B."""
     return DataConfig(
-        sources=tuple(f"data/mecovqa/mecovqa/{ASSEMBLED[name]}/1.0.0#train" for name in names),
+        sources=tuple(f"data/MeCoVQA/train/{name}.json" for name in names),
+        root="data/MeCoVQA",
         tokenizer="checkpoints/llava-v1.5-7b/tokenizer",
         batch_size=128,
         on_error="skip",

@@ -9,9 +9,9 @@ once. protocol: `exact`, or `reference` to evaluate with the original program's 
 0.1, one mask whether it says <SEG> or not, un-padding slip), so that its published figures can be compared; `both` for both.
 
 Where the files come from (below data/, or --config=configs/eval_sweep.py:FOLDER); a task without its file is named and left out:
-    MeCoVQA-*, zeroshot-*   MeCoVQA and SA-Med2D-20M, put together by `medplib_jax.datasets.assemble --out data/mecovqa`
-    VQA-RAD ... OmniMedVQA  the public datasets, imported into data/DATASET by `medplib_jax.datasets.import_dataset --dataset DATASET`
-    Med-GRIT-*              Med-GRIT-270k's test files, imported one task at a time by `import_dataset --dataset med_grit --out data/med_grit_VG`
+    MeCoVQA-*, zeroshot-*   the published MeCoVQA files, put together with SA-Med2D-20M by `medplib_jax.datasets.assemble.dataset`
+    VQA-RAD ... OmniMedVQA  the public datasets, imported by `medplib_jax.datasets.import_dataset --dataset NAME --out data/NAME`
+    Med-GRIT-*              Med-GRIT-270k's test files, imported one task at a time by `import_dataset --dataset med_grit`
     BRISC                   BRISC 2025's classification test set as grounding questions ("Please segment the tumor."), of which those about healthy
                             brains have no mask: how often is a mask drawn where there is nothing? Any set with answers without masks does.
 """
@@ -33,20 +33,21 @@ MED_GRIT = "Med-GRIT-270k (Huang et al., MICCAI 2024)"
 
 
 def get_config(data: str = "data"):
-    mecovqa = f"{data}/mecovqa/mecovqa"
     tasks = [
-        TaskConfig("MeCoVQA-Grounding", f"{mecovqa}/grounding/1.0.0#test", kind="grounding", about=MECOVQA),
+        TaskConfig(
+            "MeCoVQA-Grounding", f"{data}/MeCoVQA/test/MeCoVQA_Grounding_test.json", kind="grounding", about=MECOVQA
+        ),
         *(
             TaskConfig(
                 f"zeroshot-{name}",
-                f"{mecovqa}/zeroshot/1.0.0#{name}",
+                f"{data}/MeCoVQA/zeroshot4grounding/{name}.json",
                 kind="grounding",
                 about=f"{MECOVQA}, zero-shot grounding",
             )
             for name in ZERO_SHOT
         ),
-        TaskConfig("MeCoVQA-Complex", f"{mecovqa}/complex/1.0.0#test", kind="vqa", about=MECOVQA),
-        TaskConfig("MeCoVQA-Region", f"{mecovqa}/region/1.0.0#test", kind="region", about=MECOVQA),
+        TaskConfig("MeCoVQA-Complex", f"{data}/MeCoVQA/test/MeCoVQA_Complex_VQA_test.json", kind="vqa", about=MECOVQA),
+        TaskConfig("MeCoVQA-Region", f"{data}/MeCoVQA/test/MeCoVQA_Region_VQA_test.json", kind="region", about=MECOVQA),
         *(
             TaskConfig(name, f"{data}/{dataset}/{dataset}_test.json", kind="vqa", about=about)
             for name, (dataset, about) in IMPORTED.items()

@@ -20,7 +20,8 @@ def get_config(size: str = "7b"):
 
 def large() -> ExperimentConfig:
     data = DataConfig(
-        sources=("data/llava_med_alignment/llava_med_alignment_train.json",),
+        sources=("data/llava_med/alignment_500k.json",),
+        root="data/llava_med",
         tokenizer="checkpoints/llava-v1.5-7b/tokenizer",
         bucket_lengths=common.BUCKETS_2048,
         max_regions=0,

@@ -1,7 +1,4 @@
-"""The commands of datasets/README.md as written, in a fresh folder, over 20 records in each published layout.
-
-What the configs read is there afterwards.
-"""
+"""The commands of datasets/README.md as written, in a fresh folder, over 20 records in each published layout."""
 
 import importlib
 import itertools
@@ -15,14 +12,15 @@ import sys
 import numpy as np
 import pytest
 
-from configs import eval_sweep, stage1_align, stage2_vqa, stage3_grounding, stage4_moe
-from medplib_jax.data.sources import is_there, open_source
+from medplib_jax.data.sources import open_source
 from tests.datasets import collection, test_importers
 from tests.datasets.test_slices import write_nifti
 from tests.paths import ROOT
 
 README = ROOT / "medplib_jax/datasets/README.md"
 RECORDS = 20
+ZERO_SHOT = ("endoscopy", "fundus", "mr", "pet", "ultrasound", "xray")
+SPLITS = ("train", "test")
 GRIT_PARTS = ("VG", "ROC", "RC", "MIA")
 NOT_HERE = ("MODEL", "CONFIG")  # placeholders of commands that need a server, or a run's config
 LAYOUTS = {
@@ -35,6 +33,21 @@ LAYOUTS = {
     "OmniMedVQA": test_importers.omnimedvqa,
     **{f"Med-GRIT/{part}": test_importers.med_grit for part in GRIT_PARTS},
 }
+# what the configs of the stages and of the sweep read
+MADE = (
+    *(
+        f"data/assembled/mecovqa/{part}/1.0.0#{split}"
+        for part in ("complex", "region", "grounding")
+        for split in SPLITS
+    ),
+    *(f"data/assembled/mecovqa/zeroshot/1.0.0#{name}" for name in ZERO_SHOT),
+    "data/llava_med_alignment/llava_med_alignment_train.json",
+    *(
+        f"data/{name}/{name}_test.json"
+        for name in ("vqa_rad", "slake_en", "path_vqa", "pmc_vqa", "vqa_med", "omnimedvqa")
+    ),
+    *(f"data/med_grit_{part}/med_grit_test.json" for part in GRIT_PARTS),
+)
 
 
 def commands() -> list[list[str]]:
@@ -65,7 +78,7 @@ def make_mecovqa(root: pathlib.Path, kinds=("Complex", "Region", "Grounding")) -
         "Region": (collection.region, "train/MeCoVQA-Complex_local+Region", "test/MeCoVQA_Region_VQA_test"),
         "Grounding": (
             *(collection.grounding, "train/MeCoVQA-Grounding", "test/MeCoVQA_Grounding_test"),
-            *(f"zeroshot4grounding/{name}" for name in (*eval_sweep.ZERO_SHOT, "pet")),
+            *(f"zeroshot4grounding/{name}" for name in ZERO_SHOT),
         ),
     }
     for make, *names in map(files.get, kinds):
@@ -89,7 +102,7 @@ def repeated(path: pathlib.Path) -> None:
         path.write_text(json.dumps(list(itertools.islice(itertools.cycle(rows), RECORDS))))
 
 
-def test_the_commands_make_what_the_configs_read(tmp_path, monkeypatch, capsys):
+def test_the_commands_run_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_mecovqa(tmp_path)
     for folder, make in LAYOUTS.items():
@@ -106,14 +119,7 @@ def test_the_commands_make_what_the_configs_read(tmp_path, monkeypatch, capsys):
         arguments = ("--dataset", "med_grit", "--source", f"Med-GRIT/{part}", "--out", f"data/med_grit_{part}")
         run(monkeypatch, "medplib_jax.datasets.import_dataset", *arguments)
     assert "no test split" not in capsys.readouterr().err
-
-    for stage in (stage1_align, stage2_vqa, stage3_grounding, stage4_moe):
-        data = stage.get_config("7b").data
-        for name in data.sources:
-            assert open_source(name, data.root or None)[0].turns, name
-    tasks = [task for task in eval_sweep.get_config().tasks if task["name"] != "BRISC"]
-    for task in tasks:
-        assert is_there(task["file"]) and open_source(task["file"])[0].turns, task
+    assert all(open_source(name)[0].turns for name in MADE)
 
 
 @pytest.mark.parametrize("link", ["images", "SAMed2Dv1"])
@@ -124,8 +130,8 @@ def test_folders_of_pictures_may_be_links(tmp_path, monkeypatch, capsys, link):
     place.rename(tmp_path / "elsewhere")
     place.symlink_to(tmp_path / "elsewhere")
     run(monkeypatch, *commands()[0])
-    manifest = json.loads((tmp_path / "data/mecovqa/manifest.json").read_text())
+    manifest = json.loads((tmp_path / "data/assembled/manifest.json").read_text())
     assert manifest["written"] == manifest["records"] == RECORDS * 8
     printed = capsys.readouterr().out
-    assert "train on: data/mecovqa/mecovqa/grounding/1.0.0#train" in printed
-    assert "train on: data/mecovqa/mecovqa/grounding/1.0.0#test" not in printed and "#test" in printed
+    assert "train on: data/assembled/mecovqa/grounding/1.0.0#train" in printed
+    assert "train on: data/assembled/mecovqa/grounding/1.0.0#test" not in printed and "#test" in printed

@@ -1,7 +1,7 @@
 """Assembles MeCoVQA on the images of SA-Med2D-20M into one dataset.
 
 COMMAND
-    python -m medplib_jax.datasets.assemble --annotations MeCoVQA --images SA-Med2D-20M --out data/mecovqa
+    python -m medplib_jax.datasets.assemble --annotations MeCoVQA --images SA-Med2D-20M --out data/assembled
 """
 
 import argparse
