@@ -18,7 +18,6 @@ the time is up: parts come in the order of their worth, and what is not measured
 import argparse
 import dataclasses
 import functools
-import glob
 import json
 import logging
 import os
@@ -52,6 +51,7 @@ from medplib_jax.benchmarks import (
 from medplib_jax.benchmarks.measure import Table
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import ModelConfig
+from medplib_jax.data.splits import annotation_files
 from medplib_jax.parallel.compilation import use_cache
 
 # Each suite says which parts it has, those first that matter most: {name: what measures it}.
@@ -145,8 +145,8 @@ def tpu(options: argparse.Namespace) -> Parts:
 
 def data(options: argparse.Namespace) -> Parts:
     def records() -> list[Table]:
-        sources = tuple(sorted(glob.glob(os.path.join(options.data, "*.json"))))
-        config = data_pipeline.config(sources, options.data, options.tokenizer)
+        sources, _ = annotation_files(options.data)
+        config = data_pipeline.config(tuple(sources), options.data, options.tokenizer)
         return [data_pipeline.measure(config, options.rounds)]
 
     found: Parts = {"input": lambda: [_input(options, options.rate)]}
