@@ -184,15 +184,19 @@ IGNORED: tuple[tuple[str, str], ...] = (
     (r"visual_model\.pixel_(mean|std)$", "SAM's normalisation constants"),
 )
 
+_CLIP_PARTS = r"embeddings\.(?:class|patch|position)_embedding|pre_layrnorm\.|encoder\.layers\.|post_layernorm\."
 # Other names of the same tensors, brought to the table's names in this order.
 _ALIASES: tuple[tuple[str, str], ...] = (
     (r"^base_model\.model\.", ""),  # PEFT
     (r"\.base_layer\.(weight|bias)$", r".\1"),
     (r"\.(lora_[AB])\.default\.weight$", r".\1.weight"),
     (r"^(vision_model\.)", r"model.vision_tower.vision_tower.\1"),  # a CLIP checkpoint
-    (r"^vision_tower\.(vision_model\.)", r"model.vision_tower.vision_tower.\1"),  # the Hugging Face form of LLaVA
-    (r"^multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
-    (r"^multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+    # Hugging Face's LLaVA, as transformers 4 and 5 write it, and as its modules are called
+    (rf"^(?:model\.)?(?:vision_tower\.)?({_CLIP_PARTS})", r"model.vision_tower.vision_tower.vision_model.\1"),
+    (rf"^(?:model\.)?vision_tower\.vision_model\.({_CLIP_PARTS})", r"model.vision_tower.vision_tower.vision_model.\1"),
+    (r"^(?:model\.)?multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
+    (r"^(?:model\.)?multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+    (r"^model\.language_model\.", "model."),
     (r"^language_model\.(model\.|lm_head\.)", r"\1"),
     (r"^(image_encoder|prompt_encoder|mask_decoder|pixel_)", r"model.visual_model.\1"),  # a SAM checkpoint
     (r"^(encoder\.[0246]\.|proj\.|norm\.)(weight|bias)$", r"model.mask_encoder.\1\2"),  # the ICL mask encoder alone

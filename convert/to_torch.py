@@ -4,11 +4,13 @@ python -m convert.to_torch --checkpoint WORKDIR[/checkpoints/STEP] --out DIR [--
 
 `merged` adds the adapters into their kernels (a released model). `lora` keeps both under the names of the original's
 training checkpoints. `peft` writes what `PeftModel.from_pretrained` loads, and the model without adapters in DIR/base.
+`hf_llava` writes what transformers' `LlavaForConditionalGeneration` loads.
 """
 
 import argparse
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -21,11 +23,13 @@ from medplib_jax.batch import combine, flatten
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import LoraConfig, ModelConfig
 
-from . import hf_config, mapping, orbax_stream, torch_files
+from . import hf_config, hf_llava, mapping, orbax_stream, torch_files, vocabulary
 from .from_torch import DTYPES, SIDE_FOLDER, staged
 
+log = logging.getLogger(__name__)
+
 SHARD_BYTES = 2 << 30
-LAYOUTS = ("merged", "lora", "peft")
+LAYOUTS = ("merged", "lora", "peft", "hf_llava")
 BASE_FOLDER = "base"  # of the layout `peft`
 EMBEDDING = "llm/embed/embedding"
 
@@ -83,12 +87,21 @@ def convert(
             write_adapters(folder, stored, dtype)
             model = folder / BASE_FOLDER
             model.mkdir()
-        torch_files.write_shards(model, planned(stored, layout, dtype), file_format, shard_bytes)
+        tensors = planned_llava(stored, dtype) if layout == "hf_llava" else planned(stored, layout, dtype)
+        torch_files.write_shards(model, tensors, file_format, shard_bytes)
         if EMBEDDING in stored.arrays:
-            own = hf_config.own_json(stored.experiment, stored.parts, adapters=layout == "lora")
-            kind = DTYPES[dtype] if dtype else stored.dtype(EMBEDDING)
-            side = stored.folder.parent.parent / SIDE_FOLDER
-            hf_config.write_files(model, stored.config, side, stored.tokenizer, kind, own)
+            write_side_files(model, stored, layout, DTYPES[dtype] if dtype else stored.dtype(EMBEDDING))
+
+
+def write_side_files(folder: pathlib.Path, stored: Stored, layout: str, dtype: np.dtype) -> None:
+    """Everything around the weights of a language model."""
+    own = hf_config.own_json(stored.experiment, stored.parts, adapters=layout == "lora")
+    if layout == "hf_llava":
+        vocabulary.copy_tokenizer(stored.tokenizer, folder)
+        hf_llava.write_files(folder, stored.experiment, dtype, own)
+    else:
+        side = stored.folder.parent.parent / SIDE_FOLDER
+        hf_config.write_files(folder, stored.config, side, stored.tokenizer, dtype, own)
 
 
 def planned(stored: Stored, layout: str, dtype: str | None = None) -> Iterator[torch_files.Planned]:
@@ -104,7 +117,25 @@ def planned(stored: Stored, layout: str, dtype: str | None = None) -> Iterator[t
         yield from rotary_buffers(stored, layout, dtype)
 
 
-def _planned(stored: Stored, entry: mapping.Entry, name: str, dtype: str | None, merge: bool) -> torch_files.Planned:
+def planned_llava(stored: Stored, dtype: str | None) -> Iterator[torch_files.Planned]:
+    """The tensors of Hugging Face's LLaVA. ValueError when the model is none."""
+    hf_llava.check_fits(stored.experiment, stored.parts)
+    rows = hf_llava.rows_of(stored.config.llm.vocab_size)
+    left_out = set()
+    for key, entry in mapping.entries(stored.config, stored.arrays).items():
+        name = hf_llava.name_of(key)
+        if name is None:
+            left_out.add(entry.path.split("/")[0])
+        elif not entry.path.endswith(("/lora_a", "/lora_b")):
+            yield _planned(stored, entry, name, dtype, merge=stored.adapted(entry.path), rows=rows)
+    if left_out:
+        log.info("left out, since this LLaVA has no place for them: %s", ", ".join(sorted(left_out)))
+
+
+def _planned(
+    stored: Stored, entry: mapping.Entry, name: str, dtype: str | None, merge: bool, rows: vocabulary.Rows | None = None
+) -> torch_files.Planned:
+    """One tensor, to be read when it is written. `rows`: how many its vocabulary axis is to have."""
     target = DTYPES[dtype] if dtype else stored.dtype(entry.path)
 
     def make() -> np.ndarray:
@@ -115,9 +146,12 @@ def _planned(stored: Stored, entry: mapping.Entry, name: str, dtype: str | None,
                 _read(stored, side + factor, entry.index).astype(np.float32) for factor in ("lora_a", "lora_b")
             )
             values = values.astype(np.float32) + stored.config.lora.scale * (low @ high)
-        return entry.layout.to_torch(torch_files.cast(name, stored.folder, values, target))
+        values = torch_files.cast(name, stored.folder, values, target)
+        return entry.layout.to_torch(rows.fill(entry.path, values) if rows else values)
 
-    return torch_files.Planned(name, entry.torch_shape(stored.arrays[entry.path].shape), target, make)
+    shape = stored.arrays[entry.path].shape
+    shape = rows.shape(entry.path, shape) if rows else shape
+    return torch_files.Planned(name, entry.torch_shape(shape), target, make)
 
 
 def _read(stored: Stored, path: str, index: tuple[int, ...]) -> np.ndarray:
@@ -186,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layout", choices=LAYOUTS, default="merged")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as in the checkpoint")
     arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
     jax.config.update("jax_platforms", "cpu")  # nothing to compute; leave accelerators to those who do
     try:

@@ -77,14 +77,14 @@ class Rows:
 def fit(folder: pathlib.Path, rows: int, image_token: int | None = None) -> Rows:
     """The rows for a tokenizer, of an embedding of `rows` rows that has all of MedPLIB's added tokens or none.
 
-    Hugging Face's LLaVA has an `<image>` token after the tokenizer's pieces, and padding up to a round number. No text
+    Hugging Face's LLaVA has an `<image>` token behind those of the tokenizer, and padding up to a round number. No text
     uses these rows, so they go. ValueError when the tokenizer does not fit.
     """
     size = Tokenizer.load(str(folder)).vocab_size
     base = size - len(ADDED_TOKENS)
-    if rows == size:
+    if rows == size or (image_token == size and image_token < rows):
         return Rows(size)
-    if rows == base or (image_token is not None and base <= image_token < rows):
+    if rows == base or (image_token == base and image_token < rows):
         return Rows(base, len(ADDED_TOKENS))
     raise ValueError(
         f"{folder}: wrong tokenizer: it has {base} pieces and {len(ADDED_TOKENS)} added tokens, "

@@ -49,6 +49,7 @@ def lay_out(config: ModelConfig, params: Params, mesh: Mesh | None = None, quant
     Several generators may share them. `config` is the checkpoint's, adapters included."""
     mesh = mesh or one_device()
     model = laid_out_model(config, quantize, mesh)
+    check_parts(params, params_of(model))
 
     def arrange(params: Params) -> Params:
         for_gpu = is_gpu(mesh)
@@ -60,7 +61,18 @@ def lay_out(config: ModelConfig, params: Params, mesh: Mesh | None = None, quant
 
 
 def is_laid_out(params: Params) -> bool:
-    return "0" in params["llm"]["layers"]
+    return "0" in params.get("llm", {}).get("layers", {})
+
+
+def check_parts(found: Params, expected: Params) -> None:
+    """ValueError naming the parts that a checkpoint has beyond the model, or lacks."""
+    if lacking := sorted(expected.keys() - found.keys()):
+        raise ValueError(f"the checkpoint lacks {', '.join(lacking)}: it holds {', '.join(sorted(found))} alone")
+    if "icl" in found and "icl" not in expected:
+        raise ValueError(
+            "the checkpoint is of in-context learning: it has modules that read example pictures (icl/"
+            f"{', icl/'.join(sorted(found['icl']))}), which this model does not have"
+        )
 
 
 def _turn_module(model: MedPLIB) -> MedPLIB:

@@ -18,6 +18,7 @@ from tests.paths import GOLDEN
 
 RECORDED = json.loads(gzip.decompress((GOLDEN / "keys_7b.json.gz").read_bytes()))
 MOE = {key: tuple(shape) for key, shape in RECORDED["moe"].items()}
+TOWER = "model.vision_tower.vision_tower.vision_model."
 LANGUAGE = {"num_attention_heads": 32, "moe": {"top_k_experts": 1}}
 
 
@@ -127,6 +128,21 @@ def test_strictness_names_what_is_wrong():
         ("base_model.model.lm_head.weight", "lm_head.weight"),
         ("vision_model.post_layernorm.bias", "model.vision_tower.vision_tower.vision_model.post_layernorm.bias"),
         ("language_model.model.norm.weight", "model.norm.weight"),
+        ("model.language_model.norm.weight", "model.norm.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("embeddings.class_embedding", "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding"),
+        *(
+            (f"{prefix}.encoder.layers.0.mlp.fc1.bias", f"{TOWER}encoder.layers.0.mlp.fc1.bias")
+            for prefix in (
+                "vision_model",
+                "vision_tower",
+                "vision_tower.vision_model",
+                "model.vision_tower",
+                "model.vision_tower.vision_model",
+                "model.vision_tower.vision_tower.vision_model",
+            )
+        ),
+        ("model.multi_modal_projector.linear_1.weight", "model.mm_projector.0.weight"),
         ("multi_modal_projector.linear_2.bias", "model.mm_projector.2.bias"),
         ("image_encoder.pos_embed", "model.visual_model.image_encoder.pos_embed"),
         ("encoder.4.bias", "model.mask_encoder.encoder.4.bias"),

@@ -95,3 +95,10 @@ def _equations(jaxpr):
         yield equation
         for inner in jaxprs_in_params(equation.params):
             yield from _equations(inner)
+
+
+def test_a_checkpoint_of_other_parts_says_what_it_is(params):
+    with pytest.raises(ValueError, match=r"of in-context learning: .*\(icl/compressor, icl/mask_encoder\), which this"):
+        lay_out(MODEL, params | {"icl": {"mask_encoder": {}, "compressor": {}}})
+    with pytest.raises(ValueError, match="the checkpoint lacks llm, .*: it holds clip alone"):
+        Generator(MODEL, {"clip": params["clip"]}, eos_id=2, seg_id=3, max_new_tokens=1, max_masks=0)
