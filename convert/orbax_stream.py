@@ -5,8 +5,8 @@ and the arrays' contents come from here, a few slabs at a time. `open_arrays` gi
 arrays. Slicing one reads a part.
 
 Why this is not Orbax's own: its handlers take whole arrays. All of MedPLIB-7B in bfloat16 are 22.9 GB, the largest one
-(experts of 32 layers) has 5.8 GB. Written in pieces, the conversion's peak is 3.0 GB (2 cores, 24 GB of memory, November
-2026; `convert.benchmark`).
+(experts of 32 layers) has 5.8 GB. Written in pieces, the conversion's peak is 3.0 GB (2 cores, 24 GB of memory,
+2026-11-26; `convert.benchmark`).
 """
 
 import asyncio
