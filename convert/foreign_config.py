@@ -118,7 +118,7 @@ VISION = Keys(
         layer_norm_eps
         """.split()
     ),
-    harmless=frozenset({"projection_dim", "vocab_size"}),  # of CLIP's text side
+    harmless=frozenset({"projection_dim", "vocab_size", "tie_word_embeddings"}),  # of CLIP's text side
     only={
         "hidden_act": ("quick_gelu",),
         "num_channels": (3,),

@@ -147,3 +147,64 @@ def test_alpha_is_read_from_adapter_config(tmp_path):
 def test_other_kinds_of_adapters_are_refused_by_name(tmp_path, changes, named):
     with pytest.raises(ValueError, match=f"adapter_config.json.*{named}"):
         adapted(tmp_path, **changes)
+
+
+# What transformers 4.21 wrote into openai/clip-vit-large-patch14-336, beside the sizes.
+OF_OLD_CLIP = """
+_name_or_path add_cross_attention architectures bad_words_ids bos_token_id chunk_size_feed_forward
+cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
+encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+forced_eos_token_id id2label initializer_factor initializer_range is_decoder is_encoder_decoder label2id length_penalty
+max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+output_hidden_states output_scores pad_token_id prefix problem_type projection_dim pruned_heads remove_invalid_values
+repetition_penalty return_dict return_dict_in_generate sep_token_id task_specific_params temperature
+tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+typical_p use_bfloat16
+""".split()
+OF_LLAVA = {
+    "freeze_mm_mlp_adapter": False,
+    "freeze_mm_vision_resampler": False,
+    "image_aspect_ratio": "pad",
+    "max_length": 4096,
+    "mm_hidden_size": 1024,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_resampler_type": None,
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "tokenizer_model_max_length": 2048,
+    "tokenizer_padding_side": "right",
+    "transformers_version": "4.31.0",
+    "tune_mm_mlp_adapter": False,
+    "tune_mm_vision_resampler": False,
+    "unfreeze_mm_vision_tower": False,
+    "use_mm_proj": True,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        OF_LLAVA | {"model_type": "llava"},
+        OF_LLAVA
+        | {"model_type": "llava_mistral", "sliding_window": None, "rope_theta": 1e6, "mm_patch_merge_type": "flat"},
+    ],
+)
+def test_released_configurations_are_known_whole(tmp_path, changes):
+    """LLaVA-1.5 and LLaVA-Med v1.5, whose vision tower is known by its name."""
+    found = read(tmp_path, **changes)
+    assert found.vision["num_attention_heads"] == 16 and found.language["rope_theta"] == changes.get("rope_theta", 1e4)
+
+
+def test_the_released_clip_is_known_whole(tmp_path):
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "hidden_act": "quick_gelu", "dropout": 0.0}
+    sizes |= {"intermediate_size": 4096, "num_hidden_layers": 24, "image_size": 336, "patch_size": 14}
+    sizes |= {"projection_dim": 768, "tie_word_embeddings": True, "layer_norm_eps": 1e-5}
+    vision = dict.fromkeys(OF_OLD_CLIP) | sizes | {"model_type": "clip_vision_model"}
+    written = {"model_type": "clip", "text_config": {}, "vision_config": vision, "projection_dim": 768}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert read_foreign([tmp_path]).vision["num_attention_heads"] == 16
