@@ -38,6 +38,9 @@ ALL_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 MLP_LINEAR = ("gate", "up", "down")
 EXPERTS = MoeConfig(num_experts=2, top_k=1, capacity_factor=1.5)
 
+# Where `bash launch/demo.sh` leaves data and models; the tiny stages begin there.
+DEMO = "runs/demo"
+
 # Patterns of parameter paths, see optim.trainable.
 LORA = "lora_[ab]$"
 HEAD_AND_EMBEDDINGS = ("^llm/head/", "^llm/embed/")
@@ -89,11 +92,11 @@ def mecovqa(*names: str, **settings) -> DataConfig:
 
 
 def phantom(*names: str, **settings) -> DataConfig:
-    """The generated dataset of `python -m medplib_jax.datasets.phantom.generate --out data/phantom`, with the tokenizer trained on it."""
+    """The dataset that `bash launch/demo.sh` generates, with the tokenizer trained on it."""
     return DataConfig(
-        sources=tuple(f"data/phantom/train/{name}.json" for name in names),
-        root="data/phantom",
-        tokenizer="data/phantom/tokenizer",
+        sources=tuple(f"{DEMO}/phantom/train/{name}.json" for name in names),
+        root=f"{DEMO}/phantom",
+        tokenizer=f"{DEMO}/tokenizer",
         batch_size=8,
         mask_canvas=160,
         workers=0,

@@ -42,6 +42,6 @@ def tiny() -> ExperimentConfig:
         model=dataclasses.replace(common.TINY, lora=common.tiny_lora(common.ALL_LINEAR)),
         data=common.phantom(common.COMPLEX, common.REGIONS, bucket_lengths=(168, 216), max_regions=4, max_masks=0),
         optim=common.tiny_optim(1e-3, *TRAINABLE, common.LLM),
-        init=InitConfig(stage=2, base="runs/tiny/stage1"),
+        init=InitConfig(stage=2, base=f"{common.DEMO}/stage_I"),
         train=TrainConfig(steps=850, checkpoint_every=200),
     )

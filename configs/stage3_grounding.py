@@ -42,6 +42,6 @@ def tiny() -> ExperimentConfig:
         data=common.phantom(common.GROUNDING, bucket_lengths=(184,), max_regions=0, max_masks=4),
         optim=common.tiny_optim(1e-3, common.LORA, *common.HEAD_AND_EMBEDDINGS, common.SAM, common.SEG_MLP),
         loss=LOSS,
-        init=InitConfig(stage=3, base="runs/tiny/stage2"),
+        init=InitConfig(stage=3, base=f"{common.DEMO}/stage_II"),
         train=TrainConfig(steps=600, checkpoint_every=200),
     )

@@ -58,6 +58,6 @@ def tiny() -> ExperimentConfig:
         ),
         optim=common.tiny_optim(1.3e-3, *TRAINABLE),
         loss=LOSS,
-        init=InitConfig(stage=4, base="runs/tiny/stage2", grounding="runs/tiny/stage3"),
+        init=InitConfig(stage=4, base=f"{common.DEMO}/stage_II", grounding=f"{common.DEMO}/stage_III"),
         train=TrainConfig(steps=400, checkpoint_every=200),
     )

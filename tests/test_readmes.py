@@ -1,0 +1,182 @@
+"""Commands of the READMEs name programs, flags and fields that are there; those of README.md run as written."""
+
+import contextlib
+import functools
+import importlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.demo import Demo, make_tokenizer
+from medplib_jax import checkpoint
+from medplib_jax.datasets.phantom import generate as phantom
+from medplib_jax.models.layers import draw_params
+from medplib_jax.train.state import TrainState
+from medplib_jax.train.step import abstract_model
+from tests.evaluate.evaluators import tiny
+from tests.paths import ROOT
+
+READMES = sorted(
+    path.relative_to(ROOT)
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *ROOT.glob("*/README.md"),
+        *ROOT.glob("medplib_jax/**/README.md"),
+    )
+)
+# Commands of README.md that run in a folder that the demo has left, {how they begin: what makes them short}.
+RUN = {
+    "python -m medplib_jax.train --config=configs/stage3_grounding.py:tiny": "--config.train.steps=1",
+    "python -m medplib_jax.predict": "--max-new-tokens 4",
+    "python -m medplib_jax.evaluate --config=configs/eval_folder.py": "--config.limit=2 --config.max_new_tokens=2",
+    "python -m medplib_jax.datasets.audit": "",
+    "python -m convert.to_torch": "",
+}
+# And why others do not.
+NOT_RUN = {
+    "bash launch/demo.sh": "minutes; tests/launch covers the script, the slow tests the whole",
+    "bash launch/test.sh": "runs this",
+    "pip install": "changes the environment",
+    "python -m medplib_jax.aot": "a minute, and needs libtpu; tests/aot compiles small programs",
+    "python -m medplib_jax.evaluate --config=configs/eval_sweep.py": "needs checkpoints and public data",
+    "python -m medplib_jax.datasets.write_qa": "needs one's own data; tests/datasets runs it",
+    "python -m medplib_jax.datasets.import_dataset": "needs public data; tests/datasets runs it",
+    "python -m medplib_jax.datasets.assemble": "needs public data; tests/datasets runs it",
+    "python -m convert.from_torch": "needs released weights; tests/convert runs it",
+    "python -m convert.check": "needs released weights; tests/convert runs it",
+}
+
+
+def commands(readme: Path) -> list[list[str]]:
+    """The words of every command in a readme's blocks: those of ``` and those that are indented."""
+    text = (ROOT / readme).read_text()
+    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.M | re.S)
+    blocks += re.findall(r"^    \S.*(?:\n    .*)*", text, re.M)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [shlex.split(line, comments=True) for line in lines if re.match(r"\s*(python|bash|sbatch|pip) ", line)]
+    return [words[: words.index("|")] if "|" in words else words for words in found]
+
+
+def mentioned(readme: Path) -> list[list[str]]:
+    """The words of commands inside of sentences and tables."""
+    spans = re.findall(r"`((?:python -m|bash launch/)[^`]+)`", (ROOT / readme).read_text())
+    return [shlex.split(span) for span in spans]
+
+
+def split(words: list[str]) -> list[list[str]]:
+    """A launcher's words, and those of the command that it starts."""
+    at = [i for i in range(1, len(words)) if words[i] == "python" and words[i - 1] in ("--", "launch/slurm.sh")]
+    return [words] if not at else [words[: at[0]], words[at[0] :]]
+
+
+def programs() -> list[list[str]]:
+    return [program for readme in READMES for words in commands(readme) + mentioned(readme) for program in split(words)]
+
+
+@functools.cache
+def source(program: str) -> str:
+    """What defines a program's flags: its file, and what command lines of its room share."""
+    if program.endswith(".sh"):
+        return (ROOT / program).read_text() + (ROOT / "launch/common.sh").read_text()
+    base = ROOT / program.replace(".", "/")
+    files = [path for path in (base.with_suffix(".py"), base / "__main__.py") if path.exists()]
+    assert files, f"python -m {program}: there is no such program"
+    return files[0].read_text() + (ROOT / "medplib_jax/datasets/command.py").read_text()
+
+
+@pytest.mark.parametrize("words", programs(), ids=" ".join)
+def test_programs_and_their_flags_are_there(words):
+    if words[0] in ("sbatch", "pip") or words[:3] == ["python", "-m", "pytest"]:
+        return  # not ours
+    program = words[2] if words[:2] == ["python", "-m"] else words[1]
+    text = source(program)
+    flags = {word[2:].partition("=")[0] for word in words if word.startswith("--") and word != "--"}
+    for flag in flags - {flag for flag in flags if flag.startswith("config.")}:
+        known = rf"\b{flag}\b" if program.endswith(".sh") else rf"\"--{flag}\"|DEFINE_\w+\(\s*\"{flag}\""
+        assert re.search(known, text), f"{program} has no flag --{flag}"
+    check_fields(words)
+
+
+def check_fields(words: list[str]) -> None:
+    """Every --config.FIELD of a command is one of the config that it names, where that needs no folder to be made."""
+    for named in [word.removeprefix("--config=") for word in words if word.startswith("--config=configs/")]:
+        file, _, argument = named.partition(":")
+        if argument in ("", "tiny", "7b"):
+            module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+            config = module.get_config(argument) if argument else module.get_config()
+            for field in re.findall(r"^--config\.([\w.]+)", "\n".join(words), re.M):
+                functools.reduce(getattr, field.split("."), config)
+
+
+@pytest.mark.parametrize("readme", READMES, ids=str)
+def test_links_lead_somewhere(readme):
+    text = (ROOT / readme).read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / readme).parent / path if path else ROOT / readme
+        assert file.exists(), target
+        titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M) if anchor else []
+        anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+        assert not anchor or anchor in anchors, target
+
+
+def test_every_command_of_the_readme_runs_or_says_why_not():
+    for words in commands(Path("README.md")):
+        begins = [start for start in (*RUN, *NOT_RUN) if shlex.join(words).replace("'", "").startswith(start)]
+        assert len(begins) == 1, words
+
+
+@pytest.fixture(scope="module")
+def after_the_demo(tmp_path_factory) -> Path:
+    """A folder as the demo leaves it, with little data and models of random weights."""
+    folder = tmp_path_factory.mktemp("fresh")
+    for name in ("configs", "convert", "launch", "medplib_jax"):
+        (folder / name).symlink_to(ROOT / name)
+    with contextlib.chdir(folder):
+        demo = Demo(Path("runs/demo"), examples=40, test_examples=4, seed=0)
+        phantom.generate(demo.data, demo.examples, demo.test_examples, demo.seed, processes=1)
+        with contextlib.redirect_stdout(io.StringIO()):
+            make_tokenizer(demo)
+        for stage in ("II visual-language", "IV mixture"):
+            save(demo, stage)
+    return folder
+
+
+def save(demo: Demo, stage: str) -> None:
+    experiment = demo.experiment(stage)
+    params = draw_params(abstract_model(experiment.model), 0)
+    state = TrainState(step=np.asarray(1), trainable=params, frozen={}, opt_state={})
+    with checkpoint.make_manager(str(demo.workdir(stage)), keep=1) as manager:
+        checkpoint.save(manager, state, experiment, total_steps=1, loss=1.0)
+        manager.wait_until_finished()
+
+
+def test_the_ten_lines_of_python_run(tmp_path, monkeypatch, capsys):
+    """With a smaller model than the demo's."""
+    (program,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    phantom.generate("runs/demo/phantom", 1, 2, seed=0, processes=1)
+    tiny.write_checkpoint(tmp_path / "runs/demo/stage_IV")
+    exec(compile(program, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [words for words in commands(Path("README.md")) if shlex.join(words).startswith(tuple(RUN))], ids=" ".join
+)
+def test_commands_run_as_written(after_the_demo, words):
+    (short,) = [flags for start, flags in RUN.items() if shlex.join(words).startswith(start)]
+    command = [sys.executable, *words[1:], *short.split()]
+    done = subprocess.run(
+        command, cwd=after_the_demo, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
