@@ -12,7 +12,7 @@ mount="${BUCKET_MOUNT:-/mnt/bucket}"
 bucket="${1:-}"
 bucket="${bucket#gs://}"
 if ! command -v python3.11 python3.12 > /dev/null; then # the VM's own is older
-  python3 -m pip install --user --quiet uv
+  python3 -m pip install --user --quiet --disable-pip-version-check uv
   ~/.local/bin/uv python install --quiet 3.11
   PYTHON="$(~/.local/bin/uv python find 3.11)"
   export PYTHON

@@ -23,7 +23,7 @@ ensure_venv() {
   fi
   if ! cmp -s <(cat launch/requirements*.txt) "$stamp"; then
     echo "Installing $requirements ..." >&2
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore -r "$requirements"
     cat launch/requirements*.txt > "$stamp"
   fi
 }

@@ -26,6 +26,7 @@ from medplib_jax.batch import Params, combine
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.versions import VERSION, read_versioned
 from medplib_jax.parallel.processes import of_every_process, wait_for_others
+from medplib_jax.parallel.quiet import without_orbax_remarks
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +85,11 @@ def make_manager(
     best = BestN(get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
     kept = AnyPreservationPolicy([LatestN(keep), best])
     # best_fn: without it Orbax does not write the losses, and forgets them when the run is started again
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=kept, best_fn=_loss, best_mode="min", read_only=read_only, create=not read_only
-    )
-    return ocp.CheckpointManager(epath.Path(workdir).absolute() / FOLDER, item_handlers=handlers, options=options)
+    with without_orbax_remarks():
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=kept, best_fn=_loss, best_mode="min", read_only=read_only, create=not read_only
+        )
+        return ocp.CheckpointManager(epath.Path(workdir).absolute() / FOLDER, item_handlers=handlers, options=options)
 
 
 def _loss(metrics: dict[str, float]) -> float:

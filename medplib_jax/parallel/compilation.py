@@ -7,6 +7,8 @@ import os
 import jax
 from jax.sharding import Mesh
 
+from medplib_jax.parallel.quiet import ignore_missing_tpu
+
 log = logging.getLogger(__name__)
 
 FOLDER = "~/.cache/medplib_jax"
@@ -18,6 +20,7 @@ def use_cache() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FOLDER))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    ignore_missing_tpu()
 
 
 def release_memory() -> None:
