@@ -199,8 +199,10 @@ def evaluate(demo: Demo, stage: str) -> dict[str, dict]:
 
 
 def sweep(demo: Demo) -> int:
-    """Stages II to IV on every task, those about absent targets apart; goes on in the folder of the stages' own
-    evaluation."""
+    """The models of stages II to IV on every task, in the folder of the stages' own evaluation.
+
+    Questions for what is not there are a task of their own.
+    """
     announce("Sweep")
     records = json.loads((demo.data / phantom.FILES["test"]["grounding"]).read_text())
     demo.absent.write_text(
@@ -231,8 +233,10 @@ def flat_metrics(results: dict[str, dict]) -> dict[str, float]:
 
 
 def headline(cells: dict[str, dict]) -> dict[str, float]:
-    """The figures of one model: grounding.mdice, no_target.accuracy, region_vqa.accuracy, closed_vqa.accuracy,
-    open_vqa.accuracy, ..."""
+    """The figures of one model by name.
+
+    grounding.mdice, no_target.accuracy, region_vqa.accuracy, closed_vqa.accuracy, open_vqa.accuracy, ...
+    """
     flat = {}
     if "grounding" in cells:
         found = cells["grounding"]["metrics"]

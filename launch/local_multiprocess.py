@@ -98,8 +98,10 @@ class Group:
         return next((code for code in codes if not asks_for_restart(code)), RESTART if codes else 0)
 
     def _first_failures(self) -> list[int]:
-        """Waits until all have finished (then none) or some have failed (then their codes: what follows is only its
-        consequence)."""
+        """The exit codes of those that failed first; none when all have finished.
+
+        Codes that come later are only a consequence.
+        """
         while True:
             codes = [process.poll() for process in self.processes]
             failed = [code for code in codes if code]

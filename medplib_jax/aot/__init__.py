@@ -1,2 +1,1 @@
-"""Compiles a program for a named TPU topology or nodes of GPUs on a machine without them, and says what it needs and
-what bounds it."""
+"""What a program needs on a TPU topology or nodes of GPUs, and what bounds it, by their compilers alone."""

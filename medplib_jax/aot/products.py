@@ -31,15 +31,18 @@ def _is_convolution(target: str) -> bool:
 
 
 def _contracted(attributes: str) -> list[int]:
-    """Axes of the left factor that are summed, from lhs_contracting_dims={1} of a dot or
-    "lhs_contracting_dimensions":["1"] of cuBLAS."""
+    """Axes of the left factor that a product sums over.
+
+    From lhs_contracting_dims={1} of a dot, or "lhs_contracting_dimensions":["1"] of cuBLAS.
+    """
     found = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\s*\[)([\d,"\s]*)', attributes)
     return [int(axis) for axis in re.findall(r"\d+", found.group(1))]
 
 
 def _convolution_flops(instruction: Instruction, first: Shape, second: Shape) -> float:
-    """2 * batch * features in * features out * pairs of an output and a kernel position that meet an input (XLA's
-    HloCostAnalysis).
+    """FLOPs of a convolution, as XLA's HloCostAnalysis counts them.
+
+    2 * batch * features in * features out * pairs of an output and a kernel position that meet an input.
 
     The TPU compiler writes every matrix product as a convolution; batch axes become spatial ones with holes. cuDNN's
     gradients name the axes of the forward convolution, whose input or kernel is their result.

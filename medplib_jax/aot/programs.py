@@ -44,8 +44,10 @@ class Program:
 
 
 def make_program(kind: str, config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
-    """One of PROGRAMS for a batch of `rows` x `length` positions; for generation these include the
-    `eval.max_new_tokens` new ones."""
+    """One of PROGRAMS for a batch of `rows` x `length` positions.
+
+    For generation these include the `eval.max_new_tokens` new ones.
+    """
     if kind not in PROGRAMS:
         raise ValueError(f"program {kind!r} is not one of {PROGRAMS}")
     limit = config.model.llm.max_positions

@@ -31,9 +31,9 @@ class Request:
 
 
 def examine(request: Request) -> dict[str, Any]:
-    """The report of a request.
+    """The report of a compiled request, also of a program that does not fit.
 
-    A program that does not fit is one too: then it says what was missing, as far as the compiler does.
+    Then it says what was missing, as far as the compiler does.
     """
     slices = request.config.mesh.dcn_data
     chip, devices = chip_of(request.topology), devices_of(request.topology, slices)

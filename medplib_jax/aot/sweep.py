@@ -33,8 +33,11 @@ def sweep(request: Request) -> list[dict[str, Any]]:
 
 
 def candidates(request: Request, chips: int) -> Iterator[Request]:
-    """The batch as given and doubled; every policy in training; one axis over all chips, a quarter of it, and with
-    two-way tensor parallelism, as far as the rows divide over them (for generation also all chips as one tensor axis).
+    """The requests that a sweep tries.
+
+    The batch as given and doubled, and in training every policy. Meshes: one axis over all chips, a quarter of it, and
+    with two-way tensor parallelism; for generation also all chips as one tensor axis. Only those over which the rows
+    divide.
     """
     training = request.kind == "train"
     policies = POLICIES if training else (request.config.model.remat,)

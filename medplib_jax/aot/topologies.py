@@ -36,8 +36,10 @@ COMPILER_OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Multiprocessors:
-    """What the compiler wants to know of a GPU beyond its data sheet's rates (CUDA C++ Programming Guide, compute
-    capabilities)."""
+    """What the compiler asks about a GPU beyond its data sheet's rates.
+
+    From the CUDA C++ Programming Guide, compute capabilities.
+    """
 
     name: str
     capability: str  # fields of stream_executor.CudaComputeCapabilityProto
@@ -123,8 +125,10 @@ platform_name: "CUDA" device_description_str: "{sm.name}" dnn_version_info {{ ma
 
 
 def full_rematerialisations() -> list[str]:
-    """What this process's compiler for TPUs has said so far about arrays that it had to collect on every chip to shard
-    them anew: bad shardings. The compiler for GPUs says it on the terminal."""
+    """Bad shardings that this process's compiler for TPUs has named so far.
+
+    Those are arrays that it had to collect on every chip. The compiler for GPUs prints them on the terminal.
+    """
     if "TPU_LOG_DIR" not in os.environ:
         return []
     logs = pathlib.Path(os.environ["TPU_LOG_DIR"]).glob(f"*.WARNING.*.{os.getpid()}")

@@ -41,9 +41,10 @@ class Usage:
 
 
 def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...]], float], loop_trips: int = 1) -> Usage:
-    """Walks the module.
+    """FLOPs, traffic, collectives and kernels of a compiled module.
 
-    `kernel_flops(kernel's name, operand shapes)` gives a kernel's FLOPs; `loop_trips`: of loops without a bound.
+    `kernel_flops(kernel's name, operand shapes)` gives a kernel's FLOPs. `loop_trips` is how often a loop without a
+    bound runs.
     """
     computations, entry = parse(text)
     flops = traffic = 0.0
@@ -186,8 +187,10 @@ def _collective(
 
 
 def _group_size(attributes: str) -> int:
-    """Chips per group, from replica_groups={{0,1},..}, [groups,size]<=[..] or mesh['a'=4,'b'=2] {'b'}; 0 when the
-    instruction has none."""
+    """Chips per group of a collective; 0 when the instruction has none.
+
+    From replica_groups={{0,1},..}, [groups,size]<=[..] or mesh['a'=4,'b'=2] {'b'}.
+    """
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     if listed:
         return len(listed.group(1).split(","))

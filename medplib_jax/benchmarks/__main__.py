@@ -200,7 +200,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options.
+    """The options of a command line.
 
     Exits with one line for what does not go together, and for the suite gpu on a machine without an accelerator.
     """

@@ -1,5 +1,4 @@
-"""What one accelerator is used for: its measured rates, model FLOPs utilisation of the step, share of the memory
-bandwidth in decoding."""
+"""How well one accelerator is used: MFU of the step, share of the bandwidth in decoding, its measured rates."""
 
 import functools
 import time
@@ -31,10 +30,9 @@ def training_step(config: ExperimentConfig, stage: str, rival: Rival | None, rou
 
 
 def answers(config: ExperimentConfig, rival: Rival | None, rounds: int, new_tokens: int) -> list[Table]:
-    """Answers.
+    """Answers beside the rival's, and how much of the bandwidth a single one uses.
 
-    Of a single one also the share of the memory's bandwidth that reading the active weights takes, per token after the
-    first.
+    That is the share that reading the active weights takes, per token after the first.
     """
     first, whole = decoding.compare(config, rival, rounds, new_tokens)
     if config.data.batch_size == 1:  # the experts of several rows differ
@@ -47,8 +45,10 @@ def answers(config: ExperimentConfig, rival: Rival | None, rounds: int, new_toke
 
 @functools.cache
 def machine_rates(width: int) -> Table:
-    """The rate of one large bfloat16 product of random numbers (of equal ones a GPU, which saves power, is faster), and
-    of a copy, which is what decoding is bound by."""
+    """The measured rates of a large bfloat16 product and of a copy, which bounds decoding.
+
+    The factors are random numbers: with equal ones a GPU saves power and is faster.
+    """
     matrix, array = (
         jax.random.normal(jax.random.key(0), (2 * width, 4 * width), jnp.bfloat16),
         jnp.ones(2**14 * width, jnp.bfloat16),

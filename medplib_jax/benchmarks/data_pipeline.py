@@ -40,8 +40,7 @@ def config(sources: tuple[str, ...], root: str, tokenizer: str, batch_size: int 
 
 
 def torch_batches(data: DataConfig) -> Iterator[dict]:
-    """The obvious way: a map-style Dataset that prepares one record as float tensors, and a DataLoader that pads and
-    stacks them."""
+    """The obvious way: a map-style Dataset of float tensors, and a DataLoader that pads and stacks them."""
     import torch
 
     torch.set_num_threads(1)
@@ -136,8 +135,7 @@ def our_batches(data: DataConfig) -> Iterator[tuple]:
 
 
 def milliseconds(make: Callable[[], Iterator], records: int) -> float:
-    """CPU milliseconds of this process per record in an epoch; making the iterator (reading the annotations) does not
-    count."""
+    """CPU milliseconds of this process per record in an epoch, without reading the annotations before."""
     batches = make()
     began = time.process_time()
     for _ in batches:

@@ -16,8 +16,10 @@ NO_TOKEN = -1  # as end and <SEG>: every answer has full length, and no masks ar
 
 
 def compare(config: ExperimentConfig, rival: Rival | None, rounds: int, new_tokens: int) -> list[Table]:
-    """Time to the first token, and tokens per second of prefill and `new_tokens` tokens together, for the batch size of
-    the config."""
+    """Time to the first token, and tokens per second of prefill and `new_tokens` tokens together.
+
+    A table for each, at the config's batch size.
+    """
     rows = config.data.batch_size
     tables = []
     for title, tokens, name in (

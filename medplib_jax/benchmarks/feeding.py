@@ -1,5 +1,4 @@
-"""Whether the input keeps up: how long training would wait for batches at a given rate, and how many cores that rate
-needs."""
+"""Whether the input keeps up: how long training waits for batches at a rate, and how many cores that takes."""
 
 import tempfile
 import time

@@ -32,10 +32,9 @@ class Samples:
 
 
 def interleave(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Samples]:
-    """Times the programs in turn, so that whatever else the machine does hits all of them; each must return when its
-    work is done.
+    """Seconds of each program over `rounds` runs in turn, so that other work on the machine hits all of them.
 
-    The caller has run each of them before (compilation is not measured here).
+    Each must return when its work is done. The caller has run each of them before: compiling is not measured here.
     """
     samples = {name: Samples() for name in runs}
     for _ in range(rounds):

@@ -21,8 +21,8 @@ def compare(config: ExperimentConfig, rival: Rival | None) -> Table:
     """A row per side. Linux only: the peak is the kernel's count."""
     table = Table("Peak memory of a training step", COLUMNS)
     for side in (None, rival) if rival else (None,):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-            found = apart.submit(measure, config, side).result()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(measure, config, side).result()
         cells = (f"{found[key]:.2f}" if key in found else "" for key in ("peak", "measured", "predicted"))
         table.rows.append(("torch eager" if side else "ours", *cells))
         table.flat |= {f"memory.{'torch' if side else 'ours'}.{key}_gb": value for key, value in found.items()}

@@ -22,8 +22,11 @@ from medplib_jax.train.step import abstract_model
 
 
 def measure(config: ExperimentConfig, rounds: int) -> Table:
-    """Parts overlap a little (projections of attention run in one, norms in two) and leave out what joins them, so they
-    need not add up."""
+    """A row per part of the step.
+
+    Parts overlap a little (projections of attention run in one, norms in two) and leave out what joins them, so they
+    need not add up.
+    """
     programs = {name: _compiled(run, arguments) for name, (run, arguments) in Parts(config).programs().items()}
     for run in programs.values():
         run()

@@ -1,5 +1,4 @@
-"""What the TPU's compiler says of a training step at 7B: lower bounds on v5e, v5p and v6e, without a TPU
-(`medplib_jax.aot`)."""
+"""Lower bounds of a training step at 7B on v5e, v5p and v6e, by the TPU's compiler and without a TPU."""
 
 import dataclasses
 import multiprocessing
@@ -21,8 +20,8 @@ def measure(recipe: ExperimentConfig) -> Table:
     for topology, (data, fsdp) in TOPOLOGIES.items():
         config = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, data=data, fsdp=fsdp))
         request = Request(config, topology, "train", config.data.batch_size, config.data.bucket_lengths[-1])
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-            reports[topology] = apart.submit(examine, request).result()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            reports[topology] = pool.submit(examine, request).result()
     rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in markdown(reports).splitlines()[2:]]
     table = Table("Stage IV at 7B, by the TPU compiler", COLUMNS, rows)
     for topology, report in reports.items():

@@ -1,5 +1,4 @@
-"""From the command to the end of the first training step of the tiny config, with an empty compilation cache and with a
-full one."""
+"""Seconds from the command to the end of the first training step, with an empty compilation cache and a full one."""
 
 import os
 import re

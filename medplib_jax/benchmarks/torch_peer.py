@@ -230,8 +230,10 @@ class Peer(nn.Module):
         self.position_gaussian = nn.Parameter(torch.zeros(2, mask.out_dim // 2), requires_grad=False)
 
     def load(self, tensors: Iterable[tuple[str, str, np.ndarray]], trainable: Sequence[str] = ()) -> "Peer":
-        """Takes over (name in the original's files, path in our tree, values); those whose path some pattern is found
-        in have gradients."""
+        """Takes over parameters, each as (name in the original's files, path in our tree, values).
+
+        Those have gradients whose path some pattern of `trainable` is found in.
+        """
         values, with_gradient = {}, set()
         for original, path, value in tensors:
             if (name := _rename(original)).startswith(UNUSED):
@@ -325,8 +327,10 @@ def _rename(key: str) -> str:
 
 
 def to_torch(batch, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """A `Batch` of NumPy arrays as the peer takes it: pixels normalised, channels first, one picture a row, labels -100
-    where none count."""
+    """A `Batch` of NumPy arrays as the peer takes it.
+
+    Pixels are normalised with channels first, one picture a row; labels are -100 where none count.
+    """
     pixels = {
         "clip_pixels": np.asarray(clip.normalise_clip(batch.clip_pixels[:, 0])).transpose(0, 3, 1, 2),
         "sam_pixels": np.asarray(sam.normalise_sam(batch.sam_pixels, batch.sam_box)).transpose(0, 3, 1, 2),

@@ -61,8 +61,10 @@ class JaxStep:
 
 
 def torch_step(config: ExperimentConfig, rival: Rival, compiled: bool = False) -> Callable[[], float]:
-    """The peer's step, parameters and data as in `JaxStep`, all in the config's type (ours keeps trainable parameters
-    in float32)."""
+    """The peer's step, with the parameters and data of `JaxStep`.
+
+    Everything is in the config's type; ours keeps trainable parameters in float32.
+    """
     import torch
 
     peer, inputs, optim = rival.model(config.model, config.optim.trainable).train(), rival.inputs(config), config.optim

@@ -59,8 +59,10 @@ def model(size: str, layers: int) -> ModelConfig:
 
 
 def experiment(recipe: ExperimentConfig, model: ModelConfig, batch_size: int) -> ExperimentConfig:
-    """A published recipe (what trains, which losses) with this model's sizes, and logits in smaller chunks than suit a
-    TPU's matrix unit."""
+    """A published recipe (what trains, which losses) with this model's sizes.
+
+    Logits exist in smaller chunks than suit a TPU's matrix unit.
+    """
     model = dataclasses.replace(model, moe=recipe.model.moe, lora=recipe.model.lora)
     length = model.clip.num_patches + TEXT
     data = DataConfig(
