@@ -30,6 +30,7 @@ from . import from_torch, hf_config, mapping, torch_files
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5 << 30
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
 
 
 def synthetic(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -77,7 +78,7 @@ def measure(source: pathlib.Path, out: pathlib.Path, *command: str) -> Measured:
     for path in out.rglob("*"):
         if path.is_file():
             settle(path)
-    return Measured(time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6)
+    return Measured(time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * MAXRSS_BYTES / 1e9)
 
 
 def settle(path: pathlib.Path, forget: bool = False) -> None:
@@ -85,7 +86,7 @@ def settle(path: pathlib.Path, forget: bool = False) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-        if forget:
+        if forget and hasattr(os, "posix_fadvise"):  # macOS does not have it
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -18,7 +18,9 @@ COLUMNS = ("", "peak GB", "arrays GB, measured", "arrays GB, predicted")
 
 
 def compare(config: ExperimentConfig, rival: Rival | None) -> Table:
-    """A row per side. Linux only: the peak is the kernel's count."""
+    """A row per side. RuntimeError anywhere but on Linux, whose kernel counts the peak."""
+    if not Path("/proc/self/clear_refs").exists():
+        raise RuntimeError("the peak is counted by Linux's kernel only; leave this part out by --only")
     table = Table("Peak memory of a training step", COLUMNS)
     for side in (None, rival) if rival else (None,):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
