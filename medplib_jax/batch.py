@@ -22,7 +22,10 @@ Array = jax.Array
 
 @flax.struct.dataclass
 class Batch:
-    """One batch of static shape. Host code (`data/`) decides every index; pixels stay uint8 until they reach the device."""
+    """One batch of static shape.
+
+    Host code (`data/`) decides every index; pixels stay uint8 until they reach the device.
+    """
 
     tokens: Int[Array, "B L"]  # token ids; 0 at padding and where a visual feature is spliced in
     valid: Bool[Array, "B L"]  # True on real positions (text and spliced features); padding is on the right
@@ -56,7 +59,10 @@ def unflatten(flat: dict[str, Any]) -> Params:
 
 
 def combine(first: Params, second: Params) -> Params:
-    """The union of two trees that share no leaf, such as trainable and frozen parameters. ValueError where both hold the same one."""
+    """The union of two trees that share no leaf, such as trainable and frozen parameters.
+
+    ValueError where both hold the same one.
+    """
     first, second = flatten(first), flatten(second)
     if shared := sorted(first.keys() & second.keys()):
         raise ValueError(f"parameter {shared[0]} is in both trees")

@@ -1,4 +1,4 @@
-"""Every test runs on CPU with 8 virtual devices, so that meshes can be tested anywhere; programs are compiled fast, not to be fast."""
+"""Every test runs on a CPU with 8 virtual devices. Programs are compiled in little time, not to be fast."""
 
 import importlib.metadata
 import os

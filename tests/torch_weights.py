@@ -1,6 +1,8 @@
-"""PyTorch weights of the vision parts as our parameter trees, for parity tests; and the formula that stands in for stored weights.
+"""PyTorch weights of the vision parts as our parameter trees, for parity tests; and the formula that stands in for
+stored weights.
 
-A `read(name, shape)` gives the PyTorch tensor of that name: from a state dict (`reader`), or made by formula (`formula_reader`).
+A `read(name, shape)` gives the PyTorch tensor of that name: from a state dict (`reader`), or made by formula
+(`formula_reader`).
 """
 
 import re
@@ -84,7 +86,10 @@ TRANSPOSED = ("spatial2", "upscale1", "upscale2")
 
 
 def torch_params(abstract: nnx.Module, names: tuple[tuple[str, str], ...], read: Read) -> dict:
-    """The module's parameter tree with every value read from PyTorch tensors. A `{}` in a name counts the leading axis."""
+    """The module's parameter tree with every value read from PyTorch tensors.
+
+    A `{}` in a name counts the leading axis.
+    """
     tree: dict = {}
     for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param)):
         path = [str(part) for part in path]
@@ -130,8 +135,8 @@ def reader(state_dict: dict, names: tuple[tuple[str, str], ...] = ()) -> Read:
 
 
 def formula_reader(tag: str) -> Read:
-    """The tensors that the golden arrays' SAM (tags samtiny, samfull) and CLIP (clip56) were made with: normal, seeded by their
-    name, of a spread that fits their role."""
+    """The tensors that the golden arrays' SAM (tags samtiny, samfull) and CLIP (clip56) were made with: normal, seeded
+    by their name, of a spread that fits their role."""
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
         draws = np.random.RandomState(zlib.crc32(f"{tag}.{name}".encode())).standard_normal(shape)

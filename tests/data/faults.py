@@ -1,4 +1,4 @@
-"""Records and files broken at random, in every way that has been met: for each, whether it must be refused or only noted."""
+"""Records and files broken at random, in every way that has been met; each must be refused, or only noted."""
 
 import io
 import os

@@ -67,7 +67,8 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(lengths, batch_size, step):
     st.integers(0, 3),
 )
 def test_interruptions_and_other_process_counts_lose_and_repeat_nothing(lengths, legs, seed):
-    """A run in legs, each with its number of processes and steps; every process makes the plan anew and resumes at the step."""
+    """A run in legs, each with its number of processes and steps; every process makes the plan anew and resumes at the
+    step."""
     step, found, batch_size = 0, [], 4
     while step < (steps := BatchPlan(lengths, (10, 40, 100), batch_size, seed).steps_per_epoch):
         processes, count = legs[step % len(legs)]

@@ -1,4 +1,5 @@
-"""From published files to a dataset that TFDS and the training read; what is repaired, what is left out, and doing it again."""
+"""From published files to a dataset that TFDS and the training read; what is repaired, what is left out, and doing it
+again."""
 
 import dataclasses
 import json
@@ -81,7 +82,8 @@ def test_tfds_reads_the_dataset_without_tensorflow(folders):
     code = f"""
 import sys, tensorflow_datasets as tfds
 example = tfds.data_source("mecovqa/grounding", data_dir={str(folders[2])!r}, split="train")[1]
-print(example["image"].shape, example["masks"][0].shape, example["masks"][0].max(), example["id"].decode(), example["mask_labels"])
+masks = example["masks"]
+print(example["image"].shape, masks[0].shape, masks[0].max(), example["id"].decode(), example["mask_labels"])
 assert "tensorflow" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

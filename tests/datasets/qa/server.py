@@ -23,9 +23,8 @@ def is_description(messages) -> bool:
 
 
 def describe(names, note="A") -> dict:
-    return {
-        "description": f"{note} CT image shows {', '.join(f'<ref>the {name}</ref>' for name in names) or 'nothing else'}."
-    }
+    shown = ", ".join(f"<ref>the {name}</ref>" for name in names) or "nothing else"
+    return {"description": f"{note} CT image shows {shown}."}
 
 
 def questions(names) -> dict:
@@ -62,7 +61,10 @@ def completion(text: str) -> bytes:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """`behave(handler, messages, number)` answers request `number`, or returns a text to answer with. `requests`: (body, headers) of all."""
+    """`behave(handler, messages, number)` answers request `number`, or returns a text to answer with.
+
+    `requests`: (body, headers) of all.
+    """
 
     daemon_threads = True
 

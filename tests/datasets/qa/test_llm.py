@@ -1,4 +1,5 @@
-"""Questions from a language model: a local endpoint that answers well, badly, or not at all; and what is kept of the answers."""
+"""Questions from a language model: a local endpoint that answers well, badly, or not at all; and what is kept of the
+answers."""
 
 import dataclasses
 import json

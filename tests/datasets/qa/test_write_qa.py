@@ -1,4 +1,4 @@
-"""Questions from sentences about a plain folder: what is written, that it is true, and that nothing bad goes unnamed."""
+"""Questions from sentences about a folder: what is written, that it is true, and that nothing bad goes unnamed."""
 
 import json
 import pathlib

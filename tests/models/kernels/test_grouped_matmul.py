@@ -37,7 +37,7 @@ def value_and_gradients(x, w, dy, sizes):
 def test_blocks_equal_one_product_per_group(cuts, rows):
     sizes = np.diff(np.minimum(np.sort(cuts), rows), prepend=0)  # rows beyond the last cut belong to no group
     x, w, dy = arrays(rows, 3, 12, 20)
-    for ours, theirs in zip(value_and_gradients(x, w, dy, sizes), reference(x, w, dy, sizes)):
+    for ours, theirs in zip(value_and_gradients(x, w, dy, sizes), reference(x, w, dy, sizes), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 

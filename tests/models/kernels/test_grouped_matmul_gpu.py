@@ -39,7 +39,7 @@ def test_tiles_equal_one_product_per_group(cuts, shape):
     rows, wide = shape
     sizes = np.diff(np.minimum(np.sort(cuts), rows), prepend=0)  # rows beyond the last cut belong to no group
     x, w, dy = arrays(rows, 3, 48, 256)
-    for ours, theirs in zip(products(x, w, dy, sizes, wide), reference(x, w, dy, sizes)):
+    for ours, theirs in zip(products(x, w, dy, sizes, wide), reference(x, w, dy, sizes), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
@@ -48,7 +48,9 @@ def test_tiles_equal_one_product_per_group(cuts, shape):
 def test_every_row_lies_in_one_tile_of_its_group(sizes, rest):
     rows = sum(sizes) + rest
     group_T, start_T, stop_T = map(np.asarray, gpu.row_tiles(jnp.array(sizes, jnp.int32), rows))
-    covered = [(row, group) for group, start, stop in zip(group_T, start_T, stop_T) for row in range(start, stop)]
+    covered = [
+        (row, group) for group, start, stop in zip(group_T, start_T, stop_T, strict=True) for row in range(start, stop)
+    ]
     assert sorted(covered) == list(enumerate(np.repeat(np.arange(len(sizes) + 1), [*sizes, rest])))
     assert (stop_T - start_T).max(initial=0) <= gpu.ROWS
 

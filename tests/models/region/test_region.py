@@ -110,7 +110,8 @@ def test_geometry_sampler_and_its_gradients_equal_the_original(pooling):
     expected = np.concatenate([golden[f"{pooling}_region_feature_0"], golden[f"{pooling}_region_feature_2"]])
     assert relative_error(bind(abstract, params).readout(features), expected) < 1e-5
 
-    # The loss of the recorded gradients is not recorded. What reaches `flatten` follows from its gradient (30 unknowns, 800 equations).
+    # The loss of the recorded gradients is not recorded. What reaches `flatten` follows from its gradient (30 unknowns,
+    # 800 equations).
     flat, recorded = np.asarray(features, np.float64).reshape(3, -1), golden[f"{pooling}_grad_flatten_projector.weight"]
     incoming = recorded @ np.linalg.pinv(flat)
     assert relative_error(incoming @ flat, recorded) < 1e-4
