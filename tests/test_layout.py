@@ -60,6 +60,13 @@ def test_imports_run_down(path):
     assert own == "convert" or not [name for name in imports_of(path) if room_of(name) == "convert"]
 
 
+def test_benchmarks_take_configs_as_arguments():
+    modules = [path for path in MODULES if path.parts[1] == "benchmarks" and not is_command_line(path)]
+    assert not [
+        (path, name) for path in modules for name in imports_of(path) if room_of(name) in ("configs", "convert")
+    ]
+
+
 def test_models_do_not_know_the_data():
     known = [
         (path, name) for path in MODULES if path.parts[:2] == ("medplib_jax", "models") for name in imports_of(path)
