@@ -220,7 +220,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def end_after(seconds: float, pending: list[str]) -> None:
+def end_after(seconds: float, pending: list[str]) -> threading.Timer:
     """Ends this process when the time is up, even inside a compiler.
 
     What was measured has been printed and written by then.
@@ -235,6 +235,7 @@ def end_after(seconds: float, pending: list[str]) -> None:
     timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
+    return timer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -243,8 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     pending = options.only.split(",") if options.only else list(suite)
     if unknown := set(pending) - set(suite):
         sys.exit(f"--only: {', '.join(sorted(unknown))}: --suite {options.suite} has {', '.join(suite)}")
-    if options.budget:
-        end_after(options.budget, pending)
+    timer = end_after(options.budget, pending) if options.budget else None
     use_cache()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     flat: dict[str, float] = {}
@@ -258,6 +258,8 @@ def main(argv: list[str] | None = None) -> None:
         if options.json:
             options.json.write_text(json.dumps(flat, indent=1) + "\n")
         pending.pop(0)
+    if timer:
+        timer.cancel()
 
 
 if __name__ == "__main__":
