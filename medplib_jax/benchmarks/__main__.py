@@ -54,6 +54,8 @@ from medplib_jax.config.model import ModelConfig
 from medplib_jax.data.splits import annotation_files
 from medplib_jax.parallel.compilation import use_cache
 
+log = logging.getLogger("medplib_jax.benchmarks")
+
 # Each suite says which parts it has, those first that matter most: {name: what measures it}.
 Parts = dict[str, Callable[[], Iterable[Table]]]
 
@@ -248,18 +250,22 @@ def main(argv: list[str] | None = None) -> None:
     use_cache()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     flat: dict[str, float] = {}
+    failed = []
     while pending:
         try:
             for table in suite[pending[0]]():
                 print(f"{table}\n", flush=True)
                 flat |= table.flat
-        except (ModuleNotFoundError, RuntimeError, ValueError) as error:
-            sys.exit(f"{pending[0]}: {error}")
+        except Exception as error:  # the other parts are measured all the same
+            log.error("%s failed", pending[0], exc_info=not isinstance(error, ModuleNotFoundError))
+            failed.append(f"{pending[0]}: {error}")
         if options.json:
             options.json.write_text(json.dumps(flat, indent=1) + "\n")
         pending.pop(0)
     if timer:
         timer.cancel()
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

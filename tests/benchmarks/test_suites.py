@@ -67,11 +67,12 @@ def test_kernels_beside_the_cpu(tmp_path):
     assert set(flat) == KERNELS and all(0 <= error < kernels.TOLERANCE for error in flat.values())
 
 
-def test_a_kernel_that_is_wrong_ends_the_suite(tmp_path, monkeypatch):
+def test_a_kernel_that_is_wrong_fails_the_suite_that_goes_on(tmp_path, monkeypatch, capsys):
     nothing = {"product": (lambda x: (x / 0 * 0,), (np.ones(3, np.float32),))}
     monkeypatch.setattr(kernels, "programs", lambda: nothing)
     with pytest.raises(SystemExit, match="differ from the CPU's: product"):
-        figures(tmp_path, "--suite", "gpu", *SMALL, "--only", "kernels")
+        figures(tmp_path, "--suite", "gpu", *SMALL, "--only", "kernels,rates")
+    assert "bfloat16 product" in capsys.readouterr().out
 
 
 def test_the_budget_ends_a_suite_in_time(tmp_path):
