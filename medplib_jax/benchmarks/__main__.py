@@ -18,6 +18,7 @@ the time is up: parts come in the order of their worth, and what is not measured
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -213,6 +214,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--data needs --tokenizer")
     if options.size == "7b" and options.suite != "gpu":
         parser.error("--size 7b is for the suite gpu")
+    if (options.against or options.data) and importlib.util.find_spec("torch") is None:
+        parser.error("--against torch and --data need PyTorch: pip install -e '.[torch]' in the repository's root")
     small = options.device == "cpu" and options.size == "tiny"
     if options.suite == "gpu" and not small and jax.default_backend() == "cpu":
         parser.error(

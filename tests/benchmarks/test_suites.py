@@ -1,5 +1,6 @@
 """Every suite runs from the command line, in the tests' size, and writes the figures that it promises."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -60,6 +61,13 @@ def test_without_an_accelerator_its_suite_is_refused(capsys):
     with pytest.raises(SystemExit):
         benchmarks.main(["--suite", "gpu"])
     assert "--suite gpu needs an accelerator" in capsys.readouterr().err
+
+
+def test_without_pytorch_there_is_nothing_to_measure_against(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        benchmarks.main(["--suite", "cpu", "--against", "torch"])
+    assert "need PyTorch: pip install -e '.[torch]'" in capsys.readouterr().err
 
 
 def test_kernels_beside_the_cpu(tmp_path):
