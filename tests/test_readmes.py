@@ -89,8 +89,8 @@ def source(program: str) -> str:
     """What defines a program's flags: its file, and what command lines share."""
     if program.endswith(".sh"):
         return (ROOT / program).read_text() + (ROOT / "launch/common.sh").read_text()
-    base = ROOT / program.replace(".", "/")
-    files = [path for path in (base.with_suffix(".py"), base / "__main__.py") if path.exists()]
+    bases = [ROOT / name.replace(".", "/") for name in (program, program.removeprefix("medplib_jax."))]  # as installed
+    files = [path for base in bases for path in (base.with_suffix(".py"), base / "__main__.py") if path.exists()]
     assert files, f"python -m {program}: there is no such program"
     shared = (ROOT / "medplib_jax/datasets/command.py", ROOT / "medplib_jax/config/files.py")
     return "".join(path.read_text() for path in (files[0], *shared))
