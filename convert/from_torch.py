@@ -30,7 +30,14 @@ from jax.sharding import AbstractMesh
 from medplib_jax import checkpoint
 from medplib_jax.batch import flatten, unflatten
 from medplib_jax.config.base import from_dict
-from medplib_jax.config.experiment import DataConfig, EvalConfig, ExperimentConfig, InitConfig, MeshConfig
+from medplib_jax.config.experiment import (
+    DataConfig,
+    EvalConfig,
+    ExperimentConfig,
+    InitConfig,
+    MeshConfig,
+    ShardingConfig,
+)
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.config.versions import VERSION
 from medplib_jax.models.layers import Mlp, abstract_module, gelu, logical_axes, params_of
@@ -129,7 +136,7 @@ def required_parts(options: Options, shapes: kinds.Shapes) -> set[str]:
 
 def model_shapes(config: ModelConfig) -> MedPLIB:
     """The model with shapes in place of arrays."""
-    return abstract_module(lambda rngs: MedPLIB(config, rngs))
+    return abstract_module(lambda rngs: MedPLIB(config, rngs, ShardingConfig()))
 
 
 def target_shapes(
@@ -148,7 +155,7 @@ def shard_counts(model: MedPLIB, params: dict[str, tuple[int, ...]], mesh: MeshC
     abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     axes = flatten(logical_axes(model))
     specs = {
-        path: partition_spec(path, axes[path], shape, abstract) if path in axes else (None,) * len(shape)
+        path: partition_spec(path, axes[path], shape, model.rules, abstract) if path in axes else (None,) * len(shape)
         for path, shape in params.items()
     }
     return {path: tuple(axis_size(abstract, target) for target in spec) for path, spec in specs.items()}

@@ -14,13 +14,13 @@ from medplib_jax.config.model import LoraConfig, ModelConfig
 from medplib_jax.decode.generator import Decoder
 from medplib_jax.decode.layout import decoding_model
 from medplib_jax.decode.sampling import Sampling
-from medplib_jax.models.layers import bind, params_of
+from medplib_jax.models.layers import bind, model_shardings, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.parallel.compilation import compiler_options
-from medplib_jax.parallel.sharding import row_axes, use_rules
+from medplib_jax.parallel.sharding import row_axes
 from medplib_jax.train.losses import divisors, total_loss
 from medplib_jax.train.optim import make_optimizer, make_schedule, partition
-from medplib_jax.train.step import abstract_model, make_state, make_train_step, model_shardings, state_shardings
+from medplib_jax.train.step import abstract_model, make_state, make_train_step, state_shardings
 
 PROGRAMS = ("train", "eval", "decode")
 STEPS = 1000  # of the schedule; no program depends on how many
@@ -58,7 +58,7 @@ def make_program(kind: str, config: ExperimentConfig, mesh: Mesh, rows: int, len
 
 def _train(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
-    model = abstract_model(config.model)
+    model = abstract_model(config.model, config.sharding)
     trainable, _ = partition(params_of(model), config.optim.trainable)
     schedule = make_schedule(config.optim, STEPS, STEPS)
     tx = make_optimizer(config.optim, schedule, trainable)
@@ -73,12 +73,12 @@ def _train(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Prog
 def _eval(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
     """Losses of answers that are given, as the router's probe and scoring by likelihood compute them."""
     config = _for_evaluation(config)
-    model = abstract_model(config.model)
+    model = abstract_model(config.model, config.sharding)
 
     def score(params: Params, batch: Batch):
-        with use_rules(config.sharding.rules):
-            output, _ = bind(model, params)(batch)
-        return total_loss(output, params["llm"]["head"]["kernel"], batch, config.loss, config.model, divisors(batch))[1]
+        output, _ = bind(model, params)(batch)
+        head = params["llm"]["head"]["kernel"]
+        return total_loss(output, head, batch, config.loss, config.model, divisors(batch), model.rules)[1]
 
     batch = abstract_batch(config.data, config.model, mesh, rows, length)
     return Program(score, (_evaluated(model, config, mesh), batch), {}, rows * length)
@@ -87,7 +87,7 @@ def _eval(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Progr
 def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
     """Prompt to answer and masks, every answer as long as it may be."""
     config = _for_evaluation(config)
-    model, new_tokens = decoding_model(config.model, mesh=mesh), config.eval.max_new_tokens
+    model, new_tokens = decoding_model(config.model, mesh, config.sharding), config.eval.max_new_tokens
     if length <= new_tokens:
         raise ValueError(f"length {length} leaves no room for a prompt: eval.max_new_tokens is {new_tokens}")
     ends = {"eos_id": 2, "seg_id": config.model.llm.vocab_size - 1}  # any will do: values do not change the program
@@ -101,9 +101,8 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Pro
     )
 
     def answer(params: Params, batch: Batch, limits_B: jax.Array, seed: jax.Array):
-        with use_rules(config.sharding.rules):
-            slots = decoder.decode(params, decoder.prefill(params, batch, limits_B, room=new_tokens), 0, seed)
-            masks = decoder.draw(params, decoder.prompts(slots)[0], batch) if config.data.max_masks else None
+        slots = decoder.decode(params, decoder.prefill(params, batch, limits_B, room=new_tokens), 0, seed)
+        masks = decoder.draw(params, decoder.prompts(slots)[0], batch) if config.data.max_masks else None
         return slots.tokens, slots.lengths, masks
 
     batch = abstract_batch(config.data, config.model, mesh, rows, length - new_tokens)
@@ -119,7 +118,7 @@ def _for_evaluation(config: ExperimentConfig) -> ExperimentConfig:
 
 def _evaluated(model: MedPLIB, config: ExperimentConfig, mesh: Mesh) -> Params:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.model.dtype), params_of(model))
-    return _placed(shapes, model_shardings(model, mesh, config.sharding))
+    return _placed(shapes, model_shardings(model, mesh))
 
 
 def _placed(shapes, shardings):

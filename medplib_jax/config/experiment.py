@@ -148,7 +148,8 @@ class ShardingConfig:
     norm: str = ""
 
     def __post_init__(self):
-        for name, axes in self.rules.items():
+        for name in self.names():
+            axes = self.mesh_axes(name)
             unknown = [axis for axis in axes if axis not in MeshConfig.AXES]
             require(
                 not unknown,
@@ -157,11 +158,14 @@ class ShardingConfig:
             require(len(set(axes)) == len(axes), f"sharding.{name} {','.join(axes)!r} names a mesh axis twice")
         require(not self.layers, "sharding.layers must stay empty: a scan over layers needs all of them on every chip")
 
-    @property
-    def rules(self) -> dict[str, tuple[str, ...]]:
-        """{logical axis: mesh axes}."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: tuple(axis.strip() for axis in axes.split(",") if axis.strip()) for name, axes in fields.items()}
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The logical axes that have a rule."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    def mesh_axes(self, name: str) -> tuple[str, ...]:
+        """The mesh axes of one logical axis."""
+        return tuple(axis.strip() for axis in getattr(self, name).split(",") if axis.strip())
 
 
 @dataclasses.dataclass(frozen=True)

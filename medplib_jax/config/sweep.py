@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 
 from medplib_jax.config.base import from_dict, require
-from medplib_jax.config.experiment import MeshConfig
+from medplib_jax.config.experiment import MeshConfig, ShardingConfig
 
 TASK_KINDS = ("grounding", "region", "vqa", "refer_box")
 TASK_PARTS = ("VG", "ROC", "RC", "MIA")  # of Med-GRIT, whose tasks are scored each in its own way
@@ -53,6 +53,7 @@ class SweepConfig:
     missing: str = "skip"  # a task whose file is not there; or "raise"
     quantize: str = ""  # or "int8": weights of 8 bits
     mesh: MeshConfig = MeshConfig()
+    sharding: ShardingConfig = ShardingConfig()  # of the parameters on this mesh
 
     def __post_init__(self):
         tasks = tuple(

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from medplib_jax.data.errors import DataError, Notice, Notices
 
+CLIP_SIDE = 336
 CLIP_PAD_COLOUR = (122, 116, 104)  # int(255 * CLIP's mean)
 MAX_PIXELS = 2**27  # a larger picture is refused before it is decoded
 MIN_SIDE, MAX_ASPECT = 16, 16  # a picture beyond is unusual, and is noted
@@ -250,7 +251,17 @@ def to_canvas(
     return canvas, (top, left, height, width)
 
 
-clip_pixels = functools.partial(to_canvas, colour=CLIP_PAD_COLOUR)  # (pixels, side) -> canvas, box
+def clip_pixels(pixels: np.ndarray, side: int) -> np.ndarray:
+    """CLIP's input, uint8 [side, side, 3]: the picture on a canvas of 336 pixels, which is resized (bicubic) for another side.
+
+    So does the original, whose CLIPImageProcessor gets the padded canvas whatever the size of the tower.
+    """
+    canvas, _ = to_canvas(pixels, CLIP_SIDE, CLIP_PAD_COLOUR)
+    if side == CLIP_SIDE:
+        return canvas
+    return np.asarray(Image.fromarray(canvas).resize((side, side), Image.Resampling.BICUBIC))
+
+
 sam_pixels = functools.partial(to_canvas, colour=(0, 0, 0))
 
 

@@ -264,7 +264,7 @@ class Loader:
         def make():
             pixels = images.load_pixels(file, notices)
             sam, box = images.sam_pixels(pixels, sides[1])
-            clip, _ = images.clip_pixels(pixels, sides[0])
+            clip = images.clip_pixels(pixels, sides[0])
             return {
                 "clip": clip,
                 "sam": sam,

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medplib_jax.batch import Array, Batch, Params
+from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.decode.layout import decoding_model, is_laid_out, lay_out
 from medplib_jax.decode.sampling import Sampling, draw_token
@@ -35,7 +36,7 @@ from medplib_jax.models.layers import bind
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.parallel.compilation import compiler_options
 from medplib_jax.parallel.mesh import one_device
-from medplib_jax.parallel.sharding import BATCH_AXES, axis_size, batch_sharding, mesh_axes
+from medplib_jax.parallel.sharding import BATCH_AXES, activation_axes, axis_size, batch_sharding, check_model_fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,8 @@ class Generator:
     `max_masks` is the number of masks drawn per answer; a `<SEG>` beyond it stays in the text without a mask. With `original_masks` one
     mask is drawn as the original does (model/MedPLIB.py evaluate): from the first `<SEG>` of prompt and answer, and where there is none
     from the second last state. `params` are a checkpoint's, or laid out already (`lay_out`). `mesh`: devices of
-    this process that share the work (its data and fsdp axes) and hold the parameters. `quantize`: see `decode_layout.decoding_model`.
+    this process that share the work (its data and fsdp axes) and hold the parameters, spread over them by `rules`, which a mesh of several
+    devices needs. `quantize`: see `layout.decoding_model`.
     """
 
     def __init__(
@@ -165,14 +167,16 @@ class Generator:
         sampling: Sampling = Sampling(),
         original_masks: bool = False,
         mesh: Mesh | None = None,
+        rules: ShardingConfig | None = None,
         quantize: str = "",
     ):
         if original_masks and max_masks != 1:
             raise ValueError(f"the original draws one mask per answer, not {max_masks}")
         self.mesh = mesh or one_device()
-        model = decoding_model(config, quantize, self.mesh)
+        check_model_fits(config, rules, self.mesh)
+        model = decoding_model(config, self.mesh, rules, quantize)
         self._decoder = decoder = Decoder(model, eos_id, seg_id, max_new_tokens, max_masks, sampling, original_masks)
-        self.params = params if is_laid_out(params) else lay_out(config, params, self.mesh, quantize)
+        self.params = params if is_laid_out(params) else lay_out(config, params, self.mesh, rules, quantize)
         self._rows = batch_sharding(self.mesh)
         self._dispatch = threading.Lock()  # of programs that several threads ask for, so that each is compiled once
         slots, options = self._slot_shardings(), compiler_options(self.mesh)
@@ -186,7 +190,9 @@ class Generator:
     def _slot_shardings(self) -> Slots:
         """Slots lie where their rows are computed, keys and values where their heads are."""
         fields = {field.name: self._rows for field in dataclasses.fields(Slots)}
-        buffers = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, mesh_axes("kv_heads")))
+        rules = self._decoder.model.rules
+        heads = activation_axes(rules, "kv_heads", BATCH_AXES) if self.mesh.size > 1 else ()
+        buffers = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, heads))
         fields["cache"] = KVCache(buffers, buffers, self._rows)
         return Slots(**fields | ({} if self._decoder.model.config.moe_layers else {"choices": None}))
 

@@ -9,27 +9,31 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from medplib_jax.batch import Params
+from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import LoraConfig, ModelConfig
 from medplib_jax.models.language.llama import unstack
 from medplib_jax.models.language.lora import merge_lora
-from medplib_jax.models.layers import abstract_module, logical_axes, params_of
+from medplib_jax.models.layers import abstract_module, model_shardings, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import quantize_module, quantize_params
 from medplib_jax.parallel.compilation import is_gpu
 from medplib_jax.parallel.mesh import one_device
-from medplib_jax.parallel.sharding import param_shardings
+from medplib_jax.parallel.sharding import check_model_fits
 
 QUANTIZE = ("", "int8")
 
 
-def decoding_model(config: ModelConfig, quantize: str = "", mesh: Mesh | None = None) -> MedPLIB:
+def decoding_model(
+    config: ModelConfig, mesh: Mesh | None = None, rules: ShardingConfig | None = None, quantize: str = ""
+) -> MedPLIB:
     """`laid_out_model` whose experts have no capacity, which would let a token's expert depend on the rest of the batch."""
-    return laid_out_model(
-        dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dropless")), quantize, mesh
-    )
+    dropless = dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dropless"))
+    return laid_out_model(dropless, mesh, rules, quantize)
 
 
-def laid_out_model(config: ModelConfig, quantize: str = "", mesh: Mesh | None = None) -> MedPLIB:
+def laid_out_model(
+    config: ModelConfig, mesh: Mesh | None = None, rules: ShardingConfig | None = None, quantize: str = ""
+) -> MedPLIB:
     """The abstract model with parameters as `lay_out` gives them; with `quantize` "int8" its linear layers have weights of 8 bits.
 
     On a GPU the experts of a layer stay in one array, from which the chosen one is picked while it is read: in order to choose among
@@ -39,25 +43,34 @@ def laid_out_model(config: ModelConfig, quantize: str = "", mesh: Mesh | None = 
         raise ValueError(f"quantize {quantize!r} is not one of {QUANTIZE}")
     for_gpu = is_gpu(mesh or one_device())
     config = dataclasses.replace(config, lora=LoraConfig())
-    model = abstract_module(functools.partial(MedPLIB, config, layers_apart=True, experts_apart=not for_gpu))
+    model = abstract_module(
+        functools.partial(MedPLIB, config, rules=rules, layers_apart=True, experts_apart=not for_gpu)
+    )
     model = quantize_module(model) if quantize else model
     return _turn_module(model) if for_gpu else model
 
 
-def lay_out(config: ModelConfig, params: Params, mesh: Mesh | None = None, quantize: str = "") -> Params:
+def lay_out(
+    config: ModelConfig,
+    params: Params,
+    mesh: Mesh | None = None,
+    rules: ShardingConfig | None = None,
+    quantize: str = "",
+) -> Params:
     """A checkpoint's parameters as decoding reads them, adapters merged, on the devices of the mesh (default: this process's first device).
-    Several generators may share them. `config` is the checkpoint's, adapters included."""
+    Several generators may share them. `config` is the checkpoint's, adapters included. ValueError for a mesh and rules that do not fit."""
     mesh = mesh or one_device()
-    model = laid_out_model(config, quantize, mesh)
+    check_model_fits(config, rules, mesh)
+    model = laid_out_model(config, mesh, rules, quantize)
     check_parts(params, params_of(model))
 
     def arrange(params: Params) -> Params:
         for_gpu = is_gpu(mesh)
         params = merge_lora(unstack(params, experts_apart=not for_gpu), config.lora)
-        params = quantize_params(params) if quantize else params
+        params = quantize_params(params, params_of(model)) if quantize else params
         return params | {"llm": jax.tree.map_with_path(_turn, params["llm"])} if for_gpu else params
 
-    return jax.jit(arrange, out_shardings=param_shardings(logical_axes(model), params_of(model), mesh))(params)
+    return jax.jit(arrange, out_shardings=model_shardings(model, mesh))(params)
 
 
 def is_laid_out(params: Params) -> bool:

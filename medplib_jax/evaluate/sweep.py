@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from medplib_jax.batch import Batch, Params
 from medplib_jax.checkpoint import load_params
-from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.config.experiment import ExperimentConfig, ShardingConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.errors import DataError
@@ -40,9 +40,10 @@ from medplib_jax.evaluate.evaluators.reference import ReferenceLoader
 from medplib_jax.evaluate.evaluators.region import RegionVqaEvaluator
 from medplib_jax.evaluate.evaluators.vqa import VqaEvaluator
 from medplib_jax.evaluate.tasks import Task, find_tasks
+from medplib_jax.models.layers import model_shardings
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import of_every_process, require_shared, wait_for_others
-from medplib_jax.train.step import abstract_model, model_shardings
+from medplib_jax.train.step import abstract_model
 
 log = logging.getLogger(__name__)
 
@@ -128,15 +129,15 @@ class Cell:
 class LoadedModel:
     """A checkpoint's parameters on this process's devices, with adapters merged, and its generators."""
 
-    def __init__(self, checkpoint: Checkpoint, experiment: ExperimentConfig, mesh: Mesh):
-        shardings = model_shardings(abstract_model(experiment.model), mesh)
+    def __init__(self, checkpoint: Checkpoint, experiment: ExperimentConfig, mesh: Mesh, rules: ShardingConfig):
+        shardings = model_shardings(abstract_model(experiment.model, rules), mesh)
         wait_for_others(f"load/{checkpoint.name}")
         _, params, tokenizer = load_params(checkpoint.workdir, checkpoint.step, shardings)
         self.experiment = dataclasses.replace(
             experiment, model=dataclasses.replace(experiment.model, lora=LoraConfig())
         )
-        self.params: Params = lay_out(experiment.model, params, mesh, checkpoint.quantize)
-        self._quantize = checkpoint.quantize
+        self.params: Params = lay_out(experiment.model, params, mesh, rules, checkpoint.quantize)
+        self._quantize, self._rules = checkpoint.quantize, rules
         self.tokenizer, self.mesh = Tokenizer.load(tokenizer), mesh
         self._generators: dict[tuple, Generator] = {}
 
@@ -153,6 +154,7 @@ class LoadedModel:
                 max_masks=max_masks,
                 original_masks=original_masks,
                 mesh=self.mesh,
+                rules=self._rules,
                 quantize=self._quantize,
             )
         return self._generators[key]
@@ -187,7 +189,7 @@ def run_sweep(config: SweepConfig, workdir: str | os.PathLike) -> dict:
     for checkpoint in found:
         loaded = None  # two may not fit
         if checkpoint.name in unfinished:
-            loaded = LoadedModel(checkpoint, experiments[checkpoint.name], mesh)
+            loaded = LoadedModel(checkpoint, experiments[checkpoint.name], mesh, config.sharding)
         for turn, cell in enumerate(cells):
             if cell.checkpoint == checkpoint:
                 if loaded:

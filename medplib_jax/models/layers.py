@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from medplib_jax.batch import Array, Params
+from medplib_jax.models.precision import product
 from medplib_jax.models.rng import dropout
+from medplib_jax.parallel.sharding import param_shardings
 
 Rngs = nnx.Rngs
 
@@ -82,7 +85,7 @@ def adapter_axes(axes: tuple[str | None, str | None]) -> tuple[str | None, ...]:
 def matmul(x: Array, kernel: Array, dtype=None) -> Array:
     """x [..., in] @ kernel [in, out] in x's dtype, the result in `dtype` (default: x's). As one product of two matrices: with batch axes
     left apart, the gradient with respect to the kernel takes twice as long on a CPU."""
-    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype), preferred_element_type=dtype or x.dtype)
+    y = product(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype), dtype or x.dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -161,7 +164,7 @@ def softmax_average(scores: Array, v: Array) -> Array:
     `jax.nn.softmax` divides the [T, S] weights instead, which on a CPU takes nearly three times as long, gradient included.
     """
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    return ((weights.astype(v.dtype) @ v) / weights.sum(-1, keepdims=True)).astype(v.dtype)
+    return (product(weights.astype(v.dtype), v) / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
 
 def gelu(x: Array) -> Array:
@@ -254,6 +257,11 @@ def logical_axes(module: nnx.Module) -> Params:
     """The logical axis names of every parameter, in the same nesting as `params_of`."""
     axes = {path: variable.axes for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))}
     return _string_keys(nnx.traversals.unflatten_mapping(axes))
+
+
+def model_shardings(model: nnx.Module, mesh: Mesh) -> Params:
+    """Where each parameter of a whole model goes, by the model's own `rules`, in the same nesting as `params_of`."""
+    return param_shardings(logical_axes(model), params_of(model), model.rules, mesh)
 
 
 def bind(module: nnx.Module, params: Params) -> nnx.Module:

@@ -9,13 +9,14 @@ from flax import nnx
 from jaxtyping import Float
 
 from medplib_jax.batch import Array, Batch
+from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.models.language.llama import Llama
 from medplib_jax.models.layers import Mlp, Rngs, gelu
 from medplib_jax.models.masks.sam import SamMed2d, normalise_sam
 from medplib_jax.models.region.encoder import RegionEncoder
 from medplib_jax.models.vision.clip import ClipVisionTower, normalise_clip
-from medplib_jax.parallel.sharding import shard_rows, shard_width
+from medplib_jax.parallel.sharding import shard_lookup, shard_rows
 
 
 @flax.struct.dataclass
@@ -29,15 +30,25 @@ class ModelOutput:
 
 
 class MedPLIB(nnx.Module):
-    """The whole model. All indices come from the host in `Batch`; nothing here has a data-dependent shape. What is `apart`: see `Llama`."""
+    """The whole model. All indices come from the host in `Batch`; nothing here has a data-dependent shape.
 
-    def __init__(self, config: ModelConfig, rngs: Rngs, layers_apart: bool = False, experts_apart: bool = False):
+    `rules`: where parameters go on a mesh; None for a model that stays on one device. What is `apart`: see `Llama`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rngs: Rngs,
+        rules: ShardingConfig | None = None,
+        layers_apart: bool = False,
+        experts_apart: bool = False,
+    ):
         width = config.llm.hidden_size
-        self.config = config
+        self.config, self.rules = config, rules
         self.clip = ClipVisionTower(config.clip, rngs)
         self.projector = Mlp(config.clip.hidden_size, width, width, gelu, rngs=rngs)
         self.region = RegionEncoder(config.region, config.clip, width, rngs)
-        self.llm = Llama(config, rngs, layers_apart, experts_apart)
+        self.llm = Llama(config, rngs, rules, layers_apart, experts_apart)
         self.seg_mlp = Mlp(width, width, config.mask.out_dim, jax.nn.relu, rngs=rngs)
         self.sam = SamMed2d(config.mask, rngs)
 
@@ -57,7 +68,7 @@ class MedPLIB(nnx.Module):
     def embed(self, batch: Batch) -> tuple[Array, dict[str, Any]]:
         """Token embeddings with the visual features spliced in, [B, L, D]."""
         features_BxTxD, out = self.visual_features(batch)
-        tokens_BxLxD = shard_rows(shard_width(self.llm.embed(batch.tokens)))
+        tokens_BxLxD = shard_rows(shard_lookup(self.llm.embed(batch.tokens), self.rules))
         spliced_BxLxD = jnp.take_along_axis(features_BxTxD, jnp.maximum(batch.feature_index, 0)[:, :, None], axis=1)
         x_BxLxD = jnp.where(
             (batch.feature_index >= 0)[:, :, None], spliced_BxLxD.astype(tokens_BxLxD.dtype), tokens_BxLxD

@@ -26,20 +26,14 @@ def quantize_module(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def quantize_params(params: Params) -> Params:
-    """The parameters for `quantize_module`'s model."""
-    return params | {part: _quantize(params[part]) for part in PARTS}
-
-
-def _quantize(tree: Params) -> Params:
+def quantize_params(params: Params, like: Params) -> Params:
+    """The parameters for `quantize_module`'s model, whose own (abstract) ones are `like`."""
     quantized = {
-        name: _quantize(child) if isinstance(child, dict) and name not in KEPT else child
-        for name, child in tree.items()
+        name: quantize_params(child, like[name]) if isinstance(child, dict) else child for name, child in params.items()
     }
-    kernel = tree.get("kernel")
-    if kernel is None or kernel.ndim > 3:  # a convolution's
+    if "kernel_scale" not in like:
         return quantized
-    kernel = kernel.astype(jnp.float32)
+    kernel = params["kernel"].astype(jnp.float32)
     scale = jnp.maximum(abs(kernel).max(-2), 1e-12) / 127
     return quantized | {"kernel": jnp.round(kernel / scale[..., None, :]).astype(jnp.int8), "kernel_scale": scale}
 

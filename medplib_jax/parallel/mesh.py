@@ -29,26 +29,38 @@ def resolve(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all of them), axes Auto: the compiler propagates shardings.
+    """A mesh over `devices` (default: all of them) whose axes are Auto: the compiler propagates shardings.
 
-    With several TPU slices the data axis spans them (slower network outside, fast links inside). Raises ValueError when the
-    sizes do not fit.
+    With `dcn_data` > 1 the outer part of the data axis runs over the slices (TPU) or groups of nodes (GPU), between which the network is
+    slow; all other axes stay within one. Raises ValueError when the sizes do not fit.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = resolve(config, len(devices))
-    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if num_slices > 1:
-        if num_slices != config.dcn_data:
-            raise ValueError(f"mesh.dcn_data is {config.dcn_data}, but the devices form {num_slices} slices")
-        inner = (sizes[0] // num_slices, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(
-            inner, (num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
-        )
-    elif devices[0].platform == "tpu":
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    else:
-        grid = np.asarray(devices).reshape(sizes)
+    slices = len({_slice_of(device) for device in devices})
+    arrange = _tpu_grid if devices[0].platform == "tpu" else _grid
+    grid = arrange(sizes, config.dcn_data, slices, devices)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _slice_of(device: jax.Device) -> int:
+    """The TPU slice of a device. JAX numbers nodes of GPUs so, too."""
+    return getattr(device, "slice_index", 0)
+
+
+def _tpu_grid(sizes: tuple[int, ...], dcn_data: int, slices: int, devices: list[jax.Device]) -> np.ndarray:
+    if slices > 1 and slices != dcn_data:
+        raise ValueError(f"mesh.dcn_data is {dcn_data}, but the devices form {slices} slices")
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    inner, outer = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+
+
+def _grid(sizes: tuple[int, ...], dcn_data: int, slices: int, devices: list[jax.Device]) -> np.ndarray:
+    """Devices node by node: the outermost axis, data, runs over the nodes, and what is larger than a node goes over several."""
+    if slices > 1 and slices % dcn_data:
+        raise ValueError(f"mesh.dcn_data is {dcn_data}, which does not divide the {slices} nodes")
+    return np.array(sorted(devices, key=_slice_of), dtype=object).reshape(sizes)
 
 
 def one_device() -> Mesh:

@@ -1,9 +1,11 @@
-"""From logical axis names to shardings: one table, and three loud errors (no rule, same mesh axis twice, indivisible)."""
+"""From logical axis names to shardings, by the rules of a config (`ShardingConfig`).
 
-import contextlib
-import contextvars
+Rows of a batch are always spread over `BATCH_AXES`; the rules say where parameters go. They are an argument of every function that needs
+them and a field of the models, which may be None as long as everything lives on one device. Three errors are loud: a logical axis without
+a rule, a mesh axis that two dimensions want, and a dimension that its mesh axes do not divide.
+"""
+
 import math
-from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -12,53 +14,44 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medplib_jax.batch import Params
 from medplib_jax.config.experiment import ExperimentConfig, ShardingConfig
+from medplib_jax.config.model import ModelConfig
 
 BATCH_AXES = ("data", "fsdp", "expert")
 
-Rules = Mapping[str, tuple[str, ...]]  # logical axis of a parameter -> mesh axes
 
-_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=ShardingConfig().rules)
-
-
-@contextlib.contextmanager
-def use_rules(rules: Rules) -> Iterator[None]:
-    """Within the context programs are traced, and shardings made, by these rules instead of the default ones."""
-    token = _rules.set(rules)
-    try:
-        yield
-    finally:
-        _rules.reset(token)
+def mesh_axes(rules: ShardingConfig | None, name: str) -> tuple[str, ...]:
+    """The mesh axes over which the rules spread a logical axis. ValueError for a model that was made without rules."""
+    if rules is None:
+        raise ValueError("a model on a mesh of several devices needs sharding rules, but was made without any")
+    return rules.mesh_axes(name)
 
 
-def mesh_axes(name: str) -> tuple[str, ...]:
-    """The mesh axes of a logical axis."""
-    return _rules.get()[name]
-
-
-def partition_spec(path: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(
+    path: str, axes: tuple[str | None, ...], shape: tuple[int, ...], rules: ShardingConfig | None, mesh: Mesh
+) -> PartitionSpec:
     """The PartitionSpec of one parameter. Raises ValueError naming `path` on a name without a rule, a mesh axis that two
     dimensions want, or a dimension that its mesh axes do not divide."""
     if len(axes) != len(shape):
         raise ValueError(f"{path}: {len(axes)} logical axes {axes} for shape {shape}")
-    rules = _rules.get()
     used: dict[str, str] = {}
     spec = []
-    for name, size in zip(axes, shape):
-        if name is not None and name not in rules:
-            raise ValueError(f"{path}: no sharding rule for logical axis {name!r}; rules exist for {sorted(rules)}")
-        target = () if name is None else rules[name]
+    for name, size in zip(axes, shape, strict=True):
+        if name is not None and name not in ShardingConfig.names():
+            raise ValueError(
+                f"{path}: no sharding rule for logical axis {name!r}; rules exist for {ShardingConfig.names()}"
+            )
+        target = () if name is None else mesh_axes(rules, name)
         for axis in target:
-            if axis not in mesh.shape:
-                raise ValueError(f"{path}: rule {name!r} -> {axis!r}, but the mesh has axes {tuple(mesh.shape)}")
             if axis in used:
                 raise ValueError(
-                    f"{path}: logical axes {used[axis]!r} and {name!r} are both mapped to mesh axis {axis!r}"
+                    f"{path}: sharding.{used[axis]} and sharding.{name} both map a dimension of it to mesh axis {axis!r}"
                 )
-            used[axis] = name
+            used[axis] = str(name)
         parts = axis_size(mesh, target)
         if size % parts:
             raise ValueError(
-                f"{path}: dimension {name!r} of size {size} is not divisible by {parts} (mesh axes {', '.join(target)})"
+                f"{path}: dimension {name!r} of size {size} is not divisible by {parts}, "
+                f"the mesh axes of sharding.{name} ({', '.join(target)})"
             )
         spec.append(target[0] if len(target) == 1 else target or None)
     return PartitionSpec(*spec)
@@ -69,38 +62,46 @@ def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
-def param_shardings(logical_axes: Params, shapes: Params, mesh: Mesh) -> Params:
+def param_shardings(logical_axes: Params, shapes: Params, rules: ShardingConfig | None, mesh: Mesh) -> Params:
     """A tree of NamedShardings. `logical_axes` has tuples of names, `shapes` anything with `.shape`, in the same nesting."""
-    return _walk((), logical_axes, shapes, mesh)
+    return _walk((), logical_axes, shapes, rules, mesh)
 
 
-def _walk(path, axes, shapes, mesh):
+def _walk(path, axes, shapes, rules, mesh):
     if not isinstance(shapes, dict):
-        return NamedSharding(mesh, partition_spec("/".join(path), axes, shapes.shape, mesh))
+        if rules is None and mesh.size == 1:
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, partition_spec("/".join(path), axes, shapes.shape, rules, mesh))
     if set(axes) != set(shapes):
         raise ValueError(
             f"{'/'.join(path) or 'parameters'}: logical axes and shapes differ in {sorted(set(axes) ^ set(shapes))}"
         )
-    return {key: _walk((*path, key), axes[key], shapes[key], mesh) for key in shapes}
+    return {key: _walk((*path, key), axes[key], shapes[key], rules, mesh) for key in shapes}
 
 
 def check_fits(config: ExperimentConfig, mesh: Mesh) -> None:
     """ValueError for what the shapes of the parameters do not show: rows, heads and experts that the mesh cannot share out evenly."""
-    model, optim, rules = config.model, config.optim, config.sharding.rules
-    shares = [("data.batch_size / optim.accumulate", config.data.batch_size // optim.accumulate, BATCH_AXES)]
-    shares += [
-        ("model.llm.num_heads", model.llm.num_heads, rules["heads"]),
-        ("model.llm.num_kv_heads", model.llm.num_kv_heads, rules["kv_heads"]),
-    ]
-    shares += [("model.moe.num_experts", model.moe.num_experts, rules["expert"])] if model.moe_layers else []
-    if config.data.batch_size % optim.accumulate:
-        raise ValueError(
-            f"data.batch_size {config.data.batch_size} is not a multiple of optim.accumulate {optim.accumulate}"
-        )
-    for name, count, axes in shares:
-        if count % axis_size(mesh, axes):
-            described = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
-            raise ValueError(f"{name} {count} cannot be shared out evenly over the mesh's {described}")
+    rows, parts = config.data.batch_size, config.optim.accumulate
+    if rows % parts:
+        raise ValueError(f"data.batch_size {rows} is not a multiple of optim.accumulate {parts}")
+    _check_share("data.batch_size / optim.accumulate", rows // parts, BATCH_AXES, mesh)
+    check_model_fits(config.model, config.sharding, mesh)
+
+
+def check_model_fits(model: ModelConfig, rules: ShardingConfig | None, mesh: Mesh) -> None:
+    """ValueError when the mesh cannot share out heads or experts evenly. A model without rules fits a mesh of one device alone."""
+    if mesh.size == 1:
+        return
+    _check_share("model.llm.num_heads", model.llm.num_heads, mesh_axes(rules, "heads"), mesh)
+    _check_share("model.llm.num_kv_heads", model.llm.num_kv_heads, mesh_axes(rules, "kv_heads"), mesh)
+    if model.moe_layers:
+        _check_share("model.moe.num_experts", model.moe.num_experts, mesh_axes(rules, "expert"), mesh)
+
+
+def _check_share(name: str, count: int, axes: tuple[str, ...], mesh: Mesh) -> None:
+    if count % axis_size(mesh, axes):
+        described = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+        raise ValueError(f"{name} {count} cannot be shared out evenly over the mesh's {described}")
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, shapes: Params, shardings: Params, mesh: Mesh):
@@ -119,44 +120,52 @@ def optimizer_shardings(tx: optax.GradientTransformation, shapes: Params, shardi
 
 
 def shard_rows(x: jax.Array) -> jax.Array:
-    """Tells the compiler that the first axis of `x` lies over data, fsdp and expert and nothing else is sharded, where `x` lives on a mesh.
+    """`x` with its first axis spread over BATCH_AXES and nothing else sharded, where it lives on a mesh.
 
-    Without it a lookup in an embedding that is sharded along its width gives every device all rows of a slice of the width, and
-    the compiler carries that through all layers.
+    A lookup in an embedding that is sharded along its width comes out sharded along the width. The compiler would carry that through all
+    layers, with the rows of the whole batch on every device.
     """
     mesh = jax.typeof(x).sharding.mesh
-    return (
-        x
-        if mesh.size <= 1
-        else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(row_axes(x.shape[0], mesh))))
-    )
+    if mesh.size <= 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(row_axes(x.shape[0], mesh))))
 
 
-def shard_width(x: jax.Array) -> jax.Array:
-    """Puts a lookup in an embedding that is sharded along its width halfway to `shard_rows`: the width still over the axes of `embed`, the
-    rows over the others of theirs. In one step the compiler would keep the whole gradient of the lookup on every device.
+def shard_lookup(x: jax.Array, rules: ShardingConfig | None) -> jax.Array:
+    """Embeddings that were looked up, [rows, ..., width]: the width still over the mesh axes of `embed`, the rows over the others of theirs.
+
+    It is the step between the sharding of the table and `shard_rows`. Without it the gradient, which goes the other way, would be whole
+    on every device.
     """
     mesh = jax.typeof(x).sharding.mesh
     if mesh.size <= 1 or row_axes(x.shape[0], mesh) is None:
         return x
-    width = mesh_axes("embed")
+    width = mesh_axes(rules, "embed")
     rows = tuple(axis for axis in BATCH_AXES if axis not in width)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(rows, *[None] * (x.ndim - 2), width)))
 
 
-def shard_param(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """A parameter, or one layer of a stack of them, where the rules put it; where it lives on no mesh it stays as it is."""
+def shard_param(array: jax.Array, axes: tuple[str | None, ...], rules: ShardingConfig | None) -> jax.Array:
+    """A parameter, or one layer of a stack of them, sharded by the rules; unchanged where it lives on one device."""
     mesh = jax.typeof(array).sharding.mesh
     if mesh.size <= 1:
         return array
-    return jax.lax.with_sharding_constraint(
-        array, NamedSharding(mesh, partition_spec("layer", axes[-array.ndim :], array.shape, mesh))
-    )
+    spec = partition_spec("layer", axes[-array.ndim :], array.shape, rules, mesh)
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
 
 def row_axes(rows: int, mesh) -> tuple[str, ...] | None:
-    """Mesh axes of `rows` rows: data, fsdp and expert, or none when these do not divide them."""
+    """Mesh axes over which `rows` rows are spread: BATCH_AXES, or none when these do not divide them."""
     return None if rows % axis_size(mesh, BATCH_AXES) else BATCH_AXES
+
+
+def activation_axes(rules: ShardingConfig | None, name: str, rows: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Mesh axes over which an activation whose rows lie over `rows` is spread along a logical axis: those of the rule, or none.
+
+    Devices along an axis that carries rows hold different rows. They cannot hold parts of the same one.
+    """
+    axes = mesh_axes(rules, name)
+    return axes if set(axes).isdisjoint(rows or ()) else ()
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

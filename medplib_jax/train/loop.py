@@ -23,7 +23,7 @@ from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import BatchPlan, Loader, make_loader, train_batches
 from medplib_jax.data.tokenizers import Tokenizer
-from medplib_jax.models.layers import draw_params, params_of
+from medplib_jax.models.layers import draw_params, model_shardings, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import Agreement, Watchdog, abort_together, of_process_0, wait_for_others
@@ -34,15 +34,7 @@ from medplib_jax.train.optim import make_optimizer, make_schedule, partition
 from medplib_jax.train.signals import StopSignal
 from medplib_jax.train.stages import hand_over
 from medplib_jax.train.state import TrainState
-from medplib_jax.train.step import (
-    CompiledStep,
-    abstract_model,
-    make_state,
-    make_train_step,
-    model_shardings,
-    place,
-    state_shardings,
-)
+from medplib_jax.train.step import CompiledStep, abstract_model, make_state, make_train_step, place, state_shardings
 
 log = logging.getLogger("medplib_jax.train")  # not __name__: the module is also run by python -m
 
@@ -83,7 +75,7 @@ class Run:
         wait_for_others("data_planned")
         self.total_steps = config.train.steps or math.ceil(config.train.epochs * self.plan.steps_per_epoch)
 
-        self.model = abstract_model(config.model)
+        self.model = abstract_model(config.model, config.sharding)
         trainable, _ = partition(params_of(self.model), config.optim.trainable)
         schedule = make_schedule(config.optim, self.total_steps, self.plan.steps_per_epoch)
         self.tx = make_optimizer(config.optim, schedule, trainable)
@@ -109,7 +101,7 @@ class Run:
         return loader, plan, skipped
 
     def _start(self) -> TrainState:
-        placed = model_shardings(self.model, self.mesh, self.config.sharding)
+        placed = model_shardings(self.model, self.mesh)
         params = place(starting_params(self.config, self.model), placed)
         return jax.jit(lambda p: make_state(p, self.config, self.tx), out_shardings=self.shardings)(params)
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from medplib_jax.batch import Array, Batch
-from medplib_jax.config.experiment import LossConfig
+from medplib_jax.config.experiment import LossConfig, ShardingConfig
 from medplib_jax.config.model import MaskConfig, ModelConfig
 from medplib_jax.models.masks.unpad import resample_to_canvas
 from medplib_jax.models.medplib import ModelOutput
+from medplib_jax.models.precision import product
 from medplib_jax.parallel.sharding import mesh_axes, row_axes
 
 Pair = tuple[Array, Array]
@@ -22,30 +23,35 @@ MASK_TERMS = ("dice", "bce", "focal", "iou")
 
 
 def token_cross_entropy(
-    hidden_BxLxD: Array, head_kernel_DxV: Array, targets_BxL: Array, weights_BxL: Array, chunk: int
+    hidden_BxLxD: Array,
+    head_kernel_DxV: Array,
+    targets_BxL: Array,
+    weights_BxL: Array,
+    chunk: int,
+    rules: ShardingConfig | None = None,
 ) -> Pair:
     """Sum of weighted next-token cross-entropies and sum of weights, float32. Weights are data: they get no gradient.
 
     Only positions with a weight meet the head: of a row that is mostly picture, few do. Logits exist for `chunk` such positions of each
-    row at a time, and once: the gradients are computed along with the value.
+    row at a time, and once: the gradients are computed along with the value. `rules` say how a mesh keeps the head's gradient.
     """
     weights_BxL = jnp.asarray(weights_BxL, jnp.float32)
     arrays = (*map(jnp.asarray, (hidden_BxLxD, head_kernel_DxV, targets_BxL)), weights_BxL)
-    return _cross_entropy(*arrays, min(chunk, weights_BxL.shape[1])), weights_BxL.sum()
+    return _cross_entropy(*arrays, min(chunk, weights_BxL.shape[1]), rules), weights_BxL.sum()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(hidden, kernel, targets, weights, chunk):
-    return _where_rows_are(hidden, kernel, targets, weights, chunk, False, False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy(hidden, kernel, targets, weights, chunk, rules):
+    return _on_mesh(hidden, kernel, targets, weights, chunk, rules, False, False)[0]
 
 
-def _cross_entropy_forward(hidden, kernel, targets, weights, chunk):
+def _cross_entropy_forward(hidden, kernel, targets, weights, chunk, rules):
     values = (hidden.value, kernel.value, targets.value, weights.value)
-    total, (d_hidden, d_kernel) = _where_rows_are(*values, chunk, hidden.perturbed, kernel.perturbed)
+    total, (d_hidden, d_kernel) = _on_mesh(*values, chunk, rules, hidden.perturbed, kernel.perturbed)
     return total, (d_hidden, None if d_kernel is None else d_kernel.astype(kernel.value.dtype))
 
 
-def _cross_entropy_backward(chunk, gradients, d_sum):
+def _cross_entropy_backward(chunk, rules, gradients, d_sum):
     return (
         *(None if gradient is None else (d_sum * gradient).astype(gradient.dtype) for gradient in gradients),
         None,
@@ -56,16 +62,18 @@ def _cross_entropy_backward(chunk, gradients, d_sum):
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
 
 
-def _where_rows_are(hidden_BxLxD, kernel_DxV, targets_BxL, weights_BxL, chunk, of_hidden, of_kernel):
-    """`_cross_entropy_and_gradients` on a mesh: every device loops over its own rows as long as these need, and the sums and the head's
-    gradient are added up once after it; left to the compiler they would be in every trip."""
+def _on_mesh(hidden_BxLxD, kernel_DxV, targets_BxL, weights_BxL, chunk, rules, of_hidden, of_kernel):
+    """`_cross_entropy_and_gradients` on a mesh: every device loops over its own rows only.
+
+    The sum and the head's gradient are added up over the devices once, after the loop. The compiler would do so in every trip.
+    """
     mesh = jax.typeof(hidden_BxLxD).sharding.mesh
     rows = row_axes(len(hidden_BxLxD), mesh) if mesh.size > 1 else None
     if rows is None:
         return _cross_entropy_and_gradients(
             hidden_BxLxD, kernel_DxV, targets_BxL, weights_BxL, chunk, of_hidden, of_kernel
         )
-    scattered = tuple(axis for axis in mesh_axes("embed") if axis in rows)
+    scattered = tuple(axis for axis in mesh_axes(rules, "embed") if axis in rows)
     kept = tuple(axis for axis in rows if axis not in scattered)
 
     def local(*arrays):
@@ -97,7 +105,7 @@ def _cross_entropy_and_gradients(hidden_BxLxD, kernel_DxV, targets_BxL, weights_
         place_Bxc = jax.lax.dynamic_slice_in_dim(order_BxL, i * chunk, chunk, axis=1)
         rows_SxD = _take(hidden_BxLxD, place_Bxc).reshape(-1, D)  # for one product of two matrices, see layers.matmul
         targets_S, weights_S = (_take(x, place_Bxc).reshape(-1) for x in (targets_BxL, weights_BxL))
-        logits_SxV = jnp.matmul(rows_SxD, kernel, preferred_element_type=jnp.float32)
+        logits_SxV = product(rows_SxD, kernel, jnp.float32)
         is_target = (
             jnp.arange(logits_SxV.shape[-1]) == targets_S[:, None]
         )  # unlike a gather it works on a sharded vocabulary
@@ -107,9 +115,9 @@ def _cross_entropy_and_gradients(hidden_BxLxD, kernel_DxV, targets_BxL, weights_
             rows_SxD.dtype
         )
         if of_hidden:
-            d_hidden = _put(d_hidden, place_Bxc, (d_logits @ kernel.T).reshape(B, chunk, D))
+            d_hidden = _put(d_hidden, place_Bxc, product(d_logits, kernel.T).reshape(B, chunk, D))
         if of_kernel:
-            d_kernel += jnp.matmul(rows_SxD.T, d_logits, preferred_element_type=jnp.float32)
+            d_kernel += product(rows_SxD.T, d_logits, jnp.float32)
         return i + 1, total, d_hidden, d_kernel
 
     d_hidden = jnp.zeros_like(hidden_BxLxD) if of_hidden else None
@@ -166,12 +174,17 @@ def divisors(batch: Batch, micro_batches: int = 1) -> dict[str, Array]:
 
 
 def loss_sums(
-    output: ModelOutput, head_kernel_DxV: Array, batch: Batch, loss: LossConfig, mask: MaskConfig
+    output: ModelOutput,
+    head_kernel_DxV: Array,
+    batch: Batch,
+    loss: LossConfig,
+    mask: MaskConfig,
+    rules: ShardingConfig | None = None,
 ) -> dict[str, Array]:
     """Undivided sums of the terms over the batch: "ce" over tokens, the mask terms over masks (0 without masks), "aux" as it is."""
     sums = dict.fromkeys(MASK_TERMS, jnp.zeros(())) | {"aux": output.aux.get("aux_loss", jnp.zeros(()))}
     sums["ce"], _ = token_cross_entropy(
-        output.hidden, head_kernel_DxV, batch.targets, batch.loss_weights, loss.ce_chunk
+        output.hidden, head_kernel_DxV, batch.targets, batch.loss_weights, loss.ce_chunk, rules
     )
     if output.mask_logits is None:
         return sums
@@ -190,14 +203,15 @@ def total_loss(
     loss: LossConfig,
     model: ModelConfig,
     divide_by: dict[str, Array],
+    rules: ShardingConfig | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """ce * (CE + aux_loss_weight * aux) + dice * Dice + bce * BCE + focal * Focal + iou * IoU, and the unweighted terms.
 
-    `divide_by` are the `divisors` of the batch, or of the whole batch when `batch` is a micro-batch of it.
+    `divide_by` are the `divisors` of the batch, or of the whole batch when `batch` is a micro-batch of it. `rules` are the model's.
     """
     terms = {
         name: value / divide_by[name]
-        for name, value in loss_sums(output, head_kernel_DxV, batch, loss, model.mask).items()
+        for name, value in loss_sums(output, head_kernel_DxV, batch, loss, model.mask, rules).items()
     }
     language = loss.ce * (terms["ce"] + model.moe.aux_loss_weight * terms["aux"])
     masks = loss.dice * terms["dice"] + loss.bce * terms["bce"] + loss.focal * terms["focal"] + loss.iou * terms["iou"]

@@ -14,11 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medplib_jax.batch import Array, Batch, Params, combine
 from medplib_jax.config.experiment import ExperimentConfig, ShardingConfig
 from medplib_jax.config.model import ModelConfig
-from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
+from medplib_jax.models.layers import abstract_module, bind, logical_axes, model_shardings, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.parallel.compilation import compiler_options, release_memory
 from medplib_jax.parallel.processes import wait_for_others
-from medplib_jax.parallel.sharding import check_fits, optimizer_shardings, param_shardings, shard_param, use_rules
+from medplib_jax.parallel.sharding import check_fits, optimizer_shardings, shard_param
 from medplib_jax.train.losses import divisors, total_loss
 from medplib_jax.train.optim import partition
 from medplib_jax.train.state import TrainState
@@ -29,9 +29,9 @@ Metrics = dict[str, Array]
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_model(config: ModelConfig) -> MedPLIB:
+def abstract_model(config: ModelConfig, rules: ShardingConfig | None = None) -> MedPLIB:
     """The model with shapes in place of arrays; read-only, because equal configs share it."""
-    return abstract_module(lambda rngs: MedPLIB(config, rngs))
+    return abstract_module(lambda rngs: MedPLIB(config, rngs, rules))
 
 
 def place(params: Params, shardings: Params) -> Params:
@@ -39,11 +39,6 @@ def place(params: Params, shardings: Params) -> Params:
     return jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), params, shardings
     )
-
-
-def model_shardings(model: MedPLIB, mesh: Mesh, sharding: ShardingConfig = ShardingConfig()) -> Params:
-    with use_rules(sharding.rules):
-        return param_shardings(logical_axes(model), params_of(model), mesh)
 
 
 def make_state(params: Params, config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
@@ -59,7 +54,7 @@ def state_shardings(
     """A TrainState of NamedShardings: moments lie where their parameter lies. Raises ValueError for a mesh that does not fit."""
     check_fits(config, mesh)
     shapes, _ = partition(params_of(model), config.optim.trainable)
-    trainable, frozen = partition(model_shardings(model, mesh, config.sharding), config.optim.trainable)
+    trainable, frozen = partition(model_shardings(model, mesh), config.optim.trainable)
     return TrainState(
         NamedSharding(mesh, PartitionSpec()), trainable, frozen, optimizer_shardings(tx, shapes, trainable, mesh)
     )
@@ -72,11 +67,13 @@ def make_train_step(
     gradients add up to the whole batch's. Randomness depends on (train.seed, step) only."""
 
     def micro_loss(trainable: Params, frozen: Params, batch: Batch, rng: Array, divide_by):
-        with use_rules(config.sharding.rules):
-            # so that each gradient is added up where its parameter lies, and never whole on every device
-            params = jax.tree.map(shard_param, combine(trainable, frozen), logical_axes(model))
-            output, _ = bind(model, params)(batch, train=True, rng=rng)
-        loss, metrics = total_loss(output, params["llm"]["head"]["kernel"], batch, config.loss, config.model, divide_by)
+        # so that each gradient is added up where its parameter lies, and never whole on every device
+        params = jax.tree.map(
+            lambda array, axes: shard_param(array, axes, model.rules), combine(trainable, frozen), logical_axes(model)
+        )
+        output, _ = bind(model, params)(batch, train=True, rng=rng)
+        head = params["llm"]["head"]["kernel"]
+        loss, metrics = total_loss(output, head, batch, config.loss, config.model, divide_by, model.rules)
         return loss, metrics | router_metrics(output.aux, config.optim.accumulate)
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)

@@ -289,8 +289,8 @@ def test_dtype_and_mesh_options(tmp_path):
 
 def test_restores_onto_a_mesh(tmp_path):
     """With shardings, each device holds its own part and the values are the same."""
+    from medplib_jax.models.layers import model_shardings
     from medplib_jax.parallel.mesh import make_mesh
-    from medplib_jax.train.step import model_shardings
 
     convert(tmp_path / "jax", write_folder(tmp_path / "source", DENSE, random_tensors(DENSE)))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))

@@ -6,6 +6,7 @@ from PIL import Image
 
 from medplib_jax.data import images
 from medplib_jax.data.errors import DataError
+from medplib_jax.models.vision.clip import normalise_clip
 from tests.paths import GOLDEN
 
 PREPROCESS = GOLDEN / "preprocess"
@@ -23,10 +24,17 @@ def test_pixels_equal_the_originals(name):
     sam, box = images.sam_pixels(rgb, 256)
     np.testing.assert_array_equal(inside(sam, box), ARRAYS[f"{name}_sam_resized_u8"])
     np.testing.assert_array_equal(box[2:], ARRAYS[f"{name}_resize"])
-    clip, box = images.clip_pixels(rgb, 336)
-    np.testing.assert_array_equal(inside(clip, box), ARRAYS[f"{name}_clip_resized_u8"])
+    _, box = images.to_canvas(rgb, 336, (0, 0, 0))
+    np.testing.assert_array_equal(inside(images.clip_pixels(rgb, 336), box), ARRAYS[f"{name}_clip_resized_u8"])
     mask = images.load_mask(str(PREPROCESS / f"{name}_mask.png"), rgb.shape[:2])
     np.testing.assert_array_equal(mask, ARRAYS[f"{name}_gt_mask"])
+
+
+@pytest.mark.parametrize("name", ["synth_wide", "synth_large"])
+def test_a_smaller_tower_sees_the_originals_pixels(name):
+    """Which are resized from the canvas of 336 pixels, not from the picture."""
+    clip = images.clip_pixels(images.load_image(str(PREPROCESS / f"{name}.png")), 56)
+    np.testing.assert_allclose(normalise_clip(clip).transpose(2, 0, 1), ARRAYS[f"{name}_image_clip_56"], atol=1e-6)
 
 
 def test_sizes_equal_the_originals():
@@ -43,9 +51,10 @@ def test_grey_in_one_channel_gives_what_three_give(tmp_path, size):
         np.testing.assert_array_equal(images.load_pixels(path), grey)
         rgb = images.load_image(path)
         assert rgb.shape == (*size, 3)
-        for canvas in (images.clip_pixels, images.sam_pixels):
-            for side in (336, 256):
-                np.testing.assert_array_equal(canvas(images.load_pixels(path), side)[0], canvas(rgb, side)[0])
+        for side in (336, 256):
+            one, three = images.load_pixels(path), rgb
+            np.testing.assert_array_equal(images.clip_pixels(one, side), images.clip_pixels(three, side))
+            np.testing.assert_array_equal(images.sam_pixels(one, side)[0], images.sam_pixels(three, side)[0])
 
 
 def test_one_coloured_pixel_is_enough(tmp_path):
@@ -57,10 +66,10 @@ def test_one_coloured_pixel_is_enough(tmp_path):
 
 def test_canvas_is_centred_and_padded_with_its_colour():
     rgb = np.full((10, 7, 3), 200, np.uint8)
-    clip, box = images.clip_pixels(rgb, 20)
+    canvas, box = images.to_canvas(rgb, 20, images.CLIP_PAD_COLOUR)
     assert box == (0, 3, 20, 14)
-    assert (clip[:, :3] == images.CLIP_PAD_COLOUR).all() and (clip[:, 17:] == images.CLIP_PAD_COLOUR).all()
-    assert (inside(clip, box) == 200).all()
+    assert (canvas[:, :3] == images.CLIP_PAD_COLOUR).all() and (canvas[:, 17:] == images.CLIP_PAD_COLOUR).all()
+    assert (inside(canvas, box) == 200).all()
     sam, box = images.sam_pixels(np.full((7, 10, 3), 200, np.uint8), 15)  # an odd rest: the smaller half on top
     assert box == (2, 0, 11, 15)
     assert not sam[:2].any() and not sam[13:].any()

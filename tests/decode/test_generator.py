@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medplib_jax.config.experiment import MeshConfig
+from medplib_jax.config.experiment import MeshConfig, ShardingConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.sampling import Sampling, draw_token
@@ -156,7 +156,9 @@ def test_an_answer_is_the_same_in_any_slot_beside_any_others(
 
 def test_devices_share_the_slots(params, batch, one_at_a_time):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
-    sharing = Generator(MODEL, params, eos_id=EOS, seg_id=SEG, max_new_tokens=NEW, max_masks=2, mesh=mesh)
+    sharing = Generator(
+        MODEL, params, eos_id=EOS, seg_id=SEG, max_new_tokens=NEW, max_masks=2, mesh=mesh, rules=ShardingConfig()
+    )
     found = by_record(stream_answers(sharing, [batch], slots=1, refill=1))
     assert sorted(found) == list(range(8))
     for record, generation in found.items():

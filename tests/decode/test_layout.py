@@ -65,8 +65,8 @@ def test_a_gpu_gives_the_same_answers(params, rows, top_k, quantize, request):
 @pytest.mark.parametrize("quantize", layout.QUANTIZE)
 def test_every_parameter_has_its_place_and_shape(params, quantize, on_gpu):
     shapes, axes = (
-        flatten(params_of(laid_out_model(MODEL, quantize))),
-        flatten(logical_axes(laid_out_model(MODEL, quantize))),
+        flatten(params_of(laid_out_model(MODEL, quantize=quantize))),
+        flatten(logical_axes(laid_out_model(MODEL, quantize=quantize))),
     )
     found = flatten(lay_out(MODEL, params, quantize=quantize))
     assert {path: (x.shape, x.dtype == jnp.int8) for path, x in found.items()} == {

@@ -27,7 +27,7 @@ def params():
 
 def test_kernels_keep_their_values_to_half_a_step(params):
     plain = unstack(params, experts_apart=True)
-    quantized = quantize_params(plain)
+    quantized = quantize_params(plain, params_of(decoding_model(MODEL, quantize="int8")))
     back, scales = flatten(dequantize_params(quantized, jnp.float32)), flatten(quantized)
     for path, kernel in flatten(plain).items():
         step = scales.get(path.replace("/kernel", "/kernel_scale")) if path.endswith("/kernel") else None
@@ -46,7 +46,7 @@ def test_kernels_keep_their_values_to_half_a_step(params):
 def test_the_model_computes_with_them(params):
     """Hidden states and a prefill over many tokens, equal to those of the dequantised weights."""
     batch = random_batch(tiny_experiment(model=MODEL), 16)
-    model, quantized = decoding_model(MODEL, "int8"), lay_out(MODEL, params, quantize="int8")
+    model, quantized = decoding_model(MODEL, quantize="int8"), lay_out(MODEL, params, quantize="int8")
     assert jax.tree.structure(params_of(model)) == jax.tree.structure(quantized)
     plain = decoding_model(MODEL)
 
@@ -60,4 +60,4 @@ def test_the_model_computes_with_them(params):
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="int4"):
-        decoding_model(MODEL, "int4")
+        decoding_model(MODEL, quantize="int4")

@@ -9,8 +9,9 @@ from configs import stage4_moe
 from medplib_jax.batch import flatten
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.models.layers import model_shardings
 from medplib_jax.parallel.mesh import MESH_AXES
-from medplib_jax.train.step import abstract_model, model_shardings
+from medplib_jax.train.step import abstract_model
 from tests.paths import GOLDEN
 
 FILE = GOLDEN / "sharding_7b.json.gz"
@@ -20,13 +21,10 @@ MESHES = {"fsdp": (1, 64, 1, 1), "data x fsdp": (4, 16, 1, 1), "fsdp x expert x 
 def specs() -> dict[str, dict[str, list]]:
     """{mesh: {parameter: one entry per axis: None, a mesh axis or several}}."""
     config = from_config_dict(stage4_moe.get_config("7b"), ExperimentConfig)
-    model = abstract_model(config.model)
+    model = abstract_model(config.model, config.sharding)
     meshes = {name: AbstractMesh(sizes, MESH_AXES) for name, sizes in MESHES.items()}
     return {
-        name: {
-            path: list(sharding.spec)
-            for path, sharding in flatten(model_shardings(model, mesh, config.sharding)).items()
-        }
+        name: {path: list(sharding.spec) for path, sharding in flatten(model_shardings(model, mesh)).items()}
         for name, mesh in meshes.items()
     }
 

@@ -1,4 +1,7 @@
+import dataclasses
+
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
@@ -31,6 +34,47 @@ def test_sizes_that_do_not_fit_are_refused():
         MeshConfig(dcn_data=0)
     with pytest.raises(ValueError, match="at most one -1"):
         MeshConfig(data=-1, fsdp=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What `make_mesh` asks of a device."""
+
+    id: int
+    slice_index: int  # JAX's client for CUDA counts nodes here
+    platform: str = "gpu"
+
+
+CLUSTER = [Gpu(id, id // 8) for id in range(32)]  # four nodes of eight
+
+
+def nodes_along(mesh, axis: str) -> int:
+    """On how many nodes the devices of one line along the axis are, at most."""
+    lines = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1).reshape(-1, mesh.shape[axis])
+    return max(len({device.slice_index for device in line}) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes", "nodes"),
+    [
+        (MeshConfig(fsdp=32), (1, 32, 1, 1), {"fsdp": 4}),
+        (MeshConfig(fsdp=16), (2, 16, 1, 1), {"data": 2, "fsdp": 2}),
+        (MeshConfig(fsdp=4, tensor=8, data=1), (1, 4, 1, 8), {"fsdp": 4, "tensor": 1}),
+        (MeshConfig(fsdp=8, dcn_data=4), (4, 8, 1, 1), {"data": 4, "fsdp": 1}),
+        (MeshConfig(fsdp=-1, data=1, dcn_data=2), (2, 16, 1, 1), {"data": 2, "fsdp": 2}),
+    ],
+)
+def test_nodes_of_gpus_are_one_mesh(config, sizes, nodes):
+    mesh = make_mesh(config, CLUSTER[::-1])
+    assert mesh.devices.shape == sizes
+    assert {axis: nodes_along(mesh, axis) for axis in nodes} == nodes
+
+
+def test_nodes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="mesh.dcn_data is 8, which does not divide the 4 nodes"):
+        make_mesh(MeshConfig(dcn_data=8), CLUSTER)
+    with pytest.raises(ValueError, match="mesh.dcn_data is 1, but the devices form 4 slices"):
+        make_mesh(MeshConfig(), [dataclasses.replace(device, platform="tpu") for device in CLUSTER])
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}

@@ -11,14 +11,7 @@ from jax.sharding import PartitionSpec
 
 from medplib_jax.config.experiment import MeshConfig, ShardingConfig
 from medplib_jax.parallel.mesh import make_mesh
-from medplib_jax.parallel.sharding import (
-    batch_sharding,
-    optimizer_shardings,
-    param_shardings,
-    process_rows,
-    put_batch,
-    use_rules,
-)
+from medplib_jax.parallel.sharding import batch_sharding, optimizer_shardings, param_shardings, process_rows, put_batch
 from medplib_jax.train.step import abstract_model, state_shardings
 from tests.helpers import tiny_experiment
 from tests.parallel import sharding_golden
@@ -36,13 +29,13 @@ def shape(*sizes):
 def test_rules_map_names_to_mesh_axes(mesh):
     axes = {"mlp": {"kernel": ("layers", "expert", "embed", "mlp"), "scale": ("norm",)}, "position": (None, "vision")}
     shapes = {"mlp": {"kernel": shape(3, 2, 8, 6), "scale": shape(5)}, "position": shape(7, 3)}
-    shardings = param_shardings(axes, shapes, mesh)
+    shardings = param_shardings(axes, shapes, RULES, mesh)
     assert shardings["mlp"]["kernel"].spec == PartitionSpec(None, "expert", "fsdp", "tensor")
     assert shardings["mlp"]["scale"].spec == PartitionSpec(None)
     assert shardings["position"].spec == PartitionSpec(None, None)
 
 
-RULES = ShardingConfig().rules
+RULES = ShardingConfig()
 
 
 @pytest.mark.parametrize(
@@ -52,28 +45,22 @@ RULES = ShardingConfig().rules
         (
             ("embed", "mlp"),
             (4, 4),
-            {**RULES, "mlp": ("fsdp",)},
-            "llm/up: logical axes 'embed' and 'mlp' are both mapped to mesh axis 'fsdp'",
+            ShardingConfig(mlp="fsdp"),
+            "llm/up: sharding.embed and sharding.mlp both map a dimension of it to mesh axis 'fsdp'",
         ),
-        (("embed", "embed"), (4, 4), RULES, "both mapped to mesh axis 'fsdp'"),
+        (("embed", "embed"), (4, 4), RULES, "sharding.embed and sharding.embed both map"),
         (("embed", "mlp"), (4, 5), RULES, "llm/up: dimension 'mlp' of size 5 is not divisible by 2"),
         (("embed",), (4, 4), RULES, "llm/up: 1 logical axes"),
-        (
-            ("embed", "mlp"),
-            (4, 4),
-            {**RULES, "mlp": ("model",)},
-            "llm/up: rule 'mlp' -> 'model', but the mesh has axes",
-        ),
     ],
 )
 def test_errors_are_loud_and_name_the_parameter(mesh, axes, sizes, rules, message):
-    with use_rules(rules), pytest.raises(ValueError, match=message):
-        param_shardings({"llm": {"up": axes}}, {"llm": {"up": shape(*sizes)}}, mesh)
+    with pytest.raises(ValueError, match=message):
+        param_shardings({"llm": {"up": axes}}, {"llm": {"up": shape(*sizes)}}, rules, mesh)
 
 
 def test_rules_are_a_block_of_the_config(mesh):
-    with use_rules(ShardingConfig(embed="data, fsdp", vocab="tensor").rules):
-        spec = param_shardings({"head": ("embed", "vocab")}, {"head": shape(8, 6)}, mesh)["head"].spec
+    rules = ShardingConfig(embed="data, fsdp", vocab="tensor")
+    spec = param_shardings({"head": ("embed", "vocab")}, {"head": shape(8, 6)}, rules, mesh)["head"].spec
     assert spec == PartitionSpec(("data", "fsdp"), "tensor")
     with pytest.raises(ValueError, match="sharding.mlp names model, but the mesh axes are data, fsdp, expert, tensor"):
         ShardingConfig(mlp="model")
@@ -85,12 +72,12 @@ def test_rules_are_a_block_of_the_config(mesh):
 
 def test_trees_must_agree(mesh):
     with pytest.raises(ValueError, match="llm: logical axes and shapes differ in \\['up'\\]"):
-        param_shardings({"llm": {}}, {"llm": {"up": shape(4)}}, mesh)
+        param_shardings({"llm": {}}, {"llm": {"up": shape(4)}}, RULES, mesh)
 
 
 def test_moments_are_sharded_like_their_parameter(mesh):
     shapes = {"kernel": shape(8, 4), "scale": shape(3)}
-    shardings = param_shardings({"kernel": ("embed", "mlp"), "scale": ("norm",)}, shapes, mesh)
+    shardings = param_shardings({"kernel": ("embed", "mlp"), "scale": ("norm",)}, shapes, RULES, mesh)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_learning_rate(lambda step: 1e-3)
     )
@@ -144,4 +131,6 @@ def test_what_a_mesh_cannot_share_out_is_said_before_anything_compiles(sizes, ch
         config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in changes.items()}
     )
     with pytest.raises(ValueError, match=message):
-        state_shardings(abstract_model(config.model), config, optax.sgd(1.0), make_mesh(MeshConfig(*sizes)))
+        state_shardings(
+            abstract_model(config.model, config.sharding), config, optax.sgd(1.0), make_mesh(MeshConfig(*sizes))
+        )

@@ -13,16 +13,10 @@ import pytest
 from medplib_jax.batch import flatten
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig, MeshConfig, OptimConfig
+from medplib_jax.models.layers import model_shardings
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.sharding import put_batch
-from medplib_jax.train.step import (
-    CompiledStep,
-    abstract_model,
-    make_state,
-    make_train_step,
-    model_shardings,
-    state_shardings,
-)
+from medplib_jax.train.step import CompiledStep, abstract_model, make_state, make_train_step, state_shardings
 from tests.helpers import MODEL, init_params, random_batch, tiny_experiment
 
 STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe")
@@ -57,9 +51,9 @@ def small(stage: str, dispatch: str) -> ExperimentConfig:
 def step(config: ExperimentConfig, sizes: tuple[int, ...]):
     """(metrics, gradients); plain SGD at a high rate shows the gradients themselves, not lost in the parameters' last digits."""
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
-    model, tx = abstract_model(config.model), optax.sgd(RATE)
+    model, tx = abstract_model(config.model, config.sharding), optax.sgd(RATE)
     shardings = state_shardings(model, config, tx, mesh)
-    params = varied(init_params(config, model_shardings(model, mesh, config.sharding)))
+    params = varied(init_params(config, model_shardings(model, mesh)))
     state = jax.jit(lambda p: make_state(p, config, tx), out_shardings=shardings)(params)
     before = jax.device_get(state.trainable)
     run = CompiledStep(make_train_step(model, config, tx, lambda step: RATE), shardings)

@@ -10,7 +10,7 @@ import pytest
 
 from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import MeshConfig, OptimConfig
-from medplib_jax.models.layers import params_of
+from medplib_jax.models.layers import model_shardings, params_of
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.sharding import put_batch
 from medplib_jax.train.optim import make_optimizer, make_schedule, partition
@@ -19,7 +19,6 @@ from medplib_jax.train.step import (
     abstract_model,
     make_state,
     make_train_step,
-    model_shardings,
     split_batch,
     state_shardings,
 )
@@ -28,10 +27,10 @@ from tests.helpers import init_params, random_batch, tiny_experiment
 
 def setup(config, mesh):
     """(compiled step, state at step 0) on a mesh; plain SGD shows the gradients themselves."""
-    model = abstract_model(config.model)
+    model = abstract_model(config.model, config.sharding)
     tx, schedule = optax.sgd(1.0), lambda step: 1.0
     shardings = state_shardings(model, config, tx, mesh)
-    params = init_params(config, model_shardings(model, mesh, config.sharding))
+    params = init_params(config, model_shardings(model, mesh))
     state = jax.jit(lambda p: make_state(p, config, tx), out_shardings=shardings)(params)
     return CompiledStep(make_train_step(model, config, tx, schedule), shardings), state
 
@@ -98,12 +97,12 @@ def test_a_bucket_is_compiled_once(reference):
 def test_frozen_parameters_keep_their_values_and_take_their_dtype():
     config = tiny_experiment(optim=OptimConfig(trainable=("lora_[ab]$",), frozen_dtype="bfloat16", lr=1e-2, warmup=0))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model = abstract_model(config.model)
+    model = abstract_model(config.model, config.sharding)
     trainable, _ = partition(params_of(model), config.optim.trainable)
     schedule = make_schedule(config.optim, 10, 10)
     tx = make_optimizer(config.optim, schedule, trainable)
     shardings = state_shardings(model, config, tx, mesh)
-    state = make_state(init_params(config, model_shardings(model, mesh, config.sharding)), config, tx)
+    state = make_state(init_params(config, model_shardings(model, mesh)), config, tx)
     before = jax.device_get((state.trainable, state.frozen))
     step = CompiledStep(make_train_step(model, config, tx, schedule), shardings)
     for seed in range(3):

@@ -14,6 +14,7 @@ import numpy as np
 
 from medplib_jax.batch import Array
 from medplib_jax.models.kernels import grouped_matmul_gpu as gpu
+from medplib_jax.models.precision import precision_of
 from medplib_jax.models.target import is_for_gpu, is_for_tpu, target_device
 
 # Rows per block, descending. A group takes as many blocks of each size as fit, so that large products run at full speed and
@@ -107,7 +108,7 @@ def _multiply_group(x, matrix, start, size, out, contract):
     """`out` with rows [start, start + size) replaced by those of x times the matrix."""
 
     def block(row, count, keep, out):
-        y = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(x, row, count), matrix, contract)
+        y = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(x, row, count), matrix, contract, precision_of(x))
         if keep is not None:
             y = jnp.where(keep, y, jax.lax.dynamic_slice_in_dim(out, row, count))
         return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
@@ -124,7 +125,7 @@ def _weight_gradient_blocks(x, dy, sizes):
             if keep is not None:
                 grads = jnp.where(keep, grads, 0)
             return total + jax.lax.dot_general(
-                rows, grads, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+                rows, grads, (((0,), (0,)), ((), ())), precision_of(rows), preferred_element_type=jnp.float32
             )
 
         return _each_block(starts[e], sizes[e], x.shape[0], jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32), block)

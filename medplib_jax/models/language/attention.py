@@ -3,17 +3,20 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from medplib_jax.batch import Array
+from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import LlmConfig, LoraConfig
 from medplib_jax.models.layers import Linear, Rngs, softmax_average
+from medplib_jax.models.precision import product
 from medplib_jax.models.rng import split_rng
 from medplib_jax.models.target import is_for_gpu, is_for_tpu, target_device
-from medplib_jax.parallel.sharding import mesh_axes, row_axes
+from medplib_jax.parallel.sharding import activation_axes, mesh_axes, row_axes
 
 HIDDEN = -1e30  # added to the score of a key that a query may not see; absorbs any score
 QUERY_BLOCK = 128
@@ -30,16 +33,24 @@ class KVCache:
     length_B: Int[Array, " B"]
 
 
+def rotary_frequencies(head_dim: int, theta: float) -> np.ndarray:
+    """theta^(-2i/K), float32 [K/2] (Su et al. 2021, eq. 15), rounded at the places where LLaMA's `rotary_emb.inv_freq` is.
+
+    The power is taken on the host: a TPU's is less exact.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
+
+
 def rotary_tables(positions_BxL: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin [B, L, K/2] in float32 of position * theta^(-2i/K) (Su et al. 2021, eq. 15)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions_BxL[..., None].astype(jnp.float32) * frequencies
+    """cos and sin [B, L, K/2] in float32 of position * frequency."""
+    angles = positions_BxL[..., None].astype(jnp.float32) * rotary_frequencies(head_dim, theta)
     tables = jnp.cos(angles), jnp.sin(angles)
     if target_device(positions_BxL).platform != "cpu":
         return tables
-    # XLA for CPUs would compute cosines anew for every head of every layer, and heeds no barrier; a product it computes once.
+    # XLA for CPUs would compute cosines anew for every head of every layer, whatever barrier stands between. A product it computes once.
     identity = jnp.eye(head_dim // 2)
-    return tuple(jnp.matmul(table, identity, precision="highest") for table in tables)
+    return tuple(product(table, identity) for table in tables)
 
 
 def rotate(x_BxLxHxK: Array, tables: tuple[Array, Array]) -> Array:
@@ -113,27 +124,47 @@ def _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, visible_BxLxS):
     G = k_BxGxKxS.shape[1]
     hidden_BxLxS = jnp.where(visible_BxLxS, 0.0, HIDDEN)
     q_BxGxRLxK = (q_BxLxHxK * K**-0.5).reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
-    scores = jnp.matmul(q_BxGxRLxK, k_BxGxKxS, preferred_element_type=jnp.float32)
+    scores = product(q_BxGxRLxK, k_BxGxKxS, jnp.float32)
     scores += jnp.tile(hidden_BxLxS, (1, H // G, 1))[:, None]
     y = softmax_average(scores, v_BxGxSxK)
     return y.reshape(B, G, H // G, L, K).transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
 
 
 def attend_within(
-    q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, valid_BxL: Array, segment_BxL: Array | None = None
+    q_BxLxHxK: Array,
+    k_BxLxGxK: Array,
+    v_BxLxGxK: Array,
+    valid_BxL: Array,
+    segment_BxL: Array | None = None,
+    *,
+    rules: ShardingConfig | None = None,
 ) -> Array:
     """Causal attention within rows that are padded on the right, or within the segments of a row (`attend` without a cache).
 
     For a TPU by the splash attention kernel and for a GPU by cuDNN's, which never keep scores; the same values, except at padding, which then
-    sees other padding too.
+    sees other padding too. `rules` say over which devices of a mesh the heads are spread.
     """
-    if is_for_tpu(q_BxLxHxK) and q_BxLxHxK.shape[3] % SPLASH_LANES == 0:
-        return _splash(
-            q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, valid_BxL.astype(jnp.int32) if segment_BxL is None else segment_BxL
-        )
-    if is_for_gpu(q_BxLxHxK) and segment_BxL is None and suits_cudnn(q_BxLxHxK):
-        return fused_attention(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, "cudnn")
-    return _attend_blocks(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, valid_BxL, segment_BxL)
+    q, k, v = q_BxLxHxK, k_BxLxGxK, v_BxLxGxK
+    if is_for_tpu(q) and q.shape[3] % SPLASH_LANES == 0:
+        return _splash(q, k, v, valid_BxL.astype(jnp.int32) if segment_BxL is None else segment_BxL, rules)
+    if is_for_gpu(q) and segment_BxL is None and suits_cudnn(q):
+        return fused_attention(*_with_own_heads(q, k, v, rules), "cudnn")
+    return _attend_blocks(q, k, v, valid_BxL, segment_BxL)
+
+
+def _with_own_heads(q, k, v, rules):
+    """Queries, keys and values [B, L, heads, K] so that every device holds the keys of its own query heads, as a kernel needs them.
+
+    Where the rules spread query heads and key heads alike, they lie so already. Else each query head gets a copy of its key head.
+    """
+    mesh = jax.typeof(q).sharding.mesh
+    if mesh.size <= 1:
+        return q, k, v
+    if mesh_axes(rules, "heads") != mesh_axes(rules, "kv_heads"):
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    rows = row_axes(len(q), mesh)
+    placed = NamedSharding(mesh, PartitionSpec(rows, None, activation_axes(rules, "heads", rows)))
+    return tuple(jax.lax.with_sharding_constraint(x, placed) for x in (q, k, v))
 
 
 def suits_cudnn(q_BxLxHxK: Array) -> bool:
@@ -176,24 +207,20 @@ def splash_block(length: int) -> int:
     return 512 if length % 512 == 0 else min(256, length + -length % SPLASH_LANES)
 
 
-def _splash(q, k, v, segment_BxL):
+def _splash(q, k, v, segment_BxL, rules):
     """Every device works on its rows and heads: the compiler cannot partition a kernel."""
     length, mesh = q.shape[1], jax.typeof(q).sharding.mesh
     beyond = -length % splash_block(length)
+    q, k, v = _with_own_heads(q, k, v, rules)
     q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, beyond), (0, 0))) for x in (q * q.shape[3] ** -0.5, k, v))
     segment_BxL = jnp.pad(segment_BxL, ((0, 0), (0, beyond)))
     if mesh.size <= 1:
         y = _splash_local(q, k, v, segment_BxL)
     else:
         rows = row_axes(q.shape[0], mesh)
-        wide, narrow = PartitionSpec(rows, mesh_axes("heads")), PartitionSpec(rows, mesh_axes("kv_heads"))
-        run = jax.shard_map(
-            _splash_local,
-            mesh=mesh,
-            in_specs=(wide, narrow, narrow, PartitionSpec(rows)),
-            out_specs=wide,
-            check_vma=False,
-        )
+        by_head = PartitionSpec(rows, activation_axes(rules, "heads", rows))
+        in_specs = (by_head, by_head, by_head, PartitionSpec(rows))
+        run = jax.shard_map(_splash_local, mesh=mesh, in_specs=in_specs, out_specs=by_head, check_vma=False)
         y = run(q, k, v, segment_BxL)
     return y[:, :, :length].swapaxes(1, 2)
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from medplib_jax.batch import Array, Params
+from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.models.language.attention import (
     Attention,
@@ -26,9 +27,11 @@ from medplib_jax.models.remat import remat
 from medplib_jax.models.rng import split_rng
 from medplib_jax.parallel.sharding import shard_param, shard_rows
 
+PADDING = 0  # token id
+
 
 class Embedding(nnx.Module):
-    """Token embeddings [V, D]."""
+    """Token embeddings [V, D]. Token 0 stands at padding: its row never trains, as that of LLaMA's `padding_idx`."""
 
     def __init__(self, vocab_size: int, dim: int, dtype: str, rngs: Rngs):
         # Unit size, as what the layers add: a small embedding would drown in the first attention's output and the token be forgotten.
@@ -36,7 +39,9 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens_BxL: Array) -> Array:
-        return self.embedding[...][tokens_BxL].astype(self.dtype)
+        x_BxLxD = self.embedding[...][tokens_BxL]
+        x_BxLxD = jnp.where((tokens_BxL == PADDING)[..., None], jax.lax.stop_gradient(x_BxLxD), x_BxLxD)
+        return x_BxLxD.astype(self.dtype)
 
 
 class DecoderLayer(nnx.Module):
@@ -55,9 +60,16 @@ class Llama(nnx.Module):
     the loop over tokens would copy all weights for every token. `experts_apart`: so do the experts of a layer.
     """
 
-    def __init__(self, config: ModelConfig, rngs: Rngs, layers_apart: bool = False, experts_apart: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        rngs: Rngs,
+        rules: ShardingConfig | None = None,
+        layers_apart: bool = False,
+        experts_apart: bool = False,
+    ):
         llm, num_layers, num_moe = config.llm, config.llm.num_layers, len(config.moe_layers)
-        self.config = config
+        self.config, self.rules = config, rules
         self.embed = Embedding(llm.vocab_size, llm.hidden_size, config.dtype, rngs)
         several = list_layers if layers_apart else stack_layers
         self.layers = several(lambda r: DecoderLayer(config, r), num_layers, rngs)
@@ -65,7 +77,7 @@ class Llama(nnx.Module):
             several(lambda r: SwiGlu(llm, config.lora, r), num_layers - num_moe, rngs) if num_moe < num_layers else None
         )
         self.moe = (
-            several(lambda r: MoeMlp(llm, config.moe, config.lora, r, experts_apart), num_moe, rngs)
+            several(lambda r: MoeMlp(llm, config.moe, config.lora, r, rules, experts_apart), num_moe, rngs)
             if num_moe
             else None
         )
@@ -100,7 +112,7 @@ class Llama(nnx.Module):
         tables = rotary_tables(
             index_BxL if positions_BxL is None else positions_BxL, self.config.llm.head_dim, self.config.llm.rope_theta
         )
-        step = _LayerStep(self.config, tables, index_BxL, valid_BxL, segment_BxL, train, new_cache)
+        step = _LayerStep(self.config, self.rules, tables, index_BxL, valid_BxL, segment_BxL, train, new_cache)
         inputs = {"rng": None if rng is None else jax.random.split(rng, self.config.llm.num_layers)}
         if cache is None and not new_cache and not isinstance(self.layers, nnx.List):
             x_BxLxD, out = self._scan(step, x_BxLxD, inputs, router_noise)
@@ -171,15 +183,9 @@ class Llama(nnx.Module):
 class _LayerStep:
     """The body of the scan: one period of decoder layers, with what all layers share."""
 
-    def __init__(self, config, tables, index_BxL, valid_BxL, segment_BxL, train, new_cache):
-        self.config, self.tables, self.index_BxL, self.valid_BxL, self.train = (
-            config,
-            tables,
-            index_BxL,
-            valid_BxL,
-            train,
-        )
-        self.segment_BxL, self.new_cache = segment_BxL, new_cache
+    def __init__(self, config, rules, tables, index_BxL, valid_BxL, segment_BxL, train, new_cache):
+        self.config, self.rules, self.tables, self.train, self.new_cache = config, rules, tables, train, new_cache
+        self.index_BxL, self.valid_BxL, self.segment_BxL = index_BxL, valid_BxL, segment_BxL
 
     def over(self, graphdefs, kinds: Sequence[bool]):
         """A scan body over layers of these kinds (True: experts); params have a leading axis of the period."""
@@ -188,9 +194,9 @@ class _LayerStep:
             metrics = []
             for j, is_moe in enumerate(kinds):
                 among_kind = sum(kind == is_moe for kind in kinds[:j])
-                layer = nnx.merge(graphdefs["layers"], _placed(_index(xs["params"]["layers"], j)))
+                layer = nnx.merge(graphdefs["layers"], _placed(_index(xs["params"]["layers"], j), self.rules))
                 name = "moe" if is_moe else "mlp"
-                mlp = nnx.merge(graphdefs[name], _placed(_index(xs["params"][name], among_kind)))
+                mlp = nnx.merge(graphdefs[name], _placed(_index(xs["params"][name], among_kind), self.rules))
                 x, out, _ = self.layer(
                     layer, mlp, x, _index(xs["inputs"], j), _index(xs["noise"], among_kind) if is_moe else None
                 )
@@ -204,7 +210,7 @@ class _LayerStep:
         project_rng, output_rng, mlp_rng = split_rng(inputs["rng"], 3)
         q, k, v = layer.attn.project(layer.input_norm(x), self.tables, project_rng)
         if buffers is None:
-            y = attend_within(q, k, v, self.valid_BxL, self.segment_BxL)
+            y = attend_within(q, k, v, self.valid_BxL, self.segment_BxL, rules=self.rules)
             buffers = begin_cache(k, v, self.new_cache) if self.new_cache else None
         else:
             buffers = extend_cache(*buffers, k, v, self.index_BxL)
@@ -252,12 +258,12 @@ def _rows(stack: nnx.Module | None, start: int, stop: int, repeats: int):
     return graphdef, _take(state, start, stop, repeats)
 
 
-def _placed(state: nnx.State) -> nnx.State:
+def _placed(state: nnx.State, rules: ShardingConfig | None) -> nnx.State:
     """One layer's parameters, sharded as in their stack. So are their gradients then: left to itself the compiler keeps
     those of all layers whole on every device."""
     flat = nnx.to_flat_state(state)
     return nnx.from_flat_state(
-        [(path, variable.replace(shard_param(variable[...], variable.axes))) for path, variable in flat]
+        [(path, variable.replace(shard_param(variable[...], variable.axes, rules))) for path, variable in flat]
     )
 
 

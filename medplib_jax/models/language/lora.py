@@ -1,5 +1,6 @@
 """Low-rank adapters (Hu et al. 2021) merged into the weights, as a transform of a parameter tree."""
 
+import jax
 import jax.numpy as jnp
 
 from medplib_jax.batch import Params
@@ -17,7 +18,8 @@ def merge_lora(params: Params, lora: LoraConfig) -> Params:
         a, b = (merged.pop(name) for name in ("lora_a", "lora_b"))
         if a.shape[-1] != lora.rank:
             raise ValueError(f"adapter of shape {a.shape} has rank {a.shape[-1]}, expected lora.rank {lora.rank}")
-        update = lora.scale * (a.astype(jnp.float32) @ b.astype(jnp.float32))
+        with jax.default_matmul_precision("highest"):  # numpy arrays come here too, and stay on the host
+            update = lora.scale * (a.astype(jnp.float32) @ b.astype(jnp.float32))
         kernel = params["kernel"]
         merged["kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
     return merged

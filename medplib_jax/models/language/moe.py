@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from medplib_jax.batch import Array
+from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.models.kernels.grouped_matmul import grouped_matmul, grouped_matmul_apart, grouped_matmul_transposed
 from medplib_jax.models.language.expert_exchange import axis_product, permute_rows, sort_by_expert, with_exchange
@@ -35,10 +36,11 @@ from medplib_jax.models.layers import (
     params_of,
     vector_matmul,
 )
+from medplib_jax.models.precision import einsum, product
 from medplib_jax.models.quantize import dequantize_params
 from medplib_jax.models.rng import dropout, split_rng
 from medplib_jax.models.target import is_for_tpu
-from medplib_jax.parallel.sharding import axis_size, mesh_axes, partition_spec, row_axes
+from medplib_jax.parallel.sharding import activation_axes, axis_size, mesh_axes, partition_spec, row_axes
 
 # Up to this many tokens every expert runs on every token: reading the weights is then what costs. A TPU multiplies 240 times and more
 # while it reads one weight.
@@ -115,7 +117,7 @@ def load_balancing_loss(probs_SxE: Array, first_choice_S: Array, count_S: Array)
     num_experts = probs_SxE.shape[1]
     share = count_S / jnp.maximum(count_S.sum(), 1)
     chosen = jax.nn.one_hot(first_choice_S, num_experts)
-    return num_experts * jnp.sum((share @ probs_SxE) * (share @ chosen))
+    return num_experts * jnp.sum(product(share, probs_SxE) * product(share, chosen))
 
 
 class ExpertLinear(nnx.Module):
@@ -146,22 +148,23 @@ class ExpertLinear(nnx.Module):
         """Rows sorted by expert, `sizes_E` of each; `member_SxE` says the same row by row. [S, in] -> [S, out]."""
         if self.by_output:
             return grouped_matmul_transposed(x_SxD, self._plain_kernel(x_SxD.dtype), sizes_E)
-        y = checkpoint_name(grouped_matmul(x_SxD, self.kernel[...], sizes_E), "grouped_matmul")
+        kernel = self.kernel[...] if self.kernel_scale is None else self._plain_kernel(x_SxD.dtype)
+        y = checkpoint_name(grouped_matmul(x_SxD, kernel, sizes_E), "grouped_matmul")
         if self.lora_a is None:
             return y
         # All experts' adapters at once: a dense product of width E * r, masked to each row's expert, costs less than sorting.
-        low = jnp.einsum("sd,edr->ser", dropout(x_SxD, self.lora_dropout, rng), self.lora_a[...].astype(y.dtype))
+        low = einsum("sd,edr->ser", dropout(x_SxD, self.lora_dropout, rng), self.lora_a[...].astype(y.dtype))
         low = self.lora_scale * jnp.where(member_SxE[:, :, None], low, 0)  # scaled while it is narrow
-        return y + jnp.einsum("ser,erf->sf", low, self.lora_b[...].astype(y.dtype))
+        return y + einsum("ser,erf->sf", low, self.lora_b[...].astype(y.dtype))
 
     def every_expert(self, x_ExSxD: Array, rng: Array | None) -> Array:
         """[E, S, in] -> [E, S, out]."""
         kernel = self._plain_kernel(x_ExSxD.dtype)
-        y = x_ExSxD @ (kernel.swapaxes(1, 2) if self.by_output else kernel)
+        y = product(x_ExSxD, kernel.swapaxes(1, 2) if self.by_output else kernel)
         if self.lora_a is None:
             return y
-        low = dropout(x_ExSxD, self.lora_dropout, rng) @ self.lora_a[...].astype(y.dtype)
-        return y + self.lora_scale * (low @ self.lora_b[...].astype(y.dtype))
+        low = product(dropout(x_ExSxD, self.lora_dropout, rng), self.lora_a[...].astype(y.dtype))
+        return y + self.lora_scale * product(low, self.lora_b[...].astype(y.dtype))
 
     def of_expert(self, x_1xD: Array, expert: Array) -> Array:
         """One row through one expert, in a decoding model for a GPU. [1, in] -> [1, out]."""
@@ -177,8 +180,11 @@ class ExpertLinear(nnx.Module):
 class Experts(nnx.Module):
     """E SwiGLU MLPs with stacked weights."""
 
-    def __init__(self, num_experts: int, llm: LlmConfig, lora: LoraConfig, rngs: Rngs):
+    def __init__(
+        self, num_experts: int, llm: LlmConfig, lora: LoraConfig, rngs: Rngs, rules: ShardingConfig | None = None
+    ):
         D, F = llm.hidden_size, llm.mlp_dim
+        self.rules = rules
         self.gate = ExpertLinear(num_experts, D, F, ("embed", "mlp"), lora, lora.rank_of("gate"), rngs)
         self.up = ExpertLinear(num_experts, D, F, ("embed", "mlp"), lora, lora.rank_of("up"), rngs)
         self.down = ExpertLinear(num_experts, F, D, ("mlp", "embed"), lora, lora.rank_of("down"), rngs)
@@ -189,22 +195,29 @@ class Experts(nnx.Module):
         return self._local(x_SxD, routing, rng, ()) if mesh.size <= 1 else self._on_mesh(mesh, x_SxD, routing, rng)
 
     def _on_mesh(self, mesh, x_SxD, routing, rng):
-        """Every device routes its own tokens. Those of experts that live elsewhere along the axis `expert` go there and back; each
-        device computes its slice of the experts' width (`tensor`), and these add up. Sorting stays on the device; weights are gathered
-        over `fsdp` and their gradients scattered back."""
+        """Every device routes its own rows, and sorts them without the others.
+
+        What the parameters' sharding means for it is decided per logical axis. `expert`: rows travel to the devices that hold their experts
+        and back, if the mesh axes carry rows. `mlp`: a device computes a slice of the experts' width and these add up, if the mesh axes
+        carry none. All other axes are gathered before the products, and their gradients scattered back.
+        """
+        rows, rules = row_axes(x_SxD.shape[0], mesh), self.rules
         params, axes = params_of(self), logical_axes(self)
         names = jax.tree.map(lambda array, names: names[-array.ndim :], params, axes)
-        specs = jax.tree.map(
-            lambda array, names: partition_spec("moe/experts", names, array.shape, mesh), params, names
-        )
-        rows = row_axes(x_SxD.shape[0], mesh)
-        exchanged = mesh_axes("expert") if axis_size(mesh, mesh_axes("expert")) > 1 else ()
+        specs = jax.tree.map(lambda x, names: partition_spec("moe/experts", names, x.shape, rules, mesh), params, names)
+        exchanged = mesh_axes(rules, "expert") if set(mesh_axes(rules, "expert")) <= set(rows or ()) else ()
+        exchanged = exchanged if axis_size(mesh, exchanged) > 1 else ()
+        sliced = activation_axes(rules, "mlp", rows)
+        kept = {"expert"} if exchanged else set()
+        kept |= {"mlp"} if sliced else set()
+        different = (*(rows or ()), *sliced)
 
         def local(params, x, routing, rng):
-            params = jax.tree.map(lambda array, names: _gather_width(array.astype(x.dtype), names), params, names)
-            if rng is not None:
-                rng = jax.random.fold_in(rng, jax.lax.axis_index(mesh.axis_names))
-            return jax.lax.psum(bind(self, params)._local(x, routing, rng, exchanged), mesh_axes("mlp"))
+            params = jax.tree.map(lambda p, names: _gather(_narrow(p, x.dtype), names, kept, rules), params, names)
+            if rng is not None and different:  # devices that compute the same thing must draw the same
+                rng = jax.random.fold_in(rng, jax.lax.axis_index(different))
+            y = bind(self, params)._local(x, routing, rng, exchanged)
+            return jax.lax.psum(y, sliced) if sliced else y
 
         in_specs = (specs, PartitionSpec(rows), PartitionSpec(rows), PartitionSpec())
         run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(rows), check_vma=False)
@@ -243,7 +256,7 @@ class Experts(nnx.Module):
         x_ExSxD = jnp.broadcast_to(x_SxD, (num_experts, *x_SxD.shape))
         h = jax.nn.silu(self.gate.every_expert(x_ExSxD, rngs[0])) * self.up.every_expert(x_ExSxD, rngs[1])
         weight_SxE = (jax.nn.one_hot(routing.expert, num_experts) * routing.weight[:, :, None]).sum(1)
-        return jnp.einsum("esd,se->sd", self.down.every_expert(h, rngs[2]), weight_SxE.astype(x_SxD.dtype))
+        return einsum("esd,se->sd", self.down.every_expert(h, rngs[2]), weight_SxE.astype(x_SxD.dtype))
 
     def _sorted(self, x_NxD, expert_N, rngs):
         """Each row through its expert; expert E is none and gives zero."""
@@ -272,11 +285,16 @@ def _few_tokens(x_SxD: Array) -> int:
     return FEW_TOKENS_TPU if is_for_tpu(x_SxD) else FEW_TOKENS
 
 
-def _gather_width(array: Array, names: tuple[str, ...]) -> Array:
-    """Undoes the sharding of the model width."""
-    for name in ("embed", "lora_embed"):
-        if name in names and mesh_axes(name):
-            array = jax.lax.all_gather(array, mesh_axes(name), axis=names.index(name), tiled=True)
+def _narrow(array: Array, dtype) -> Array:
+    """A kernel in the type of its product, before it travels; one of 8 bits and its scale [E, out] as they are."""
+    return array if array.dtype == jnp.int8 or array.ndim == 2 else array.astype(dtype)
+
+
+def _gather(array: Array, names: tuple[str | None, ...], kept: set[str], rules: ShardingConfig | None) -> Array:
+    """Undoes the sharding of all logical axes but the `kept` ones."""
+    for dimension, name in enumerate(names):
+        if name is not None and name not in kept and (axes := mesh_axes(rules, name)):
+            array = jax.lax.all_gather(array, axes, axis=dimension, tiled=True)
     return array
 
 
@@ -302,9 +320,11 @@ class SwiGlu(nnx.Module):
 class ExpertsApart(nnx.Module):
     """Experts with arrays of their own, for decoding: a product with one of several stacked matrices copies it first."""
 
-    def __init__(self, num_experts: int, llm: LlmConfig, lora: LoraConfig, rngs: Rngs):
+    def __init__(
+        self, num_experts: int, llm: LlmConfig, lora: LoraConfig, rngs: Rngs, rules: ShardingConfig | None = None
+    ):
         self.each = nnx.List([SwiGlu(llm, lora, rngs) for _ in range(num_experts)])
-        self.sizes = num_experts, llm, lora
+        self.sizes, self.rules = (num_experts, llm, lora), rules
 
     def __call__(self, x_SxD: Array, routing: Routing, rng: Array | None) -> Array:
         """As `Experts`. One token reads its own experts' weights only; many tokens are sorted, in stacked weights."""
@@ -326,7 +346,7 @@ class ExpertsApart(nnx.Module):
         stacked = jax.tree.map(
             lambda *arrays: jnp.stack(arrays), *(dequantize_params(params_of(mlp), x_SxD.dtype) for mlp in self.each)
         )
-        return bind(abstract_module(lambda rngs: Experts(*self.sizes, rngs)), stacked)(x_SxD, routing, rng)
+        return bind(abstract_module(lambda rngs: Experts(*self.sizes, rngs, self.rules)), stacked)(x_SxD, routing, rng)
 
     def _sorted(self, x_SxD, routing):
         """Many tokens, without copying the weights side by side. Adapters have been merged."""
@@ -345,10 +365,18 @@ class ExpertsApart(nnx.Module):
 class MoeMlp(nnx.Module):
     """The MLP of a decoder layer as a mixture of experts (paper section 3.3; DeepSpeed `moe.layer.MoE`)."""
 
-    def __init__(self, llm: LlmConfig, moe: MoeConfig, lora: LoraConfig, rngs: Rngs, experts_apart: bool = False):
+    def __init__(
+        self,
+        llm: LlmConfig,
+        moe: MoeConfig,
+        lora: LoraConfig,
+        rngs: Rngs,
+        rules: ShardingConfig | None = None,
+        experts_apart: bool = False,
+    ):
         self.moe = moe
         self.router = Linear(llm.hidden_size, moe.num_experts, axes=("embed", None), bias=False, rngs=rngs)
-        self.experts = (ExpertsApart if experts_apart else Experts)(moe.num_experts, llm, lora, rngs)
+        self.experts = (ExpertsApart if experts_apart else Experts)(moe.num_experts, llm, lora, rngs, rules)
         self.residual = SwiGlu(llm, lora, rngs) if moe.residual else None
         self.coefficient = Linear(llm.hidden_size, 2, axes=("embed", None), rngs=rngs) if moe.residual else None
 

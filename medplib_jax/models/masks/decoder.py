@@ -7,6 +7,7 @@ from flax import nnx
 from medplib_jax.batch import Array
 from medplib_jax.config.model import MaskConfig
 from medplib_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, gelu, param
+from medplib_jax.models.precision import einsum
 from medplib_jax.models.vision.transformer import ConvTranspose, merge_heads, softmax_attention, split_heads
 
 EPS = 1e-5
@@ -120,6 +121,6 @@ class MaskDecoder(nnx.Module):
         upscaled = gelu(self.upscale2(gelu(self.upscale_norm(self.upscale1(image)))))
         picked = range(1, len(self.hypernetworks)) if multimask else range(1)
         filters = jnp.stack([self.hypernetworks[i](tokens[:, :, 1 + i]) for i in picked], axis=2)
-        masks = jnp.einsum("bmtc,bmhwc->bmthw", filters, upscaled)
+        masks = einsum("bmtc,bmhwc->bmthw", filters, upscaled)
         iou = self.iou_head(tokens[:, :, 0])[:, :, picked.start : picked.stop]
         return (masks, iou) if multimask else (masks[:, :, 0], iou[:, :, 0])

@@ -10,6 +10,7 @@ from flax import nnx
 from medplib_jax.batch import Array
 from medplib_jax.config.model import MaskConfig
 from medplib_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, gelu, matmul, param, scan_plan
+from medplib_jax.models.precision import einsum, product
 from medplib_jax.models.vision.transformer import Conv, ConvTranspose, softmax_attention
 
 EPS = 1e-6
@@ -55,8 +56,8 @@ class WindowAttention(nnx.Module):
         qkv = jnp.pad(matmul(x_BxhxwxC, self.qkv.kernel[...]), beyond) + self.qkv.bias[...].astype(dtype)
         q, k, v = qkv.reshape(*qkv.shape[:3], 3, self.heads, -1).transpose(3, 0, 4, 1, 2, 5)
         q = q[:, :, :height, :width]
-        row_terms = jnp.einsum("bHijk,iak->bHija", q, _relative(self.rel_pos_h[...], height, window).astype(dtype))
-        column_terms = jnp.einsum("bHijk,jak->bHija", q, _relative(self.rel_pos_w[...], width, window).astype(dtype))
+        row_terms = einsum("bHijk,iak->bHija", q, _relative(self.rel_pos_h[...], height, window).astype(dtype))
+        column_terms = einsum("bHijk,jak->bHija", q, _relative(self.rel_pos_w[...], width, window).astype(dtype))
         q = jnp.concatenate([q * q.shape[-1] ** -0.5, row_terms, column_terms], axis=-1)
         coordinates = jnp.broadcast_to(
             _one_hot_coordinates(*k.shape[2:4], window).astype(dtype), (*k.shape[:-1], 2 * window)
@@ -67,7 +68,7 @@ class WindowAttention(nnx.Module):
 def _relative(table: Array, cells: int, window: int) -> Array:
     """Per cell and key of its window the table's row for their offset, [cells, window, K]. A product: its gradient needs no scatter."""
     offset = (np.arange(cells) % window)[:, None] - np.arange(window) + window - 1
-    return jnp.asarray(np.eye(len(table), dtype=np.float32)[offset]) @ table
+    return product(np.eye(len(table), dtype=np.float32)[offset], table)
 
 
 def _one_hot_coordinates(height: int, width: int, window: int) -> Array:

@@ -8,6 +8,7 @@ from flax import nnx
 from medplib_jax.batch import Array
 from medplib_jax.config.model import MaskConfig
 from medplib_jax.models.layers import LayerNorm, Rngs, gelu, param
+from medplib_jax.models.precision import product
 from medplib_jax.models.vision.transformer import Conv
 
 EPS = 1e-6
@@ -81,5 +82,5 @@ class PromptEncoder(nnx.Module):
 
     def _position(self, coordinates: Array) -> Array:
         """(x, y) in [0, 1], [..., 2] -> random Fourier features [..., C]. The frequencies are fixed: they get no gradient."""
-        phase = 2 * jnp.pi * ((2 * coordinates - 1) @ jax.lax.stop_gradient(self.position_gaussian[...]))
+        phase = 2 * jnp.pi * product(2 * coordinates - 1, jax.lax.stop_gradient(self.position_gaussian[...]))
         return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)

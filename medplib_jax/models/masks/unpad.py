@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medplib_jax.batch import Array
+from medplib_jax.models.precision import product
 
 
 def resample_to_canvas(
@@ -36,13 +37,14 @@ def resample_to_canvas(
         size = mask_size_Bx2[:, axis]
         if mode == "exact":
             to_sam = _resize_weights(np.zeros(1), np.full(1, grid), np.full(1, sam_size), grid, sam_size, np)[0]
-            weights.append(_resize_weights(start, length, size, sam_size, canvas[axis], jnp) @ to_sam)
+            weights.append(product(_resize_weights(start, length, size, sam_size, canvas[axis], jnp), to_sam))
         else:
             start, length = _reference_slice(grid, length)
             weights.append(_resize_weights(start, length, size, grid, canvas[axis], jnp))
         inside.append(jnp.arange(canvas[axis]) < size[:, None])
     rows_BxIxh, columns_BxJxw = weights
-    logits = rows_BxIxh[:, None] @ mask_logits_BxMxhxw.astype(jnp.float32) @ columns_BxJxw[:, None].swapaxes(-2, -1)
+    rows_BxMxIxw = product(rows_BxIxh[:, None], mask_logits_BxMxhxw.astype(jnp.float32))
+    logits = product(rows_BxMxIxw, columns_BxJxw[:, None].swapaxes(-2, -1))
     return logits, inside[0][:, :, None] & inside[1][:, None, :]
 
 

@@ -7,6 +7,7 @@ from flax import nnx
 from medplib_jax.batch import Array
 from medplib_jax.config.model import ClipConfig, RegionConfig
 from medplib_jax.models.layers import Linear, Rngs
+from medplib_jax.models.precision import einsum
 from medplib_jax.models.region.geometry import GeometrySampler, repeat_points
 from medplib_jax.parallel.sharding import shard_rows
 
@@ -20,7 +21,7 @@ def point_weights(points_BxRxSx2: Array, grid: int) -> Array:
 def mean_weights(points_BxRxSx2: Array, valid_BxRxS: Array, grid: int) -> Array:
     """Mean of `point_weights` over a region's valid points, [B, R, P]; 0 without any."""
     columns, rows = (_axis_weights(points_BxRxSx2[..., axis], grid) for axis in (0, 1))
-    total = jnp.einsum("brsi,brsj->brij", rows * valid_BxRxS[..., None], columns)
+    total = einsum("brsi,brsj->brij", rows * valid_BxRxS[..., None], columns)
     count = jnp.maximum(valid_BxRxS.sum(-1, keepdims=True), 1)
     return total.reshape(*count.shape[:-1], -1) / count
 
@@ -54,11 +55,11 @@ class RegionEncoder(nnx.Module):
         on_image = jax.nn.one_hot(region_image_BxR, features.shape[1], dtype=jnp.float32)
         if self.geometry is not None:
             region, out = (
-                self._geometric(jnp.einsum("brn,bnpc->brpc", on_image, features), region_points_BxRxSx2, valid_BxRxS),
+                self._geometric(einsum("brn,bnpc->brpc", on_image, features), region_points_BxRxSx2, valid_BxRxS),
                 {},
             )
         else:
-            pooled = jnp.einsum(
+            pooled = einsum(
                 "brn,brp,bnpc->brc", on_image, mean_weights(region_points_BxRxSx2, valid_BxRxS, self.grid), features
             )
             region, out = shard_rows(self.adapter(pooled)), {"pooled": pooled}
@@ -67,7 +68,7 @@ class RegionEncoder(nnx.Module):
     def _geometric(self, features_BxRxPxC: Array, points_BxRxSx2: Array, valid_BxRxS: Array) -> Array:
         chosen = repeat_points(valid_BxRxS, self.max_points)
         points = jnp.take_along_axis(points_BxRxSx2, chosen[..., None], axis=2)
-        sampled = jnp.einsum("brsp,brpc->brsc", point_weights(points, self.grid), features_BxRxPxC)
+        sampled = einsum("brsp,brpc->brsc", point_weights(points, self.grid), features_BxRxPxC)
         batch, regions, *rest = sampled.shape
         rows_columns = points[..., ::-1].reshape(batch * regions, self.max_points, 2)
         return self.geometry(sampled.reshape(-1, *rest), rows_columns).reshape(batch, regions, -1)

@@ -6,6 +6,7 @@ from flax import nnx
 
 from medplib_jax.batch import Array
 from medplib_jax.models.layers import LayerNorm, Linear, Rngs
+from medplib_jax.models.precision import product
 
 NORM_EPS = 1e-5
 
@@ -55,10 +56,10 @@ class Aggregation(nnx.Module):
         """-> [G, Q, C]."""
         placed = jnp.concatenate([features_GxSxC, points_GxSx2], axis=-1)
         of_difference, of_centre = jnp.split(self.aggregate.kernel[...], 2)
-        projected = placed @ self.diff.kernel[...] @ of_difference
+        projected = product(product(placed, self.diff.kernel[...]), of_difference)
         take = jax.vmap(lambda values, indices: values[indices])
-        bias = self.diff.bias[...] @ of_difference + self.aggregate.bias[...]
-        centre = take(placed, centres_GxQ) @ of_centre - take(projected, centres_GxQ) + bias
+        bias = product(self.diff.bias[...], of_difference) + self.aggregate.bias[...]
+        centre = product(take(placed, centres_GxQ), of_centre) - take(projected, centres_GxQ) + bias
         gathered = take(projected, neighbours_GxQxK) + centre[:, :, None]
         return self.pool(self.norm(jax.nn.relu(gathered)), axis=2)
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from medplib_jax.batch import Array
 from medplib_jax.models.layers import Rngs, param, softmax_average
+from medplib_jax.models.precision import precision_of, product
 
 
 class Conv(nnx.Module):
@@ -75,9 +76,11 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     size, out_dim = kernel.shape[0], kernel.shape[-1]
     if size == stride and not padding:
         tiles = x.reshape(*lead, height // size, size, width // size, size, channels).swapaxes(-4, -3)
-        return tiles.reshape(*lead, height // size, width // size, -1) @ kernel.reshape(-1, out_dim)
+        return product(tiles.reshape(*lead, height // size, width // size, -1), kernel.reshape(-1, out_dim))
     x = jnp.pad(x.reshape(-1, height, width, channels), [(0, 0), (padding, padding), (padding, padding), (0, 0)])
-    y = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision_of(x)
+    )
     return y.reshape(*lead, *y.shape[1:])
 
 
@@ -97,5 +100,5 @@ def softmax_attention(q: Array, k: Array, v: Array) -> Array:
 
     The caller scales q. `jax.nn.dot_product_attention` does not take a v narrower than k, nor broadcast leading axes.
     """
-    scores = jnp.matmul(q, k.swapaxes(-2, -1), preferred_element_type=jnp.float32)
+    scores = product(q, k.swapaxes(-2, -1), jnp.float32)
     return softmax_average(scores, v)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medplib_jax.config.experiment import MeshConfig
+from medplib_jax.config.experiment import MeshConfig, ShardingConfig
 from medplib_jax.models.language import attention
 from medplib_jax.models.language.attention import attend_within, fused_attention, splash_block, suits_cudnn
 from medplib_jax.parallel.mesh import make_mesh
@@ -37,17 +37,30 @@ def test_splash_attention(segments):
     q, k, v = random_qkv()
     expected = value_and_gradients(lambda q, k, v: attend_within(q, k, v, PADDED, segments), q, k, v)
     kernel_segments = jnp.asarray(PADDED.astype(np.int32) if segments is None else segments)
-    actual = value_and_gradients(lambda q, k, v: attention._splash(q, k, v, kernel_segments), q, k, v)
+    actual = value_and_gradients(lambda q, k, v: attention._splash(q, k, v, kernel_segments, None), q, k, v)
     for ours, theirs in zip(actual, expected):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def test_splash_attention_on_a_mesh():
+@pytest.mark.parametrize(
+    "rules",
+    [
+        ShardingConfig(),
+        ShardingConfig(kv_heads=""),
+        ShardingConfig(heads=""),
+        ShardingConfig(heads="", kv_heads=""),
+        ShardingConfig(heads="data", kv_heads="data"),
+        ShardingConfig(kv_heads="data"),
+    ],
+    ids=lambda rules: f"heads={rules.heads or None}-kv_heads={rules.kv_heads or None}",
+)
+def test_splash_attention_on_a_mesh(rules):
+    """Each device must hold the keys of its own query heads, however the rules spread both."""
     q, k, v = random_qkv()
     expected = attend_within(q, k, v, PADDED)
     mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
     placed = jax.device_put((q, k, v, PADDED.astype(np.int32)), batch_sharding(mesh))
-    actual = jax.jit(attention._splash)(*placed)
+    actual = jax.jit(attention._splash, static_argnums=4)(*placed, rules)
     np.testing.assert_allclose(np.asarray(actual)[PADDED], np.asarray(expected)[PADDED], atol=2e-5)
 
 

@@ -11,7 +11,7 @@ import transformers
 from flax import nnx
 
 from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConfig
-from medplib_jax.models.language.attention import QUERY_BLOCK, attend, attend_within
+from medplib_jax.models.language.attention import QUERY_BLOCK, attend, attend_within, rotary_frequencies
 from medplib_jax.models.language.llama import Llama, init_cache, scan_plan
 from medplib_jax.models.layers import abstract_module, bind, params_of
 from tests.paths import GOLDEN
@@ -281,3 +281,25 @@ def test_padding_changes_nothing_before_it():
 )
 def test_scan_plan(kinds, plan):
     assert scan_plan(kinds) == plan
+
+
+@pytest.mark.parametrize(("width", "theta"), [(128, 1e4), (64, 1e4), (8, 1e4), (64, 1e5), (128, 5e5)])
+def test_rotary_frequencies_are_llamas_to_the_bit(width, theta):
+    """As transformers' `LlamaRotaryEmbedding` computes them, and as checkpoints hold them."""
+    expected = 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width))
+    np.testing.assert_array_equal(rotary_frequencies(width, theta), expected.numpy())
+
+
+def test_the_embedding_of_padding_does_not_train():
+    """The capacity rule's load balancing counts padding, and would train its row."""
+    config = ModelConfig(llm=TINY, moe=MoeConfig(num_experts=2, dispatch="capacity", aux_loss_weight=0.1))
+    model, params = random_model(config)
+    tokens = np.array([[5, 9, 3, 0, 0]])
+
+    def loss(params):
+        llama = bind(model, params)
+        hidden, out = llama(llama.embed(tokens), tokens > 0)
+        return jnp.sum(hidden[:, :3] ** 2) + out["aux_loss"]
+
+    rows = np.asarray(jax.jit(jax.grad(loss))(params)["embed"]["embedding"]).any(1)
+    assert np.flatnonzero(rows).tolist() == [3, 5, 9]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from medplib_jax.config.experiment import MeshConfig
+from medplib_jax.config.experiment import MeshConfig, ShardingConfig
 from medplib_jax.config.model import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.models.language import expert_exchange
 from medplib_jax.models.language import moe as moe_module
@@ -62,8 +62,8 @@ def torch_tree(prefix: str, moe: MoeConfig) -> dict:
     return tree
 
 
-def make(moe: MoeConfig, lora=LoraConfig(), llm=None):
-    return abstract_module(lambda rngs: MoeMlp(llm or llm_config(), moe, lora, rngs))
+def make(moe: MoeConfig, lora=LoraConfig(), llm=None, rules=None):
+    return abstract_module(lambda rngs: MoeMlp(llm or llm_config(), moe, lora, rngs, rules))
 
 
 def run(module, params, x, **kwargs):
@@ -242,7 +242,7 @@ def test_every_mesh_gives_the_same_value_and_gradient(sizes, transport, monkeypa
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
     mesh = make_mesh(MeshConfig(**({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | sizes)))
     moe, lora = MoeConfig(num_experts=4, top_k=2), LoraConfig(rank=2, targets=("gate", "down"))
-    module = make(moe, lora)
+    module = make(moe, lora, rules=ShardingConfig())
     params = with_adapters(params_of(MoeMlp(llm_config(), moe, lora, nnx.Rngs(0))))
     x = jax.random.normal(jax.random.key(0), (8, 20, 16))
 
@@ -255,7 +255,7 @@ def test_every_mesh_gives_the_same_value_and_gradient(sizes, transport, monkeypa
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
     sharded = (
-        jax.device_put(params, param_shardings(logical_axes(module), params, mesh)),
+        jax.device_put(params, param_shardings(logical_axes(module), params, ShardingConfig(), mesh)),
         jax.device_put(x, batch_sharding(mesh)),
     )
     program = str(jax.make_jaxpr(objective)(*sharded))
