@@ -22,7 +22,7 @@ from absl import app, flags
 from medplib_jax.aot.programs import PROGRAMS
 from medplib_jax.aot.report import Request, as_text, examine
 from medplib_jax.aot.sweep import as_table, sweep
-from medplib_jax.config.base import from_config_dict
+from medplib_jax.config.base import flags_parser, from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.files import define_config
 
@@ -63,4 +63,4 @@ def _request() -> Request:
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "topology"])
     jax.config.update("jax_enable_compilation_cache", False)  # of a compiler for another platform
-    app.run(main)
+    app.run(main, flags_parser=flags_parser(ExperimentConfig))

@@ -1,90 +1,78 @@
-"""One experiment: the model and everything around it, as frozen dataclasses. `configs/*.py` build one; flags change it."""
+"""One experiment: the model and all around it, as frozen dataclasses. `configs/*.py` build one, flags change it."""
 
 import dataclasses
 import re
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from medplib_jax.config.base import require
+from medplib_jax.config.base import NotNegative, Positive, Section, Share, require
 from medplib_jax.config.model import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section, name="data"):
     """What is read and how it becomes batches of static shape.
 
-    `sources` are annotation files in MeCoVQA's form or datasets assembled from them (FOLDER#SPLIT), `weights` their shares of the
-    mixture (empty: by size).
+    `sources` are annotation files in MeCoVQA's form, or datasets assembled from them (FOLDER#SPLIT). `weights` are
+    their shares of the mixture (empty: by size). With `pack` a row holds several conversations without masks, as far
+    as the longest bucket and the slots for images and regions hold them. `region_augmentation` trains on a random part
+    of each region, "reference" with the original's slip.
     """
 
     sources: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()
+    weights: tuple[NotNegative[float], ...] = ()
     root: str = ""  # folder where the paths inside the sources start; empty: the folder of each source
     tokenizer: str = ""
-    template: str = "llava_v1"  # training template of the original; evaluation uses "v1"
-    bucket_lengths: tuple[int, ...] = (1024,)  # final lengths, image tokens included
-    batch_size: int = 128  # global
-    pack: bool = False  # several conversations in a row, as far as they have no masks and fit the longest bucket and the slots below
-    max_images: int = 1
-    max_regions: int = 1
-    max_masks: int = 1  # 0: no mask slots, the mask head is not run
-    mask_canvas: int = 1024  # masks longer than this are shrunk to fit
-    cache: str = (
-        ""  # folder where resized pictures, masks and regions are kept for later epochs and runs; empty: memory only
+    template: Literal["llava_v1", "v1"] = "llava_v1"  # the original trains with llava_v1 and evaluates with v1
+    bucket_lengths: tuple[Positive[int], ...] = (1024,)  # final lengths, image tokens included
+    batch_size: Positive[int] = 128  # global
+    pack: bool = False
+    max_images: Positive[int] = 1
+    max_regions: NotNegative[int] = 1
+    max_masks: NotNegative[int] = 1  # 0: no mask slots, the mask head is not run
+    mask_canvas: Positive[int] = 1024  # masks longer than this are shrunk to fit
+    cache: str = ""  # folder of resized pictures, masks and regions, kept for later runs; empty: in memory only
+    region_augmentation: Literal["none", "exact", "reference"] = (
+        "none"  # train on a random part of each region; as the original
     )
-    region_augmentation: str = (
-        "none"  # or "exact": a random part of each region in training; "reference": with the original's slip
-    )
-    on_error: str = "raise"  # or "skip": count and name the record, take another one
-    workers: int = 2
+    on_error: Literal["raise", "skip"] = "raise"  # skip: count and name the record, take another one
+    workers: NotNegative[int] = 2
 
     def __post_init__(self):
-        for name in ("sources", "weights", "bucket_lengths"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
         require(
             not self.weights or len(self.weights) == len(self.sources),
             f"data.weights has {len(self.weights)} entries for {len(self.sources)} data.sources",
         )
+        require(not self.weights or sum(self.weights) > 0, f"data.weights {self.weights} are all 0")
         require(
             self.bucket_lengths == tuple(sorted(set(self.bucket_lengths))) and len(self.bucket_lengths) > 0,
             f"data.bucket_lengths {self.bucket_lengths} must ascend",
         )
-        require(self.on_error in ("raise", "skip"), f"data.on_error {self.on_error!r} is neither 'raise' nor 'skip'")
-        modes = ("none", "exact", "reference")
-        require(
-            self.region_augmentation in modes,
-            f"data.region_augmentation {self.region_augmentation!r} is not one of {modes}",
-        )
-        require(self.template in ("llava_v1", "v1"), f"data.template {self.template!r} is neither 'llava_v1' nor 'v1'")
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Section, name="optim"):
     """AdamW with clipping by global norm. `trainable` are regular expressions searched in parameter paths."""
 
-    lr: float = 3e-4
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    warmup: float = 0.01  # share of ONE epoch's steps, at least 2 steps
-    schedule: str = "exact"  # or "reference": the original's first step runs at full rate
+    lr: NotNegative[float] = 3e-4
+    b1: Share = 0.9
+    b2: Share = 0.95
+    eps: Positive[float] = 1e-8
+    weight_decay: NotNegative[float] = 0.0
+    clip_norm: Positive[float] = 1.0
+    warmup: NotNegative[float] = 0.01  # share of ONE epoch's steps, at least 2 steps
+    schedule: Literal["exact", "reference"] = "exact"  # reference: the original's first step runs at full rate
     trainable: tuple[str, ...] = (".*",)
     lr_scale: tuple[tuple[str, float], ...] = ()  # (path pattern, factor); the first match counts
-    accumulate: int = 1
-    frozen_dtype: str = "float32"
+    accumulate: Positive[int] = 1
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        object.__setattr__(self, "trainable", tuple(self.trainable))
-        object.__setattr__(self, "lr_scale", tuple((pattern, float(factor)) for pattern, factor in self.lr_scale))
-        require(
-            self.schedule in ("exact", "reference"),
-            f"optim.schedule {self.schedule!r} is neither 'exact' nor 'reference'",
-        )
-        require(
-            self.frozen_dtype in ("float32", "bfloat16"),
-            f"optim.frozen_dtype {self.frozen_dtype!r} is neither 'float32' nor 'bfloat16'",
-        )
+        super().__post_init__()
+        scales = tuple((pattern, float(factor)) for pattern, factor in self.lr_scale)
+        object.__setattr__(self, "lr_scale", scales)
+        for pattern, factor in scales:
+            require(factor >= 0, f"optim.lr_scale of {pattern!r} is {factor}, which is not at least 0")
         for pattern in (*self.trainable, *(pattern for pattern, _ in self.lr_scale)):
             try:
                 re.compile(pattern)
@@ -93,22 +81,24 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Section, name="loss"):
     """Weights of the loss terms (spec: the stages' table)."""
 
-    ce: float = 1.0
-    dice: float = 0.0
-    bce: float = 0.0
-    focal: float = 0.0
-    iou: float = 0.0
-    ce_chunk: int = 64  # positions of each row whose logits exist at a time, so that [B, L, V] never does
+    ce: NotNegative[float] = 1.0
+    dice: NotNegative[float] = 0.0
+    bce: NotNegative[float] = 0.0
+    focal: NotNegative[float] = 0.0
+    iou: NotNegative[float] = 0.0
+    ce_chunk: Positive[int] = 64  # positions of each row whose logits exist at a time, so that [B, L, V] never does
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the mesh axes inside a slice, one of which may be -1 (whatever is left), and the number of TPU slices.
+class MeshConfig(Section, name="mesh"):
+    """Sizes of the mesh axes, one of which may be -1: whatever is left.
 
-    Rows of a batch are spread over data, fsdp and expert; parameters as `ShardingConfig` says. The data axis goes on over the slices.
+    Rows of a batch are spread over data, fsdp and expert, parameters as `ShardingConfig` says. `dcn_data` is the number
+    of TPU slices, or of groups of GPU nodes, with a slow network between them. The mesh then has dcn_data * data
+    devices along the data axis, and only this axis runs over the slow network.
     """
 
     AXES: ClassVar = ("data", "fsdp", "expert", "tensor")
@@ -117,14 +107,14 @@ class MeshConfig:
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
-    dcn_data: int = 1
+    dcn_data: Positive[int] = 1
 
     def __post_init__(self):
+        super().__post_init__()
         require(
             all(size == -1 or size >= 1 for size in self.sizes) and self.sizes.count(-1) <= 1,
-            f"mesh sizes {self.sizes} of {', '.join(self.AXES)} must be positive, at most one -1",
+            f"mesh.data, fsdp, expert and tensor are {self.sizes}: they must be positive, at most one of them -1",
         )
-        require(self.dcn_data >= 1, f"mesh.dcn_data {self.dcn_data} must be at least 1")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -132,8 +122,8 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardingConfig:
-    """Over which mesh axis each logical axis of a parameter is spread: a name, several joined by commas, or nothing (kept whole)."""
+class ShardingConfig(Section, name="sharding"):
+    """Over which mesh axes each logical axis of a parameter is spread: names joined by commas; "" keeps it whole."""
 
     embed: str = "fsdp"
     heads: str = "tensor"
@@ -148,6 +138,7 @@ class ShardingConfig:
     norm: str = ""
 
     def __post_init__(self):
+        super().__post_init__()
         for name in self.names():
             axes = self.mesh_axes(name)
             unknown = [axis for axis in axes if axis not in MeshConfig.AXES]
@@ -169,7 +160,7 @@ class ShardingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class InitConfig:
+class InitConfig(Section, name="init"):
     """Where parameters come from. Each is a checkpoint directory (workdir of an earlier stage); empty: random."""
 
     stage: int = 0  # 1 align, 2 visual-language expert, 3 grounding expert, 4 MoE; 0: a single fine-tuning
@@ -177,44 +168,40 @@ class InitConfig:
     grounding: str = ""  # stage IV: expert 0, SEG MLP and mask head come from here
 
     def __post_init__(self):
+        super().__post_init__()
         require(0 <= self.stage <= 4, f"init.stage {self.stage} is outside [0, 4]")
         require(self.stage == 4 or not self.grounding, "init.grounding is read by stage 4 only")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section, name="train"):
     """Length of the run and what is written when. `steps` wins over `epochs` when positive.
 
-    Checkpoints that stay: the newest `keep`, and the `keep_best` of the smallest mean loss since the checkpoint before. A run
-    in which no step begins for `hang_seconds` (compiling counts) ends, to be started again.
+    Checkpoints that stay: the newest `keep`, and the `keep_best` of the smallest mean loss since the checkpoint before.
+    A run in which no step begins for `hang_seconds` (compiling counts) ends, to be started again.
     """
 
-    steps: int = 0
-    epochs: float = 1.0
-    seed: int = 0
-    log_every: int = 10
-    checkpoint_every: int = 500
-    keep: int = 2
-    keep_best: int = 0
-    hang_seconds: float = 3600.0
-
-    def __post_init__(self):
-        require(self.keep >= 1, f"train.keep {self.keep} is below 1: a run could not be resumed")
-        require(self.keep_best >= 0, f"train.keep_best {self.keep_best} is negative")
-        require(self.hang_seconds > 0, f"train.hang_seconds {self.hang_seconds} is not positive")
+    steps: NotNegative[int] = 0
+    epochs: Positive[float] = 1.0
+    seed: NotNegative[int] = 0
+    log_every: Positive[int] = 10
+    checkpoint_every: Positive[int] = 500
+    keep: Positive[int] = 2
+    keep_best: NotNegative[int] = 0
+    hang_seconds: Positive[float] = 3600.0
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Section, name="eval"):
     """Held-out evaluation."""
 
     sources: tuple[str, ...] = ()
-    batch_size: int = 16  # answers in the making per device
-    max_new_tokens: int = 64
+    batch_size: Positive[int] = 16  # answers in the making per device
+    max_new_tokens: Positive[int] = 64
     mask_threshold: float = 0.5  # on the sigmoid; the original evaluates at 0.1
 
     def __post_init__(self):
-        object.__setattr__(self, "sources", tuple(self.sources))
+        super().__post_init__()
         require(0.0 < self.mask_threshold < 1.0, f"eval.mask_threshold {self.mask_threshold} is outside (0, 1)")
 
 

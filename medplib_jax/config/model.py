@@ -4,26 +4,29 @@ Sizes default to MedPLIB-7B. Every dataclass validates itself on construction an
 """
 
 import dataclasses
+from typing import Literal
 
-from medplib_jax.config.base import require
+from medplib_jax.config.base import NotNegative, Positive, Section, Share, require
 
 MOE_LAYER_SETS = ("dense", "sparse", "first_half", "second_half")
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipConfig:
+class ClipConfig(Section, name="clip"):
     """CLIP ViT vision tower (openai/clip-vit-large-patch14-336)."""
 
-    image_size: int = 336
-    patch_size: int = 14
-    hidden_size: int = 1024
-    num_layers: int = 24
-    num_heads: int = 16
-    mlp_dim: int = 4096
+    image_size: Positive[int] = 336
+    patch_size: Positive[int] = 14
+    hidden_size: Positive[int] = 1024
+    num_layers: Positive[int] = 24
+    num_heads: Positive[int] = 16
+    mlp_dim: Positive[int] = 4096
     select_layer: int = -2  # index into hidden_states, as in transformers: -1 is the last layer's output
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: Positive[float] = 1e-5
 
     def __post_init__(self):
+        super().__post_init__()
         require(
             self.image_size % self.patch_size == 0,
             f"clip.image_size {self.image_size} is not a multiple of clip.patch_size {self.patch_size}",
@@ -47,20 +50,21 @@ class ClipConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlmConfig:
+class LlmConfig(Section, name="llm"):
     """LLaMA decoder."""
 
-    vocab_size: int = 32267
-    hidden_size: int = 4096
-    num_layers: int = 32
-    num_heads: int = 32
-    num_kv_heads: int = 32
-    mlp_dim: int = 11008
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    max_positions: int = 4096
+    vocab_size: Positive[int] = 32267
+    hidden_size: Positive[int] = 4096
+    num_layers: Positive[int] = 32
+    num_heads: Positive[int] = 32
+    num_kv_heads: Positive[int] = 32
+    mlp_dim: Positive[int] = 11008
+    rope_theta: Positive[float] = 10000.0
+    rms_norm_eps: Positive[float] = 1e-5
+    max_positions: Positive[int] = 4096
 
     def __post_init__(self):
+        super().__post_init__()
         require(
             self.hidden_size % self.num_heads == 0,
             f"llm.hidden_size {self.hidden_size} is not divisible by llm.num_heads {self.num_heads}",
@@ -77,33 +81,29 @@ class LlmConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MoeConfig:
+class MoeConfig(Section, name="moe"):
     """Mixture of experts in place of the decoder's MLPs. `num_experts == 0` means plain MLPs everywhere.
 
     `layers` is one of dense, sparse (every second from 0), first_half, second_half, or a tuple of layer indices.
     """
 
-    num_experts: int = 0
-    top_k: int = 1
+    num_experts: NotNegative[int] = 0
+    top_k: Positive[int] = 1
     layers: str | tuple[int, ...] = "dense"
-    dispatch: str = "dropless"  # or "capacity": DeepSpeed's rule, for parity
-    capacity_factor: float = 1.5
-    eval_capacity_factor: float = 2.0
-    min_capacity: int = 0
+    dispatch: Literal["dropless", "capacity"] = "dropless"  # capacity: DeepSpeed's rule, for parity
+    capacity_factor: Positive[float] = 1.5
+    eval_capacity_factor: Positive[float] = 2.0
+    min_capacity: NotNegative[int] = 0
     residual: bool = False  # a dense MLP beside the experts, mixed by a learned coefficient (DeepSpeed use_residual)
-    aux_loss_weight: float = 0.0
+    aux_loss_weight: NotNegative[float] = 0.0
 
     def __post_init__(self):
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
-        require(self.num_experts >= 0, f"moe.num_experts {self.num_experts} is negative")
+        super().__post_init__()
         require(
-            self.num_experts == 0 or 1 <= self.top_k <= self.num_experts,
+            self.num_experts == 0 or self.top_k <= self.num_experts,
             f"moe.top_k {self.top_k} is outside [1, moe.num_experts={self.num_experts}]",
-        )
-        require(
-            self.dispatch in ("dropless", "capacity"),
-            f"moe.dispatch {self.dispatch!r} is neither 'dropless' nor 'capacity'",
         )
         require(self.dispatch == "dropless" or self.top_k <= 2, "moe.dispatch 'capacity' knows top_k 1 and 2 only")
         require(
@@ -131,29 +131,29 @@ class MoeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskConfig:
+class MaskConfig(Section, name="mask"):
     """SAM-Med2D: image encoder with adapters, prompt encoder, mask decoder; and how masks return to original size."""
 
-    image_size: int = 256
-    patch_size: int = 16
-    hidden_size: int = 768
-    num_layers: int = 12
-    num_heads: int = 12
-    window_size: int = 14
+    image_size: Positive[int] = 256
+    patch_size: Positive[int] = 16
+    hidden_size: Positive[int] = 768
+    num_layers: Positive[int] = 12
+    num_heads: Positive[int] = 12
+    window_size: Positive[int] = 14
     global_layers: tuple[int, ...] = (2, 5, 8, 11)
     adapter: bool = True
-    out_dim: int = 256
-    mask_in_dim: int = 16
-    decoder_layers: int = 2
-    decoder_heads: int = 8
-    decoder_mlp_dim: int = 2048
-    num_multimask: int = 3
-    iou_head_layers: int = 3
-    iou_head_dim: int = 256
-    unpad: str = "exact"  # or "reference": the original's slip in cutting away the padding
+    out_dim: Positive[int] = 256
+    mask_in_dim: Positive[int] = 16
+    decoder_layers: Positive[int] = 2
+    decoder_heads: Positive[int] = 8
+    decoder_mlp_dim: Positive[int] = 2048
+    num_multimask: NotNegative[int] = 3
+    iou_head_layers: Positive[int] = 3
+    iou_head_dim: Positive[int] = 256
+    unpad: Literal["exact", "reference"] = "exact"  # reference: the original's slip in cutting away the padding
 
     def __post_init__(self):
-        object.__setattr__(self, "global_layers", tuple(self.global_layers))
+        super().__post_init__()
         require(
             self.image_size % self.patch_size == 0,
             f"mask.image_size {self.image_size} is not a multiple of mask.patch_size {self.patch_size}",
@@ -166,7 +166,12 @@ class MaskConfig:
             all(0 <= i < self.num_layers for i in self.global_layers),
             f"mask.global_layers {self.global_layers} names a layer outside [0, {self.num_layers})",
         )
-        require(self.unpad in ("exact", "reference"), f"mask.unpad {self.unpad!r} is neither 'exact' nor 'reference'")
+        require(
+            self.out_dim // 2 % self.decoder_heads == 0,
+            f"half of mask.out_dim {self.out_dim} is not divisible by mask.decoder_heads {self.decoder_heads}",
+        )
+        require(self.out_dim % 8 == 0, f"mask.out_dim {self.out_dim} is not a multiple of 8")
+        require(self.mask_in_dim % 4 == 0, f"mask.mask_in_dim {self.mask_in_dim} is not a multiple of 4")
 
     @property
     def grid(self) -> int:
@@ -179,34 +184,27 @@ class MaskConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RegionConfig:
+class RegionConfig(Section, name="region"):
     """How a region of the image becomes one token."""
 
-    sampler: str = "mean"  # or "geometry": the geometry-aware sampler
-    max_points: int = 512
-    pooling: str = "max"  # of the geometry-aware sampler: max or mean
-
-    def __post_init__(self):
-        require(
-            self.sampler in ("mean", "geometry"), f"region.sampler {self.sampler!r} is neither 'mean' nor 'geometry'"
-        )
-        require(self.pooling in ("max", "mean"), f"region.pooling {self.pooling!r} is neither 'max' nor 'mean'")
+    sampler: Literal["mean", "geometry"] = "mean"  # geometry: the geometry-aware sampler
+    max_points: Positive[int] = 512
+    pooling: Literal["max", "mean"] = "max"  # of the geometry-aware sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters on the decoder's linear layers. rank 0: none. Targets: q k v o gate up down."""
+class LoraConfig(Section, name="lora"):
+    """Low-rank adapters on the decoder's linear layers. rank 0: none. `targets` are some of LORA_TARGETS."""
 
-    rank: int = 0
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: NotNegative[int] = 0
+    alpha: NotNegative[float] = 16.0
+    dropout: Share = 0.0
     targets: tuple[str, ...] = ("gate", "up", "down")
 
     def __post_init__(self):
-        object.__setattr__(self, "targets", tuple(self.targets))
-        unknown = set(self.targets) - {"q", "k", "v", "o", "gate", "up", "down"}
-        require(not unknown, f"lora.targets {sorted(unknown)} are not among q k v o gate up down")
-        require(0.0 <= self.dropout < 1.0, f"lora.dropout {self.dropout} is outside [0, 1)")
+        super().__post_init__()
+        unknown = set(self.targets) - set(LORA_TARGETS)
+        require(not unknown, f"lora.targets {sorted(unknown)} are not among {' '.join(LORA_TARGETS)}")
 
     @property
     def scale(self) -> float:
@@ -218,8 +216,12 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The whole model. `dtype` is the compute type; router, softmax, norms' statistics, logits and losses are float32 always."""
+class ModelConfig(Section, name="model"):
+    """The whole model.
+
+    `dtype` is the type of most products. Router, softmax, norms' statistics, coordinates, logits and losses are float32
+    always, and a float32 product is computed as such (on a TPU in six passes). `remat`: see `models/remat.py`.
+    """
 
     clip: ClipConfig = ClipConfig()
     llm: LlmConfig = LlmConfig()
@@ -227,15 +229,12 @@ class ModelConfig:
     mask: MaskConfig = MaskConfig()
     region: RegionConfig = RegionConfig()
     lora: LoraConfig = LoraConfig()
-    dtype: str = "float32"
-    remat: str = "none"  # policy name in models/remat: none, full, dots, ...
-    scan_unroll: int = 1  # decoder layers unrolled per scan step
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "outputs", "projections", "products", "dots", "dots_no_batch"] = "none"
+    scan_unroll: Positive[int] = 1  # decoder layers unrolled per scan step
 
     def __post_init__(self):
-        require(
-            self.dtype in ("float32", "bfloat16"), f"model.dtype {self.dtype!r} is neither 'float32' nor 'bfloat16'"
-        )
-        require(self.scan_unroll >= 1, f"model.scan_unroll {self.scan_unroll} must be at least 1")
+        super().__post_init__()
         self.moe.layer_indices(self.llm.num_layers)
 
     @property

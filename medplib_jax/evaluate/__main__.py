@@ -14,7 +14,7 @@ import absl.logging
 import jax
 from absl import app, flags
 
-from medplib_jax.config.base import from_config_dict
+from medplib_jax.config.base import flags_parser, from_config_dict
 from medplib_jax.config.files import define_config
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.evaluate.report.sweep import write_sweep_report
@@ -54,7 +54,7 @@ def main() -> None:
             wait_for_others("reported")  # for one that leaves, the others must follow in minutes
         return 0
 
-    app.run(run)
+    app.run(run, flags_parser=flags_parser(SweepConfig))
 
 
 if __name__ == "__main__":

@@ -15,16 +15,18 @@ FOLDER = "~/.cache/medplib_jax"
 
 
 def use_cache() -> None:
-    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, by default in ~/.cache/medplib_jax; JAX_ENABLE_COMPILATION_CACHE=false turns
-    it off. Command lines call it first."""
-    if jax.config.jax_compilation_cache_dir is None:
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, by default in ~/.cache/medplib_jax.
+
+    JAX_ENABLE_COMPILATION_CACHE=false turns it off. Command lines call it first.
+    """
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FOLDER))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     ignore_missing_tpu()
 
 
 def release_memory() -> None:
-    """Gives back to the system what compiling has freed, half a gigabyte and more that the C library would keep; where it is glibc."""
+    """Gives memory that compiling has freed back to the system. glibc would keep it: half a gigabyte and more."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
@@ -35,23 +37,26 @@ def is_gpu(mesh: Mesh) -> bool:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, int]:
-    """What XLA is told beside its defaults. On a GPU products with the same factor stay apart, for which it would else copy the other factors
-    (the kernels of queries, keys and values) side by side, anew for every layer and token."""
+    """What XLA is told beside its defaults.
+
+    On a GPU it does not merge products with the same factor. It would copy the other factors (the kernels of queries,
+    keys and values) into one array first, in every layer and for every token.
+    """
     return {"xla_gpu_dot_merger_threshold_mb": 0} if is_gpu(mesh) else {}
 
 
 class Compilations:
-    """Counts programs from its creation on: `requested` from the compiler, `cached` of them found on disk; `seconds` spent on both."""
+    """Counts programs from its creation on: `requested` in all, `cached` of them found on disk, `seconds` for both."""
 
     def __init__(self):
         self.requested, self.cached, self.seconds = 0, 0, 0.0
         jax.monitoring.register_event_duration_secs_listener(self._timed)
         jax.monitoring.register_event_listener(self._happened)
 
-    def _timed(self, event: str, seconds: float, **_) -> None:
+    def _timed(self, event: str, duration_secs: float, **_) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.requested += 1
-            self.seconds += seconds
+            self.seconds += duration_secs
 
     def _happened(self, event: str, **_) -> None:
         self.cached += event == "/jax/compilation_cache/cache_hits"

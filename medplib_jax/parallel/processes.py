@@ -1,7 +1,7 @@
 """Several processes act as one: they stop at the same step, and when one fails all end, soon and with its reason.
 
-A program that ends with `RESTART` (75, "temporary failure" in sysexits.h) asks for being started again: it was told to stop and has
-saved, it hung, or it lost another process. Any other failure (1) would only come again.
+A program that ends with `RESTART` (75, "temporary failure" in sysexits.h) asks for being started again: it was told to
+stop and has saved, it hung, or it lost another process. Any other failure (1) would only come again.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,10 +34,11 @@ LAST_WORDS_SECONDS = 10  # how long the process that failed waits for the others
 
 
 def initialize_distributed() -> None:
-    """Joins the other processes of the run; to be called before anything asks for devices. A process on its own needs nothing.
+    """Joins the other processes of the run. It must be called before anything asks for devices.
 
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are. Without them JAX finds out: on Cloud TPU VMs, on
-    GKE nodes with TPUs (one slice or several), and for the tasks of one SLURM step.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are. Without them JAX finds out: on Cloud
+    TPU VMs, on GKE nodes with TPUs (one slice or several), and for the tasks of one SLURM step. A process on its own
+    needs none.
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         numbers = [os.environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
@@ -63,7 +65,7 @@ def in_slurm_step() -> bool:
 
 
 def wait_for_others(name: str) -> None:
-    """A barrier of all processes that needs no device: where they talk through gloo, one that comes 30 s late ends the run."""
+    """A barrier of all processes that needs no device. Through gloo, one that comes 30 s late would end the run."""
     if jax.process_count() > 1:
         multihost.get_barrier_sync_fn()(key=name, timeout_ms=3_600_000)
 
@@ -87,7 +89,10 @@ def of_every_process(name: str, value: str) -> list[str]:
 
 
 def require_shared(folder: Path) -> None:
-    """Raises ValueError in every process unless all of them see the file that process 0 writes into its `folder`, which may be mounted elsewhere."""
+    """Raises ValueError in every process unless all of them see what process 0 writes into `folder`.
+
+    Each process gives its own path, as the folder may be mounted elsewhere.
+    """
     if jax.process_count() == 1:
         return
     name = f".seen-by-all-{secrets.token_hex(8)}"
@@ -101,7 +106,8 @@ def require_shared(folder: Path) -> None:
     blind = [f"process {process} ({place})" for process, place in enumerate(answers) if place]
     if blind:
         raise ValueError(
-            f"{folder}: expected one folder that all processes see; {', '.join(blind)} does not see what process 0 writes"
+            f"{folder}: expected one folder that all processes see; "
+            f"{', '.join(blind)} does not see what process 0 writes"
         )
 
 
@@ -201,7 +207,7 @@ def _goodbye() -> None:
         _client().wait_at_barrier(ABORT_KEY, LAST_WORDS_SECONDS * 1000)
 
 
-def _client():
+def _client() -> Any:
     from jax._src import distributed  # the key-value store of jax.distributed has no public name yet
 
     return distributed.global_state.client
@@ -214,7 +220,7 @@ def _exit(code: int) -> None:
 
 
 class Watchdog:
-    """Within the context, more than `seconds` without a `beat` prints what every thread is doing and ends all processes with RESTART."""
+    """Ends all processes with RESTART after `seconds` without a `beat`, and prints what every thread is doing."""
 
     def __init__(self, seconds: float):
         self._seconds = seconds

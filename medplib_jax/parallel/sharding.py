@@ -1,11 +1,13 @@
 """From logical axis names to shardings, by the rules of a config (`ShardingConfig`).
 
-Rows of a batch are always spread over `BATCH_AXES`; the rules say where parameters go. They are an argument of every function that needs
-them and a field of the models, which may be None as long as everything lives on one device. Three errors are loud: a logical axis without
-a rule, a mesh axis that two dimensions want, and a dimension that its mesh axes do not divide.
+Rows of a batch are always spread over `BATCH_AXES`; the rules say where parameters go. They are an argument of every
+function that needs them and a field of the models, which may be None as long as everything lives on one device. Three
+errors are loud: a logical axis without a rule, a mesh axis that two dimensions want, and a dimension that its mesh axes
+do not divide.
 """
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,8 +31,8 @@ def mesh_axes(rules: ShardingConfig | None, name: str) -> tuple[str, ...]:
 def partition_spec(
     path: str, axes: tuple[str | None, ...], shape: tuple[int, ...], rules: ShardingConfig | None, mesh: Mesh
 ) -> PartitionSpec:
-    """The PartitionSpec of one parameter. Raises ValueError naming `path` on a name without a rule, a mesh axis that two
-    dimensions want, or a dimension that its mesh axes do not divide."""
+    """The PartitionSpec of one parameter. Raises ValueError naming `path` on a name without a rule, a mesh axis that
+    two dimensions want, or a dimension that its mesh axes do not divide."""
     if len(axes) != len(shape):
         raise ValueError(f"{path}: {len(axes)} logical axes {axes} for shape {shape}")
     used: dict[str, str] = {}
@@ -43,9 +45,8 @@ def partition_spec(
         target = () if name is None else mesh_axes(rules, name)
         for axis in target:
             if axis in used:
-                raise ValueError(
-                    f"{path}: sharding.{used[axis]} and sharding.{name} both map a dimension of it to mesh axis {axis!r}"
-                )
+                both = f"sharding.{used[axis]} and sharding.{name}"
+                raise ValueError(f"{path}: {both} both map a dimension of it to mesh axis {axis!r}")
             used[axis] = str(name)
         parts = axis_size(mesh, target)
         if size % parts:
@@ -63,11 +64,11 @@ def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
 
 
 def param_shardings(logical_axes: Params, shapes: Params, rules: ShardingConfig | None, mesh: Mesh) -> Params:
-    """A tree of NamedShardings. `logical_axes` has tuples of names, `shapes` anything with `.shape`, in the same nesting."""
+    """A tree of NamedShardings, for tuples of names and for leaves with `.shape` in the same nesting."""
     return _walk((), logical_axes, shapes, rules, mesh)
 
 
-def _walk(path, axes, shapes, rules, mesh):
+def _walk(path, axes, shapes, rules, mesh) -> Any:
     if not isinstance(shapes, dict):
         if rules is None and mesh.size == 1:
             return NamedSharding(mesh, PartitionSpec())
@@ -80,7 +81,7 @@ def _walk(path, axes, shapes, rules, mesh):
 
 
 def check_fits(config: ExperimentConfig, mesh: Mesh) -> None:
-    """ValueError for what the shapes of the parameters do not show: rows, heads and experts that the mesh cannot share out evenly."""
+    """ValueError for rows, heads or experts that the mesh cannot share out evenly: no parameter's shape shows it."""
     rows, parts = config.data.batch_size, config.optim.accumulate
     if rows % parts:
         raise ValueError(f"data.batch_size {rows} is not a multiple of optim.accumulate {parts}")
@@ -89,7 +90,7 @@ def check_fits(config: ExperimentConfig, mesh: Mesh) -> None:
 
 
 def check_model_fits(model: ModelConfig, rules: ShardingConfig | None, mesh: Mesh) -> None:
-    """ValueError when the mesh cannot share out heads or experts evenly. A model without rules fits a mesh of one device alone."""
+    """ValueError when the mesh cannot share out heads or experts evenly. A model without rules fits one device only."""
     if mesh.size == 1:
         return
     _check_share("model.llm.num_heads", model.llm.num_heads, mesh_axes(rules, "heads"), mesh)
@@ -122,8 +123,8 @@ def optimizer_shardings(tx: optax.GradientTransformation, shapes: Params, shardi
 def shard_rows(x: jax.Array) -> jax.Array:
     """`x` with its first axis spread over BATCH_AXES and nothing else sharded, where it lives on a mesh.
 
-    A lookup in an embedding that is sharded along its width comes out sharded along the width. The compiler would carry that through all
-    layers, with the rows of the whole batch on every device.
+    A lookup in an embedding that is sharded along its width comes out sharded along the width. The compiler would carry
+    that through all layers, with the rows of the whole batch on every device.
     """
     mesh = jax.typeof(x).sharding.mesh
     if mesh.size <= 1:
@@ -132,10 +133,12 @@ def shard_rows(x: jax.Array) -> jax.Array:
 
 
 def shard_lookup(x: jax.Array, rules: ShardingConfig | None) -> jax.Array:
-    """Embeddings that were looked up, [rows, ..., width]: the width still over the mesh axes of `embed`, the rows over the others of theirs.
+    """Embeddings that were looked up, [rows, ..., width], with the width over the mesh axes of `embed` as in the table.
 
-    It is the step between the sharding of the table and `shard_rows`. Without it the gradient, which goes the other way, would be whole
-    on every device.
+    The rows lie over the rest of BATCH_AXES.
+
+    It is the step between the sharding of the table and `shard_rows`. Without it the gradient, which goes the other
+    way, would be whole on every device.
     """
     mesh = jax.typeof(x).sharding.mesh
     if mesh.size <= 1 or row_axes(x.shape[0], mesh) is None:
@@ -160,7 +163,7 @@ def row_axes(rows: int, mesh) -> tuple[str, ...] | None:
 
 
 def activation_axes(rules: ShardingConfig | None, name: str, rows: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Mesh axes over which an activation whose rows lie over `rows` is spread along a logical axis: those of the rule, or none.
+    """Mesh axes of an activation along a logical axis: those of the rule, or none if some of them carry its rows.
 
     Devices along an axis that carries rows hold different rows. They cannot hold parts of the same one.
     """

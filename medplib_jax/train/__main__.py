@@ -20,7 +20,7 @@ import absl.logging
 import jax
 from absl import app, flags
 
-from medplib_jax.config.base import from_config_dict
+from medplib_jax.config.base import flags_parser, from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.files import define_config
 from medplib_jax.parallel.compilation import Compilations, use_cache
@@ -51,7 +51,7 @@ def main() -> None:
         log.info("compiled %s", compilations)
         return {None: 0, signal.SIGINT: 130}.get(result["interrupted"], RESTART)
 
-    app.run(run)
+    app.run(run, flags_parser=flags_parser(ExperimentConfig))
 
 
 if __name__ == "__main__":
