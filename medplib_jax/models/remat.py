@@ -1,12 +1,25 @@
-"""Named rematerialisation policies: what the backward pass recomputes inside each decoder layer."""
+"""Named rematerialisation policies: what a decoder layer keeps of its forward pass, the rest being computed again.
+
+| `model.remat`   | kept, beside each layer's input                    | computed again                            |
+| --------------- | -------------------------------------------------- | ----------------------------------------- |
+| `none`          | everything                                         | nothing                                   |
+| `full`          | nothing                                            | the whole layer                           |
+| `outputs`       | queries, results of attention and of the experts   | keys, values, the wide products of an MLP |
+| `projections`   | that, keys and values                              | the wide products of an MLP               |
+| `products`      | that, and the two wide products of an MLP          | norms, rotations, activations             |
+| `dots`          | the results of all matrix products, scores too     | everything elementwise                    |
+| `dots_no_batch` | the results of products with weights               | attention scores, everything elementwise  |
+
+What `outputs` keeps is as narrow as the model and costs much to compute: it is the cheapest step up from `full`.
+"""
 
 from collections.abc import Callable
 
 import jax
 
 _policies = jax.checkpoint_policies
-# Kernels and loops hide their products, so policies that save products name their results.
-_OUTPUTS = ("query", "attention", "attended", "experts")  # see `models/attention.py`, `llm.py` and `moe.py`
+# Kernels and loops hide their products from these policies, so layers name the results (`checkpoint_name`).
+_OUTPUTS = ("query", "attention", "attended", "experts")
 _PROJECTIONS = (*_OUTPUTS, "key", "value")
 _named = _policies.save_only_these_names("grouped_matmul", *_PROJECTIONS)
 
@@ -21,11 +34,7 @@ POLICIES = {
 
 
 def remat(name: str) -> Callable[[Callable], Callable]:
-    """A wrapper for the step of a scan: `none` keeps every intermediate, `full` only the step's inputs, `outputs` also
-    queries and the results of attention and of the experts (no wider than the model: cheap to keep for what they cost), `projections` keys and
-    values too, `products` also what an MLP is wide in, so that no wide product runs twice, `dots` the results of matrix products, `dots_no_batch` those of weights (attention scores are recomputed). Raises ValueError on another name."""
+    """A wrapper for the body of a scan over layers, by the name of a policy."""
     if name == "none":
         return lambda step: step
-    if name not in POLICIES:
-        raise ValueError(f"model.remat {name!r} is not one of {['none', *POLICIES]}")
     return lambda step: jax.checkpoint(step, policy=POLICIES[name], prevent_cse=False)

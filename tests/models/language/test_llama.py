@@ -1,6 +1,7 @@
 """The decoder against transformers' LLaMA and the original's MoE decoder; cache, scan and remat against the plain forward pass."""
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ import torch
 import transformers
 from flax import nnx
 
+from medplib_jax.config.base import field_types
 from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConfig
 from medplib_jax.models.language.attention import QUERY_BLOCK, attend, attend_within, rotary_frequencies
 from medplib_jax.models.language.llama import Llama, init_cache, scan_plan
 from medplib_jax.models.layers import abstract_module, bind, params_of
+from medplib_jax.models.remat import POLICIES
 from tests.paths import GOLDEN
 
 TINY = LlmConfig(vocab_size=61, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, mlp_dim=48)
@@ -76,6 +79,7 @@ def test_transformers_logits_and_gradients():
             rms_norm_eps=1e-5,
             rope_parameters={"rope_theta": 500.0, "rope_type": "default"},
             attn_implementation="eager",
+            pad_token_id=0,
         )
     ).float()
     generator = torch.Generator().manual_seed(0)
@@ -252,10 +256,9 @@ def test_attention_in_blocks_of_queries_equals_one_product(segmented):
 
 
 def test_unknown_remat_policy_is_named():
-    module, params = random_model(ModelConfig(llm=TINY))
-    wrong = bind(make(ModelConfig(llm=TINY, remat="some")), params)
     with pytest.raises(ValueError, match="model.remat 'some' is not one of"):
-        wrong(jnp.zeros((1, 3, 32)), jnp.ones((1, 3), bool))
+        ModelConfig(llm=TINY, remat="some")
+    assert typing.get_args(field_types(ModelConfig)["remat"]) == ("none", *POLICIES)
 
 
 def test_padding_changes_nothing_before_it():
