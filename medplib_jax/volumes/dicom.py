@@ -117,7 +117,7 @@ def read_header(path: str) -> Header:
             file=path,
             word=word,
             modality=MODALITIES.get(word, word),
-            patient=hashed(f"{data.get('IssuerOfPatientID', '') or ''}|{number or name}" if number or name else ""),
+            patient=_patient(data),
             identity=(name, number),
             series=str(data.get("SeriesInstanceUID", "") or ""),
             reference=str(data.get("FrameOfReferenceUID", "") or ""),
@@ -192,6 +192,12 @@ def open_dicom(path: str, pixels: bool) -> Any:
         plain = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
         data.file_meta.TransferSyntaxUID = plain if little else ExplicitVRBigEndian
     return data
+
+
+def _patient(data: Any) -> str:
+    """A hash of the patient's number; of the study or series where there is none, so that its files stay together."""
+    values = (str(data.get(tag) or "").strip() for tag in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID"))
+    return hashed(next(filter(None, values), ""))
 
 
 def _kind(data: Any, word: str) -> str:

@@ -79,11 +79,10 @@ def cut(volume: Volume, plane: str = "acquired") -> Cut:
     """
     if plane not in PLANES:
         raise ValueError(f"--plane: expected one of {', '.join(PLANES)}, found {plane!r}")
-    file = volume.files[0] if volume.files else volume.name
     if plane != "acquired" and not volume.located:
-        raise DataError(file, None, "scan does not say how it lies in the patient", "--plane acquired", plane)
+        raise DataError(volume.file, None, "scan does not say how it lies in the patient", "--plane acquired", plane)
     if plane != "acquired" and is_sheared(volume.affine):
-        raise DataError(file, None, "slices are sheared (gantry tilt)", "--plane acquired", plane)
+        raise DataError(volume.file, None, "slices are sheared (gantry tilt)", "--plane acquired", plane)
     world, signs = world_axes(volume.affine)
     across = world[volume.slice_axis] if plane == "acquired" else _ACROSS[plane]
     down = _DOWN[across]
@@ -93,7 +92,7 @@ def cut(volume: Volume, plane: str = "acquired") -> Cut:
     size = tuple(max(1, round(volume.shape[axis] * step / side)) for axis, step in zip(axes[1:], spacing, strict=True))
     if size[0] * size[1] > MAX_PIXELS // 4:
         raise DataError(
-            file, None, "slices with square pixels are too large", f"at most {MAX_PIXELS // 4} pixels", str(size)
+            volume.file, None, "slices with square pixels are too large", f"at most {MAX_PIXELS // 4} pixels", str(size)
         )
     return Cut(volume.shape, axes, flips, size)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.volumes.dicom import Header, guarded, open_dicom
-from medplib_jax.volumes.formats import SUFFIXES, read_volume_file, without_suffix
+from medplib_jax.volumes.formats import read_volume_file, without_suffix
 from medplib_jax.volumes.geometry import mask_on_grid
 from medplib_jax.volumes.volume import LPS_TO_RAS, Volume
 
@@ -22,9 +22,9 @@ BETWEEN = 0.1  # of a step: how far from a slice a contour or segment may lie
 
 
 def read_labels(path: str) -> Labels:
-    """Names of a label map's values, from nnU-Net's dataset.json, {"value": name}, a table (.tsv, .csv), or name=value."""
+    """Names of a label map's values, from nnU-Net's dataset.json, {"value": name}, a table (.tsv, .csv), name=value."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read()
         if path.lower().endswith(".json"):
             pairs = list(_json_pairs(json.loads(text)))
@@ -40,11 +40,11 @@ def read_labels(path: str) -> Labels:
         raise DataError(
             path, None, "names of labels cannot be read", expected, f"{type(error).__name__}: {error}"
         ) from error
-    labels = {name: values for name, values in pairs if values != (0,) and name != "background"}
-    if not labels or len(labels) < len([name for name, values in pairs if values != (0,) and name != "background"]):
-        raise DataError(
-            path, None, "names of labels cannot be used", "each name once", ", ".join(name for name, _ in pairs)[:200]
-        )
+    named = [(name, values) for name, values in pairs if values != (0,) and name != "background"]
+    labels = dict(named)
+    if len(labels) < len(named) or not labels:
+        found = ", ".join(name for name, _ in named)[:200] or "none"
+        raise DataError(path, None, "names of labels cannot be used", "each name once", found)
     return labels
 
 
@@ -53,8 +53,8 @@ def _json_pairs(data: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     for key, value in data.get("labels", data).items():
         if isinstance(value, dict):
             yield str(value["name"]), (int(key),)
-        elif isinstance(value, str):
-            yield value, (int(key),)
+        elif str(key).isdecimal():
+            yield str(value), (int(key),)
         else:
             yield str(key), tuple(int(x) for x in (value if isinstance(value, list) else [value]))
 
@@ -71,33 +71,12 @@ def _table_pairs(text: str, separator: str) -> Iterator[tuple[str, tuple[int, ..
         yield row[name].strip(), (int(row[value]),)
 
 
-def read_label_map(path: str, labels: Labels, scan: Volume) -> dict[str, np.ndarray]:
-    """The masks of a label map, bool on the scan's grid; empty ones, too. DataError for values without a name."""
-    volume = _volume(path)
-    values = mask_on_grid(path, volume.values, volume.affine, scan)
-    known = {value for values in labels.values() for value in values}
-    if unknown := sorted(set(np.unique(values).tolist()) - known - {0}):
-        raise DataError(
-            path, None, "values of a label map have no name", f"{len(known)} named values", str(unknown[:20])
-        )
-    return {name: np.isin(values, wanted) for name, wanted in labels.items()}
-
-
-def read_mask(path: str, scan: Volume) -> np.ndarray:
-    """A mask file (NIfTI, NRRD, MetaImage): voxels above 0, bool on the scan's grid."""
-    volume = _volume(path)
-    return mask_on_grid(path, volume.values > 0, volume.affine, scan)
-
-
-def _volume(path: str) -> Volume:
+def read_label_map(path: str, scan: Volume) -> np.ndarray:
+    """The values of a mask file or label map (NIfTI, NRRD, MetaImage), [i, j, k] on the scan's grid."""
     volume = read_volume_file(path, without_suffix(os.path.basename(path)))
     if volume.is_colour:
         raise DataError(path, None, "mask is in colour", "one number per voxel", str(volume.values.shape))
-    return volume
-
-
-def is_mask_volume(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES)
+    return mask_on_grid(path, volume.values, volume.affine, scan)
 
 
 def read_dicom_masks(header: Header, scan: Volume) -> dict[str, np.ndarray]:
@@ -174,7 +153,7 @@ def _structures(data: Any, file: str, scan: Volume) -> Iterator[tuple[str, np.nd
 
 
 def inside(outline: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """bool [columns, rows]: pixels with their centres inside an outline float [n, 2] of (column, row) (even-odd rule)."""
+    """bool [columns, rows]: pixels whose centres lie in an outline float [n, 2] of (column, row), even-odd."""
     width, height = shape
     x, y = outline[:, 0], outline[:, 1]
     to_x, to_y = np.roll(x, -1), np.roll(y, -1)

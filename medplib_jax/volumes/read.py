@@ -17,18 +17,7 @@ from medplib_jax.volumes.formats import SUFFIXES, read_volume_file, without_suff
 from medplib_jax.volumes.series import Stack, read_stack, stacks
 from medplib_jax.volumes.volume import Volume, hashed
 
-_SIDE_FILES = (
-    ".json",
-    ".jsonl",
-    ".tsv",
-    ".csv",
-    ".txt",
-    ".md",
-    ".raw",
-    ".zraw",
-    ".gitkeep",
-    ".ds_store",
-)  # lie beside scans
+_DETACHED = (".raw", ".zraw")  # voxels of a header in a file of its own (.mhd, .nhdr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +34,10 @@ class ScanFile:
     patient: str = ""
     series: str = ""
     reference: str = ""  # uid of DICOM's frame of reference
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.stack.files if self.stack else (self.path,)
 
     def read(self, index: int | None = None) -> Volume:
         """The scan's voxels. index: which of a fourth axis. DataError for what cannot be used."""
@@ -126,8 +119,14 @@ def is_scan(path: str) -> bool:
 
 
 def _files_below(root: str) -> list[str]:
-    found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
-    return [file for file in found if not file.lower().endswith(_SIDE_FILES) and os.path.basename(file) != "DICOMDIR"]
+    """All but hidden ones, Windows' Thumbs.db and voxels that belong to a header beside them."""
+    found = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        detached = _DETACHED if any(name.lower().endswith((".mhd", ".nhdr")) for name in names) else ()
+        names = [name for name in names if not name.startswith(".") and name != "Thumbs.db"]
+        found += [os.path.join(folder, name) for name in names if not name.lower().endswith(tuple(detached))]
+    return found
 
 
 def _named(found: Sequence[Stack], root: str) -> list[ScanFile]:

@@ -40,6 +40,11 @@ class Volume:
     notices: tuple[Notice, ...] = ()
 
     @property
+    def file(self) -> str:
+        """For messages."""
+        return self.files[0] if self.files else self.name
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         return self.values.shape[:3]
 

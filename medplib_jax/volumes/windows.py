@@ -5,7 +5,6 @@ grey on every slice.
 """
 
 import dataclasses
-import functools
 
 import numpy as np
 
@@ -77,30 +76,5 @@ def _parse_one(text: str) -> tuple[float, float] | str:
     return centre, width
 
 
-def tones_of(values: np.ndarray, own: Tone | None, windows: Windows | None) -> tuple[Tone, ...]:
-    """One tone, or three for R, G and B. windows None: the file's own, else percentiles of the whole scan."""
-    percentile = functools.cache(lambda: _percentile_tone(values))
-    if windows is None:
-        return (own or percentile(),)
-    return tuple(percentile() if window == PERCENTILE else centred(*window) for window in windows)
-
-
 def centred(centre: float, width: float) -> Tone:
     return Tone(centre - width / 2, centre + width / 2)
-
-
-def _percentile_tone(values: np.ndarray) -> Tone:
-    known = values if np.issubdtype(values.dtype, np.integer) else values[np.isfinite(values)]
-    low, high = np.percentile(known, PERCENTILES) if known.size else (0.0, 1.0)
-    return Tone(float(low), float(high))
-
-
-def shown(plane: np.ndarray, tones: tuple[Tone, ...], inverted: bool) -> np.ndarray:
-    """A picture of values [h, w]: uint8 [h, w], or [h, w, 3] for three tones.
-
-    A colour picture uint8 [h, w, 3] stays as it is.
-    """
-    if plane.ndim == 3:
-        return plane
-    grey = [255 - tone(plane) if inverted else tone(plane) for tone in tones]
-    return grey[0] if len(grey) == 1 else np.stack(grey, axis=-1)

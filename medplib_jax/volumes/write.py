@@ -88,7 +88,7 @@ def write_dicom_seg(path: str, masks: Mapping[str, np.ndarray], scan: Volume, mo
     segment, too. model: name of what drew the masks. DataError when the scan is not a DICOM series with a place in the
     patient.
     """
-    file = scan.files[0] if scan.files else scan.name
+    file = scan.file
     if not masks:
         raise DataError(file, None, "DICOM SEG without a mask", "at least one structure", "none")
     if file.lower().endswith(NIFTI) or not scan.located:

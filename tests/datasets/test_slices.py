@@ -3,14 +3,12 @@
 import json
 import os
 import pathlib
+import shutil
 import sys
 
-import nibabel
 import numpy as np
-import pydicom
 import pytest
 from PIL import Image
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.datasets import slices, write_qa
@@ -18,28 +16,9 @@ from medplib_jax.datasets.audit.collect import audit
 from medplib_jax.datasets.files import files_below
 from medplib_jax.datasets.qa.folder import scan
 from medplib_jax.datasets.slices import SliceOptions, make_slices
-
-
-def write_nifti(path, values, affine=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine), path)
-
-
-def write_dicom(path, values, **tags):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    meta = pydicom.dataset.FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    data.Modality, data.PatientName = "CT", "Somebody^Known"
-    data.Rows, data.Columns = values.shape[-2:]  # of one sample per pixel
-    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
-    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
-    data.RescaleIntercept, data.RescaleSlope = -1024, 2
-    for name, value in tags.items():
-        setattr(data, name, value)
-    data.PixelData = values.astype(np.int16).tobytes()
-    data.save_as(path)
+from medplib_jax.volumes.read import read_scan
+from medplib_jax.volumes.write import write_dicom_seg
+from tests.volumes.scans import real, some_values, write_dicom, write_nifti, write_series
 
 
 def picture(path):
@@ -57,7 +36,7 @@ def volume():
 def test_axial_slices_lie_as_a_radiologist_expects(tmp_path, volume):
     write_nifti(tmp_path / "s/images/case1.nii.gz", volume)
     write_nifti(tmp_path / "s/masks/case1/left_kidney.nii.gz", (volume > 0).astype(np.uint8))
-    manifest = make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions("CT", (200, 400)))
+    manifest = make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions("CT", "200,400"))
     assert [manifest[name] for name in ("scans", "slices", "patients", "skipped")] == [1, 1, 1, 0]
     (stem,) = json.loads((tmp_path / "out/metadata.json").read_text())
     assert stem == "ct_00--s--case1--z_0001"
@@ -92,7 +71,7 @@ def test_dicom_is_shown_in_its_window_without_a_name_of_the_patient(tmp_path):
     )
     (tmp_path / "s/masks/p/one").mkdir(parents=True)
     Image.fromarray(np.array([[0, 255], [0, 0]], np.uint8)).save(tmp_path / "s/masks/p/one/cyst.png")
-    make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions(window=(40, 200)))
+    make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions(window="40,200"))
     shown = picture(tmp_path / "out/images/ct_00--s--p--one--z_0000.png")
     np.testing.assert_allclose(shown, [[0, 127.5], [191, 255]], atol=1)
     np.testing.assert_array_equal(picture(tmp_path / "out/images/x_ray_00--s--inverted--z_0000.png"), 255 - shown)
@@ -114,7 +93,7 @@ def test_what_cannot_be_used_is_named(tmp_path, volume):
     assert manifest["slices"] == 2 and manifest["skipped"] == 5
     lines = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
     assert {line["file"].split("/")[-1]: line["what"] for line in lines} == {
-        "cyst.nii": "mask on another grid than its scan",
+        "cyst.nii": "mask on another grid than its scan: spacing differs",
         "flat.nii": "not a volume of three axes",
         "cut.nii": "scan cannot be read",
         "half.nii": "scan cannot be read",
@@ -124,7 +103,15 @@ def test_what_cannot_be_used_is_named(tmp_path, volume):
         make_slices(str(tmp_path / "out"), str(tmp_path / "other"), SliceOptions())
 
 
-@pytest.mark.parametrize("wrong, message", [({"window": (0, 0)}, "width above 0"), ({"every": 0}, "at least 1")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"window": "0,0"}, "width above 0"),
+        ({"window": "skin"}, "expected centre,width"),
+        ({"every": 0}, "at least 1"),
+        ({"plane": "x"}, "expected one of acquired"),
+    ],
+)
 def test_options_are_checked(wrong, message):
     with pytest.raises(ValueError, match=message):
         SliceOptions(**wrong)
@@ -173,15 +160,9 @@ def test_a_name_that_does_not_tell_the_patient_is_named(tmp_path, volume):
         SliceOptions(patient="(")
 
 
-def odd_dicom(path, **tags):
-    write_dicom(path, np.zeros((20, 20, 3)), Rows=20, Columns=20, SamplesPerPixel=3, PlanarConfiguration=0, **tags)
-
-
 ODD_SCANS = {
-    "colour.nii": lambda path: write_nifti(path, np.zeros((8, 8, 2), np.dtype([(one, "u1") for one in "RGB"]))),
     "complex.nii": lambda path: write_nifti(path, np.ones((8, 8, 2), np.complex64)),
     "nan.nii": lambda path: write_nifti(path, np.full((8, 8, 2), np.nan, np.float32)),
-    "deep.dcm": lambda path: odd_dicom(path, PhotometricInterpretation="RGB"),
     "empty.dcm": lambda path: path.write_bytes(b""),
     "empty.nii.gz": lambda path: path.write_bytes(b""),
 }
@@ -202,10 +183,9 @@ def test_one_odd_scan_is_named_and_the_others_are_used(tmp_path, volume, name):
 def test_of_a_scan_that_breaks_in_the_middle_nothing_stays(tmp_path, volume, monkeypatch):
     write_nifti(tmp_path / "s/images/a.nii", volume)
     write_nifti(tmp_path / "s/images/b.nii", volume)
-    grey, calls = slices._grey, []
-    monkeypatch.setattr(
-        slices, "_grey", lambda *values: grey(*values) if len(calls) < 4 and not calls.append(0) else 1 / 0
-    )
+    shown, calls = slices.Pictures.__getitem__, []
+    broken = lambda self, number: shown(self, number) if len(calls) < 4 and not calls.append(0) else 1 / 0
+    monkeypatch.setattr(slices.Pictures, "__getitem__", broken)
     make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions("MR"))
     assert {path.stem.split("--")[2] for path in (tmp_path / "out/images").iterdir()} == {"a"}
 
@@ -255,14 +235,14 @@ def test_each_value_of_a_label_map_is_a_mask(tmp_path, volume):
     assert manifest["reasons"] == {"value without a name": 1}
     masks = sorted((tmp_path / "out/masks").rglob("*.png"))
     assert [path.name for path in masks] == ["left_kidney.png", "liver.png"]
-    np.testing.assert_array_equal(picture(masks[0]) > 0, slices._axial(labels[:, :, 1] == 13))
+    np.testing.assert_array_equal(picture(masks[0]) > 0, (labels[::-1, ::-1, 1] == 13).T)
 
 
 def test_a_window_may_begin_with_a_minus(tmp_path, volume, monkeypatch, capsys):
     write_nifti(tmp_path / "s/images/a.nii.gz", volume)
     arguments = ["--source", str(tmp_path / "s"), "--out", str(tmp_path / "out"), "--window", "-600,1500"]
     monkeypatch.setattr(sys, "argv", ["slices", *arguments])
-    assert slices.main() == 0 and json.loads(capsys.readouterr().out)["window"] == [-600, 1500]
+    assert slices.main() == 0 and json.loads(capsys.readouterr().out)["window"] == "-600,1500"
 
 
 def test_a_full_disk_is_one_line(tmp_path, volume, monkeypatch, capsys):
@@ -271,3 +251,81 @@ def test_a_full_disk_is_one_line(tmp_path, volume, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["slices", "--source", str(tmp_path / "s"), "--out", str(tmp_path / "out")])
     assert slices.main() == 1
     assert capsys.readouterr().err.splitlines()[-1] == "[Errno 28] No space left on device: 'out'"
+
+
+def series(folder, **tags):
+    values = some_values((20, 24, 6))
+    write_series(folder, values, **tags)
+    return values
+
+
+def test_a_series_is_cut_as_one_scan_and_every_counts_along_it(tmp_path):
+    values = series(tmp_path / "s/images/case", WindowCenter=0, WindowWidth=1000)
+    manifest = make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions(every=4))
+    assert (manifest["scans"], manifest["slices"], manifest["skipped"]) == (1, 2, 0)
+    for number in (0, 4):
+        shown = picture(tmp_path / f"out/images/ct_00--s--case--z_{number:04d}.png").astype(float)
+        np.testing.assert_allclose(shown, np.clip((values[:, :, number].T + 500) / 999 * 255, 0, 255), atol=1)
+
+
+def test_planes_have_square_pixels(tmp_path):
+    series(tmp_path / "s/images/case", spacing=(0.5, 0.5, 2))
+    make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions(plane="coronal"))
+    pictures = sorted((tmp_path / "out/images").iterdir())
+    assert len(pictures) == 24 and picture(pictures[0]).shape == (24, 20)
+
+
+def test_negatives_are_kept_on_request_and_empty_masks_are_named(tmp_path, volume):
+    write_nifti(tmp_path / "s/images/a.nii.gz", volume)
+    write_nifti(tmp_path / "s/masks/a/liver.nii.gz", (volume > 0).astype(np.uint8))
+    write_nifti(tmp_path / "s/images/b.nii.gz", volume)
+    write_nifti(tmp_path / "s/masks/b/liver.nii.gz", np.zeros_like(volume))
+    manifest = make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions("CT"))
+    assert manifest["slices"] == 1 and manifest["reasons"] == {"all masks of the scan are empty": 1}
+    manifest = make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions("CT", negatives=True))
+    assert manifest["slices"] == 6 and manifest["skipped"] == 0
+
+
+def test_masks_of_dicom_and_nifti_and_maps_with_own_names_meet_a_series(tmp_path):
+    values = series(tmp_path / "s/images/case")
+    volume = read_scan(str(tmp_path / "s/images/case"))
+    spot = np.zeros(values.shape, bool)
+    spot[3:6, 4:9, 2] = True
+    write_dicom_seg(str(tmp_path / "s/images/seg"), {"cyst": spot}, volume, "a model")
+    write_nifti(tmp_path / "s/masks/case/liver.nii.gz", spot[::-1].astype(np.uint8), volume.affine @ flipped(20))
+    write_nifti(tmp_path / "s/labels/case.nii.gz", spot.astype(np.uint8) * 3, volume.affine)
+    (tmp_path / "s/labels/case.json").write_text(json.dumps({"3": {"name": "left kidney"}}))
+    manifest = make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions())
+    assert manifest["slices"] == 1 and manifest["skipped"] == 0
+    masks = sorted((tmp_path / "out/masks").rglob("*.png"))
+    assert [mask.name for mask in masks] == ["cyst.png", "left_kidney.png", "liver.png"]
+    for mask in masks:
+        np.testing.assert_array_equal(picture(mask) > 0, spot[:, :, 2].T)
+
+
+def flipped(size):
+    matrix = np.diag([-1.0, 1, 1, 1])
+    matrix[0, 3] = size - 1
+    return matrix
+
+
+def test_what_is_beside_series_is_named(tmp_path):
+    series(tmp_path / "s/images/case")
+    volume = read_scan(str(tmp_path / "s/images/case"))
+    series(tmp_path / "elsewhere")
+    other = read_scan(str(tmp_path / "elsewhere"))
+    write_dicom_seg(str(tmp_path / "s/images/seg"), {"x": np.ones(other.shape, bool)}, other, "a model")
+    shutil.copy(real("rtdose.dcm"), tmp_path / "s/images/dose")
+    (tmp_path / "s/masks/case").mkdir(parents=True)
+    Image.fromarray(np.ones(volume.shape[1::-1], np.uint8)).save(tmp_path / "s/masks/case/liver.png")
+    with pytest.raises(DataError, match="picture as mask of a scan of several slices"):
+        make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions())
+    (tmp_path / "s/masks/case/liver.png").unlink()
+    manifest = make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions())
+    assert manifest["reasons"] == {"DICOM object is not a picture": 1, "file is not used": 1}
+
+
+def test_the_modality_of_the_command_line_goes_first(tmp_path):
+    write_dicom(tmp_path / "s/images/a.dcm", np.zeros((20, 20)), Modality="OT")
+    make_slices(str(tmp_path / "s"), str(tmp_path / "out"), SliceOptions("X-ray"))
+    assert (tmp_path / "out/images/x_ray_00--s--a--z_0000.png").is_file()

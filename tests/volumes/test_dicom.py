@@ -9,9 +9,8 @@ import SimpleITK as sitk
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.volumes.dicom import MASKS, read_header
-from medplib_jax.volumes.geometry import cut
+from medplib_jax.volumes.pictures import pictures
 from medplib_jax.volumes.read import find_scans, read_scan
-from medplib_jax.volumes.windows import shown, tones_of
 from tests.volumes.scans import PYDICOM, PYDICOM_DATA, real, write_dicom
 
 FILES = sorted(
@@ -32,9 +31,7 @@ UNLIKE_GDCM = {  # file -> why our values are right
 
 
 def picture(path, windows=None, number=0):
-    volume = read_scan(path)
-    tones = () if volume.is_colour else tones_of(volume.values, volume.tone, windows)
-    return shown(cut(volume).turned(volume.values)[number], tones, volume.inverted)
+    return pictures(read_scan(path), windows=windows)[number]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,7 @@ from medplib_jax.datasets.files import Folder, files_below, safe_name, unused
 from medplib_jax.datasets.mecovqa import merged_name, stem
 from medplib_jax.datasets.patients import patient_of
 from medplib_jax.datasets.qa.facts import ImageFacts, measure
+from medplib_jax.volumes.masks import Labels
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 METADATA = "metadata.json"
@@ -45,7 +46,7 @@ class Pair:
     metadata: dict[str, str]
     reference: str  # the image's place in the new dataset
     patient: str
-    label_names: Mapping[int, str]  # of label maps; empty when there are none
+    label_names: Labels  # of label maps; empty when there are none
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,7 +112,7 @@ def _masks_by_image(files: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     return masks
 
 
-def _name_problem(root: str, label: str, mask: str, names: Mapping[int, str]) -> DataError | None:
+def _name_problem(root: str, label: str, mask: str, names: Labels) -> DataError | None:
     """Why a mask of this name cannot be used; None when it can."""
     path = os.path.join(root, mask)
     if not label and not names:
@@ -153,7 +154,7 @@ def vocabulary(pairs: Sequence[Pair]) -> dict[str, tuple[str, ...]]:
     """Names of each modality's masks and labels, sorted."""
     names = defaultdict(set)
     for pair in pairs:
-        names[pair.modality].update(pair.names, pair.label_names.values())
+        names[pair.modality].update(pair.names, pair.label_names)
     return {modality: tuple(sorted(seen)) for modality, seen in names.items()}
 
 
