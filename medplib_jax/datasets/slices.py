@@ -101,20 +101,20 @@ def make_slices(source: str, out: str, options: SliceOptions) -> dict[str, Any]:
 
     DataError when `source` has no scan, or none of them can be used.
     """
-    found, metadata, used = look_into(source), {}, 0
+    found, metadata, failed = look_into(source), {}, []
     with Folder(out, "slices", source) as folder:
         for scan in tqdm(found.scans, desc="scans", unit="scan"):
             try:
                 metadata |= _write_scan(scan, found, options, folder)
-                used += 1
             except DataError as error:
-                found.problems.append(error)
-        if not used:
-            raise next(problem for problem in found.problems if problem.what != UNUSED)
+                failed.append(error)
+        if len(failed) == len(found.scans):
+            raise failed[0]
+        problems, used = found.problems + failed, len(found.scans) - len(failed)
         folder.write_json("metadata.json", metadata)
         patients = len({entry["patient"] for entry in metadata.values()})
         manifest = {"scans": used, "slices": len(metadata), "patients": patients, **dataclasses.asdict(options)}
-        manifest |= folder.write_problems(found.problems)
+        manifest |= folder.write_problems(problems)
         folder.write_json("manifest.json", manifest)
     return manifest
 
@@ -239,7 +239,7 @@ def _masks(scan: ScanFile, volume: Volume, source: Source) -> dict[str, np.ndarr
         if (other := taken.setdefault(safe_name(name), file)) != file:
             path = os.path.join(source.root, file)
             raise DataError(path, None, "two masks would share their files", "names that differ in letters", other)
-        found |= _masks_of_file(name, file, names, volume, source)
+        found |= _masks_of_file(name, file, source.names, volume, source)
     for file in files.maps:
         if names:
             found |= _masks_of_file("", file, names, volume, source)

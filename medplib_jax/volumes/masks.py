@@ -103,21 +103,23 @@ def _segments(data: Any, file: str, scan: Volume) -> Iterator[tuple[str, np.ndar
         for frame, place, group in zip(frames, places, data.PerFrameFunctionalGroupsSequence, strict=True):
             if kind == "LABELMAP":
                 mask[place] |= (frame == number).T
-            elif int(group.SegmentIdentificationSequence[0].ReferencedSegmentNumber) == number:
+            elif int(_group(data, group, "SegmentIdentificationSequence").ReferencedSegmentNumber) == number:
                 mask[place] |= (frame > floor).T
         yield str(segment.get("SegmentLabel") or f"segment {number}"), mask
 
 
+def _group(data: Any, group: Any, sequence: str) -> Any:
+    """The item of a sequence that a frame, or all frames together, have."""
+    return next(g for g in (group, data.SharedFunctionalGroupsSequence[0]) if sequence in g)[sequence][0]
+
+
 def _frame_place(group: Any, data: Any, file: str, scan: Volume, size: tuple[int, int]) -> tuple[slice, slice, int]:
     """Where a frame [columns, rows] lies in the scan's array. DataError when its pixels are not the scan's."""
-    shared = data.SharedFunctionalGroupsSequence[0]
-    parts = {}
-    for sequence in ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"):
-        parts[sequence] = next(g for g in (group, shared) if sequence in g)[sequence][0]
-    along, down = np.array(parts["PlaneOrientationSequence"].ImageOrientationPatient, np.float64).reshape(2, 3)
-    rows, columns = (float(x) for x in parts["PixelMeasuresSequence"].PixelSpacing)
-    axes = np.stack([along * columns, down * rows, parts["PlanePositionSequence"].ImagePositionPatient], axis=1)
-    axes = LPS_TO_RAS[:3, :3] @ np.asarray(axes, np.float64)
+    direction = _group(data, group, "PlaneOrientationSequence").ImageOrientationPatient
+    along, down = np.array(direction, np.float64).reshape(2, 3)
+    rows, columns = (float(x) for x in _group(data, group, "PixelMeasuresSequence").PixelSpacing)
+    position = np.array(_group(data, group, "PlanePositionSequence").ImagePositionPatient, np.float64)
+    axes = LPS_TO_RAS[:3, :3] @ np.stack([along * columns, down * rows, position], axis=1)
     into = np.linalg.inv(scan.affine)
     steps, start = into[:3, :3] @ axes[:, :2], into[:3, :3] @ axes[:, 2] + into[:3, 3]
     first = np.round(start).astype(int)

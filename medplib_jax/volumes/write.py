@@ -8,7 +8,7 @@ import numpy as np
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.volumes.dicom import open_dicom
-from medplib_jax.volumes.formats import NIFTI
+from medplib_jax.volumes.formats import NIFTI, SUFFIXES
 from medplib_jax.volumes.volume import Volume
 
 # Words of pydicom's dictionary of SNOMED CT that a structure's name may hold; a longer one goes before a shorter one.
@@ -47,6 +47,10 @@ _NEEDED = (  # type 2 tags that a SEG copies from its source, which may lack the
     ),
     *("ReferringPhysicianName", "PositionReferenceIndicator"),
 )
+
+
+def is_dicom(scan: Volume) -> bool:
+    return not scan.file.lower().endswith(SUFFIXES)
 
 
 def label_map(masks: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
@@ -91,7 +95,7 @@ def write_dicom_seg(path: str, masks: Mapping[str, np.ndarray], scan: Volume, mo
     file = scan.file
     if not masks:
         raise DataError(file, None, "DICOM SEG without a mask", "at least one structure", "none")
-    if file.lower().endswith(NIFTI) or not scan.located:
+    if not is_dicom(scan) or not scan.located:
         raise DataError(file, None, "DICOM SEG needs a DICOM series", "slices with a place in the patient", file)
     try:
         import highdicom as hd
