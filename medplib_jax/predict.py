@@ -1,10 +1,12 @@
-"""Asks a trained model about one picture, with or without a marked region, and draws the masks of its answer.
+"""Asks a trained model about one picture or scan, with or without a marked region, and draws the masks of its answer.
 
-COMMAND
-    python -m medplib_jax.predict --checkpoint WORKDIR --image scan.png --question "Please segment the liver." --out answer
-    python -m medplib_jax.predict --checkpoint WORKDIR --image scan.png --question "What is <region>?" --box 40,60,90,120 --out answer
+COMMAND python -m medplib_jax.predict --checkpoint WORKDIR --image scan.png --question "Please segment the liver." --out
+answer python -m medplib_jax.predict --checkpoint WORKDIR --image scan.png --question "What is <region>?" --box
+40,60,90,120 --out answer python -m medplib_jax.predict --checkpoint WORKDIR --image SCAN --structures "liver; spleen"
+--out answer
 
-Prints the answer; writes `mask_<k>.png` (0/255, the picture's size) and `overlay.png`.
+A SCAN is a DICOM folder or file, NIfTI, NRRD or MetaImage; see medplib_jax/volumes/README.md for what is written.
+Of a picture it prints the answer; writes `mask_<k>.png` (0/255, the picture's size) and `overlay.png`.
 """
 
 import argparse
@@ -19,7 +21,9 @@ from medplib_jax.data.overlay import PALETTE, overlay
 from medplib_jax.decode.layout import QUANTIZE
 from medplib_jax.decode.predictor import Prediction, Predictor
 from medplib_jax.decode.sampling import Sampling
+from medplib_jax.decode.scans import add_scan_flags, answer_scan, scan_options
 from medplib_jax.parallel.compilation import use_cache
+from medplib_jax.volumes.read import is_scan
 
 
 def write_prediction(prediction: Prediction, out_dir: str | os.PathLike) -> list[Path]:
@@ -45,7 +49,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="workdir of a training run")
     parser.add_argument("--image", required=True)
-    parser.add_argument("--question", required=True, help="may hold one <region>; without it a region goes to the end")
+    parser.add_argument("--question", help="may hold one <region>; without it a region goes to the end")
     parser.add_argument("--out", required=True, help="folder for the masks and the overlay")
     region = parser.add_mutually_exclusive_group()
     region.add_argument("--point", metavar="x,y", help="in pixels of the picture, as all regions")
@@ -62,7 +66,11 @@ def main():
     parser.add_argument(
         "--quantize", choices=QUANTIZE[1:], default="", help="weights of 8 bits: half the memory of bfloat16"
     )
+    add_scan_flags(parser)
     arguments = parser.parse_args()
+    scan = is_scan(arguments.image)
+    if not arguments.question and not (scan and arguments.structures):
+        parser.error("expected --question, or --structures for a scan")
     use_cache()
     try:
         sampling = Sampling(arguments.temperature, arguments.top_p)
@@ -73,6 +81,10 @@ def main():
             sampling=sampling,
             quantize=arguments.quantize,
         )
+        if scan:
+            names = answer_scan(predictor, arguments.image, arguments.out, scan_options(arguments))
+            print(Path(arguments.out, "table.tsv").read_text(encoding="utf-8"), end="")
+            return print(*(Path(arguments.out, name) for name in names), sep="\n", file=sys.stderr)
         picture, prompt = predictor.prompt(arguments.image, arguments.question, region_of(arguments))
     except (
         ValueError,
