@@ -5,6 +5,8 @@ answer python -m medplib_jax.predict --checkpoint WORKDIR --image scan.png --que
 40,60,90,120 --out answer python -m medplib_jax.predict --checkpoint WORKDIR --image SCAN --structures "liver; spleen"
 --out answer
 
+    python -m medplib_jax.predict --checkpoint WORKDIR --jobs jobs.jsonl --out answers
+
 A SCAN is a DICOM folder or file, NIfTI, NRRD or MetaImage; see medplib_jax/volumes/README.md for what is written.
 Of a picture it prints the answer; writes `mask_<k>.png` (0/255, the picture's size) and `overlay.png`.
 """
@@ -18,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from medplib_jax.data.overlay import PALETTE, overlay
+from medplib_jax.decode.jobs import answer_jobs, read_jobs
 from medplib_jax.decode.layout import QUANTIZE
 from medplib_jax.decode.predictor import Prediction, Predictor
 from medplib_jax.decode.sampling import Sampling
@@ -48,7 +51,11 @@ def region_of(arguments: argparse.Namespace) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="workdir of a training run")
-    parser.add_argument("--image", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--image", help="a picture or scan")
+    what.add_argument(
+        "--jobs", metavar="FILE|FOLDER", help="many of them: JSON list or lines, or a folder; see decode/jobs.py"
+    )
     parser.add_argument("--question", help="may hold one <region>; without it a region goes to the end")
     parser.add_argument("--out", required=True, help="folder for the masks and the overlay")
     region = parser.add_mutually_exclusive_group()
@@ -68,11 +75,12 @@ def main():
     )
     add_scan_flags(parser)
     arguments = parser.parse_args()
-    scan = is_scan(arguments.image)
-    if not arguments.question and not (scan and arguments.structures):
+    scan = bool(arguments.jobs) or is_scan(arguments.image)
+    if not (arguments.question or arguments.jobs or (scan and arguments.structures)):
         parser.error("expected --question, or --structures for a scan")
     use_cache()
     try:
+        options = scan_options(arguments) if scan else None
         sampling = Sampling(arguments.temperature, arguments.top_p)
         predictor = Predictor(
             arguments.checkpoint,
@@ -81,8 +89,11 @@ def main():
             sampling=sampling,
             quantize=arguments.quantize,
         )
-        if scan:
-            names = answer_scan(predictor, arguments.image, arguments.out, scan_options(arguments))
+        if arguments.jobs:
+            jobs = read_jobs(arguments.jobs, arguments.question or "", options.structures)
+            sys.exit(1 if answer_jobs(predictor, jobs, arguments.out, options) else 0)
+        if options:
+            names = answer_scan(predictor, arguments.image, arguments.out, options)
             print(Path(arguments.out, "table.tsv").read_text(encoding="utf-8"), end="")
             return print(*(Path(arguments.out, name) for name in names), sep="\n", file=sys.stderr)
         picture, prompt = predictor.prompt(arguments.image, arguments.question, region_of(arguments))

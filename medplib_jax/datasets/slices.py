@@ -53,7 +53,9 @@ _NAMES = (".json", ".tsv", ".csv", ".txt")  # of a file with names of one label 
 
 @dataclasses.dataclass(frozen=True)
 class SliceOptions:
-    """modality: instead of what a scan tells. window: as `windows.parse_window`; "": the file's own, else percentiles.
+    """How scans become pictures.
+
+    modality: instead of what a scan tells. window: as `windows.parse_window`; "": the file's own, else percentiles.
     every: takes each so manieth slice. patient: see `patients.patient_of`. plane: see `geometry.cut`. negatives: keep
     slices that show no mask, too.
     """

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -33,6 +33,9 @@ MODALITIES = {  # PS3.3 C.7.3.1.1.1 -> words; "": the file does not tell what th
     "CP": "colposcopy",
 }
 MASKS = ("SEG", "RTSTRUCT")  # DICOM's own forms of masks
+_UNCOMPRESSED = {"1.2.840.10008.1.2": 8, "1.2.840.10008.1.2.1": 12}  # little-endian: bytes before the pixels' first
+_GREY = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "")  # the last: old files do not say
+_COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "YBR_ICT", "YBR_RCT")
 _NOT_PICTURES = ("RTDOSE", "RTPLAN", "RTRECORD", "SR", "PR", "KO", "REG", "RWV", "FID", "ECG")
 _TIMES = (  # what tells slices of one place from each other, in this order
     "TemporalPositionIdentifier",
@@ -97,12 +100,15 @@ class Header:
     inverted: bool
     integral: bool  # pixels are integers, and there is no table that changes them
     frames: tuple[Frame, ...]
+    plain: tuple[int, str] | None  # where pixels begin that need no decoding, and their type
 
 
 def read_header(path: str) -> Header:
     """Of a picture, or of masks (`MASKS`; without frames). DataError for what is not DICOM or neither of them."""
     with guarded(path, "DICOM"):
-        data = open_dicom(path, pixels=False)
+        with open(path, "rb") as file:
+            data = open_dicom(path, pixels=False, file=file)
+            end = file.tell()
         word = str(data.get("Modality", "") or "")
         word = {"1.2.840.10008.5.1.4.1.1.66.4": "SEG", "1.2.840.10008.5.1.4.1.1.481.3": "RTSTRUCT"}.get(
             str(data.get("SOPClassUID", "")), word
@@ -110,6 +116,8 @@ def read_header(path: str) -> Header:
         if word not in MASKS and (word in _NOT_PICTURES or not data.get("Rows") or not data.get("Columns")):
             raise DataError(path, None, "DICOM object is not a picture", "pixels of a scan", _kind(data, word))
         name, number = str(data.get("PatientName", "") or ""), str(data.get("PatientID", "") or "")
+        if word not in MASKS:
+            _check_kind_of_pixels(path, data)
         size = (int(data.get("Rows") or 0), int(data.get("Columns") or 0))
         is_masks = word in MASKS
         frames = () if is_masks else tuple(_frames(path, data, size))
@@ -127,6 +135,7 @@ def read_header(path: str) -> Header:
             inverted=_photometric(data) == "MONOCHROME1",
             integral=bool(data.get("BitsStored")) and "ModalityLUTSequence" not in data,
             frames=frames,
+            plain=None if is_masks else _plain(data, path, end),
         )
 
 
@@ -136,16 +145,21 @@ def read_pixels(header: Header) -> np.ndarray:
     A file with a table of its own for values (Modality LUT) is in the scan's units already.
     """
     path = header.file
+    shape = (len(header.frames), *header.size)
     with guarded(path, "DICOM with pixels"):
+        if header.plain:
+            start, kind = header.plain
+            pixels = np.fromfile(path, kind, int(np.prod(shape)), offset=start)
+            if pixels.size != np.prod(shape):
+                raise ValueError(f"{pixels.nbytes} bytes of pixels, expected {2 * np.prod(shape)}")
+            return pixels.reshape(shape)
         data = open_dicom(path, pixels=True)
         if not any(name in data for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
             raise DataError(path, None, "DICOM object is not a picture", "pixels of a scan", "no pixel data")
         bits, high = int(data.get("BitsStored") or 0), data.get("HighBit")
         if bits and high is not None and int(high) + 1 != bits:
             raise DataError(path, None, "pixels lie in unusual bits", f"high bit {bits - 1}", str(high))
-        shape = (len(header.frames), *header.size)
-        pixels = _plain(data, shape)
-        pixels = data.pixel_array if pixels is None else pixels
+        pixels = data.pixel_array
         if _photometric(data) == "PALETTE COLOR":
             pixels = _coloured(data, pixels)
         elif header.colour and bits > 8:
@@ -178,12 +192,12 @@ class guarded:
             raise DataError(self._path, None, "scan cannot be read", self._expected, found) from error
 
 
-def open_dicom(path: str, pixels: bool) -> Any:
+def open_dicom(path: str, pixels: bool, file: BinaryIO | None = None) -> Any:
     """The dataset. Files without preamble are tried, too; what says neither what it is nor how large is not DICOM."""
     import pydicom  # only scans need it
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-    data = pydicom.dcmread(path, stop_before_pixels=not pixels, force=True)
+    data = pydicom.dcmread(file or path, stop_before_pixels=not pixels, force=True)
     known = getattr(data, "file_meta", None) is not None and "MediaStorageSOPClassUID" in data.file_meta
     if not (known or "SOPClassUID" in data or "Rows" in data):
         raise DataError(path, None, "scan cannot be read", "DICOM", "no DICOM object")
@@ -192,6 +206,14 @@ def open_dicom(path: str, pixels: bool) -> Any:
         plain = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
         data.file_meta.TransferSyntaxUID = plain if little else ExplicitVRBigEndian
     return data
+
+
+def _check_kind_of_pixels(path: str, data: Any) -> None:
+    """DataError for pixels that are neither grey with one sample nor colour with three."""
+    found, samples = _photometric(data), int(data.get("SamplesPerPixel") or 1)
+    if (found, samples) not in [*((grey, 1) for grey in _GREY), *((colour, 3) for colour in _COLOUR)]:
+        expected = "grey with 1 sample or colour with 3"
+        raise DataError(path, None, "kind of pixels cannot be used", expected, f"{found!r} with {samples}")
 
 
 def _patient(data: Any) -> str:
@@ -244,6 +266,20 @@ class _Tags:
         values = [float(x) for x in (value if hasattr(value, "__len__") and not isinstance(value, str) else [value])]
         return values if len(values) == count and np.isfinite(values).all() else None
 
+    def anywhere(self, tag: str) -> Any:
+        """The value of a tag in whichever of `_GROUPS` holds it."""
+        items = (next(iter(group.get(name) or []), None) for group in self._groups for name in _GROUPS)
+        found = (item.get(tag) for item in items if item is not None)
+        return next((value for value in found if value is not None), self._data.get(tag))
+
+    def rescale(self, tag: str, absent: float) -> float:
+        """ValueError for what is there and no finite number."""
+        value = self.get("PixelValueTransformationSequence", tag)
+        found = absent if value is None or value == "" else float(value)
+        if not np.isfinite(found):
+            raise ValueError(f"{tag} {value}")
+        return found
+
 
 def _frame(path: str, index: int, tags: _Tags) -> Frame:
     position = tags.numbers("PlanePositionSequence", "ImagePositionPatient", 3)
@@ -262,12 +298,10 @@ def _frame(path: str, index: int, tags: _Tags) -> Frame:
     thickness = tags.numbers("PixelMeasuresSequence", "SpacingBetweenSlices", 1) or tags.numbers(
         "PixelMeasuresSequence", "SliceThickness", 1
     )
-    slope = tags.numbers("PixelValueTransformationSequence", "RescaleSlope", 1)
-    intercept = tags.numbers("PixelValueTransformationSequence", "RescaleIntercept", 1)
-    times = [
-        (tag, next((str(v) for group in ("", *_GROUPS) if (v := tags.get(group, tag)) is not None), ""))
-        for tag in _TIMES
-    ]
+    slope, intercept = tags.rescale("RescaleSlope", 1.0), tags.rescale("RescaleIntercept", 0.0)
+    if slope == 0:
+        raise DataError(path, None, "values cannot be scaled", "a rescale slope other than 0", "0")
+    times = [(tag, str(tags.anywhere(tag) or "")) for tag in _TIMES]
     return Frame(
         file=path,
         index=index,
@@ -276,8 +310,8 @@ def _frame(path: str, index: int, tags: _Tags) -> Frame:
         thickness=abs(thickness[0]) if thickness and thickness[0] else 1.0,
         position=np.array(position) if located else None,
         direction=direction if located else None,
-        slope=slope[0] if slope else 1.0,
-        intercept=intercept[0] if intercept else 0.0,
+        slope=slope,
+        intercept=intercept,
         tone=_tone(tags.item("FrameVOILUTSequence"), tags.order),
         times=tuple(times),
         number=int(tags.get("", "InstanceNumber") or 0),
@@ -330,14 +364,23 @@ def _first(value: Any) -> float | None:
     return found if found is not None and np.isfinite(found) else None
 
 
-def _plain(data: Any, shape: tuple[int, int, int]) -> np.ndarray | None:
-    """Uncompressed grey of 16 bits without unused ones, several times faster than by pydicom; None for all else."""
-    if data.file_meta.TransferSyntaxUID not in ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1") or "PixelData" not in data:
+def _plain(data: Any, path: str, start: int) -> tuple[int, str] | None:
+    """(place in the file, type) of uncompressed grey of 16 bits without unused ones, None for all other pixels.
+
+    Such pixels are read several times faster than by pydicom. start: where the header ended.
+    """
+    expected = {"BitsAllocated": 16, "BitsStored": 16, "HighBit": 15, "SamplesPerPixel": 1}
+    known = _UNCOMPRESSED.get(data.file_meta.TransferSyntaxUID)
+    if known is None or any(data.get(tag) != value for tag, value in expected.items()) or "ModalityLUTSequence" in data:
         return None
-    expected = {"BitsAllocated": 16, "BitsStored": 16, "SamplesPerPixel": 1}
-    if any(data.get(tag) != value for tag, value in expected.items()) or len(data.PixelData) != 2 * np.prod(shape):
+    with open(path, "rb") as file:
+        file.seek(start)
+        element = file.read(known)
+    count = int(data.get("NumberOfFrames") or 1) * data.Rows * data.Columns
+    length = int.from_bytes(element[-4:], "little")
+    if element[:4] != b"\xe0\x7f\x10\x00" or length != 2 * count or _photometric(data) == "PALETTE COLOR":
         return None
-    return np.frombuffer(data.PixelData, "<i2" if data.get("PixelRepresentation") else "<u2").reshape(shape)
+    return start + known, "<i2" if data.get("PixelRepresentation") else "<u2"
 
 
 def _coloured(data: Any, pixels: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ ODD_TAGS = {  # a value that no slice of a scan can have
     "PixelSpacing": [[0, 0], [1e9, 1], [-1, 1]],
     "ImageOrientationPatient": [[1, 0, 0, 1, 0, 0], [9, 0, 0, 0, 9, 0]],
     "ImagePositionPatient": [["nan"] * 3, [1, 2]],
-    "RescaleSlope": ["x", "nan", 0],
+    "RescaleSlope": ["nan", 0],
     "PhotometricInterpretation": ["RGB", "YBR_FULL", "PALETTE COLOR", "x"],
 }
 
@@ -65,9 +65,10 @@ def read_all(path):
 def test_broken_bytes_are_named_or_read(tmp_path, sources, seed, capfd):
     rng = np.random.default_rng(seed)
     shutil.copytree(sources, tmp_path / "s")
-    path = sorted(p for p in (tmp_path / "s").rglob("*") if p.is_file())[seed % 15]
+    files = sorted(p for p in (tmp_path / "s").rglob("*") if p.is_file())
+    path = files[seed % len(files)]
     content = bytearray(path.read_bytes())
-    kind = ("cut", "flip", "flip", "insert", "empty", "zeros")[seed // 15 % 6]
+    kind = ("cut", "flip", "flip", "insert", "empty", "zeros")[seed // len(files) % 6]
     place = int(rng.integers(len(content)))
     if kind == "flip":
         for _ in range(8):
@@ -96,7 +97,8 @@ def test_odd_tags_are_refused_or_do_not_count(tmp_path, tag, value):
         setattr(data, tag, value)
         data.save_as(tmp_path / "x.dcm")
     scans, problems = read_all(tmp_path)
-    assert problems or (tag in ("PixelSpacing", "ImagePositionPatient") and not np.isnan(scans[0].affine).any())
+    assert problems or tag in ("PixelSpacing", "ImagePositionPatient", "NumberOfFrames")
+    assert all(np.isfinite(scan.affine).all() for scan in scans)
     if scans:
         np.testing.assert_array_equal(scans[0].values[:, :, 0].T, expected)
 

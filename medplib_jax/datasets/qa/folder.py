@@ -65,7 +65,7 @@ def scan(root: str, pattern: str = "") -> tuple[list[Pair], list[DataError]]:
     there is no image at all.
     """
     files, metadata, names = files_below(root), _metadata(root), labels.read_names(root)
-    if unfit := [name for name in names.values() if not _NAME.fullmatch(name)]:
+    if unfit := [name for name in names if not _NAME.fullmatch(name)]:
         raise DataError(root, None, "name of a label cannot be used", _LETTERS, repr(unfit[0]))
     found = [name for name in files if name.startswith("images/") and name.lower().endswith(SUFFIXES)]
     if not found:
