@@ -17,7 +17,6 @@ from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.models.layers import abstract_module, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.parallel.mesh import resolve
-from medplib_jax.train.flops import step_flops
 from medplib_jax.train.optim import make_schedule
 from tests.helpers import tiny_experiment
 
@@ -68,7 +67,6 @@ def use(config) -> None:
     if isinstance(config, ExperimentConfig):
         assert all(sizes(config.model)), "parameters without a value"
         make_schedule(config.optim, config.train.steps or 10, 5)(3)
-        step_flops(config.model, config.data.batch_size, 16, config.data.max_images, config.data.max_masks, 0.5)
         resolve(config.mesh, 8)
 
 
