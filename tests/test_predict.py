@@ -88,7 +88,7 @@ def test_command_line_writes_masks_of_the_pictures_size(folder, workdir, tmp_pat
     )
     seg_id = tiny.make_tokenizer(tmp_path / "tokenizer").seg_id
     monkeypatch.setattr(
-        decode, "draw_token", lambda logits, key, sampling: jnp.full(logits.shape[:1], seg_id, jnp.int32)
+        decode, "draw_token", lambda logits, draws, place: jnp.full(logits.shape[:1], seg_id, jnp.int32)
     )
     predict.main()
     assert capsys.readouterr().out == "<SEG>\n"

@@ -13,7 +13,6 @@ from medplib_jax.config.experiment import DataConfig, ExperimentConfig
 from medplib_jax.config.model import LoraConfig, ModelConfig
 from medplib_jax.decode.generator import Decoder
 from medplib_jax.decode.layout import decoding_model
-from medplib_jax.decode.sampling import Sampling
 from medplib_jax.models.layers import bind, model_shardings, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.parallel.compilation import compiler_options
@@ -91,23 +90,17 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Pro
     if length <= new_tokens:
         raise ValueError(f"length {length} leaves no room for a prompt: eval.max_new_tokens is {new_tokens}")
     ends = {"eos_id": 2, "seg_id": config.model.llm.vocab_size - 1}  # any will do: values do not change the program
-    decoder = Decoder(
-        model,
-        **ends,
-        max_new_tokens=new_tokens,
-        max_masks=config.data.max_masks,
-        sampling=Sampling(),
-        original_masks=False,
-    )
+    decoder = Decoder(model, **ends, max_new_tokens=new_tokens, max_masks=config.data.max_masks, original_masks=False)
 
-    def answer(params: Params, batch: Batch, limits_B: jax.Array, seed: jax.Array):
-        slots = decoder.decode(params, decoder.prefill(params, batch, limits_B, room=new_tokens), 0, seed)
-        masks = decoder.draw(params, decoder.prompts(slots)[0], batch) if config.data.max_masks else None
+    def answer(params: Params, batch: Batch, limits_B: jax.Array, steps: jax.Array):
+        slots = decoder.prefill(params, batch, limits_B, draws=None, seen=None, room=new_tokens)
+        slots = decoder.decode(params, slots, 0, steps)
+        masks = decoder.draw(params, decoder.prompts(slots)[0], batch, None) if config.data.max_masks else None
         return slots.tokens, slots.lengths, masks
 
     batch = abstract_batch(config.data, config.model, mesh, rows, length - new_tokens)
-    seed = _placed(jax.ShapeDtypeStruct((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
-    args = _evaluated(model, config, mesh), batch, batch.record, seed
+    steps = _placed(jax.ShapeDtypeStruct((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
+    args = _evaluated(model, config, mesh), batch, batch.record, steps
     return Program(answer, args, {"compiler_options": compiler_options(mesh)}, rows * new_tokens, new_tokens)
 
 

@@ -17,13 +17,12 @@ from medplib_jax.batch import Array, Batch, Params
 from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.decode.layout import decoding_model, is_laid_out, lay_out
-from medplib_jax.decode.sampling import Sampling, draw_token
+from medplib_jax.decode.sampling import Draws, Sampling, answer_draws, draw_token
 from medplib_jax.decode.slots import (
     Generation,
     Slots,
     fill_batch,
     insert_rows,
-    row_keys,
     take_at,
     unchanged,
     with_rows,
@@ -48,7 +47,6 @@ class Decoder:
     seg_id: int
     max_new_tokens: int
     max_masks: int
-    sampling: Sampling
     original_masks: bool
 
     def empty(self, like: Slots, slots: int, room: int) -> Slots:
@@ -57,11 +55,16 @@ class Decoder:
         values = like.cache.v[0]
         return zeros.replace(cache=init_cache(self.model.config, slots, values.shape[2] + room, values.dtype))
 
-    def prefill(self, params: Params, batch: Batch, limits_B: Array, room: int) -> Slots:
-        """Runs right-padded prompts [B, L] of different lengths; the cache has L + room positions. Filler rows are not active."""
+    def prefill(
+        self, params: Params, batch: Batch, limits_B: Array, draws: Draws | None, seen: Array | None, room: int
+    ) -> Slots:
+        """Runs right-padded prompts [B, L] of different lengths; the cache has L + room positions.
+
+        `seen`: what `MedPLIB.see` made of the pictures, where it is known already. Filler rows are not active.
+        """
         model = bind(self.model, params)
         B, L = batch.tokens.shape
-        x_BxLxD, _ = model.embed(batch)
+        x_BxLxD, _ = model.embed(batch, seen)
         hidden_BxLxD, out = model.llm(x_BxLxD, batch.valid, new_cache=L + room)
         last_B = batch.valid.sum(-1) - 1
         seg_hidden = jnp.zeros((B, self.max_masks, x_BxLxD.shape[-1]), hidden_BxLxD.dtype)
@@ -81,7 +84,7 @@ class Decoder:
             previous=take_at(hidden_BxLxD, jnp.maximum(last_B - 1, 0)),
             active=(batch.record >= 0) & (limits_B > 0),
             limits=limits_B,
-            records=batch.record,
+            draws=draws,
             tokens=jnp.zeros((B, self.max_new_tokens), jnp.int32),
             lengths=jnp.zeros(B, jnp.int32),
             seg_hidden=seg_hidden,
@@ -89,8 +92,8 @@ class Decoder:
             choices=choices,
         )
 
-    def decode(self, params: Params, slots: Slots, keep: Array, seed: Array) -> Slots:
-        """Draws tokens until no more than `keep` slots are active.
+    def decode(self, params: Params, slots: Slots, keep: Array, steps: Array) -> Slots:
+        """Draws at most `steps` tokens per slot, until no more than `keep` slots are active.
 
         The cache of a single slot goes round the loop without the axis of slots: XLA drops that axis for products, and what would be written
         with it and read without it is copied, four times its size per token.
@@ -98,16 +101,17 @@ class Decoder:
         model = bind(self.model, params)
         fold, unfold = (without_rows, with_rows) if len(slots.active) == 1 else (unchanged, unchanged)
 
-        def advance(slots: Slots) -> Slots:
-            return fold(self._advance(model, unfold(slots), seed))
+        def goes_on(carry: tuple[Slots, Array]) -> Array:
+            return (carry[0].active.sum() > keep) & (carry[1] < steps)
 
-        return unfold(jax.lax.while_loop(lambda slots: slots.active.sum() > keep, advance, fold(slots)))
+        def advance(carry: tuple[Slots, Array]) -> tuple[Slots, Array]:
+            return fold(self._advance(model, unfold(carry[0]))), carry[1] + 1
 
-    def _advance(self, model: MedPLIB, slots: Slots, seed: Array) -> Slots:
+        return unfold(jax.lax.while_loop(goes_on, advance, (fold(slots), jnp.int32(0)))[0])
+
+    def _advance(self, model: MedPLIB, slots: Slots) -> Slots:
         """Draws one token per active slot and runs it through the decoder."""
-        token_S = draw_token(
-            model.llm.logits(slots.hidden), row_keys(seed, slots) if self.sampling.temperature else None, self.sampling
-        )
+        token_S = draw_token(model.llm.logits(slots.hidden), slots.draws, slots.lengths)
         drawn_S = slots.active & (token_S != self.eos_id)
         token_S = jnp.where(drawn_S, token_S, 0)
         rows, place = jnp.arange(len(token_S)), jnp.minimum(slots.lengths, self.max_new_tokens - 1)
@@ -141,8 +145,14 @@ class Decoder:
         first = jnp.where(without[:, None], slots.previous, slots.seg_hidden[:, 0])
         return slots.seg_hidden.at[:, 0].set(first), valid_SxM.at[:, 0].set(True)
 
-    def draw(self, params: Params, seg_hidden_BxMxD: Array, batch: Batch) -> tuple[Array, Array]:
-        return bind(self.model, params).draw(seg_hidden_BxMxD, batch)
+    def see(self, params: Params, clip_pixels: Array) -> Array:
+        return bind(self.model, params).see(clip_pixels)[0]
+
+    def view(self, params: Params, batch: Batch) -> Array:
+        return bind(self.model, params).view(batch)
+
+    def draw(self, params: Params, seg_hidden_BxMxD: Array, batch: Batch, viewed: Array | None) -> tuple[Array, Array]:
+        return bind(self.model, params).draw(seg_hidden_BxMxD, batch, viewed)
 
 
 class Generator:
@@ -175,7 +185,8 @@ class Generator:
         self.mesh = mesh or one_device()
         check_model_fits(config, rules, self.mesh)
         model = decoding_model(config, self.mesh, rules, quantize)
-        self._decoder = decoder = Decoder(model, eos_id, seg_id, max_new_tokens, max_masks, sampling, original_masks)
+        self._decoder = decoder = Decoder(model, eos_id, seg_id, max_new_tokens, max_masks, original_masks)
+        self._sampling = sampling
         self.params = params if is_laid_out(params) else lay_out(config, params, self.mesh, rules, quantize)
         self._rows = batch_sharding(self.mesh)
         self._dispatch = threading.Lock()  # of programs that several threads ask for, so that each is compiled once
@@ -186,6 +197,8 @@ class Generator:
         self._empty = jax.jit(decoder.empty, static_argnums=(1, 2), out_shardings=slots)
         self._prompts = jax.jit(decoder.prompts)
         self._draw = jax.jit(decoder.draw)
+        self._see, self._view = jax.jit(decoder.see), jax.jit(decoder.view)
+        self._release = jax.jit(lambda slots, held: slots.replace(active=slots.active & held), donate_argnums=0)
 
     def _slot_shardings(self) -> Slots:
         """Slots lie where their rows are computed, keys and values where their heads are."""
@@ -201,11 +214,13 @@ class Generator:
         rows = len(batch.record)
         batch = fill_batch(batch, -rows % axis_size(self.mesh, BATCH_AXES))
         limits = np.full(len(batch.record), self._decoder.max_new_tokens, np.int32)
-        slots = self._prefill(self.params, self._put(batch), self._put(limits), room=self._decoder.max_new_tokens)
-        slots = self._decode(self.params, slots, 0, seed)
+        draws = self._put(self.draws(seed, batch.record))
+        room = self._decoder.max_new_tokens
+        slots = self._prefill(self.params, self._put(batch), self._put(limits), draws, None, room=room)
+        slots = self._decode(self.params, slots, 0, room)
         seg_hidden, mask_valid = self._prompts(slots)
         mask_logits, predicted_iou = (
-            self._draw(self.params, seg_hidden, self._put(batch)) if self._decoder.max_masks else (None, None)
+            self._draw(self.params, seg_hidden, self._put(batch), None) if self._decoder.max_masks else (None, None)
         )
         return jax.tree.map(
             lambda x: x[:rows],
@@ -221,25 +236,63 @@ class Generator:
         """Side of the masks' logits."""
         return self._decoder.model.config.mask.mask_grid
 
+    def draws(self, seed: int, records: np.ndarray) -> Draws | None:
+        """The draws of answers to these records in the generator's own sampling, None for greedy ones."""
+        if self._sampling.temperature == 0.0:
+            return None
+        return answer_draws([self._sampling] * len(records), [seed] * len(records), records)
+
     def start(
-        self, slots: Slots | None, prompts: Batch, limits_P: np.ndarray, index_DxR: np.ndarray, num_slots: int
+        self,
+        slots: Slots | None,
+        prompts: Batch,
+        limits_P: np.ndarray,
+        draws: Draws | None,
+        index_DxR: np.ndarray,
+        num_slots: int,
+        longest: int = 0,
+        seen: Array | None = None,
     ) -> Slots:
-        """Runs prompts and puts row r of device d into that device's slot `index[d, r]`, beyond its slots: nowhere. Slots None: all are empty."""
+        """Runs prompts and puts row r of device d into that device's slot `index[d, r]`, beyond its slots: nowhere.
+
+        Slots None: all are empty; then they are made for prompts of up to `longest` positions (at least these).
+        """
         with self._dispatch:
-            new = self._prefill(self.params, self._put(prompts), self._put(limits_P), room=0)
-            slots = self._empty(new, num_slots, self._decoder.max_new_tokens) if slots is None else slots
+            rows = self._put((prompts, limits_P, draws))
+            new = self._prefill(self.params, *rows, seen, room=0)
+            if slots is None:
+                beyond = max(0, longest - prompts.tokens.shape[1])
+                slots = self._empty(new, num_slots, beyond + self._decoder.max_new_tokens)
             return self._insert(slots, new, self._put(index_DxR))
 
-    def advance(self, slots: Slots, keep: int, seed: int) -> tuple[Slots, Array, Array]:
-        """Draws tokens until no more than `keep` slots are active. Also what the masks are drawn from, states [S, M, D] and bool [S, M]."""
+    def advance(self, slots: Slots, keep: int, steps: int | None = None) -> tuple[Slots, Array, Array]:
+        """Draws at most `steps` tokens per slot (None: any number), until no more than `keep` slots are active.
+
+        Also what the masks are drawn from, states [S, M, D] and bool [S, M].
+        """
         with self._dispatch:
-            slots = self._decode(self.params, slots, keep, seed)
+            slots = self._decode(self.params, slots, keep, self._decoder.max_new_tokens if steps is None else steps)
             return slots, *self._prompts(slots)
 
-    def masks(self, seg_hidden_BxMxD: np.ndarray, batch: Batch) -> tuple[Array, Array]:
-        """Mask logits [B, M, h, w] and predicted IoU [B, M]."""
+    def release(self, slots: Slots, held_S: np.ndarray) -> Slots:
+        """Gives up the answers in the slots that are not held."""
         with self._dispatch:
-            return self._draw(self.params, self._put(seg_hidden_BxMxD), self._put(batch))
+            return self._release(slots, self._put(held_S))
+
+    def masks(self, seg_hidden_BxMxD: np.ndarray, batch: Batch, viewed: Array | None = None) -> tuple[Array, Array]:
+        """Mask logits [B, M, h, w] and predicted IoU [B, M]; `viewed`: what `view` made of the pictures."""
+        with self._dispatch:
+            return self._draw(self.params, self._put(seg_hidden_BxMxD), self._put(batch), viewed)
+
+    def see(self, batch: Batch) -> Array:
+        """The vision tower's features of the batch's pictures, which a later `start` may be given."""
+        with self._dispatch:
+            return self._see(self.params, self._put(batch.clip_pixels))
+
+    def view(self, batch: Batch) -> Array:
+        """The mask encoder's embedding of the batch's pictures, which later `masks` may be given."""
+        with self._dispatch:
+            return self._view(self.params, self._put(batch))
 
     def _put(self, tree):
         return jax.device_put(tree, self._rows)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from medplib_jax.batch import Array, Batch
+from medplib_jax.decode.sampling import Draws
 from medplib_jax.models.language.attention import KVCache
 
 
@@ -35,18 +36,12 @@ class Slots:
     ]  # the state before that; of an answer that ended, before the one that predicted its last token
     active: Bool[Array, " S"]
     limits: Int[Array, " S"]  # most tokens of the answer
-    records: Int[Array, " S"]  # of which the random draws depend
+    draws: Draws | None  # None: all answers are greedy
     tokens: Int[Array, "S T"]
     lengths: Int[Array, " S"]
     seg_hidden: Float[Array, "S M D"]
     seg_count: Int[Array, " S"]
     choices: Int[Array, "S n kinds E"] | None
-
-
-def row_keys(seed: Array, slots: Slots) -> Array:
-    """A key per row, from its record and the place of the next token."""
-    draw = jax.vmap(lambda record, place: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), record), place))
-    return draw(slots.records, slots.lengths)
 
 
 def without_rows(slots: Slots) -> Slots:

@@ -84,21 +84,22 @@ class Lane:
         chosen = list(itertools.islice(waiting, len(places)))
         if chosen:
             rows: list[Batch | None] = [None] * index_DxR.size
-            for prompt, (row, slot) in zip(chosen, places):
+            for prompt, (row, slot) in zip(chosen, places[: len(chosen)], strict=True):
                 rows[row] = self._asked[slot] = prompt
             for row, _ in places[len(chosen) :]:
                 index_DxR[np.unravel_index(row, index_DxR.shape)] = len(self._asked)
-            batch, most = _stack(rows), self._generator.max_new_tokens
+            batch, most = stack_rows(rows), self._generator.max_new_tokens
             limits_P = np.array(
                 [min(self._limits.get(record, most), most) for record in batch.record.tolist()], np.int32
             )
-            self._state = self._generator.start(self._state, batch, limits_P, index_DxR, len(self._asked))
+            draws = self._generator.draws(self._seed, batch.record)
+            self._state = self._generator.start(self._state, batch, limits_P, draws, index_DxR, len(self._asked))
         return len(chosen) == len(places)
 
     def _advance(self, keep: int) -> Iterator[tuple[Batch, Generation, np.ndarray]]:
         """Draws tokens until no more than `keep` slots are active and empties those whose answer ended: its prompt, its answer without masks,
         and the states [1, M, D] that prompt these."""
-        state, seg_hidden, mask_valid = self._generator.advance(self._state, keep, self._seed)
+        state, seg_hidden, mask_valid = self._generator.advance(self._state, keep)
         self._state = state
         fetched = jax.device_get((state.active, state.tokens, state.lengths, mask_valid, state.choices, seg_hidden))
         for slot, prompt in enumerate(self._asked):
@@ -114,7 +115,7 @@ class Lane:
         speaking, drawn = [i for i, (_, generation, _) in enumerate(ended) if generation.mask_valid.any()], {}
         if speaking:
             fillers = self._refill * self._parts - len(speaking)
-            batch = _stack([ended[i][0] for i in speaking] + [None] * fillers)
+            batch = stack_rows([ended[i][0] for i in speaking] + [None] * fillers)
             hidden = np.pad(np.concatenate([ended[i][2] for i in speaking]), ((0, fillers), (0, 0), (0, 0)))
             logits, predicted_iou = jax.device_get(self._generator.masks(hidden, batch))
             drawn = {i: (logits[k : k + 1], predicted_iou[k : k + 1]) for k, i in enumerate(speaking)}
@@ -193,7 +194,7 @@ def _rows_of(batches: Iterable[Batch]) -> Iterator[Batch]:
             yield jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
 
 
-def _stack(rows: Sequence[Batch | None]) -> Batch:
+def stack_rows(rows: Sequence[Batch | None]) -> Batch:
     """One batch of single rows; filler rows where there is none."""
     filler = next(row for row in rows if row is not None)
     filler = filler.replace(record=np.full_like(filler.record, -1))

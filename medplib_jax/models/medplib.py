@@ -65,9 +65,12 @@ class MedPLIB(nnx.Module):
             mask_logits_BxMxhxw, iou_BxM = self.draw(seg_hidden_BxMxD, batch)
         return ModelOutput(hidden_BxLxD, mask_logits_BxMxhxw, iou_BxM, aux=llm_out), out
 
-    def embed(self, batch: Batch) -> tuple[Array, dict[str, Any]]:
-        """Token embeddings with the visual features spliced in, [B, L, D]."""
-        features_BxTxD, out = self.visual_features(batch)
+    def embed(self, batch: Batch, seen: Array | None = None) -> tuple[Array, dict[str, Any]]:
+        """Token embeddings with the visual features spliced in, [B, L, D].
+
+        `seen`: what `see` made of the batch's pictures, where it is known already.
+        """
+        features_BxTxD, out = self.visual_features(batch, seen)
         tokens_BxLxD = shard_rows(shard_lookup(self.llm.embed(batch.tokens), self.rules))
         spliced_BxLxD = jnp.take_along_axis(features_BxTxD, jnp.maximum(batch.feature_index, 0)[:, :, None], axis=1)
         x_BxLxD = jnp.where(
@@ -75,13 +78,15 @@ class MedPLIB(nnx.Module):
         )
         return x_BxLxD, out | {"embeddings": x_BxLxD}
 
-    def visual_features(self, batch: Batch) -> tuple[Array, dict[str, Any]]:
+    def see(self, clip_pixels_BxNxIxIx3: Array) -> tuple[Array, dict[str, Any]]:
+        """CLIP's patch features of all pictures, [B * N, P, C]. They depend on nothing else, so they can be kept."""
+        flat = clip_pixels_BxNxIxIx3.reshape(-1, *clip_pixels_BxNxIxIx3.shape[2:])
+        return self.clip(normalise_clip(flat).astype(self.config.dtype))
+
+    def visual_features(self, batch: Batch, seen: Array | None = None) -> tuple[Array, dict[str, Any]]:
         """What text positions may be replaced by: the N*P projected patches, then the R region vectors, [B, T, D]."""
         B, N = batch.clip_pixels.shape[:2]
-        pixels = normalise_clip(batch.clip_pixels.reshape(B * N, *batch.clip_pixels.shape[2:])).astype(
-            self.config.dtype
-        )
-        clip_BNxPxC, clip_out = self.clip(pixels)
+        clip_BNxPxC, clip_out = (seen, {}) if seen is not None else self.see(batch.clip_pixels)
         image_BxNPxD = shard_rows(self.projector(clip_BNxPxC).reshape(B, -1, self.config.llm.hidden_size))
         out = {f"clip_{name}": value for name, value in clip_out.items()} | {"clip_features": clip_BNxPxC}
         if batch.region_points.shape[1] == 0:
@@ -92,9 +97,15 @@ class MedPLIB(nnx.Module):
             "regions": region_BxRxD
         }
 
-    def draw(self, seg_hidden_BxMxD: Array, batch: Batch) -> tuple[Array, Array]:
-        """Masks from the hidden states that predict <SEG>: float32 logits [B, M, h, w] and predicted IoU [B, M]."""
-        pixels = normalise_sam(batch.sam_pixels, batch.sam_box).astype(self.config.dtype)
+    def view(self, batch: Batch) -> Array:
+        """The mask encoder's embedding of each picture, [B, h, w, C]. It depends on nothing else, so it can be kept."""
+        return self.sam.encode(normalise_sam(batch.sam_pixels, batch.sam_box).astype(self.config.dtype))
+
+    def draw(self, seg_hidden_BxMxD: Array, batch: Batch, viewed: Array | None = None) -> tuple[Array, Array]:
+        """Masks from the hidden states that predict <SEG>: float32 logits [B, M, h, w] and predicted IoU [B, M].
+
+        `viewed`: what `view` made of the batch's pictures, where it is known already.
+        """
         return self.sam.decode(
-            shard_rows(self.sam.encode(pixels)), shard_rows(self.seg_mlp(shard_rows(seg_hidden_BxMxD)))
+            shard_rows(self.view(batch) if viewed is None else viewed), shard_rows(self.seg_mlp(shard_rows(seg_hidden_BxMxD)))
         )

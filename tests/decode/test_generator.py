@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from medplib_jax.config.experiment import MeshConfig, ShardingConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode.generator import Generator
-from medplib_jax.decode.sampling import Sampling, draw_token
+from medplib_jax.decode.sampling import Sampling, answer_draws, draw_token
 from medplib_jax.decode.stream import stream_answers
 from medplib_jax.models.layers import abstract_module, bind, draw_params
 from medplib_jax.models.medplib import MedPLIB
@@ -195,12 +195,21 @@ def test_filler_rows_are_not_answered(params, batch):
 
 def test_sampling_keeps_to_the_nucleus():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-    draws = [
-        int(draw_token(logits, jax.random.split(jax.random.key(i), 1), Sampling(temperature=1.0, top_p=0.7))[0])
-        for i in range(60)
-    ]
-    assert set(draws) == {0, 1}
-    assert int(draw_token(logits, None, Sampling())[0]) == 0
+    places = np.zeros(60, np.int32)
+    draws = answer_draws([Sampling(temperature=1.0, top_p=0.7)] * 60, range(60), places)
+    assert set(draw_token(jnp.tile(logits, (60, 1)), draws, places).tolist()) == {0, 1}
+    assert int(draw_token(logits, None, places[:1])[0]) == 0
+
+
+def test_each_row_is_drawn_in_its_own_way():
+    logits = jnp.tile(jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])), (200, 1))
+    ways = [Sampling(), Sampling(temperature=1.0, top_p=0.6), Sampling(temperature=1.0), Sampling(temperature=50.0)]
+    places = np.zeros(200, np.int32)
+    drawn = np.asarray(draw_token(logits, answer_draws(ways * 50, range(200), places), places)).reshape(50, 4)
+    assert set(drawn[:, 0].tolist()) == {0} and set(drawn[:, 1].tolist()) == {0, 1}
+    assert set(drawn[:, 3].tolist()) == {0, 1, 2, 3}
+    alone = answer_draws([ways[2]], [6], places[:1])
+    assert int(draw_token(logits[:1], alone, places[:1])[0]) == drawn[1, 2]
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])

@@ -113,7 +113,7 @@ def test_a_mask_too_many_is_drawn_and_counted(config, tmp_path, run, monkeypatch
     # a model that says <SEG> at every step: two masks are expected at most, one slot more is drawn
     seg_id = Tokenizer.load(str(run / "tokenizer")).seg_id
     monkeypatch.setattr(
-        decode, "draw_token", lambda logits, key, sampling: jnp.full(logits.shape[:1], seg_id, jnp.int32)
+        decode, "draw_token", lambda logits, draws, place: jnp.full(logits.shape[:1], seg_id, jnp.int32)
     )
     result = run_sweep(config, tmp_path)
     (cell,) = result["cells"]

@@ -1,0 +1,51 @@
+"""Serves a checkpoint: a page to draw on, and OpenAI's chat interface.
+
+COMMAND
+    python -m medplib_jax.serve --checkpoint runs/demo/stage_IV [--quantize int8] [--port 8000] [--host 127.0.0.1]
+
+Only this machine can reach it unless --host says otherwise. Then --key is needed: a file with a key per line.
+Not a medical device.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="workdir of a training run")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--key", metavar="FILE", help="a key per line; every route but /healthz asks for one")
+    parser.add_argument("--quantize", choices=("int8",), default="", help="weights of 8 bits")
+    parser.add_argument("--slots", type=int, default=8, help="answers in the making")
+    parser.add_argument("--queue", type=int, default=64, help="questions that may wait")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--mask-threshold", type=float)
+    arguments = parser.parse_args()
+    try:
+        import uvicorn
+
+        from medplib_jax.serve.start import build
+    except ImportError as error:
+        sys.exit(f"error: {error}; install medplib_jax[serve]")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        keys = Path(arguments.key).read_text().split() if arguments.key else []
+        if arguments.key and not keys:
+            raise ValueError(f"{arguments.key}: expected a key per line, found none")
+        if arguments.host not in LOOPBACK and not keys:
+            raise ValueError(f"--host {arguments.host} opens the server to other machines: give --key FILE")
+        app = build(arguments, keys, [*LOOPBACK, "[::1]"] if arguments.host in LOOPBACK else ["*"])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"http://{arguments.host}:{arguments.port}/", file=sys.stderr)
+    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning", timeout_graceful_shutdown=40)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""The engine: one thread owns the model and runs all questions through its slots (continuous batching).
+
+Between two prefills the slots advance by a few tokens, so that a new question waits for a moment only and tokens can be
+shown as they are drawn. All programs have fixed shapes and a row depends on itself alone: who else is asking changes no
+answer.
+"""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medplib_jax.batch import Batch
+from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.sampling import Sampling, answer_draws
+from medplib_jax.decode.slots import Slots
+from medplib_jax.decode.stream import stack_rows
+from medplib_jax.serve.feature_cache import FeatureCache, content_key
+from medplib_jax.serve.observe import EngineMetrics
+from medplib_jax.serve.waiting import FairQueue
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 0.5
+
+
+@dataclasses.dataclass
+class Question:
+    """One question on its way through the engine, which calls `report` from its own thread.
+
+    The calls get the tokens drawn so far; the last one is an `Ended`.
+    """
+
+    client: str
+    prompt: Batch  # one row, numpy
+    limit: int  # most tokens of the answer
+    sampling: Sampling
+    seed: int
+    report: Callable[["list[int] | Ended"], None]
+    deadline: float  # of time.monotonic()
+    arrived: float = dataclasses.field(default_factory=time.monotonic)
+    cancelled: bool = False
+    started: bool = False
+    shown: int = 0  # tokens that were reported
+
+    def cancel(self) -> None:
+        """Gives up; the slot is free at the engine's next turn."""
+        self.cancelled = True
+
+    @property
+    def over(self) -> bool:
+        return self.cancelled or time.monotonic() > self.deadline
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """The end of an answer. `reason`: stop, length, cancelled, timeout, or error."""
+
+    reason: str
+    tokens: tuple[int, ...] = ()
+    mask_logits: np.ndarray | None = None  # float32 [m, h, w], one per mask of the answer
+    predicted_iou: np.ndarray | None = None  # float32 [m]
+    message: str = ""
+
+
+class Engine:
+    """Answers questions. `slots`:
+
+    Answers in the making; `refill`: prompts that are run together; `chunk`: tokens drawn between two looks at the
+    queue.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        metrics: EngineMetrics,
+        *,
+        longest: int,
+        slots: int,
+        refill: int,
+        chunk: int,
+        capacity: int,
+        cache_bytes: int,
+    ):
+        self.generator, self.metrics = generator, metrics
+        self._longest, self._refill, self._chunk = longest, refill, chunk
+        self.waiting = FairQueue(capacity)
+        self._asked: list[Question | None] = [None] * slots
+        self._state: Slots | None = None
+        self._clip, self._sam = FeatureCache(cache_bytes // 2), FeatureCache(cache_bytes // 2)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, question: Question) -> bool:
+        """False when the queue is full or the engine is closing."""
+        return not self._closing.is_set() and self.waiting.put(question)
+
+    def close(self, seconds: float) -> None:
+        """Takes no more questions and waits until those in the slots are answered, at most that long."""
+        self._closing.set()
+        self._thread.join(seconds)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def busy(self) -> int:
+        """Slots in which an answer is being made."""
+        return sum(question is not None for question in self._asked)
+
+    def _run(self) -> None:
+        while not (self._closing.is_set() and not self.busy):
+            try:
+                self._turn()
+            except Exception as error:
+                log.exception("the engine failed; its questions are given back")
+                self._give_back(f"{type(error).__name__}: {error}")
+        for question in self.waiting.take(len(self.waiting)):
+            question.report(Ended("error", message="the server is shutting down"))
+
+    def _give_back(self, message: str) -> None:
+        """Ends everything in the slots, whose state on the device may be lost."""
+        for question in filter(None, self._asked):
+            question.report(Ended("error", message=message))
+        self._asked, self._state = [None] * len(self._asked), None
+
+    def _turn(self) -> None:
+        self._release()
+        if not self._closing.is_set():
+            self._admit()
+        self.metrics.observe(len(self.waiting), self.busy)
+        if not self.busy:
+            self.waiting.wait(IDLE_SECONDS)
+            return
+        self._advance()
+
+    def _release(self) -> None:
+        """Empties the slots of those who have given up."""
+        gone = [slot for slot, question in enumerate(self._asked) if question is not None and question.over]
+        for slot in gone:
+            question, self._asked[slot] = self._asked[slot], None
+            question.report(Ended("cancelled" if question.cancelled else "timeout"))
+        if gone:
+            self._state = self.generator.release(self._state, np.array([q is not None for q in self._asked]))
+
+    def _admit(self) -> None:
+        """Runs waiting prompts of one length and puts them into free slots."""
+        free = [slot for slot, question in enumerate(self._asked) if question is None][: self._refill]
+        questions = []
+        for question in self.waiting.take(len(free)) if free else ():
+            if question.over:
+                question.report(Ended("cancelled" if question.cancelled else "timeout"))
+            else:
+                questions.append(question)
+        for length in sorted({question.prompt.tokens.shape[1] for question in questions}):
+            group = [question for question in questions if question.prompt.tokens.shape[1] == length]
+            slots, free = free[: len(group)], free[len(group) :]
+            self._prefill(group, slots)
+
+    def _prefill(self, questions: Sequence[Question], slots: Sequence[int]) -> None:
+        fillers = [None] * (self._refill - len(questions))
+        index = np.array([*slots, *[len(self._asked)] * len(fillers)], np.int32)[None]
+        rows = stack_rows([*[question.prompt for question in questions], *fillers])
+        features = [self._clip_features(question.prompt) for question in questions]
+        features += [features[0]] * len(fillers)
+        for question, slot in zip(questions, slots, strict=True):
+            self._asked[slot] = question
+        self._state = self.generator.start(
+            self._state,
+            rows,
+            np.array([*[question.limit for question in questions], *[0] * len(fillers)], np.int32),
+            answer_draws(
+                [*[question.sampling for question in questions], *[Sampling()] * len(fillers)],
+                [*[question.seed for question in questions], *[0] * len(fillers)],
+                [0] * self._refill,
+            ),
+            index,
+            len(self._asked),
+            self._longest,
+            jnp.concatenate(features),
+        )
+
+    def _clip_features(self, prompt: Batch) -> jax.Array:
+        return self._clip.get(content_key(prompt.clip_pixels), lambda: self.generator.see(prompt))
+
+    def _advance(self) -> None:
+        """Draws tokens, reports what is new, and ends what has ended."""
+        self._state, seg_hidden, mask_valid = self.generator.advance(self._state, keep=0, steps=self._chunk)
+        state = self._state
+        active, tokens, lengths, valid = jax.device_get((state.active, state.tokens, state.lengths, mask_valid))
+        for slot, question in enumerate(self._asked):
+            if question is None:
+                continue
+            drawn = tokens[slot, : lengths[slot]].tolist()
+            self.metrics.drew(question, len(drawn))
+            if active[slot]:
+                question.report(drawn)
+            else:
+                self._asked[slot] = None
+                self._end(question, drawn, seg_hidden[slot : slot + 1], valid[slot])
+
+    def _end(self, question: Question, drawn: list[int], seg_hidden: jax.Array, valid: np.ndarray) -> None:
+        logits = predicted_iou = None
+        if valid.any():
+            prompt = question.prompt
+            key = content_key(prompt.sam_pixels, prompt.sam_box)
+            viewed = self._sam.get(key, lambda: self.generator.view(prompt))
+            logits, predicted_iou = jax.device_get(self.generator.masks(seg_hidden, prompt, viewed))
+            logits, predicted_iou = logits[0, valid], predicted_iou[0, valid]
+        reason = "length" if len(drawn) >= question.limit else "stop"
+        question.report(Ended(reason, tuple(drawn), logits, predicted_iou))

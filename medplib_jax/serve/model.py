@@ -1,0 +1,93 @@
+"""A checkpoint as the server holds it: the generator, and everything between it and a request."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from medplib_jax.batch import Batch
+from medplib_jax.checkpoint import load_params
+from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.masks import MaskDrawer, mask_drawer
+from medplib_jax.decode.slots import Generation
+from medplib_jax.serve.questions import PromptMaker
+
+MAX_REGIONS = 8
+MASKS = 4  # drawn per answer at the most
+CANVAS_STEP = 256  # masks are drawn on canvases of a few sizes, so that a new picture size compiles nothing
+SHORTEST = 64  # positions that the shortest prompts are padded to
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """One loaded checkpoint. `name` is what clients call it."""
+
+    name: str
+    generator: Generator
+    tokenizer: Tokenizer
+    make_prompt: PromptMaker
+    longest: int  # positions that the longest prompts are padded to
+    drawer: "Drawer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawer:
+    """Draws masks at the size of the picture. Compiles once per canvas, whose side is a multiple of `CANVAS_STEP`."""
+
+    sam_size: int
+    unpad: str
+    threshold: float
+
+    def __call__(self, logits: np.ndarray, prompt: Batch, size: tuple[int, int]) -> np.ndarray:
+        """Boolean masks [m, height, width] from logits [m, h, w], m at most MASKS."""
+        padded = np.zeros((1, MASKS, *logits.shape[1:]), np.float32)
+        padded[0, : len(logits)] = logits
+        generation = Generation(tokens=None, lengths=None, mask_valid=None, mask_logits=padded, predicted_iou=None)
+        canvas = -(-max(size) // CANVAS_STEP) * CANVAS_STEP
+        drawn = _drawer(self.sam_size, self.unpad, canvas, self.threshold)(prompt, generation)
+        return drawn[0, : len(logits), : size[0], : size[1]]
+
+
+@functools.lru_cache(maxsize=32)
+def _drawer(sam_size: int, unpad: str, canvas: int, threshold: float) -> MaskDrawer:
+    return mask_drawer(sam_size, unpad, canvas, threshold)
+
+
+def prompt_lengths(image_positions: int, longest: int) -> Sequence[int]:
+    """What prompts are padded to: each length twice the one before, beginning where a picture and a question fit."""
+    length, lengths = SHORTEST, []
+    while length < image_positions + SHORTEST:
+        length *= 2
+    while length < longest:
+        lengths.append(length)
+        length *= 2
+    return *lengths, longest
+
+
+def load_model(path: str | os.PathLike, quantize: str, max_new_tokens: int, threshold: float | None) -> ServedModel:
+    """The checkpoint that a path names. FileNotFoundError or ValueError when it cannot be loaded or has no room."""
+    experiment, params, tokenizer_dir = load_params(path)
+    model, tokenizer = experiment.model, Tokenizer.load(tokenizer_dir)
+    longest = model.llm.max_positions - max_new_tokens
+    if longest < model.clip.num_patches + SHORTEST:
+        raise ValueError(
+            f"--max-new-tokens {max_new_tokens} leaves {longest} of {model.llm.max_positions} positions for a "
+            f"question, expected at least {model.clip.num_patches + SHORTEST}"
+        )
+    generator = Generator(
+        model,
+        params,
+        eos_id=tokenizer.eos_id,
+        seg_id=tokenizer.seg_id,
+        max_new_tokens=max_new_tokens,
+        max_masks=MASKS,
+        quantize=quantize,
+    )
+    lengths = prompt_lengths(model.clip.num_patches, longest)
+    maker = PromptMaker(experiment.data, model, tokenizer, lengths, max(1, experiment.data.max_images), MAX_REGIONS)
+    drawer = Drawer(model.mask.image_size, model.mask.unpad, threshold or experiment.eval.mask_threshold)
+    name = os.path.basename(os.path.normpath(path))
+    return ServedModel(name, generator, tokenizer, maker, longest, drawer)

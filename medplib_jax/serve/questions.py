@@ -1,0 +1,198 @@
+"""From a chat request to the model's input. Whatever a client writes is text: it can name no file of this machine."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from medplib_jax.batch import Batch
+from medplib_jax.config.experiment import DataConfig
+from medplib_jax.config.model import ModelConfig
+from medplib_jax.data.errors import DataError
+from medplib_jax.data.pipeline import Loader
+from medplib_jax.data.records import Record
+from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.serve.pictures import check_picture, read_data_url, read_mask
+from medplib_jax.serve.refusals import Refused
+
+LARGEST_SIDE = 2**13  # of a picture whose masks have its own size
+MAX_TEXT = 20_000  # characters of a conversation
+_PLACE = re.compile(r"<region>(?:[^<]*</region>)?")
+_TAGS = re.compile(r"</?(?:mask|image|im_start|im_end)>")
+
+
+class Region(BaseModel):
+    """A region of the last picture.
+
+    `points` are x0, y0, x1, y1, ... in its pixels; a mask comes as run lengths instead.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["point", "box", "polygon", "scribble", "mask"]
+    points: list[float] = Field(default_factory=list, max_length=4096)
+    rle: dict | None = None
+
+
+class ImageUrl(BaseModel):
+    url: str
+    detail: str | None = None
+
+
+class Part(BaseModel):
+    """A piece of a message: text, or a picture."""
+
+    type: Literal["text", "image_url", "input_text"]
+    text: str = ""
+    image_url: ImageUrl | str | None = None
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """The model's input for one question.
+
+    `size`: (height, width) of the last picture, None without one; `tokens`: positions it takes.
+    """
+
+    batch: Batch  # one row, numpy
+    size: tuple[int, int] | None
+    tokens: int
+
+
+class PromptMaker:
+    """Makes prompts for one model. All have the same shapes but for their length, which is one of `lengths`."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        lengths: Sequence[int],
+        max_images: int,
+        max_regions: int,
+    ):
+        self._data = dataclasses.replace(
+            data,
+            bucket_lengths=tuple(lengths),
+            max_images=max_images,
+            max_regions=max_regions,
+            max_masks=0,
+            mask_canvas=LARGEST_SIDE,
+            cache="",
+            on_error="raise",
+            pack=False,
+        )
+        self._model, self._tokenizer = model, tokenizer
+
+    def __call__(self, messages: Sequence[Message], regions: Sequence[Region]) -> Prompt:
+        """The prompt of a conversation that ends with a question.
+
+        Refused: what cannot be asked, with the field that is at fault.
+        """
+        turns, contents, size = _read_messages(messages)
+        if regions and size is None:
+            raise Refused(400, "a region needs a picture", "regions")
+        references = [_reference(number, region, contents) for number, region in enumerate(regions)]
+        turns[-1] = ("human", _place(turns[-1][1], references))
+        record = Record(
+            "request",
+            0,
+            "request",
+            tuple(name for name in contents if name.startswith("picture")),
+            tuple(turns),
+            contents=contents,
+        )
+        try:
+            arrays, _ = Loader([[record]], self._tokenizer, self._data, self._model, cache_bytes=0).load_eval(
+                [0], [0], question=True
+            )
+        except DataError as error:
+            raise Refused(400, f"{error.what}; expected {error.expected}, found {error.found}", "messages") from error
+        return Prompt(Batch(**arrays), size, int(np.sum(arrays["valid"])))
+
+
+def _read_messages(
+    messages: Sequence[Message],
+) -> tuple[list[tuple[str, str]], dict[str, bytes], tuple[int, int] | None]:
+    """Turns (role, text), contents of the pictures by name, and the last picture's size.
+
+    System messages stand before the first question.
+    """
+    turns: list[tuple[str, str]] = []
+    contents: dict[str, bytes] = {}
+    size, system = None, []
+    for number, message in enumerate(messages):
+        text, pictures = _read_parts(message, f"messages[{number}]")
+        if message.role in ("system", "developer"):
+            system.append(text)
+            continue
+        role = "gpt" if message.role == "assistant" else "human"
+        if pictures and role == "gpt":
+            raise Refused(400, "pictures stand in the user's messages only", f"messages[{number}]")
+        for content in pictures:
+            size = check_picture(content, f"messages[{number}]")
+            contents[f"picture{len(contents)}"] = content
+        text = "".join("<image>\n" for _ in pictures) + text
+        if turns and turns[-1][0] == role:
+            turns[-1] = (role, f"{turns[-1][1]}\n{text}")
+        else:
+            turns.append((role, text))
+    if not turns or turns[0][0] != "human" or turns[-1][0] != "human":
+        raise Refused(400, "a conversation begins and ends with a message of the user", "messages")
+    if sum(len(text) for _, text in turns) + sum(map(len, system)) > MAX_TEXT:
+        raise Refused(413, f"the conversation has more than {MAX_TEXT} characters", "messages")
+    if system:
+        turns[0] = ("human", "\n".join([*system, turns[0][1]]))
+    return turns, contents, size
+
+
+def _read_parts(message: Message, parameter: str) -> tuple[str, list[bytes]]:
+    """A message's text, without the tags that mean something to the model, and its pictures."""
+    parts = [Part(type="text", text=message.content)] if isinstance(message.content, str) else message.content or []
+    pictures = []
+    for part in parts:
+        if part.type == "image_url":
+            if part.image_url is None:
+                raise Refused(400, "expected an image_url", parameter)
+            url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
+            pictures.append(read_data_url(url, parameter))
+    text = _TAGS.sub("", "\n".join(part.text for part in parts if part.text))
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise Refused(400, "the text is not Unicode (half of a surrogate pair)", parameter)
+    if not text.strip() and not pictures:
+        raise Refused(400, "the message is empty", parameter)
+    return text, pictures
+
+
+def _reference(number: int, region: Region, contents: dict[str, bytes]) -> str:
+    """What stands for a region in the text: its coordinates, or the name of its mask in `contents`."""
+    parameter = f"regions[{number}]"
+    if region.type == "mask":
+        if region.rle is None:
+            raise Refused(400, "a mask needs its run lengths in `rle`", parameter)
+        contents[f"region{number}"] = read_mask(region.rle, parameter)
+        return f"region{number}"
+    if len(region.points) % 2 or not np.isfinite(region.points).all():
+        raise Refused(400, f"expected pairs of finite numbers, found {len(region.points)} numbers", parameter)
+    pairs = zip(region.points[::2], region.points[1::2], strict=True)
+    return f"{region.type}:" + " ".join(f"{x:.3f},{y:.3f}" for x, y in pairs)
+
+
+def _place(text: str, references: Sequence[str]) -> str:
+    """The text with the regions at its `<region>`, or behind it where it has none."""
+    places = len(_PLACE.findall(text))
+    if places not in (0, len(references)):
+        raise Refused(400, f"the question has {places} <region> for {len(references)} regions", "regions")
+    tagged = [f"<region>{reference}</region>" for reference in references]
+    if not places:
+        return " ".join([text, *tagged])
+    waiting = iter(tagged)
+    return _PLACE.sub(lambda _: next(waiting), text)
