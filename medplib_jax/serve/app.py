@@ -40,7 +40,7 @@ def make_app(model: ServedModel, engine: Engine, keys: Sequence[str], hosts: Seq
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI):
-        engine.start()
+        engine.start(model.example())
         yield
         engine.close(limits.shutdown_seconds)
 
@@ -54,7 +54,7 @@ def make_app(model: ServedModel, engine: Engine, keys: Sequence[str], hosts: Seq
 
     @app.get("/healthz")
     def health() -> JSONResponse:
-        return JSONResponse({"status": "ok" if engine.alive else "down"}, 200 if engine.alive else 503)
+        return JSONResponse({"status": engine.status}, 200 if engine.status == "ok" else 503)
 
     @app.get("/metrics")
     def metrics() -> Response:

@@ -93,10 +93,12 @@ class Engine:
         self._asked: list[Question | None] = [None] * slots
         self._state: Slots | None = None
         self._clip, self._sam = FeatureCache(cache_bytes // 2), FeatureCache(cache_bytes // 2)
-        self._closing = threading.Event()
+        self._closing, self._ready = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self) -> None:
+    def start(self, example: Batch) -> None:
+        """Begins to answer. Whatever questions of the length of `example` need is compiled first."""
+        self._example = example
         self._thread.start()
 
     def submit(self, question: Question) -> bool:
@@ -109,8 +111,9 @@ class Engine:
         self._thread.join(seconds)
 
     @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
+    def status(self) -> str:
+        """ok, loading or down."""
+        return "down" if not self._thread.is_alive() else "ok" if self._ready.is_set() else "loading"
 
     @property
     def busy(self) -> int:
@@ -118,6 +121,8 @@ class Engine:
         return sum(question is not None for question in self._asked)
 
     def _run(self) -> None:
+        self._warm_up()
+        self._ready.set()
         while not (self._closing.is_set() and not self.busy):
             try:
                 self._turn()
@@ -126,6 +131,14 @@ class Engine:
                 self._give_back(f"{type(error).__name__}: {error}")
         for question in self.waiting.take(len(self.waiting)):
             question.report(Ended("error", message="the server is shutting down"))
+
+    def _warm_up(self) -> None:
+        """Runs one question as far as its first token, and draws a mask."""
+        question = Question("", self._example, 1, Sampling(), 0, lambda new: None, deadline=float("inf"))
+        self._prefill([question], [0])
+        self._state, seg_hidden, _ = self.generator.advance(self._state, keep=0, steps=self._chunk)
+        jax.block_until_ready(self.generator.masks(seg_hidden[:1], self._example, self.generator.view(self._example)))
+        self._asked[0] = None
 
     def _give_back(self, message: str) -> None:
         """Ends everything in the slots, whose state on the device may be lost."""

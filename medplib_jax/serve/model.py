@@ -1,5 +1,6 @@
 """A checkpoint as the server holds it: the generator, and everything between it and a request."""
 
+import base64
 import dataclasses
 import functools
 import os
@@ -13,7 +14,8 @@ from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.masks import MaskDrawer, mask_drawer
 from medplib_jax.decode.slots import Generation
-from medplib_jax.serve.questions import PromptMaker
+from medplib_jax.serve.pictures import png
+from medplib_jax.serve.questions import Message, Part, PromptMaker
 
 MAX_REGIONS = 8
 MASKS = 4  # drawn per answer at the most
@@ -31,6 +33,13 @@ class ServedModel:
     make_prompt: PromptMaker
     longest: int  # positions that the longest prompts are padded to
     drawer: "Drawer"
+
+    def example(self) -> Batch:
+        """A question about a black picture."""
+        picture = png(np.zeros((16, 16), bool))
+        url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+        parts = [Part(type="image_url", image_url=url), Part(type="text", text="What is it?")]
+        return self.make_prompt([Message(role="user", content=parts)], []).batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,7 @@ def running(workdir: Path, log: Path, *arguments: str) -> Iterator[Server]:
             process.kill()
 
 
-def wait_until_healthy(server: Server, seconds: float = 120) -> None:
+def wait_until_healthy(server: Server, seconds: float = 300) -> None:
     """Returns when the server answers. AssertionError with its log when it does not."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.process.poll() is None:

@@ -1,0 +1,149 @@
+"""The page in a real browser: each kind of region gets the answer that `predict` gives for it, and a reload keeps the conversation."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sync_api = pytest.importorskip("playwright.sync_api")
+BROWSER = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (Debian: apt-get install chromium)")
+QUESTION = "Where is the lung?"
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "scan.png"
+    pixels = np.random.default_rng(5).integers(0, 255, (60, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[(1280, 900), (390, 844)], ids=["wide", "narrow"])
+def page(browser, server, request):
+    width, height = request.param
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" else None)
+    page.goto(server.url)
+    yield page
+    assert page.problems == []
+    page.close()
+
+
+def open_picture(page, picture):
+    page.set_input_files("#file", str(picture))
+    page.wait_for_selector("#hint", state="hidden")
+
+
+def drag(page, *places):
+    """Moves the mouse over places of the picture, given as shares of the stage's width and height, with the button down."""
+    box = page.locator("#stage").bounding_box()
+    points = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in places]
+    page.mouse.move(*points[0])
+    page.mouse.down()
+    for point in points[1:]:
+        page.mouse.move(*point, steps=4)
+    page.mouse.up()
+
+
+def ask(page, question) -> tuple[str, dict]:
+    """The answer that the page shows, and what it sent."""
+    before = page.locator(".message.assistant").count()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.fill("#question", question)
+        page.click("#send")
+    page.wait_for_function("() => !document.getElementById('send').disabled")
+    assert page.locator("#status.wrong").count() == 0, page.inner_text("#status")
+    assert page.locator(".message.assistant").count() == before + 1
+    return page.locator(".message.assistant span:not(.who)").last.text_content(), json.loads(sent.value.post_data)
+
+
+def as_shown(answer: str) -> str:
+    return answer.replace("<SEG>", "mask") or "(no answer)"
+
+
+DRAWN = {
+    "point": [[(0.5, 0.5)]],
+    "box": [[(0.4, 0.3), (0.6, 0.7)]],
+    "polygon": [[(0.4, 0.3)], [(0.6, 0.35)], [(0.5, 0.7)]],
+    "scribble": [[(0.4, 0.3), (0.6, 0.35), (0.5, 0.7)]],
+    "mask": [[(0.45, 0.4), (0.55, 0.6)]],
+}
+
+
+@pytest.mark.parametrize("tool", DRAWN)
+def test_a_drawn_region_is_asked_about(page, picture, predictor, tool):
+    open_picture(page, picture)
+    page.click(f'[data-tool="{tool}"]')
+    for stroke in DRAWN[tool]:
+        drag(page, *stroke)
+    shown, sent = ask(page, "What is <region>?")
+    (region,) = sent["regions"]
+    assert region["type"] == tool
+    if tool == "mask":
+        runs = np.repeat(np.arange(len(region["rle"]["counts"])) % 2, region["rle"]["counts"])
+        reference = runs.reshape(region["rle"]["size"], order="F").astype(np.uint8)
+        assert 0 < reference.mean() < 0.5
+        path = picture.with_name("mask.png")
+        Image.fromarray(reference * 255).save(path)
+        reference = str(path)
+    else:
+        pairs = zip(region["points"][::2], region["points"][1::2], strict=True)
+        reference = f"{tool}:" + " ".join(f"{x:.3f},{y:.3f}" for x, y in pairs)
+    assert shown == as_shown(predictor(picture, "What is <region>?", reference).answer)
+
+
+def test_a_reload_keeps_the_conversation(page, picture, predictor):
+    open_picture(page, picture)
+    shown, _ = ask(page, QUESTION)
+    assert shown == as_shown(predictor(picture, QUESTION).answer)
+    masks = page.locator("#layers li").count()
+    page.reload()
+    page.wait_for_selector(".message.assistant")
+    assert page.locator(".message.assistant span:not(.who)").last.text_content() == shown
+    page.wait_for_selector("#hint", state="hidden")
+    assert page.locator("#layers li").count() == masks
+    _, sent = ask(page, "What organ?")
+    assert [message["role"] for message in sent["messages"]] == ["user", "assistant", "user"]
+
+
+def test_nothing_overflows(page, picture):
+    open_picture(page, picture)
+    ask(page, QUESTION)
+    wide = page.evaluate(
+        """() => [...document.querySelectorAll("body *")]
+        .filter((e) => e.getClientRects().length && !e.classList.contains("hidden")
+                       && (e.getBoundingClientRect().right > innerWidth + 1 || e.getBoundingClientRect().left < -1))
+        .map((e) => e.tagName + "#" + e.id)"""
+    )
+    assert wide == []
+
+
+def test_what_is_no_picture_is_said(page, tmp_path):
+    path = tmp_path / "notes.png"
+    path.write_text("no picture")
+    page.set_input_files("#file", str(path))
+    page.wait_for_selector("#status.wrong")
+    assert "cannot be shown" in page.inner_text("#status")
+
+
+def test_a_region_can_be_taken_back(page, picture):
+    open_picture(page, picture)
+    page.click('[data-tool="box"]')
+    drag(page, (0.4, 0.3), (0.6, 0.7))
+    page.click("#undo")
+    _, sent = ask(page, QUESTION)
+    assert sent["regions"] == []
