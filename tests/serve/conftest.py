@@ -1,4 +1,6 @@
-"""A real server with a tiny checkpoint of random weights, in a process of its own, and a predictor of the same checkpoint."""
+"""A real server with a tiny checkpoint of random weights, in a process of its own, and a predictor of the same
+checkpoint.
+"""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,7 @@
-"""The page in a real browser: each kind of region gets the answer that `predict` gives for it, and a reload keeps the conversation."""
+"""The page in a real browser:
+
+Each kind of region gets the answer that `predict` gives for it, and a reload keeps the conversation.
+"""
 
 import json
 import shutil
@@ -49,7 +52,9 @@ def open_picture(page, picture):
 
 
 def drag(page, *places):
-    """Moves the mouse over places of the picture, given as shares of the stage's width and height, with the button down."""
+    """Moves the mouse over places of the picture, given as shares of the stage's width and height, with the button
+    down.
+    """
     box = page.locator("#stage").bounding_box()
     points = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in places]
     page.mouse.move(*points[0])
