@@ -83,7 +83,10 @@ def test_a_token_chooses_no_program(params, on_gpu):
     generator = Generator(MODEL, params, eos_id=2, seg_id=7, max_new_tokens=6, max_masks=0)
     batch = jax.tree.map(lambda x: x[:1], random_batch(tiny_experiment(model=MODEL), 16))
     slots = jax.eval_shape(
-        functools.partial(generator._decoder.prefill, room=6), generator.params, batch, jnp.ones(1, jnp.int32)
+        functools.partial(generator._decoder.prefill, draws=None, seen=None, room=6),
+        generator.params,
+        batch,
+        jnp.ones(1, jnp.int32),
     )
     step = jax.make_jaxpr(generator._decoder.decode)(generator.params, slots, 0, 0)
     names = {equation.primitive.name for equation in _equations(step.jaxpr)}
