@@ -107,5 +107,6 @@ class MedPLIB(nnx.Module):
         `viewed`: what `view` made of the batch's pictures, where it is known already.
         """
         return self.sam.decode(
-            shard_rows(self.view(batch) if viewed is None else viewed), shard_rows(self.seg_mlp(shard_rows(seg_hidden_BxMxD)))
+            shard_rows(self.view(batch) if viewed is None else viewed),
+            shard_rows(self.seg_mlp(shard_rows(seg_hidden_BxMxD))),
         )
