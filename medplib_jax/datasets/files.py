@@ -40,6 +40,9 @@ def files_below(root: str) -> list[str]:
     """
     found = []
     for place, folders, names in os.walk(root, followlinks=True):
+        if LIST in names and place != root:  # what a builder made in its own source
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = os.path.relpath(place, root)
         found += [

@@ -50,7 +50,7 @@ def import_dataset(dataset: str, source: str, out: str) -> dict[str, Any]:
         counts = {split: len(made) for split, made in records.items() if made}
         manifest = {"dataset": dataset, "records": counts, "images": len(pictures.sources)}
         manifest |= folder.write_problems(problems)
-        manifest["files_not_read"] = _not_read(source, out, read, ALONGSIDE.get(dataset, ()))
+        manifest["files_not_read"] = _not_read(source, read, ALONGSIDE.get(dataset, ()))
         for split, made in records.items():
             if made:
                 folder.write_json(f"{dataset}_{split}.json", made)
@@ -58,7 +58,7 @@ def import_dataset(dataset: str, source: str, out: str) -> dict[str, Any]:
     return manifest
 
 
-def _not_read(source: str, out: str, read: Collection[str], alongside: Collection[str]) -> list[str]:
+def _not_read(source: str, read: Collection[str], alongside: Collection[str]) -> list[str]:
     """Tables below the source from which no record came.
 
     Other parts of the dataset, or files of another name than the reader looks for.
@@ -66,9 +66,7 @@ def _not_read(source: str, out: str, read: Collection[str], alongside: Collectio
     known = {os.path.realpath(path) for path in read}
     found = [name for name in files_below(source) if name.lower().endswith(_TABLES)]
     found = [name for name in found if os.path.basename(name) not in alongside]
-    paths = {name: os.path.realpath(os.path.join(source, name)) for name in found}
-    inside = os.path.realpath(out) + os.sep
-    return [name for name, path in paths.items() if path not in known and not path.startswith(inside)]
+    return [name for name in found if os.path.realpath(os.path.join(source, name)) not in known]
 
 
 class _Pictures:

@@ -179,6 +179,16 @@ def test_a_second_run_equals_a_run_into_an_empty_folder_or_is_refused(tmp_path, 
     assert (tree(out) == first) == (what == "nothing" or not supported)
 
 
+@pytest.mark.parametrize("builder", [WriteQa(), ImportDataset()], ids=lambda builder: type(builder).__name__)
+def test_the_output_may_lie_in_the_source(tmp_path, builder):
+    root = tmp_path / "source"
+    builder.make(root)
+    builder.run(root, root / "out")
+    first = tree(root / "out")
+    builder.run(root, root / "out")
+    assert tree(root / "out") == first
+
+
 def test_an_interrupted_assembly_goes_on_where_it_was(tmp_path, monkeypatch):
     builder, root, out = Assemble(), tmp_path / "source", tmp_path / "out"
     builder.make(root)
