@@ -43,7 +43,7 @@ def files_below(root: str) -> list[str]:
         if LIST in names and place != root:  # what a builder made in its own source
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_up(place, name)]
         below = os.path.relpath(place, root)
         found += [
             os.path.normpath(os.path.join(below, name)).replace(os.sep, "/")
@@ -51,6 +51,12 @@ def files_below(root: str) -> list[str]:
             if not name.startswith(".") and name != "Thumbs.db"
         ]
     return sorted(found)
+
+
+def _leads_up(place: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in, where a walk would never end."""
+    target = os.path.realpath(os.path.join(place, name))
+    return os.path.commonpath([target, os.path.realpath(place)]) == target
 
 
 def unused(root: str, names: Iterable[str], expected: str) -> list[DataError]:

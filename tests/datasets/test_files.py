@@ -96,6 +96,16 @@ def test_problems_and_notices_are_counted_apart(tmp_path):
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 3
 
 
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    for name in ("a/b", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.png").touch()
+    (tmp_path / "a/b/up").symlink_to(tmp_path / "a")
+    (tmp_path / "a/other").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a/again").symlink_to(tmp_path / "elsewhere")
+    assert files_below(str(tmp_path / "a")) == ["again/x.png", "b/x.png", "other/x.png"]
+
+
 @pytest.mark.parametrize(("name", "safe"), [("P 1", "P_1"), ("a/b#c<d>", "a--b-c-d-"), ("../x", "x"), ("", "unnamed")])
 def test_names_are_made_safe(name, safe):
     assert safe_name(name) == safe
