@@ -59,9 +59,9 @@ class Comparison:
     def passes(self, dtype: str) -> bool:
         largest, kl = LIMITS[dtype]
         enough = 1.0 if dtype == "float32" else 0.9
-        small = [value for value in (self.features, self.logits, self.mask) if value is not None]
-        equal = [value for value in (self.greedy, self.dice) if value is not None]
-        return max(small) <= largest and (self.kl or 0.0) <= kl and min(equal, default=1.0) >= enough
+        small = ((self.features, largest), (self.logits, largest), (self.mask, largest), (self.kl, kl))
+        passed = [value <= limit for value, limit in small if value is not None]  # what is not a number does not pass
+        return all(passed) and all(value >= enough for value in (self.greedy, self.dice) if value is not None)
 
     def row(self) -> str:
         numbers = [self.features, self.logits, self.kl, self.greedy, self.mask, self.dice]

@@ -112,6 +112,8 @@ def test_a_difference_does_not_pass():
     same = check.comparison("same", made, made, 5)
     assert same.passes("float32") and same.greedy == same.dice == 1.0 and same.kl == 0.0
     assert not check.comparison("mask", made, made | {"mask": -made["mask"]}, 5).passes("float32")
+    for name in made:
+        assert not check.comparison("NaN", made | {name: np.full_like(made[name], np.nan)}, made, 5).passes("float32")
     other = made["logits"].copy()
     other[5, (other[5].argmax() + 1) % 20] += 9
     changed = check.comparison("logits", made, made | {"logits": other}, 5)
