@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import transformers
 
 Json = dict[str, Any]
@@ -137,6 +138,13 @@ ADAPTER = Keys(
     ),
     only={"peft_type": ("LORA",), "bias": ("none",)},
 )
+PIXELS = {
+    "do_normalize": True,
+    "do_rescale": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "rescale_factor": 1 / 255,
+}
 # Variants of LoRA with other arithmetic (use_dora, rank_pattern, fan_in_fan_out, ...) have a switch each, off in a
 # plain adapter.
 OFF = (None, False, {}, [])
@@ -170,6 +178,8 @@ def read_foreign(folders: Sequence[pathlib.Path], ignored: Collection[str] = ())
     for folder in folders:
         found = read_json(folder / "config.json")
         adapter = adapter or _adapter(folder / "adapter_config.json", ignored)
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            _check_pixels(folder / name, read_json(folder / name), ignored)
         if found.get("model_type", "").startswith("clip"):
             vision = vision or _vision(folder / "config.json", found, ignored)
         elif found and not language:
@@ -238,6 +248,15 @@ def _vision(file: pathlib.Path, found: Json, ignored: Collection[str]) -> Json:
         raise ValueError(f"{file}: vision model_type {found['model_type']!r} is not supported, only clip_vision_model")
     VISION.check(str(file), found, ignored)
     return _with_defaults(file, transformers.CLIPVisionConfig, found) if "model_type" in found else found
+
+
+def _check_pixels(file: pathlib.Path, found: Json, ignored: Collection[str]) -> None:
+    """ValueError for pixels that are scaled otherwise than CLIP's; sizes and cropping are those of this project's
+    data."""
+    found = found.get("image_processor", found)
+    for key, value in PIXELS.items():
+        if key not in ignored and not np.allclose(found.get(key, value), value, rtol=0, atol=1e-6):
+            raise ValueError(f"{file}: {key} {json.dumps(found[key])} is not supported, only {json.dumps(value)}")
 
 
 def _adapter(file: pathlib.Path, ignored: Collection[str]) -> Json:

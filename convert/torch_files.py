@@ -138,9 +138,15 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
         header = opened.get_slice(name)
         if header.get_dtype() not in _TYPES:
             raise ValueError(f"{file}: tensor {name!r} has type {header.get_dtype()}; known are {sorted(_TYPES)}")
-        read = functools.partial(opened.get_tensor, name)
+        read = functools.partial(_read_tensor, file, name)
         tensors[name] = Tensor(file, tuple(header.get_shape()), _TYPES[header.get_dtype()], read)
     return tensors
+
+
+def _read_tensor(file: pathlib.Path, name: str) -> np.ndarray:
+    """Opens the file anew: one that stays open keeps all pages that were ever read in the process's memory."""
+    with safetensors.safe_open(file, "np") as opened:
+        return opened.get_tensor(name)
 
 
 def _read_pickle(file: pathlib.Path) -> dict[str, Tensor]:

@@ -208,3 +208,14 @@ def test_the_released_clip_is_known_whole(tmp_path):
     written = {"model_type": "clip", "text_config": {}, "vision_config": vision, "projection_dim": 768}
     (tmp_path / "config.json").write_text(json.dumps(written))
     assert read_foreign([tmp_path]).vision["num_attention_heads"] == 16
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_pixels_that_are_scaled_otherwise_are_refused(tmp_path, name):
+    clip = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "do_rescale": True, "size": {"shortest_edge": 336}}
+    read(tmp_path, name, **clip)
+    read(tmp_path, name, image_processor=clip)
+    with pytest.raises(ValueError, match=rf"{name}: image_mean \[0.5, 0.5, 0.5\] is not supported, only \[0.48"):
+        read(tmp_path, name, **clip | {"image_mean": [0.5, 0.5, 0.5]})
+    with pytest.raises(ValueError, match=f"{name}: do_normalize false is not supported"):
+        read(tmp_path, name, image_processor=clip | {"do_normalize": False})
