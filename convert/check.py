@@ -26,18 +26,19 @@ from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConf
 from medplib_jax.data.images import clip_pixels, load_image, sam_pixels
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode.generator import Generator
+from medplib_jax.models.families import build_model
 from medplib_jax.models.layers import abstract_module, bind, params_of
 from medplib_jax.models.masks.sam import normalise_sam
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.vision.clip import normalise_clip
 
-from . import kinds
+from . import check_qwen_vl, kinds
 from .sources import Source, read_source
 
 QUESTIONS = ("Please segment the lesion in this image.", "What modality is used to take this image?")
 # Largest relative difference of features, logits and masks, and largest KL divergence (nats), by compute type.
 LIMITS = {"float32": (1e-3, 1e-5), "bfloat16": (1e-1, 5e-2)}
-COMPARED = {"clip", "projector", "llm", "seg_mlp", "sam"}
+COMPARED = {"clip", "projector", "llm", "seg_mlp", "sam", "vit", "resampler", "post_norm", "proj"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ class OurSide:
         moe = dataclasses.replace(experiment.model.moe, dispatch="dropless")  # no token may depend on another's
         self.config = without(set(params), dataclasses.replace(experiment.model, dtype=dtype, moe=moe))
         self.parts, self.tokenizer_folder, self.max_new_tokens = set(params), tokenizer, max_new_tokens
-        self.model = abstract_module(lambda rngs: MedPLIB(self.config, rngs))
+        self.model = abstract_module(lambda rngs: build_model(self.config, rngs))
         known = params_of(self.model)
         self.params = {
             part: params[part] if part in params else jax.tree.map(_zeros, shapes) for part, shapes in known.items()
@@ -91,7 +92,7 @@ class OurSide:
 
     @functools.cached_property
     def generator(self) -> Generator:
-        tokens = {"eos_id": self.tokenizer.eos_id, "seg_id": self.tokenizer.seg_id}
+        tokens = {"stop_ids": self.tokenizer.stop_ids, "seg_id": self.tokenizer.seg_id}
         return Generator(self.config, self.params, **tokens, max_new_tokens=self.max_new_tokens, max_masks=0)
 
     def answered(self, image: pathlib.Path, question: str, words: int, shared: Collection[str]) -> tuple[Batch, int]:
@@ -110,6 +111,8 @@ class OurSide:
 def without(parts: set[str], config: ModelConfig) -> ModelConfig:
     """The configuration with few layers and small widths in the `parts` that are not there, of which the others see
     nothing."""
+    if not config.draws_masks:
+        return config  # all of its parts are always there
     if "clip" not in parts:
         eyes = dataclasses.replace(config.clip, image_size=2 * config.clip.patch_size, num_layers=2, mlp_dim=8)
         config = dataclasses.replace(config, clip=eyes)
@@ -134,6 +137,10 @@ def compare(ours: OurSide, source: Source, images: Sequence[pathlib.Path]) -> It
     """Yields one comparison per picture and question, of the parts that both have."""
     from .torch_reference import TorchReference
 
+    if not ours.config.draws_masks:
+        for name, *found, start in check_qwen_vl.read_both(ours, source, images, QUESTIONS):
+            yield comparison(name, *found, start)
+        return
     shared = ours.parts & torch_parts(source)
     reference = TorchReference(source.tensors, source.config)
     read = jax.jit(lambda params, batch: read_model(bind(ours.model, params), batch, shared))
@@ -290,7 +297,7 @@ def left_out(ours: OurSide, source: Source) -> Iterator[str]:
     for part in sorted((ours.parts | theirs) - (ours.parts & theirs & COMPARED)):
         sides = [name for name, parts in (("the checkpoint", ours.parts), ("PyTorch's side", theirs)) if part in parts]
         yield f"not compared: {part}, of {' and '.join(sides)}"
-    for field, part in (("clip", "clip"), ("llm", "llm"), ("moe", "llm"), ("mask", "sam")):
+    for field, part in (("clip", "clip"), ("llm", "llm"), ("moe", "llm"), ("mask", "sam"), ("vit", "vit")):
         if part in ours.parts & theirs:
             one, other = (dataclasses.asdict(getattr(c, field)) for c in (ours.config, source.config))
             for name in one:

@@ -112,6 +112,26 @@ LANGUAGE = Keys(
         "vision_feature_select_strategy": ("default",),
     },
 )
+QWEN = Keys(
+    used=frozenset(
+        f"""
+        {OWN} model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads kv_channels
+        max_position_embeddings layer_norm_epsilon rotary_emb_base seq_length use_dynamic_ntk use_logn_attn visual
+        """.split()
+    ),
+    harmless=frozenset("auto_map bf16 fp16 fp32 onnx_safe tokenizer_type use_flash_attn softmax_in_fp32".split()),
+    only={
+        "attn_dropout_prob": (0.0,),
+        "emb_dropout_prob": (0.0,),
+        "no_bias": (True,),
+        "rotary_pct": (1.0,),
+        "scale_attn_weights": (True,),
+        "tie_word_embeddings": (False,),
+        "quantization_config": (None,),
+        "use_cache_quantization": (False,),
+        "use_cache_kernel": (False,),
+    },
+)
 VISION = Keys(
     used=frozenset(
         """
@@ -196,6 +216,9 @@ def read_foreign(folders: Sequence[pathlib.Path], ignored: Collection[str] = ())
 
 def _language(file: pathlib.Path, found: Json, ignored: Collection[str]) -> Json:
     """One flat dictionary: what holds for pictures and text together, and the language model's part."""
+    if found.get("model_type") == "qwen":
+        QWEN.check(str(file), found, ignored)
+        return found
     text = found.get("text_config", {})
     for part in (found, text):
         LANGUAGE.check(str(file), part, ignored)

@@ -40,12 +40,13 @@ from medplib_jax.config.experiment import (
 )
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.config.versions import VERSION
+from medplib_jax.models.families import build_model
 from medplib_jax.models.layers import Mlp, abstract_module, gelu, logical_axes, params_of
-from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.region.encoder import RegionEncoder
+from medplib_jax.models.whole import WholeModel
 from medplib_jax.parallel.sharding import axis_size, partition_spec
 
-from . import kinds, mapping, orbax_stream, torch_files, vocabulary
+from . import kinds, mapping, orbax_stream, qwen_vl, torch_files, vocabulary
 from .sources import Source, read_source
 
 DTYPES = {"fp32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}
@@ -94,6 +95,8 @@ def convert(options: Options) -> ModelConfig:
     if "llm/embed/embedding" in params:
         tokenizer = vocabulary.find_tokenizer(options.tokenizer, source.folders)
         rows = vocabulary.fit(tokenizer, config.llm.vocab_size, source.foreign.language.get("image_token_index"))
+        if config.family == "bird":
+            qwen_vl.check_tokenizer(tokenizer, source.foreign.language)
         config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=rows.total))
     params = {path: rows.shape(path, shape) for path, shape in params.items()}
     pieces = shard_counts(model, params, options.mesh)
@@ -117,7 +120,8 @@ def experiment_of(source: Source, config: ModelConfig, options: Options) -> Expe
     """The experiment that the checkpoint belongs to. What `to_torch` recorded of it comes back; else it is as
     prediction needs it."""
     own, longest = source.foreign.own, min(DataConfig().bucket_lengths[-1], config.llm.max_positions)
-    data = from_dict(DataConfig, {"bucket_lengths": (longest,)} | own.get("data", {}))
+    needed = {"bucket_lengths": (longest,)} | ({} if config.draws_masks else qwen_vl.DATA)
+    data = from_dict(DataConfig, needed | own.get("data", {}))
     if "llm" in {kinds.part_of(key) for key in source.tensors}:
         data = dataclasses.replace(data, tokenizer=str(options.out.absolute() / "tokenizer"))
     return ExperimentConfig(
@@ -134,13 +138,13 @@ def required_parts(options: Options, shapes: kinds.Shapes) -> set[str]:
     return (set(kinds.KINDS[found]) | held) - {None, *options.fresh}
 
 
-def model_shapes(config: ModelConfig) -> MedPLIB:
+def model_shapes(config: ModelConfig) -> WholeModel:
     """The model with shapes in place of arrays."""
-    return abstract_module(lambda rngs: MedPLIB(config, rngs, ShardingConfig()))
+    return abstract_module(lambda rngs: build_model(config, rngs, ShardingConfig()))
 
 
 def target_shapes(
-    config: ModelConfig, model: MedPLIB, shapes: kinds.Shapes, parts: set[str]
+    config: ModelConfig, model: WholeModel, shapes: kinds.Shapes, parts: set[str]
 ) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the parameters to fill: the model's under `parts`, and the in-context-learning modules' if the
     source has them."""
@@ -148,7 +152,7 @@ def target_shapes(
     return held | mapping.extra_parameters(config, shapes, ("icl/",))
 
 
-def shard_counts(model: MedPLIB, params: dict[str, tuple[int, ...]], mesh: MeshConfig) -> dict[str, tuple[int, ...]]:
+def shard_counts(model: WholeModel, params: dict[str, tuple[int, ...]], mesh: MeshConfig) -> dict[str, tuple[int, ...]]:
     """Path -> how many shards the mesh cuts each axis into: files hold whole shards, so that each host reads only its
     own."""
     sizes = dataclasses.asdict(mesh)

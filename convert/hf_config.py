@@ -14,7 +14,7 @@ import transformers
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import ClipConfig, ModelConfig
 
-from . import vocabulary
+from . import qwen_vl, vocabulary
 from .foreign_config import OWN, RELEASED_TOWERS, Json, read_json
 
 TOWER_FOLDER = "clip"  # beside config.json: the description of a vision tower that is not a released one
@@ -176,6 +176,9 @@ def write_files(
     folder: pathlib.Path, config: ModelConfig, side: pathlib.Path, tokenizer: pathlib.Path, dtype: np.dtype, own: Json
 ) -> None:
     """Writes all files around the weights into `folder`. `side` holds the source's own, where there was one."""
+    if config.family == "bird":
+        qwen_vl.write_files(folder, config, side, tokenizer, dtype, own)
+        return
     described = model_json(config, read_json(side / "config.json"), dtype, own)
     preprocessor = read_json(side / "preprocessor_config.json") or preprocessor_json(config)
     _write(folder / "config.json", described)

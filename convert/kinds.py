@@ -1,17 +1,16 @@
 """What a PyTorch checkpoint is, and the model's sizes: from the tensors themselves; from config.json only what no shape
 tells."""
 
+import functools
 import math
 import re
-from collections.abc import Mapping
 
 from medplib_jax.config.base import from_dict
 from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
 
-from . import mapping
+from . import mapping, qwen_vl
 from .foreign_config import OWN, Foreign, Json
-
-Shapes = Mapping[str, tuple[int, ...]]
+from .sizes import Shapes, check_agree, count, shape_of
 
 # Parts of the model that a checkpoint of each kind must hold in full.
 KINDS = {
@@ -21,6 +20,7 @@ KINDS = {
     "sam_med2d": ("sam",),
     "llama": ("llm",),
     "lora": ("llm",),
+    "qwen_vl": ("vit", "resampler", "post_norm", "proj", "llm"),
 }
 _PART_OF = (
     ("model.vision_tower.", "clip"),
@@ -31,6 +31,11 @@ _PART_OF = (
     ("model.mm_token_compressor.", "icl"),
     ("model.mask_encoder.", "icl"),
     ("model.", "llm"),
+    ("transformer.visual.attn_pool.", "resampler"),
+    ("transformer.visual.ln_post.", "post_norm"),
+    ("transformer.visual.proj", "proj"),
+    ("transformer.visual.", "vit"),
+    ("transformer.", "llm"),
     ("lm_head.", "llm"),
 )
 _CLIP = "model.vision_tower.vision_tower.vision_model."
@@ -46,6 +51,8 @@ def part_of(key: str) -> str | None:
 def detect_kind(names) -> str:
     """The kind of a checkpoint by its canonical names. ValueError when nothing in it is known."""
     parts = {part_of(name) for name in names if not mapping.ignored(name)}
+    if is_qwen(names):
+        return "qwen_vl"
     if "llm" in parts:
         if any(".lora_A." in name for name in names):
             return "lora"
@@ -55,11 +62,18 @@ def detect_kind(names) -> str:
     raise ValueError(f"not a checkpoint of a known kind ({', '.join(KINDS)}): it holds {sorted(names)[:5]}")
 
 
+def is_qwen(names) -> bool:
+    return any(name.startswith("transformer.") for name in names)
+
+
 def detect_config(shapes: Shapes, foreign: Foreign, lora_alpha: float | None = None) -> ModelConfig:
     """The model's sizes. `shapes` has canonical names; parts that it lacks keep the sizes of MedPLIB-7B.
 
     `lora_alpha` is that of adapters without an adapter_config.json. ValueError when a size is neither in a tensor nor
     in a file, or when files and tensors disagree."""
+    if is_qwen(shapes):
+        alpha = functools.partial(adapters_alpha, foreign=foreign, given=lora_alpha)
+        return qwen_vl.detect_config(shapes, foreign, alpha)
     parts = {part_of(key) for key in shapes}
     own = foreign.own.get("model", {})
     sizes = {"region": _region(shapes, foreign)}
@@ -80,7 +94,7 @@ def _combined(kind: type, part: str, foreign: Foreign, found: Json, told: Json):
     ValueError when our own record disagrees with the tensors.
     """
     own = foreign.own.get("model", {}).get(part, {})
-    _agree(f"{OWN}.model.{part}", own, found)
+    check_agree(f"{OWN}.model.{part}", own, found)
     return from_dict(kind, told | own | found, f"config.json: {OWN}.model.{part}.")
 
 
@@ -95,14 +109,14 @@ def _region(shapes: Shapes, foreign: Foreign) -> RegionConfig:
 
 def _clip(shapes: Shapes, foreign: Foreign) -> ClipConfig:
     vision, language = foreign.vision, foreign.language
-    patch = _shape(shapes, _CLIP + "embeddings.patch_embedding.weight")
-    positions = _shape(shapes, _CLIP + "embeddings.position_embedding.weight")[0]
+    patch = shape_of(shapes, _CLIP + "embeddings.patch_embedding.weight")
+    positions = shape_of(shapes, _CLIP + "embeddings.position_embedding.weight")[0]
     found = {
         "hidden_size": patch[0],
         "image_size": math.isqrt(positions - 1) * patch[2],
         "patch_size": patch[2],
-        "num_layers": _count(shapes, _CLIP + r"encoder.layers\.(\d+)\."),
-        "mlp_dim": _shape(shapes, _CLIP + "encoder.layers.0.mlp.fc1.weight")[0],
+        "num_layers": count(shapes, _CLIP + r"encoder.layers\.(\d+)\."),
+        "mlp_dim": shape_of(shapes, _CLIP + "encoder.layers.0.mlp.fc1.weight")[0],
     }
     told = {
         "num_heads": vision.get("num_attention_heads"),
@@ -110,7 +124,9 @@ def _clip(shapes: Shapes, foreign: Foreign) -> ClipConfig:
         "select_layer": language.get("mm_vision_select_layer", language.get("vision_feature_layer", -2)),
     }
     same = {name: found[name] for name in ("hidden_size", "image_size", "patch_size")}
-    _agree("CLIP", vision, same | {"num_hidden_layers": found["num_layers"], "intermediate_size": found["mlp_dim"]})
+    check_agree(
+        "CLIP", vision, same | {"num_hidden_layers": found["num_layers"], "intermediate_size": found["mlp_dim"]}
+    )
     return _combined(ClipConfig, "clip", foreign, found, _complete("CLIP", told, foreign.own, "clip"))
 
 
@@ -128,7 +144,7 @@ def _complete(what: str, told: Json, own: Json, part: str) -> Json:
 
 def _llm(shapes: Shapes, foreign: Foreign) -> LlmConfig:
     language = foreign.language
-    vocab, hidden = _shape(shapes, "model.embed_tokens.weight")
+    vocab, hidden = shape_of(shapes, "model.embed_tokens.weight")
     mlp = next((shape[0] for key, shape in shapes.items() if key.endswith(".gate_proj.weight")), None)
     if mlp is None:
         raise ValueError("the language model has no tensor ending in '.gate_proj.weight': its MLP's width is unknown")
@@ -143,8 +159,8 @@ def _llm(shapes: Shapes, foreign: Foreign) -> LlmConfig:
     found = {
         "vocab_size": vocab,
         "hidden_size": hidden,
-        "num_layers": _count(shapes, r"model\.layers\.(\d+)\."),
-        "num_kv_heads": _shape(shapes, "model.layers.0.self_attn.k_proj.weight")[0] * heads // hidden,
+        "num_layers": count(shapes, r"model\.layers\.(\d+)\."),
+        "num_kv_heads": shape_of(shapes, "model.layers.0.self_attn.k_proj.weight")[0] * heads // hidden,
         "mlp_dim": mlp,
     }
     same = {
@@ -154,7 +170,7 @@ def _llm(shapes: Shapes, foreign: Foreign) -> LlmConfig:
         "intermediate_size": mlp,
         "num_key_value_heads": found["num_kv_heads"],
     }
-    _agree("the language model", language, same)
+    check_agree("the language model", language, same)
     return _combined(LlmConfig, "llm", foreign, found, told)
 
 
@@ -163,7 +179,7 @@ def _moe(shapes: Shapes, foreign: Foreign) -> MoeConfig:
     if not layers:
         return _combined(MoeConfig, "moe", foreign, {"num_experts": 0}, {})
     written = foreign.language.get("moe", {})
-    experts = _count(shapes, _MOE + r"experts\.deepspeed_experts\.(\d+)\.")
+    experts = count(shapes, _MOE + r"experts\.deepspeed_experts\.(\d+)\.")
     if set(written.get("num_experts", [experts])) != {experts}:
         raise ValueError(
             f"config.json: moe.num_experts {written['num_experts']} disagrees with the tensors: {experts} experts"
@@ -172,10 +188,10 @@ def _moe(shapes: Shapes, foreign: Foreign) -> MoeConfig:
         raise ValueError(
             f"config.json: moe.moe_layers_idx {written['moe_layers_idx']} disagrees with the tensors: layers {layers}"
         )
-    count = _count(shapes, r"model\.layers\.(\d+)\.")
+    total = count(shapes, r"model\.layers\.(\d+)\.")
     own = foreign.own.get("model", {}).get("moe", {})
     names = (own.get("layers", "dense"), "dense", "sparse", "first_half", "second_half")
-    named = (name for name in names if MoeConfig(1, layers=name).layer_indices(count) == layers)
+    named = (name for name in names if MoeConfig(1, layers=name).layer_indices(total) == layers)
     found = {
         "num_experts": experts,
         "layers": next(named, layers),
@@ -199,7 +215,7 @@ def _lora(shapes: Shapes, foreign: Foreign, alpha: float | None) -> LoraConfig:
     if not ranks:
         return LoraConfig()
     rank, written = ranks.pop(), foreign.adapter
-    _agree("the adapters (adapter_config.json)", written, {"r": rank})
+    check_agree("the adapters (adapter_config.json)", written, {"r": rank})
     targets = {re.search(r"(\w+)_proj\.lora_A\.weight$", key)[1] for key in adapters}
     found = {"rank": rank, "alpha": adapters_alpha(rank, foreign, alpha), "targets": tuple(sorted(targets))}
     return _combined(LoraConfig, "lora", foreign, found, {"dropout": written.get("lora_dropout", 0.0)})
@@ -226,11 +242,11 @@ def _mask(shapes: Shapes, foreign: Foreign) -> MaskConfig:
     config.json says other. SAM's own files tell no number of heads in the decoder, because all of them have 8."""
     trained = any(part_of(key) == "seg_mlp" for key in shapes)
     encoder, decoder = _SAM + "image_encoder.", _SAM + "mask_decoder."
-    patch = _shape(shapes, encoder + "patch_embed.proj.weight")
-    grid = _shape(shapes, encoder + "pos_embed")[1]
-    layers = _count(shapes, re.escape(encoder) + r"blocks\.(\d+)\.")
-    spans = [(_shape(shapes, f"{encoder}blocks.{i}.attn.rel_pos_h")[0] + 1) // 2 for i in range(layers)]
-    hidden, head_dim = patch[0], _shape(shapes, encoder + "blocks.0.attn.rel_pos_h")[1]
+    patch = shape_of(shapes, encoder + "patch_embed.proj.weight")
+    grid = shape_of(shapes, encoder + "pos_embed")[1]
+    layers = count(shapes, re.escape(encoder) + r"blocks\.(\d+)\.")
+    spans = [(shape_of(shapes, f"{encoder}blocks.{i}.attn.rel_pos_h")[0] + 1) // 2 for i in range(layers)]
+    hidden, head_dim = patch[0], shape_of(shapes, encoder + "blocks.0.attn.rel_pos_h")[1]
     found = {
         "image_size": grid * patch[2],
         "patch_size": patch[2],
@@ -238,34 +254,16 @@ def _mask(shapes: Shapes, foreign: Foreign) -> MaskConfig:
         "num_layers": layers,
         "num_heads": hidden // head_dim,
         "adapter": any(".Adapter." in key for key in shapes),
-        "out_dim": _shape(shapes, encoder + "neck.0.weight")[0],
-        "mask_in_dim": _shape(shapes, _SAM + "prompt_encoder.mask_downscaling.3.weight")[0],
-        "decoder_layers": _count(shapes, re.escape(decoder) + r"transformer\.layers\.(\d+)\."),
-        "decoder_mlp_dim": _shape(shapes, decoder + "transformer.layers.0.mlp.lin1.weight")[0],
-        "num_multimask": _shape(shapes, decoder + "mask_tokens.weight")[0] - 1,
-        "iou_head_layers": _count(shapes, re.escape(decoder) + r"iou_prediction_head\.layers\.(\d+)\."),
-        "iou_head_dim": _shape(shapes, decoder + "iou_prediction_head.layers.0.weight")[0],
+        "out_dim": shape_of(shapes, encoder + "neck.0.weight")[0],
+        "mask_in_dim": shape_of(shapes, _SAM + "prompt_encoder.mask_downscaling.3.weight")[0],
+        "decoder_layers": count(shapes, re.escape(decoder) + r"transformer\.layers\.(\d+)\."),
+        "decoder_mlp_dim": shape_of(shapes, decoder + "transformer.layers.0.mlp.lin1.weight")[0],
+        "num_multimask": shape_of(shapes, decoder + "mask_tokens.weight")[0] - 1,
+        "iou_head_layers": count(shapes, re.escape(decoder) + r"iou_prediction_head\.layers\.(\d+)\."),
+        "iou_head_dim": shape_of(shapes, decoder + "iou_prediction_head.layers.0.weight")[0],
     }
     windows = {"window_size": min(spans), "global_layers": tuple(i for i, span in enumerate(spans) if span == grid)}
     told = {"unpad": foreign.language.get("mask_unpad", "reference") if trained else "exact"}
     if min(spans) == grid:  # one window or all of the picture: the tensors are the same
         return _combined(MaskConfig, "mask", foreign, found, told | windows)
     return _combined(MaskConfig, "mask", foreign, found | windows, told)
-
-
-def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
-    if key not in shapes:
-        raise ValueError(f"tensor {key!r} is missing, the model's sizes cannot be read")
-    return shapes[key]
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    """How many values the last group of `pattern` takes."""
-    return len({match[match.lastindex] for key in shapes if (match := re.match(pattern, key))})
-
-
-def _agree(what: str, written: Json, found: Json) -> None:
-    for name, value in found.items():
-        plain = list(value) if isinstance(value, tuple) else value
-        if written.get(name, plain) not in (plain, value):
-            raise ValueError(f"config.json of {what}: {name} {written[name]} disagrees with the tensors: {plain}")

@@ -8,14 +8,17 @@ alternative. Rows whose JAX path a model does not have are not used (say, SAM's 
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping
 
+import einops
 import numpy as np
 
 from medplib_jax.config.model import ModelConfig
 
 Shape = tuple[int, ...]
+Table = tuple[tuple[str, str, "Layout"], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,10 @@ class Layout:
 
     order: tuple[int, ...] = ()
     drop: int = 0
+
+    def of(self, config: ModelConfig) -> "Layout":
+        """The layout for one model."""
+        return self
 
     def to_jax(self, tensor: np.ndarray) -> np.ndarray:
         """A view in the JAX layout; nothing is copied."""
@@ -43,6 +50,46 @@ class Layout:
     def jax_shape(self, shape: Shape) -> Shape:
         """The JAX shape of a tensor of this PyTorch shape."""
         return tuple(shape[i] for i in self.order or range(len(shape)))[self.drop :]
+
+
+@dataclasses.dataclass(frozen=True)
+class Regrouped(Layout):
+    """A layout that takes an axis apart: the two sides as einops patterns, `sizes` of what an axis is made of. `heads` stands for the
+    decoder's, until a model is known (`of`)."""
+
+    torch: str = ""
+    jax: str = ""
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def of(self, config: ModelConfig) -> "Regrouped":
+        return dataclasses.replace(
+            self, sizes=(*self.sizes, *[("heads", config.llm.num_heads)] * ("heads" in self.jax))
+        )
+
+    def to_jax(self, tensor: np.ndarray) -> np.ndarray:
+        return einops.rearrange(tensor, f"{self.torch} -> {self.jax}", **dict(self.sizes))
+
+    def to_torch(self, tensor: np.ndarray) -> np.ndarray:
+        return einops.rearrange(tensor, f"{self.jax} -> {self.torch}", **dict(self.sizes))
+
+    def torch_shape(self, shape: Shape) -> Shape:
+        return _regrouped_shape(self.jax, self.torch, shape, self.sizes)
+
+    def jax_shape(self, shape: Shape) -> Shape:
+        return _regrouped_shape(self.torch, self.jax, shape, self.sizes)
+
+
+def _regrouped_shape(source: str, target: str, shape: Shape, sizes: tuple[tuple[str, int], ...]) -> Shape:
+    """The shape of `rearrange(x, f"{source} -> {target}")` for an x of this shape. An axis that does not divide gives a shape that fits nothing."""
+    known = dict(sizes)
+    for axis, size in zip(_axes(source), shape, strict=True):
+        unknown = [name for name in axis if name not in known]
+        known |= {unknown[0]: size // math.prod(known[name] for name in axis if name in known)} if unknown else {}
+    return tuple(math.prod(known[name] for name in axis) for axis in _axes(target))
+
+
+def _axes(pattern: str) -> list[list[str]]:
+    return [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\w+", pattern)]
 
 
 SAME = Layout()
@@ -72,7 +119,7 @@ def _norm(torch: str, jax: str) -> tuple:
     return (torch + ".weight", jax + "/scale", SAME), (torch + ".bias", jax + "/bias", SAME)
 
 
-TABLE: tuple[tuple[str, str, Layout], ...] = (
+MEDPLIB: Table = (
     # CLIP
     (_CLIP + "embeddings.class_embedding", "clip/class_embed", SAME),
     (_CLIP + "embeddings.patch_embedding.weight", "clip/patch_embed/kernel", CONV),
@@ -176,12 +223,55 @@ TABLE: tuple[tuple[str, str, Layout], ...] = (
     *_norm("model.mask_encoder.norm", "icl/mask_encoder/norm"),
 )
 
+# Qwen's fused projection is [q | k | v], each with all heads; here each head's three lie side by side, so that heads can be shared out.
+QKV = Regrouped(torch="(c heads k) d", jax="d (heads c k)", sizes=(("c", 3),))
+QKV_BIAS = Regrouped(torch="(c heads k)", jax="(heads c k)", sizes=(("c", 3),))
+POOL_QKV = Regrouped(torch="(c o) i", jax="c i o", sizes=(("c", 3),))  # torch's MultiheadAttention
+POOL_QKV_BIAS = Regrouped(torch="(c o)", jax="c o", sizes=(("c", 3),))
+
+_QWEN_LAYER = "transformer.h.{layer}."
+_SIGHT = "transformer.visual."
+_POOL = _SIGHT + "attn_pool."
+_SIGHT_BLOCK = _SIGHT + "transformer.resblocks.{vision}."
+
+QWEN_VL: Table = (
+    # ViT; its fused projection has each head's three side by side already
+    (_SIGHT + "positional_embedding", "vit/position_embed", SAME),
+    (_SIGHT + "conv1.weight", "vit/patch_embed/kernel", CONV),
+    *_norm(_SIGHT + "ln_pre", "vit/pre_norm"),
+    *_norm(_SIGHT_BLOCK + "ln_[1,2]", "vit/layers/norm[1,2]"),
+    *_affine(_SIGHT_BLOCK + "attn.[in_proj,out_proj]", "vit/layers/attn/[qkv,o]", LINEAR),
+    *_affine(_SIGHT_BLOCK + "mlp.[c_fc,c_proj]", "vit/layers/mlp/[fc1,fc2]", LINEAR),
+    # resampler
+    (_POOL + "query", "resampler/query", SAME),
+    (_POOL + "pos_embed", "resampler/position_embed", SAME),
+    (_POOL + "kv_proj.weight", "resampler/kv/kernel", LINEAR),
+    *_norm(_POOL + "ln_[q,kv]", "resampler/norm_[q,kv]"),
+    (_POOL + "attn.in_proj_weight", "resampler/qkv/kernel", POOL_QKV),
+    (_POOL + "attn.in_proj_bias", "resampler/qkv/bias", POOL_QKV_BIAS),
+    *_affine(_POOL + "attn.out_proj", "resampler/o", LINEAR),
+    *_norm(_SIGHT + "ln_post", "post_norm"),
+    (_SIGHT + "proj", "proj/kernel", SAME),
+    # Qwen
+    ("transformer.wte.weight", "llm/embed/embedding", SAME),
+    (_QWEN_LAYER + "ln_[1,2].weight", "llm/layers/[input,post]_norm/scale", SAME),
+    (_QWEN_LAYER + "attn.c_attn.weight", "llm/layers/attn/qkv/kernel", QKV),
+    (_QWEN_LAYER + "attn.c_attn.bias", "llm/layers/attn/qkv/bias", QKV_BIAS),
+    (_QWEN_LAYER + "attn.c_proj.weight", "llm/layers/attn/o/kernel", LINEAR),
+    (_QWEN_LAYER + "mlp.[w2,w1,c_proj].weight", "llm/mlp/[gate,up,down]/kernel", LINEAR),
+    ("transformer.ln_f.weight", "llm/final_norm/scale", SAME),
+    ("lm_head.weight", "llm/head/kernel", LINEAR),
+)
+TABLES = {"medplib": MEDPLIB, "bird": QWEN_VL}
+
 # Source tensors that are not parameters of the model, and why.
 IGNORED: tuple[tuple[str, str], ...] = (
     (r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$", "computed from rope_theta"),
     (r"vision_model\.embeddings\.position_ids$", "0, 1, 2, ..."),
     (r"^(text_model\.|visual_projection\.|text_projection\.|logit_scale$)", "CLIP's text side"),
     (r"visual_model\.pixel_(mean|std)$", "SAM's normalisation constants"),
+    (r"^transformer\.rotary_emb\.inv_freq$|\.attn\.masked_bias$", "Qwen's, computed"),
+    (r"\.original_module\.weight$", "what an adapter's own copy stands for"),
 )
 
 _CLIP_PARTS = r"embeddings\.(?:class|patch|position)_embedding|pre_layrnorm\.|encoder\.layers\.|post_layernorm\."
@@ -190,6 +280,9 @@ _ALIASES: tuple[tuple[str, str], ...] = (
     (r"^base_model\.model\.", ""),  # PEFT
     (r"\.base_layer\.(weight|bias)$", r".\1"),
     (r"\.(lora_[AB])\.default\.weight$", r".\1.weight"),
+    (r"\.modules_to_save\.default\.weight$", ".weight"),
+    (r"^transformer\.llm\.", "transformer."),  # BiRD's Paddle checkpoints
+    (r"^visual\.(vit\.)?", "transformer.visual."),
     (r"^(vision_model\.)", r"model.vision_tower.vision_tower.\1"),  # a CLIP checkpoint
     # Hugging Face's LLaVA, as transformers 4 and 5 write it, and as its modules are called
     (rf"^(?:model\.)?(?:vision_tower\.)?({_CLIP_PARTS})", r"model.vision_tower.vision_tower.vision_model.\1"),
@@ -218,6 +311,8 @@ def ignored(key: str) -> bool:
 def indices(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The values of every field of the table, for one model."""
     layers = tuple(range(config.llm.num_layers))
+    if config.family == "bird":
+        return {"vision": tuple(range(config.vit.num_layers)), "layer": layers}
     return {
         "vision": tuple(range(config.clip.num_layers)),
         "geometry": (0, 1),
@@ -260,7 +355,8 @@ def entries(config: ModelConfig, paths: Iterable[str]) -> dict[str, Entry]:
     wanted = set(paths)
     values = indices(config)
     found = {}
-    for torch, jax, layout in _rows():
+    for torch, jax, layout in _rows(config.family):
+        layout = layout.of(config)
         fields = re.findall(r"{(\w+)}", torch)
         stacked = [field for field in fields if "{" + field + "}" not in jax]
         sizes = tuple(len(values[field]) for field in stacked)
@@ -281,7 +377,7 @@ def extra_parameters(
     config: ModelConfig, torch_shapes: Mapping[str, Shape], parts: tuple[str, ...]
 ) -> dict[str, Shape]:
     """Path -> shape of the parameters under `parts` that a source holds beyond the model's own modules."""
-    paths = [jax for _, jax, _ in _rows() if jax.startswith(parts) and "{" not in jax]
+    paths = [jax for _, jax, _ in _rows(config.family) if jax.startswith(parts) and "{" not in jax]
     return {
         e.path: e.param_shape(torch_shapes[e.key]) for e in entries(config, paths).values() if e.key in torch_shapes
     }
@@ -319,18 +415,18 @@ def unmerged_name(key: str, adapted: bool) -> str:
 
 
 @functools.cache
-def _rows() -> tuple[tuple[str, str, Layout], ...]:
-    """The table with alternatives written out, and for each kernel of the decoder the two low-rank factors beside
+def _rows(family: str) -> Table:
+    """The family's table with alternatives written out, and for each kernel of the decoder the two low-rank factors beside
     it."""
     rows = []
-    for torch, jax, layout in TABLE:
+    for torch, jax, layout in TABLES[family]:
         rows += [(t, j, layout) for t, j in zip(_alternatives(torch), _alternatives(jax), strict=True)]
-    for torch, jax, _ in tuple(rows):
+    for torch, jax, layout in tuple(rows):
         if jax.startswith("llm/") and jax.endswith("/kernel"):
             stem, side = torch.removesuffix("weight"), jax.removesuffix("kernel")
             rows += [
                 (stem + "lora_A.weight", side + "lora_a", LINEAR),
-                (stem + "lora_B.weight", side + "lora_b", LINEAR),
+                (stem + "lora_B.weight", side + "lora_b", layout),
             ]
     return tuple(rows)
 

@@ -21,11 +21,15 @@ from .torch_files import Tensor
 
 log = logging.getLogger(__name__)
 
+QWEN_EMBEDDING = "transformer.wte.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|weight_scale|weight_format|absmax|quant_map|quant_state\..*)$"
 )
-_WITH_PLACE = re.compile(r"^model\.layers\.\d+\..*(?:[qkvo]|gate|up|down)_proj\.$")
+_WITH_PLACE = re.compile(
+    r"^model\.layers\.\d+\..*(?:[qkvo]|gate|up|down)_proj\.$"
+    r"|^transformer\.h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.w1|mlp\.w2|mlp\.c_proj)\.$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,7 @@ def read_source(
     tensors = read_tensors(sources)
     foreign = foreign_config.read_foreign(folders, ignored_keys)
     tensors = _tied(tensors, foreign)
-    if any(".lora_A." in key for key in tensors) and EMBEDDING not in tensors:
+    if any(".lora_A." in key for key in tensors) and not {EMBEDDING, QWEN_EMBEDDING} & tensors.keys():
         base = foreign.adapter.get("base_model_name_or_path") or "the model that they were trained on"
         raise ValueError(f"the sources hold adapters without their base; add --source with {base}")
     found = kinds.detect_config(_with_place(tensors), foreign, lora_alpha)

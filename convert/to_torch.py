@@ -113,7 +113,7 @@ def planned(stored: Stored, layout: str, dtype: str | None = None) -> Iterator[t
         adapted = stored.adapted(entry.path)
         name = mapping.unmerged_name(key, adapted) if layout == "lora" else key
         yield _planned(stored, entry, name, dtype, merge=adapted and layout == "merged")
-    if EMBEDDING in shapes:
+    if EMBEDDING in shapes and stored.config.family == "medplib":
         yield from rotary_buffers(stored, layout, dtype)
 
 

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 
 from medplib_jax import checkpoint
+from medplib_jax.data.qwen_tokenizer import RANKS_FILE, QwenTokenizer
 from medplib_jax.data.tokenizers import ADDED_FILE, ADDED_TOKENS, MODEL_FILE, Tokenizer
 
 VOCABULARY_AXIS = {"llm/embed/embedding": 0, "llm/head/kernel": 1}
@@ -18,19 +19,19 @@ def find_tokenizer(given: pathlib.Path | None, folders: list[pathlib.Path]) -> p
 
     Raises FileNotFoundError without any, ValueError when `given` is another tokenizer than the one that lies beside the
     weights."""
-    beside = [folder for folder in folders if (folder / MODEL_FILE).is_file()]
+    beside = [folder for folder in folders if model_file(folder)]
     if given is None:
         if not beside:
             raise FileNotFoundError(
-                f"no {MODEL_FILE} beside the weights ({', '.join(map(str, folders))}); give its folder with --tokenizer"
+                f"no {MODEL_FILE} or {RANKS_FILE} beside the weights ({', '.join(map(str, folders))}); give its folder with --tokenizer"
             )
         return beside[0]
-    if not (given / MODEL_FILE).is_file():
-        raise FileNotFoundError(f"{given}: expected {MODEL_FILE}")
+    if not model_file(given):
+        raise FileNotFoundError(f"{given}: expected {MODEL_FILE} or {RANKS_FILE}")
     for folder in beside:
         if _digest(folder) != _digest(given):
             raise ValueError(
-                f"{given / MODEL_FILE} is another tokenizer than {folder / MODEL_FILE}, which belongs to the weights"
+                f"{model_file(given)} is another tokenizer than {model_file(folder)}, which belongs to the weights"
             )
     return given
 
@@ -40,7 +41,7 @@ def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
     folder.mkdir(exist_ok=True)
     for path in checkpoint.tokenizer_files(str(source)):
         shutil.copyfile(path, folder / path.name)
-    if not (folder / ADDED_FILE).exists():
+    if (folder / MODEL_FILE).is_file() and not (folder / ADDED_FILE).exists():
         Tokenizer.load(str(folder)).save(str(folder))
 
 
@@ -80,6 +81,11 @@ def fit(folder: pathlib.Path, rows: int, image_token: int | None = None) -> Rows
     Hugging Face's LLaVA has an `<image>` token behind those of the tokenizer, and padding up to a round number. No text
     uses these rows, so they go. ValueError when the tokenizer does not fit.
     """
+    if (folder / RANKS_FILE).is_file():
+        size = QwenTokenizer.load(str(folder)).vocab_size
+        if rows != size:
+            raise ValueError(f"{folder}: wrong tokenizer: it needs {size} rows, but the weights have {rows}")
+        return Rows(size)
     size = Tokenizer.load(str(folder)).vocab_size
     base = size - len(ADDED_TOKENS)
     if rows == size or (image_token == size and image_token < rows):
@@ -93,4 +99,9 @@ def fit(folder: pathlib.Path, rows: int, image_token: int | None = None) -> Rows
 
 
 def _digest(folder: pathlib.Path) -> str:
-    return hashlib.sha256((folder / MODEL_FILE).read_bytes()).hexdigest()
+    return hashlib.sha256(model_file(folder).read_bytes()).hexdigest()
+
+
+def model_file(folder: pathlib.Path) -> pathlib.Path | None:
+    """The tokenizer's vocabulary in a folder: LLaMA's or Qwen's."""
+    return next((path for name in (MODEL_FILE, RANKS_FILE) if (path := folder / name).is_file()), None)

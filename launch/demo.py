@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from configs import stage1_align, stage2_vqa, stage3_grounding, stage4_moe
+from launch import demo_bird
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.images import load_image
@@ -145,8 +146,11 @@ def main() -> int:
         action="store_true",
         help="afterwards, put every task to the models of stages II to IV and compare them in one report",
     )
+    parser.add_argument(
+        "--bird", action="store_true", help="instead, train and evaluate a small BiRD, which answers with boxes"
+    )
     arguments = vars(parser.parse_args())
-    with_sweep = arguments.pop("sweep")
+    with_sweep, with_bird = arguments.pop("sweep"), arguments.pop("bird")
     demo = Demo(**arguments)
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
     logging.getLogger("medplib_jax").setLevel(logging.INFO)
@@ -154,6 +158,8 @@ def main() -> int:
     jax.config.update("jax_compilation_cache_dir", str((demo.out / "compiled").resolve()))
     watch = Stopwatch(demo.out / "stopwatch.json")
     try:
+        if with_bird:
+            return demo_bird.run(demo_bird.BirdDemo(demo.out / "bird", demo.examples, demo.seed))
         code = run(demo, watch)
         return sweep(demo) if with_sweep and code == 0 else code
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@
 #   bash launch/demo.sh [--out runs/demo] [--examples 3000] [--test-examples 100] [--seed 0] [--sweep]
 #
 # With --sweep it then compares the stages' models on every task: runs/demo/evaluation/report.html.
+# With --bird it trains and evaluates a small BiRD instead, which answers with boxes: runs/demo/bird/evaluation/report.html.
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."

@@ -36,6 +36,7 @@ FOLDER, DAMAGED = "checkpoints", "damaged"
 ITEMS = ("state", "experiment", "tokenizer")
 TOKENIZER_FILES = (
     "tokenizer.model",
+    "qwen.tiktoken",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -9,9 +9,12 @@ answer python -m medplib_jax.predict --checkpoint WORKDIR --image scan.png --que
 
 A SCAN is a DICOM folder or file, NIfTI, NRRD or MetaImage; see medplib_jax/volumes/README.md for what is written.
 Of a picture it prints the answer; writes `mask_<k>.png` (0/255, the picture's size) and `overlay.png`.
+A model that answers with boxes takes --box or --point, draws each box of its answer with its phrase on the overlay, and
+writes `boxes.json`, in pixels.
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -19,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medplib_jax.data.overlay import PALETTE, overlay
+from medplib_jax.data.overlay import PALETTE, draw_boxes, overlay
 from medplib_jax.decode.jobs import answer_jobs, read_jobs
 from medplib_jax.decode.layout import QUANTIZE
 from medplib_jax.decode.predictor import Prediction, Predictor
@@ -34,10 +37,19 @@ def write_prediction(prediction: Prediction, out_dir: str | os.PathLike) -> list
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     pictures = {f"mask_{k}.png": mask.astype(np.uint8) * 255 for k, mask in enumerate(prediction.masks)}
-    pictures["overlay.png"] = overlay(prediction.picture, prediction.masks, PALETTE)
+    height, width = prediction.picture.shape[:2]
+    boxes = [
+        {"label": box.label, "box": list(box.pixels(width, height)), "text": str(box)} for box in prediction.boxes or ()
+    ]
+    drawn = overlay(prediction.picture, prediction.masks, PALETTE)
+    pictures["overlay.png"] = draw_boxes(drawn, [one["box"] for one in boxes], [one["label"] for one in boxes], PALETTE)
     for name, pixels in pictures.items():
         Image.fromarray(pixels).save(out / name)
-    return [out / name for name in pictures]
+    names = list(pictures)
+    if prediction.boxes is not None:
+        names.append("boxes.json")
+        (out / "boxes.json").write_text(json.dumps(boxes, indent=1) + "\n")
+    return [out / name for name in names]
 
 
 def region_of(arguments: argparse.Namespace) -> str:

@@ -14,7 +14,7 @@ from medplib_jax.config.model import LoraConfig, ModelConfig
 from medplib_jax.decode.generator import Decoder
 from medplib_jax.decode.layout import decoding_model
 from medplib_jax.models.layers import bind, model_shardings, params_of
-from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.models.whole import WholeModel
 from medplib_jax.parallel.compilation import compiler_options
 from medplib_jax.parallel.sharding import row_axes
 from medplib_jax.train.losses import divisors, total_loss
@@ -89,7 +89,10 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Pro
     model, new_tokens = decoding_model(config.model, mesh, config.sharding), config.eval.max_new_tokens
     if length <= new_tokens:
         raise ValueError(f"length {length} leaves no room for a prompt: eval.max_new_tokens is {new_tokens}")
-    ends = {"eos_id": 2, "seg_id": config.model.llm.vocab_size - 1}  # any will do: values do not change the program
+    ends = {
+        "stop_ids": (2,),
+        "seg_id": config.model.llm.vocab_size - 1,
+    }  # any will do: values do not change the program
     decoder = Decoder(model, **ends, max_new_tokens=new_tokens, max_masks=config.data.max_masks, original_masks=False)
 
     def answer(params: Params, batch: Batch, limits_B: jax.Array, steps: jax.Array):
@@ -109,7 +112,7 @@ def _for_evaluation(config: ExperimentConfig) -> ExperimentConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, lora=LoraConfig(), remat="none"))
 
 
-def _evaluated(model: MedPLIB, config: ExperimentConfig, mesh: Mesh) -> Params:
+def _evaluated(model: WholeModel, config: ExperimentConfig, mesh: Mesh) -> Params:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.model.dtype), params_of(model))
     return _placed(shapes, model_shardings(model, mesh))
 
@@ -125,7 +128,7 @@ def _placed(shapes, shardings):
 def abstract_batch(data: DataConfig, model: ModelConfig, mesh: Mesh, rows: int, length: int) -> Batch:
     """The shapes of the batches that `data.pipeline` makes."""
     images, regions, points, masks = data.max_images, data.max_regions, model.region.max_points, data.max_masks
-    clip, sam, canvas = model.clip.image_size, model.mask.image_size, data.mask_canvas
+    clip, sam, canvas = model.image_size, model.mask_image_size, data.mask_canvas
     sharding = NamedSharding(mesh, PartitionSpec(row_axes(rows, mesh)))
 
     def array(*shape, dtype=jnp.int32):

@@ -43,7 +43,7 @@ def jax_generate(config: ExperimentConfig, new_tokens: int, quantize: str = "") 
     generator = Generator(
         config.model,
         params,
-        eos_id=NO_TOKEN,
+        stop_ids=(NO_TOKEN,),
         seg_id=NO_TOKEN,
         max_new_tokens=new_tokens,
         max_masks=0,

@@ -11,7 +11,7 @@ from medplib_jax.batch import Array, Params, combine
 from medplib_jax.benchmarks.measure import Table, interleave
 from medplib_jax.benchmarks.workload import example_batch
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.models.language.attention import attend_within, rotary_tables
+from medplib_jax.models.language.attention import Positions, attend_within, rotary_frequencies, rotary_tables
 from medplib_jax.models.layers import bind, draw_params, scan_layers
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.remat import remat
@@ -86,10 +86,11 @@ class Parts:
 
     def attention(self, trainable: Params, x_BxLxD: Array, frozen: Params) -> Array:
         llm = self.config.model.llm
-        tables = rotary_tables(jnp.arange(x_BxLxD.shape[1])[None], llm.head_dim, llm.rope_theta)
+        frequencies = rotary_frequencies(llm.head_dim, llm.rope_theta)
+        positions = Positions(rotary_tables(jnp.arange(x_BxLxD.shape[1])[None], frequencies))
 
         def layer(layer, x, _):
-            q, k, v = layer.attn.project(layer.input_norm(x), tables, None)
+            q, k, v = layer.attn.project(layer.input_norm(x), positions, None)
             return x + layer.attn.output(attend_within(q, k, v, self.batch.valid), None), None
 
         return self._mean_square_of(layer, self.bound(trainable, frozen).llm.layers, x_BxLxD)

@@ -31,7 +31,7 @@ def measure(config: ExperimentConfig, rounds: int) -> Table:
     table = Table(f"{requests} answers in slots", ("answers", "", "fastest s", "tokens/s"))
     for kind, lengths in {"long": np.full(requests, LONG), "mixed": mixed}.items():
         generator = Generator(
-            config.model, params, eos_id=NO_TOKEN, seg_id=NO_TOKEN, max_new_tokens=int(lengths.max()), max_masks=0
+            config.model, params, stop_ids=(NO_TOKEN,), seg_id=NO_TOKEN, max_new_tokens=int(lengths.max()), max_masks=0
         )
         found = _seconds(prompts, lengths, generator, rounds)
         table.rows += [(kind, way, f"{value:.2f}", f"{lengths.sum() / value:.0f}") for way, value in found.items()]

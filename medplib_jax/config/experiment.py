@@ -7,6 +7,8 @@ from typing import ClassVar, Literal
 from medplib_jax.config.base import NotNegative, Positive, Section, Share, require
 from medplib_jax.config.model import ModelConfig
 
+TEMPLATES = {"medplib": ("llava_v1", "v1"), "bird": ("chatml", "qwen_raw")}  # by model.family
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section, name="data"):
@@ -22,7 +24,7 @@ class DataConfig(Section, name="data"):
     weights: tuple[NotNegative[float], ...] = ()
     root: str = ""  # folder where the paths inside the sources start; empty: the folder of each source
     tokenizer: str = ""
-    template: Literal["llava_v1", "v1"] = "llava_v1"  # the original trains with llava_v1 and evaluates with v1
+    template: Literal["llava_v1", "v1", "chatml", "qwen_raw"] = "llava_v1"  # see TEMPLATES; MedPLIB evaluates with v1
     bucket_lengths: tuple[Positive[int], ...] = (1024,)  # final lengths, image tokens included
     batch_size: Positive[int] = 128  # global
     pack: bool = False
@@ -59,9 +61,10 @@ class OptimConfig(Section, name="optim"):
     b2: Share = 0.95
     eps: Positive[float] = 1e-8
     weight_decay: NotNegative[float] = 0.0
+    no_decay: tuple[str, ...] = ()  # path patterns of trainable parameters that weight decay spares
     clip_norm: Positive[float] = 1.0
-    warmup: NotNegative[float] = 0.01  # share of ONE epoch's steps, at least 2 steps
-    schedule: Literal["exact", "reference"] = "exact"  # reference: the original's first step runs at full rate
+    warmup: NotNegative[float] = 0.01  # share of ONE epoch's steps, at least 2 steps; with "cosine" of the run
+    schedule: Literal["exact", "reference", "cosine"] = "exact"  # reference: MedPLIB's first step runs at full rate
     trainable: tuple[str, ...] = (".*",)
     lr_scale: tuple[tuple[str, float], ...] = ()  # (path pattern, factor); the first match counts
     accumulate: Positive[int] = 1
@@ -73,7 +76,7 @@ class OptimConfig(Section, name="optim"):
         object.__setattr__(self, "lr_scale", scales)
         for pattern, factor in scales:
             require(factor >= 0, f"optim.lr_scale of {pattern!r} is {factor}, which is not at least 0")
-        for pattern in (*self.trainable, *(pattern for pattern, _ in self.lr_scale)):
+        for pattern in (*self.trainable, *self.no_decay, *(pattern for pattern, _ in self.lr_scale)):
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -132,6 +135,7 @@ class ShardingConfig(Section, name="sharding"):
     expert: str = "expert"
     vocab: str = ""  # 32,267 = 41 x 787 divides by no mesh; the embedding is spread along its width instead
     vision: str = ""  # CLIP and SAM: 0.4 B frozen parameters
+    vision_out: str = ""  # the decoder's width, where the vision part ends
     layers: str = ""
     lora_embed: str = ""  # the model's width in an adapter
     lora_rank: str = ""
@@ -220,6 +224,15 @@ class ExperimentConfig:
     eval: EvalConfig = EvalConfig()
 
     def __post_init__(self):
+        family, data = self.model.family, self.data
+        require(
+            data.template in TEMPLATES[family],
+            f"data.template {data.template!r}: model.family {family!r} reads {TEMPLATES[family]}",
+        )
+        require(
+            self.model.draws_masks or not (data.max_masks or data.max_regions),
+            f"model.family {family!r} has boxes in its text: data.max_masks and data.max_regions must be 0",
+        )
         longest, limit = self.data.bucket_lengths[-1], self.model.llm.max_positions
         require(
             longest <= limit, f"data.bucket_lengths ends with {longest}, longer than model.llm.max_positions {limit}"

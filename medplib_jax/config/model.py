@@ -4,12 +4,13 @@ Sizes default to MedPLIB-7B. Every dataclass validates itself on construction an
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from medplib_jax.config.base import NotNegative, Positive, Section, Share, require
 
 MOE_LAYER_SETS = ("dense", "sparse", "first_half", "second_half")
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+LORA_TARGETS = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,47 @@ class ClipConfig(Section, name="clip"):
 
 
 @dataclasses.dataclass(frozen=True)
+class QwenVisionConfig(Section, name="vit"):
+    """Qwen-VL's vision tower (OpenCLIP ViT-bigG) and the resampler behind it. Its output is as wide as the decoder."""
+
+    image_size: Positive[int] = 448
+    patch_size: Positive[int] = 14
+    hidden_size: Positive[int] = 1664
+    num_layers: Positive[int] = 48
+    num_heads: Positive[int] = 16
+    mlp_dim: Positive[int] = 8192
+    position_grid: Positive[int] = 16  # side of the learned position table, interpolated to the patches
+    num_queries: Positive[int] = 256
+    resampler_head_dim: Positive[int] = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.image_size % self.patch_size == 0,
+            f"vit.image_size {self.image_size} is not a multiple of vit.patch_size {self.patch_size}",
+        )
+        require(
+            self.hidden_size % self.num_heads == 0,
+            f"vit.hidden_size {self.hidden_size} is not divisible by vit.num_heads {self.num_heads}",
+        )
+        require(
+            math.isqrt(self.num_queries) ** 2 == self.num_queries,
+            f"vit.num_queries {self.num_queries} is not the square of a whole number",
+        )
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def query_grid(self) -> int:
+        """Side of the grid on which the queries lie."""
+        return math.isqrt(self.num_queries)
+
+
+@dataclasses.dataclass(frozen=True)
 class LlmConfig(Section, name="llm"):
-    """LLaMA decoder."""
+    """LLaMA decoder, or Qwen's: `fused_qkv`, and `trained_length` where longer positions are scaled."""
 
     vocab_size: Positive[int] = 32267
     hidden_size: Positive[int] = 4096
@@ -62,9 +102,16 @@ class LlmConfig(Section, name="llm"):
     rope_theta: Positive[float] = 10000.0
     rms_norm_eps: Positive[float] = 1e-5
     max_positions: Positive[int] = 4096
+    fused_qkv: bool = False  # one projection with a bias yields query, key and value of each head side by side
+    trained_length: NotNegative[int] = 0  # longer prompts get Qwen's NTK and log-n scaling; 0: none
 
     def __post_init__(self):
         super().__post_init__()
+        require(
+            not self.fused_qkv or self.num_kv_heads == self.num_heads,
+            f"llm.fused_qkv needs as many llm.num_kv_heads ({self.num_kv_heads}) as llm.num_heads ({self.num_heads})",
+        )
+        require(self.trained_length >= 0, f"llm.trained_length {self.trained_length} is negative")
         require(
             self.hidden_size % self.num_heads == 0,
             f"llm.hidden_size {self.hidden_size} is not divisible by llm.num_heads {self.num_heads}",
@@ -221,9 +268,14 @@ class ModelConfig(Section, name="model"):
 
     `dtype` is the type of most products. Router, softmax, norms' statistics, coordinates, logits and losses are float32
     always, and a float32 product is computed as such (on a TPU in six passes). `remat`: see `models/remat.py`.
+
+    `family` says which whole model it is: "medplib" has `clip`, `llm`, `moe`, `region` and `mask`, "bird" `vit` and `llm`. Code above `models/`
+    asks for what the model can do (`image_tokens`, `draws_masks`, ...).
     """
 
+    family: Literal["medplib", "bird"] = "medplib"
     clip: ClipConfig = ClipConfig()
+    vit: QwenVisionConfig = QwenVisionConfig()
     llm: LlmConfig = LlmConfig()
     moe: MoeConfig = MoeConfig()
     mask: MaskConfig = MaskConfig()
@@ -235,7 +287,36 @@ class ModelConfig(Section, name="model"):
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.family == "medplib" or not self.moe.num_experts, "model.family 'bird' has no experts")
+        heads = ("qkv",) if self.llm.fused_qkv else ("q", "k", "v")
+        absent = ({"q", "k", "v", "qkv"} - set(heads)) & set(self.lora.targets)
+        require(not absent, f"lora.targets {sorted(absent)}: the decoder has {' '.join(heads)}")
         self.moe.layer_indices(self.llm.num_layers)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square pixels that the model sees."""
+        return self.clip.image_size if self.family == "medplib" else self.vit.image_size
+
+    @property
+    def mask_image_size(self) -> int:
+        """Side of the square pixels from which masks are drawn; 0: none are."""
+        return self.mask.image_size if self.draws_masks else 0
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions of the decoder that one picture takes."""
+        return self.clip.num_patches if self.family == "medplib" else self.vit.num_queries
+
+    @property
+    def stretches(self) -> bool:
+        """Whether pictures are stretched to a square (bicubic), or padded to one (bilinear)."""
+        return self.family == "bird"
+
+    @property
+    def draws_masks(self) -> bool:
+        """Whether answers may hold masks and questions regions; otherwise both are boxes in the text."""
+        return self.family == "medplib"
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Pictures and masks from disk to the uint8 arrays that the model normalises on the device.
 
-Resizing is Pillow's bilinear (antialiased) on uint8, as torchvision does it in the original: the arrays equal the
-original's exactly.
+Resizing is Pillow's (antialiased) on uint8, bilinear for MedPLIB and bicubic for BiRD: the arrays equal the originals'
+exactly.
 """
 
 import dataclasses
@@ -267,6 +267,12 @@ def clip_pixels(pixels: np.ndarray, side: int) -> np.ndarray:
     if side == CLIP_SIDE:
         return canvas
     return np.asarray(Image.fromarray(canvas).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def stretched(pixels: np.ndarray, side: int) -> np.ndarray:
+    """uint8 [h, w] or [h, w, 3] resized to [side, side, 3], its aspect not kept: Pillow's bicubic, as Qwen-VL prepares pictures."""
+    resized = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(resized.convert("RGB"))
 
 
 sam_pixels = functools.partial(to_canvas, colour=(0, 0, 0))

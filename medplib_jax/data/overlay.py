@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 PALETTE = (
     "#0072b2",
@@ -33,6 +34,28 @@ def overlay(
         shown[inside] += opacity * (colour - shown[inside])
         shown[inside & ~_eroded(inside)] = colour
     return np.round(shown).astype(np.uint8)
+
+
+def draw_boxes(
+    picture: np.ndarray, boxes: Sequence[tuple[int, int, int, int]], labels: Sequence[str], colours: Sequence[str]
+) -> np.ndarray:
+    """`picture` uint8 [H, W, 3] with the outlines of boxes (x1, y1, x2, y2 in pixels), each with its label above or inside it."""
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    width = max(1, round(max(picture.shape[:2]) / 200))
+    for number, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        colour = colours[number % len(colours)]
+        x1, x2 = sorted(box[::2])
+        y1, y2 = sorted(box[1::2])
+        draw.rectangle((x1, y1, x2, y2), outline=colour, width=width)
+        if label:
+            place = draw.textbbox((x1, y1), label)
+            lift = min(y1, place[3] - place[1] + 2)
+            draw.rectangle(
+                (x1, y1 - lift, x1 + place[2] - place[0] + 2, y1 - lift + place[3] - place[1] + 4), fill=colour
+            )
+            draw.text((x1 + 1, y1 - lift), label, fill="#ffffff")
+    return np.asarray(image)
 
 
 def outline(picture: np.ndarray, masks: Sequence[np.ndarray], colour: str = "#ffffff") -> np.ndarray:

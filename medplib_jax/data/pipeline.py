@@ -16,14 +16,16 @@ import numpy as np
 
 from medplib_jax.config.experiment import DataConfig
 from medplib_jax.config.model import ModelConfig
-from medplib_jax.data import images, prompts, regions
+from medplib_jax.data import chatml, images, prompts, regions
 from medplib_jax.data.cache import DiskCache, MemoryCache, fingerprint
+from medplib_jax.data.encoded import Encoded
 from medplib_jax.data.errors import DataError, Notice, Notices
 from medplib_jax.data.packing import pack
 from medplib_jax.data.plan import BatchPlan
+from medplib_jax.data.qwen_tokenizer import QwenTokenizer
 from medplib_jax.data.records import Record, check_images
 from medplib_jax.data.sources import Source, open_source
-from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.data.tokenizers import Tokenizer, load_tokenizer
 
 CACHE_BYTES = 2**30  # decoded and resized pixels kept per process
 Arrays = dict[str, np.ndarray]
@@ -41,7 +43,7 @@ class Loader:
     def __init__(
         self,
         sources: Sequence[Sequence[Record]],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | QwenTokenizer,
         data: DataConfig,
         model: ModelConfig,
         cache_bytes: int = CACHE_BYTES,
@@ -63,15 +65,16 @@ class Loader:
         source = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._sources[source][index - int(self._starts[source])]
 
-    def encode(self, record: Record, question: bool = False) -> prompts.Encoded:
+    def encode(self, record: Record, question: bool = False) -> Encoded:
         """The record's text: the whole conversation, or the question only."""
         check_images(record)
-        encode = prompts.encode_question if question else prompts.encode_conversation
+        form = chatml if self._data.template in chatml.TEMPLATES else prompts
+        encode = form.encode_question if question else form.encode_conversation
         encoded = encode(
             record,
             self.tokenizer,
             template=self._data.template,
-            image_tokens=self._model.clip.num_patches,
+            image_tokens=self._model.image_tokens,
             max_images=self._data.max_images,
             max_length=self._data.bucket_lengths[-1],
         )
@@ -80,6 +83,17 @@ class Loader:
         if len(encoded.masks) > self._data.max_masks:
             raise record.error("too many masks", f"at most {self._data.max_masks}", str(len(encoded.masks)))
         return encoded
+
+    def read_answer(self, ids: Sequence[int]) -> str:
+        """The text of a generated answer; of BiRD's released inference what its scripts score."""
+        if self._data.template == "qwen_raw":
+            return chatml.extract_answer(self.tokenizer.decode(ids, skip_special=False))
+        return self.tokenizer.decode(ids).strip()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Before which ids an answer ends."""
+        return chatml.stop_ids(self._data.template, self.tokenizer)
 
     def plan(self, seed: int) -> tuple[BatchPlan, list[DataError]]:
         """The plan of all sources, and the records left out of it because their text cannot be used.
@@ -125,7 +139,7 @@ class Loader:
             found = make()
         else:
             settings = (data.template, data.bucket_lengths[-1], data.max_images, data.max_regions, data.max_masks)
-            key = ("survey", source.fingerprint, self.tokenizer.fingerprint, self._model.clip.num_patches, *settings)
+            key = ("survey", source.fingerprint, self.tokenizer.fingerprint, self._model.image_tokens, *settings)
             found = self._disk.get(key, make)
         return found["costs"], [DataError(*arguments) for arguments in json.loads(found["problems"].tobytes())]
 
@@ -191,7 +205,7 @@ class Loader:
             while not examples and (records := next(tried, None)):
                 examples = self._read_all(records, question, generator(row), skipped)
             if examples:
-                _write(arrays, row, examples, self._model.clip.num_patches)
+                _write(arrays, row, examples, self._model.image_tokens)
             elif not question and any(True for _ in others(row)):
                 raise skipped[-1]
         return arrays, skipped
@@ -209,7 +223,7 @@ class Loader:
         return examples
 
     def _empty(self, batch: int, length: int) -> Arrays:
-        data, clip, sam = self._data, self._model.clip.image_size, self._model.mask.image_size
+        data, clip, sam = self._data, *self._sides()
         points, canvas = self._model.region.max_points, data.mask_canvas
         arrays = {
             "tokens": np.zeros((batch, length), np.int32),
@@ -259,12 +273,12 @@ class Loader:
         return self._memory.get((*key, str(file)), lambda: disk.get((*key, fingerprint(file)), make))
 
     def _picture(self, file: str | images.Blob, notices: list[Notice]) -> Arrays:
-        sides = self._model.clip.image_size, self._model.mask.image_size
+        sides, stretches = self._sides(), self._model.stretches
 
         def make():
             pixels = images.load_pixels(file, notices)
-            sam, box = images.sam_pixels(pixels, sides[1])
-            clip = images.clip_pixels(pixels, sides[0])
+            sam, box = images.sam_pixels(pixels, sides[1]) if sides[1] else (np.zeros((0, 0, 3), np.uint8), (0,) * 4)
+            clip = images.stretched(pixels, sides[0]) if stretches else images.clip_pixels(pixels, sides[0])
             return {
                 "clip": clip,
                 "sam": sam,
@@ -272,7 +286,11 @@ class Loader:
                 "size": np.array(pixels.shape[:2], np.int32),
             }
 
-        return self._cached(("picture", *sides), file, make)
+        return self._cached(("picture", *sides, *["stretched"] * stretches), file, make)
+
+    def _sides(self) -> tuple[int, int]:
+        """Of the pixels that the model sees, and of those from which it draws masks (0: it draws none)."""
+        return self._model.image_size, self._model.mask_image_size
 
     def _mask(self, file: str | images.Blob, size: tuple[int, int], notices: list[Notice]) -> np.ndarray:
         side = self._data.mask_canvas
@@ -321,7 +339,7 @@ class _Example:
     """One record, ready to be written into a row."""
 
     index: int
-    encoded: prompts.Encoded
+    encoded: Encoded
     pictures: list[Arrays]  # clip, sam, sam_box, size
     points: list[np.ndarray]  # of each region
     masks: list[np.ndarray]
@@ -378,7 +396,7 @@ def make_loader(
 ) -> Loader:
     """A loader of the configured sources; `root` is where their paths start, each file's folder by default."""
     sources = [open_source(name, root) for name in data.sources]
-    return Loader(sources, Tokenizer.load(data.tokenizer), data, model, cache_bytes)
+    return Loader(sources, load_tokenizer(data.tokenizer), data, model, cache_bytes)
 
 
 def train_batches(

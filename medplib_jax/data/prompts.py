@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 
+from medplib_jax.data.encoded import Encoded
 from medplib_jax.data.records import MASK, REGION, Record
 from medplib_jax.data.tokenizers import Tokenizer
 
@@ -20,26 +21,6 @@ _SYSTEM = (
 TEMPLATES = {"llava_v1": _SYSTEM.format(who="human"), "v1": _SYSTEM.format(who="user")}
 _IMAGE, _WRAPPED_IMAGE = "<image>", "<im_start><image><im_end>"
 _IMAGE_SLOT, _REGION_SLOT = -1, -2  # stand for features while ids are collected
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """One example's text, without padding; n positions, spliced features included."""
-
-    tokens: np.ndarray  # int32 [n]; 0 where a feature is spliced in
-    targets: np.ndarray  # int32 [n]; targets[t] is the token that position t must predict
-    loss_weights: np.ndarray  # float32 [n]; 1 where the target belongs to an answer (its </s> included)
-    feature_index: (
-        np.ndarray
-    )  # int32 [n]; image i, patch p: i * image_tokens + p; region r: max_images * image_tokens + r; else -1
-    seg_positions: tuple[int, ...]  # position that predicts the m-th <SEG> of the answers
-    regions: tuple[str, ...]  # references in order of appearance
-    region_images: tuple[int, ...]  # which image each region lies on: the last one named before it
-    masks: tuple[str, ...]  # references in order of the <SEG>; for a question those of the answer left out
-    answer: str  # the answer left out of a question; empty for a whole conversation
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 def encode_conversation(

@@ -1,4 +1,4 @@
-"""One record in MeCoVQA's form: a conversation about images, with references to masks and regions.
+"""One record in MeCoVQA's form, or Med-GRIT's: a conversation about images, with references to masks and regions.
 
 A record that cannot be used is a `DataError`, never a silent guess.
 """
@@ -23,6 +23,7 @@ ANSWER_TYPES = {  # as people write them, without case, spaces, hyphens and unde
     **dict.fromkeys(("closed", "close", "closedended", "yes/no", "yesno", "binary", "choice"), "closed"),
     **dict.fromkeys(("multichoice", "multiplechoice", "mcq"), "closed"),
 }
+PICTURE = re.compile(r"(?:Picture \d+:\s*)?<img>(.*?)</img>\n?")  # of Med-GRIT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,7 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
 
     if not isinstance(raw, dict):
         fail("not a record", "an object", type(raw).__name__)
+    raw = _from_pairs(raw)
     conversations = raw.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         fail("record without conversations", "a list of turns", repr(conversations))
@@ -157,6 +159,29 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
         fail("unknown answer type", "open, closed, or another name of them", repr(written))
     patient = "" if raw.get("patient") is None else str(raw["patient"])
     return Record(file, index, root, images, tuple(turns), answer_type or "", patient)
+
+
+def _from_pairs(raw: dict) -> dict:
+    """Med-GRIT's form, {"conversations": [[question, answer], ...]} with `Picture 1: <img>path</img>` in the questions,
+    as MeCoVQA's; a record of another form as it is."""
+    pairs = raw.get("conversations")
+    if not isinstance(pairs, list) or not pairs or not all(map(_is_pair, pairs)):
+        return raw
+    images = [path for question, _ in pairs for path in PICTURE.findall(question)]
+    turns = [
+        {"from": role, "value": PICTURE.sub(_image_mark, text)}
+        for pair in pairs
+        for role, text in zip(ROLES, pair, strict=True)
+    ]
+    return raw | {"image": images or None, "conversations": turns}
+
+
+def _is_pair(turn) -> bool:
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+
+
+def _image_mark(match: re.Match) -> str:
+    return "<image>\n" if match[0].startswith("Picture") else "<image>"
 
 
 def _is_unicode(text: str) -> bool:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 
 import sentencepiece
 
+from medplib_jax.data.qwen_tokenizer import RANKS_FILE, QwenTokenizer
+
 ADDED_TOKENS = (
     *("<SEG>", "<ref>", "</ref>", "<region>", "</region>", "<sr>", "</sr>", "<mask>", "</mask>"),
     *(f"<gen_{i}>" for i in range(1, 257)),
@@ -29,6 +31,7 @@ class Tokenizer:
     """Text to ids and back. The added tokens follow the SentencePiece vocabulary; padding is `<unk>`, id 0."""
 
     unk_id, bos_id, eos_id, pad_id = 0, 1, 2, 0
+    stop_ids = (eos_id,)  # an answer ends before any of these
 
     def __init__(self, model: bytes):
         self._model = model
@@ -142,6 +145,14 @@ class Tokenizer:
             text += self._pieces.decode(pieces) + self._token_of[i]
             pieces, after_control = [], True
         return text + self._pieces.decode(pieces)
+
+
+def load_tokenizer(folder: str) -> Tokenizer | QwenTokenizer:
+    """The tokenizer whose files a folder holds: LLaMA's with MedPLIB's tokens, or Qwen's. Both have `encode`, `decode`, `vocab_size` (the rows of
+    the model's embedding), `fingerprint` and the ids that the model needs: `bos_id` (begins a row that holds nothing else), `pad_id`,
+    `stop_ids` and `seg_id` (-1 where there is no <SEG>)."""
+    kind = QwenTokenizer if os.path.isfile(os.path.join(folder, RANKS_FILE)) else Tokenizer
+    return kind.load(folder)
 
 
 def train_tokenizer(texts: Iterable[str], folder: str, vocab_size: int) -> Tokenizer:

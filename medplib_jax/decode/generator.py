@@ -7,6 +7,7 @@ record's own key, and all shapes are fixed, so the answer is the same whatever s
 
 import dataclasses
 import threading
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from medplib_jax.decode.token_kinds import count_choices, token_kinds
 from medplib_jax.models.language.attention import KVCache
 from medplib_jax.models.language.llama import init_cache
 from medplib_jax.models.layers import bind
-from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.models.whole import WholeModel
 from medplib_jax.parallel.compilation import compiler_options
 from medplib_jax.parallel.mesh import one_device
 from medplib_jax.parallel.sharding import BATCH_AXES, activation_axes, axis_size, batch_sharding, check_model_fits
@@ -42,8 +43,8 @@ from medplib_jax.parallel.sharding import BATCH_AXES, activation_axes, axis_size
 class Decoder:
     """The pure functions of decoding, with what is fixed for all answers."""
 
-    model: MedPLIB
-    eos_id: int
+    model: WholeModel
+    stop_ids: tuple[int, ...]
     seg_id: int
     max_new_tokens: int
     max_masks: int
@@ -75,7 +76,7 @@ class Decoder:
             seg_hidden = seg_hidden.at[:, 0].set(take_at(hidden_BxLxD, jnp.maximum(said_BxL.argmax(-1) - 1, 0)))
         choices = None
         if model.config.moe_layers:
-            num_image_features = batch.clip_pixels.shape[1] * model.config.clip.num_patches
+            num_image_features = batch.clip_pixels.shape[1] * model.config.image_tokens
             kinds_BxL = token_kinds(batch.tokens, batch.feature_index, batch.valid, num_image_features, self.seg_id)
             choices = count_choices(out["expert_index"], kinds_BxL, model.config.moe.num_experts)
         return Slots(
@@ -109,10 +110,10 @@ class Decoder:
 
         return unfold(jax.lax.while_loop(goes_on, advance, (fold(slots), jnp.int32(0)))[0])
 
-    def _advance(self, model: MedPLIB, slots: Slots) -> Slots:
+    def _advance(self, model: WholeModel, slots: Slots) -> Slots:
         """Draws one token per active slot and runs it through the decoder."""
         token_S = draw_token(model.llm.logits(slots.hidden), slots.draws, slots.lengths)
-        drawn_S = slots.active & (token_S != self.eos_id)
+        drawn_S = slots.active & (token_S[:, None] != jnp.array(self.stop_ids)).all(-1)
         token_S = jnp.where(drawn_S, token_S, 0)
         rows, place = jnp.arange(len(token_S)), jnp.minimum(slots.lengths, self.max_new_tokens - 1)
         lengths = slots.lengths + drawn_S
@@ -158,8 +159,8 @@ class Decoder:
 class Generator:
     """Generates answers, for a batch at once or step by step for a stream of prompts (`stream.py`). Compiles once per prompt length and batch size.
 
-    `max_masks` is the number of masks drawn per answer; a `<SEG>` beyond it stays in the text without a mask. With `original_masks` one
-    mask is drawn as the original does (model/MedPLIB.py evaluate): from the first `<SEG>` of prompt and answer, and where there is none
+    An answer ends before a token of `stop_ids`. `max_masks` is the number of masks drawn per answer; a `<SEG>` beyond it stays in the text without a mask. With `original_masks` one
+    mask is drawn as the original does (model/WholeModel.py evaluate): from the first `<SEG>` of prompt and answer, and where there is none
     from the second last state. `params` are a checkpoint's, or laid out already (`lay_out`). `mesh`: devices of
     this process that share the work (its data and fsdp axes) and hold the parameters, spread over them by `rules`, which a mesh of several
     devices needs. `quantize`: see `layout.decoding_model`.
@@ -170,7 +171,7 @@ class Generator:
         config: ModelConfig,
         params: Params,
         *,
-        eos_id: int,
+        stop_ids: Sequence[int],
         seg_id: int,
         max_new_tokens: int,
         max_masks: int,
@@ -185,7 +186,7 @@ class Generator:
         self.mesh = mesh or one_device()
         check_model_fits(config, rules, self.mesh)
         model = decoding_model(config, self.mesh, rules, quantize)
-        self._decoder = decoder = Decoder(model, eos_id, seg_id, max_new_tokens, max_masks, original_masks)
+        self._decoder = decoder = Decoder(model, tuple(stop_ids), seg_id, max_new_tokens, max_masks, original_masks)
         self._sampling = sampling
         self.params = params if is_laid_out(params) else lay_out(config, params, self.mesh, rules, quantize)
         self._rows = batch_sharding(self.mesh)
@@ -206,7 +207,8 @@ class Generator:
         rules = self._decoder.model.rules
         heads = activation_axes(rules, "kv_heads", BATCH_AXES) if self.mesh.size > 1 else ()
         buffers = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, heads))
-        fields["cache"] = KVCache(buffers, buffers, self._rows)
+        scaled = self._rows if self._decoder.model.config.llm.trained_length else None
+        fields["cache"] = KVCache(buffers, buffers, self._rows, scaled)
         return Slots(**fields | ({} if self._decoder.model.config.moe_layers else {"choices": None}))
 
     def __call__(self, batch: Batch, seed: int = 0) -> Generation:

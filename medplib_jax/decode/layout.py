@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 from medplib_jax.batch import Params
 from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import LoraConfig, ModelConfig
+from medplib_jax.models.families import build_model
 from medplib_jax.models.language.llama import unstack
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import abstract_module, model_shardings, params_of
-from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import quantize_module, quantize_params
+from medplib_jax.models.whole import WholeModel
 from medplib_jax.parallel.compilation import is_gpu
 from medplib_jax.parallel.mesh import one_device
 from medplib_jax.parallel.sharding import check_model_fits
@@ -25,7 +26,7 @@ QUANTIZE = ("", "int8")
 
 def decoding_model(
     config: ModelConfig, mesh: Mesh | None = None, rules: ShardingConfig | None = None, quantize: str = ""
-) -> MedPLIB:
+) -> WholeModel:
     """`laid_out_model` whose experts have no capacity, which would let a token's expert depend on the rest of the batch."""
     dropless = dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dropless"))
     return laid_out_model(dropless, mesh, rules, quantize)
@@ -33,7 +34,7 @@ def decoding_model(
 
 def laid_out_model(
     config: ModelConfig, mesh: Mesh | None = None, rules: ShardingConfig | None = None, quantize: str = ""
-) -> MedPLIB:
+) -> WholeModel:
     """The abstract model with parameters as `lay_out` gives them; with `quantize` "int8" its linear layers have weights of 8 bits.
 
     On a GPU the experts of a layer stay in one array, from which the chosen one is picked while it is read: in order to choose among
@@ -44,7 +45,7 @@ def laid_out_model(
     for_gpu = is_gpu(mesh or one_device())
     config = dataclasses.replace(config, lora=LoraConfig())
     model = abstract_module(
-        functools.partial(MedPLIB, config, rules=rules, layers_apart=True, experts_apart=not for_gpu)
+        functools.partial(build_model, config, rules=rules, layers_apart=True, experts_apart=not for_gpu)
     )
     model = quantize_module(model) if quantize else model
     return _turn_module(model) if for_gpu else model
@@ -88,7 +89,7 @@ def check_parts(found: Params, expected: Params) -> None:
         )
 
 
-def _turn_module(model: MedPLIB) -> MedPLIB:
+def _turn_module(model: WholeModel) -> WholeModel:
     """Kernels of the decoder become [..., out, in]; changes and returns the abstract model."""
     for path, module in nnx.iter_modules(model):
         if path[:1] == ("llm",) and hasattr(module, "by_output"):

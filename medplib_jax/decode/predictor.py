@@ -11,10 +11,12 @@ import numpy as np
 
 from medplib_jax.batch import Batch, Params
 from medplib_jax.checkpoint import load_params
+from medplib_jax.data import boxes
+from medplib_jax.data.boxes import Box
 from medplib_jax.data.images import load_image
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.records import Record
-from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.masks import MaskDrawer, mask_drawer
 from medplib_jax.decode.sampling import Sampling
@@ -25,12 +27,14 @@ _PLACEHOLDER = re.compile(r"<region>(?:\s*</region>)?")
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """`masks`: boolean [h, w] of the picture's size, one per <SEG> of the answer that has a mask slot; `picture`: RGB uint8 [h, w, 3]."""
+    """`masks`: boolean [h, w] of the picture's size, one per <SEG> of the answer that has a mask slot; `picture`: RGB uint8 [h, w, 3];
+    `boxes`: those in the answer's text, None for a model that draws masks instead."""
 
     answer: str
     masks: tuple[np.ndarray, ...]
     predicted_iou: tuple[float, ...]
     picture: np.ndarray
+    boxes: tuple[Box, ...] | None = None
 
 
 class Predictor:
@@ -63,15 +67,15 @@ class Predictor:
             experiment.eval, **{name: value for name, value in given.items() if value is not None}
         )
         self._data, self._model = dataclasses.replace(experiment.data, on_error="raise"), experiment.model
-        self._tokenizer = Tokenizer.load(tokenizer_dir)
+        self._tokenizer = load_tokenizer(tokenizer_dir)
         self._drawers: dict[int, MaskDrawer] = {}
         self.generator = Generator(
             self._model,
             jax.tree.map(jnp.asarray, params),
-            eos_id=self._tokenizer.eos_id,
+            stop_ids=self._tokenizer.stop_ids,
             seg_id=self._tokenizer.seg_id,
             max_new_tokens=self._eval.max_new_tokens,
-            max_masks=max(1, self._data.max_masks),
+            max_masks=max(1, self._data.max_masks) if self._model.draws_masks else 0,
             sampling=sampling,
             quantize=quantize,
         )
@@ -98,7 +102,11 @@ class Predictor:
         Raises DataError for a picture, region or question that cannot be used, ValueError when region and `<region>` do not match.
         """
         picture = load_image(os.fspath(image))
-        text = place_region(question, region)
+        text = (
+            place_region(question, region)
+            if self._model.draws_masks
+            else place_box(question, region, picture.shape[1], picture.shape[0])
+        )
         record = Record(
             "command line",
             0,
@@ -106,7 +114,7 @@ class Predictor:
             (os.path.abspath(image),),
             (("human", text if "<image>" in text else f"<image>\n{text}"),),
         )
-        loader = self.loader([record], max(picture.shape[:2]), regions=int(bool(region)))
+        loader = self.loader([record], max(picture.shape[:2]), regions=int(bool(region) and self._model.draws_masks))
         arrays, _ = loader.load_eval([0], [0], question=True)
         return picture, Batch(**arrays)
 
@@ -119,7 +127,9 @@ class Predictor:
     def answer(self, picture: np.ndarray, prompt: Batch, seed: int = 0) -> Prediction:
         """The answer to a prompt made from this picture."""
         generation = jax.device_get(self.generator(prompt, seed))
-        return Prediction(*self.read(picture.shape[:2], prompt, generation), picture)
+        text, masks, predicted_iou = self.read(picture.shape[:2], prompt, generation)
+        found = None if self._model.draws_masks else tuple(boxes.read(text))
+        return Prediction(text, masks, predicted_iou, picture, found)
 
     def read(
         self, size: tuple[int, int], prompt: Batch, generation: Generation
@@ -130,7 +140,8 @@ class Predictor:
         if drawn.any():
             masks = tuple(self._drawer(max(size))(prompt, generation)[0, drawn, : size[0], : size[1]])
         text = self._tokenizer.decode(generation.tokens[0, : generation.lengths[0]]).strip()
-        return text, masks, tuple(generation.predicted_iou[0, drawn].tolist())
+        predicted_iou = () if generation.predicted_iou is None else tuple(generation.predicted_iou[0, drawn].tolist())
+        return text, masks, predicted_iou
 
     def _drawer(self, canvas: int) -> MaskDrawer:
         """Compiled once for each canvas."""
@@ -138,6 +149,14 @@ class Predictor:
             mask = self._model.mask
             self._drawers[canvas] = mask_drawer(mask.image_size, mask.unpad, canvas, self._eval.mask_threshold)
         return self._drawers[canvas]
+
+
+def place_box(question: str, region: str, width: int, height: int) -> str:
+    """`place_region` for a model whose regions are boxes in the text. ValueError as there, and for a region that is no box or point of the picture."""
+    if not region:
+        return place_region(question, "")
+    marked = place_region(question, region)
+    return marked.replace(f"<region>{region}</region>", boxes.region_text(region, width, height))
 
 
 def place_region(question: str, region: str) -> str:

@@ -25,7 +25,7 @@ from medplib_jax.config.model import LoraConfig
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import Loader, eval_batches
-from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.layout import lay_out
 from medplib_jax.decode.masks import mask_drawer
@@ -69,6 +69,10 @@ class Settings:
     @classmethod
     def of(cls, config: SweepConfig, experiment: ExperimentConfig, protocol: str) -> "Settings":
         max_new_tokens = config.max_new_tokens or experiment.eval.max_new_tokens
+        if protocol == "reference" and not experiment.model.draws_masks:
+            return cls(
+                protocol, reference.TEMPLATE_WITH_BOXES, reference.UNPAD, max_new_tokens, reference.MASK_THRESHOLD
+            )
         if protocol == "reference":
             return cls(protocol, reference.TEMPLATE, reference.UNPAD, max_new_tokens, reference.MASK_THRESHOLD)
         threshold = config.mask_threshold or experiment.eval.mask_threshold
@@ -138,17 +142,19 @@ class LoadedModel:
         )
         self.params: Params = lay_out(experiment.model, params, mesh, rules, checkpoint.quantize)
         self._quantize, self._rules = checkpoint.quantize, rules
-        self.tokenizer, self.mesh = Tokenizer.load(tokenizer), mesh
+        self.tokenizer, self.mesh = load_tokenizer(tokenizer), mesh
         self._generators: dict[tuple, Generator] = {}
 
-    def generator(self, max_new_tokens: int, max_masks: int, original_masks: bool) -> Generator:
+    def generator(
+        self, max_new_tokens: int, max_masks: int, original_masks: bool, stop_ids: tuple[int, ...]
+    ) -> Generator:
         """The same one for the same arguments, because each compiles its own programs."""
-        key = (max_new_tokens, max_masks, original_masks)
+        key = (max_new_tokens, max_masks, original_masks, stop_ids)
         if key not in self._generators:
             self._generators[key] = Generator(
                 self.experiment.model,
                 self.params,
-                eos_id=self.tokenizer.eos_id,
+                stop_ids=stop_ids,
                 seg_id=self.tokenizer.seg_id,
                 max_new_tokens=max_new_tokens,
                 max_masks=max_masks,
@@ -249,7 +255,8 @@ def _lines(cell: Cell, loaded: LoadedModel, records: Sequence[int], config: Swee
         max_regions=task.regions,
         max_masks=task.masks,
     )
-    loader = (ReferenceLoader if is_reference else Loader)([task.source], loaded.tokenizer, data, model)
+    reads_as_original = is_reference and model.draws_masks
+    loader = (ReferenceLoader if reads_as_original else Loader)([task.source], loaded.tokenizer, data, model)
     draw = (
         mask_drawer(model.mask.image_size, settings.unpad, data.mask_canvas, settings.mask_threshold)
         if has_masks
@@ -258,7 +265,7 @@ def _lines(cell: Cell, loaded: LoadedModel, records: Sequence[int], config: Swee
     evaluator = EVALUATORS[task.config.part or task.kind](loader, protocol=settings.protocol, draw_masks=draw)
     # one mask more than any answer should have, so that a mask too many is drawn and counted
     drawn = (1 if is_reference else task.masks + 1) if has_masks else 0
-    generator = loaded.generator(settings.max_new_tokens, drawn, is_reference and has_masks)
+    generator = loaded.generator(settings.max_new_tokens, drawn, is_reference and has_masks, loader.stop_ids)
     slots = config.slots or loaded.experiment.eval.batch_size
     refill, lanes = config.refill or max(1, slots // 2), lanes_for(loaded.params, slots)
     by_length, failed = group_by_length(loader, task, records, data.bucket_lengths, config.on_error)

@@ -1,5 +1,6 @@
 """The few layers that every model is made of, how layers are stacked for scan, and the bridge to plain parameter trees."""
 
+import dataclasses
 import math
 import os
 import zlib
@@ -21,19 +22,41 @@ Rngs = nnx.Rngs
 
 
 def param(
-    rngs: Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, std: float | None = None, value: float = 0.0
+    rngs: Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    std: float | None = None,
+    value: float | Callable[[], np.ndarray] = 0.0,
 ) -> nnx.Param:
-    """A float32 parameter with logical axis names: normal with `std`, or constant `value` when std is None."""
+    """A float32 parameter with logical axis names: normal with `std`, or `value` when std is None, a constant or a (hashable) function
+    that yields the array."""
     if len(shape) != len(axes):
         raise ValueError(f"{len(shape)} dimensions but {len(axes)} logical axes: {shape} {axes}")
-    initial = jnp.full(shape, value) if std is None else std * jax.random.normal(rngs.params(), shape)
+    initial = jnp.asarray(_values(shape, value)) if std is None else std * jax.random.normal(rngs.params(), shape)
     return nnx.Param(initial, axes=axes, std=std, constant=value)
+
+
+def _values(shape: tuple[int, ...], value: float | Callable[[], np.ndarray]) -> np.ndarray:
+    """The initial values; those of a function are repeated along the leading axis of stacked layers."""
+    return np.broadcast_to(np.asarray(value() if callable(value) else value, np.float32), shape).copy()
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Initial values of a projection that at first changes nothing, float32 [dim, dim]."""
+
+    dim: int
+
+    def __call__(self) -> np.ndarray:
+        return np.eye(self.dim, dtype=np.float32)
 
 
 class Linear(nnx.Module):
     """x @ kernel (+ bias), with an optional low-rank adapter: + scale * dropout(x) @ lora_a @ lora_b.
 
-    kernel is [in, out]; PyTorch's is [out, in]. `axes` are the kernel's logical axes, `gain` scales its initial values. The product
+    kernel is [in, out]; PyTorch's is [out, in]. `axes` are the kernel's logical axes, `gain` scales its initial
+    values, `initial` gives them. The product
     runs in x's dtype.
     """
 
@@ -46,10 +69,12 @@ class Linear(nnx.Module):
         rngs: Rngs,
         bias: bool = True,
         gain: float = 1.0,
+        initial: Callable[[], np.ndarray] | None = None,
         lora=None,
         lora_rank: int = 0,
     ):
-        self.kernel = param(rngs, (in_dim, out_dim), axes, std=gain / math.sqrt(in_dim))
+        std = None if initial else gain / math.sqrt(in_dim)
+        self.kernel = param(rngs, (in_dim, out_dim), axes, std=std, value=initial or 0.0)
         self.kernel_scale = None  # of an 8-bit kernel, see quantize.py
         self.by_output = False  # the kernel is [out, in], see decode_layout.py
         self.bias = param(rngs, (out_dim,), (axes[1],)) if bias else None
@@ -205,6 +230,14 @@ def scan_layers(
     return jax.lax.scan(wrap(step), carry, (state, xs), unroll=unroll)
 
 
+def layer_at(layers: nnx.Module, i: int) -> nnx.Module:
+    """Layer i of a list or of a stack."""
+    if isinstance(layers, nnx.List):
+        return layers[i]
+    graphdef, state = nnx.split(layers)
+    return nnx.merge(graphdef, jax.tree.map(lambda a: a[i], state))
+
+
 def scan_plan(kinds: Sequence) -> list[tuple[int, int, int]]:
     """Splits a sequence of layer kinds into (start, period, repeats), each the longest repetition from its start.
 
@@ -243,7 +276,7 @@ def draw_params(module: nnx.Module, seed: int) -> Params:
 
     def draw(path: tuple, variable: nnx.Param) -> np.ndarray:
         if variable.std is None:
-            return np.full(variable.shape, variable.constant, np.float32)
+            return _values(variable.shape, variable.constant)
         rng = np.random.default_rng([seed, zlib.crc32("/".join(map(str, path)).encode())])
         return variable.std * rng.standard_normal(variable.shape, np.float32)
 

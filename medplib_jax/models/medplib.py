@@ -2,11 +2,8 @@
 
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Float
 
 from medplib_jax.batch import Array, Batch
 from medplib_jax.config.experiment import ShardingConfig
@@ -16,21 +13,12 @@ from medplib_jax.models.layers import Mlp, Rngs, gelu
 from medplib_jax.models.masks.sam import SamMed2d, normalise_sam
 from medplib_jax.models.region.encoder import RegionEncoder
 from medplib_jax.models.vision.clip import ClipVisionTower, normalise_clip
-from medplib_jax.parallel.sharding import shard_lookup, shard_rows
+from medplib_jax.models.whole import WholeModel
+from medplib_jax.parallel.sharding import shard_rows
 
 
-@flax.struct.dataclass
-class ModelOutput:
-    """What a forward pass returns. `aux` holds named intermediates and MoE metrics."""
-
-    hidden: Float[Array, "B L D"]  # last hidden state, after the final norm
-    mask_logits: Float[Array, "B M h w"] | None  # None when the batch has no mask slots (M == 0)
-    predicted_iou: Float[Array, "B M"] | None
-    aux: dict[str, Any]
-
-
-class MedPLIB(nnx.Module):
-    """The whole model. All indices come from the host in `Batch`; nothing here has a data-dependent shape.
+class MedPLIB(WholeModel):
+    """The whole model.
 
     `rules`: where parameters go on a mesh; None for a model that stays on one device. What is `apart`: see `Llama`.
     """
@@ -51,32 +39,6 @@ class MedPLIB(nnx.Module):
         self.llm = Llama(config, rngs, rules, layers_apart, experts_apart)
         self.seg_mlp = Mlp(width, width, config.mask.out_dim, jax.nn.relu, rngs=rngs)
         self.sam = SamMed2d(config.mask, rngs)
-
-    def __call__(
-        self, batch: Batch, *, train: bool = False, rng: Array | None = None
-    ) -> tuple[ModelOutput, dict[str, Any]]:
-        """A teacher-forced pass. `train` selects the training capacity; `rng` turns on dropout and random token priority."""
-        x_BxLxD, out = self.embed(batch)
-        hidden_BxLxD, llm_out = self.llm(x_BxLxD, batch.valid, segment_BxL=batch.segment, train=train, rng=rng)
-        out |= llm_out
-        mask_logits_BxMxhxw = iou_BxM = None
-        if batch.seg_position.shape[1]:
-            seg_hidden_BxMxD = jnp.take_along_axis(hidden_BxLxD, batch.seg_position[:, :, None], axis=1)
-            mask_logits_BxMxhxw, iou_BxM = self.draw(seg_hidden_BxMxD, batch)
-        return ModelOutput(hidden_BxLxD, mask_logits_BxMxhxw, iou_BxM, aux=llm_out), out
-
-    def embed(self, batch: Batch, seen: Array | None = None) -> tuple[Array, dict[str, Any]]:
-        """Token embeddings with the visual features spliced in, [B, L, D].
-
-        `seen`: what `see` made of the batch's pictures, where it is known already.
-        """
-        features_BxTxD, out = self.visual_features(batch, seen)
-        tokens_BxLxD = shard_rows(shard_lookup(self.llm.embed(batch.tokens), self.rules))
-        spliced_BxLxD = jnp.take_along_axis(features_BxTxD, jnp.maximum(batch.feature_index, 0)[:, :, None], axis=1)
-        x_BxLxD = jnp.where(
-            (batch.feature_index >= 0)[:, :, None], spliced_BxLxD.astype(tokens_BxLxD.dtype), tokens_BxLxD
-        )
-        return x_BxLxD, out | {"embeddings": x_BxLxD}
 
     def see(self, clip_pixels_BxNxIxIx3: Array) -> tuple[Array, dict[str, Any]]:
         """CLIP's patch features of all pictures, [B * N, P, C]. They depend on nothing else, so they can be kept."""

@@ -11,7 +11,7 @@ from flax import nnx
 
 from medplib_jax.batch import Params
 
-PARTS = ("llm", "clip", "projector")
+PARTS = ("llm", "clip", "projector", "vit", "resampler", "proj")
 KEPT = ("router", "coefficient")  # decide where a token goes: tiny, and in float32 on purpose
 
 

@@ -89,7 +89,7 @@ def load_model(path: str | os.PathLike, quantize: str, max_new_tokens: int, thre
     generator = Generator(
         model,
         params,
-        eos_id=tokenizer.eos_id,
+        stop_ids=tokenizer.stop_ids,
         seg_id=tokenizer.seg_id,
         max_new_tokens=max_new_tokens,
         max_masks=MASKS,

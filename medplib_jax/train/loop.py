@@ -22,9 +22,9 @@ from medplib_jax.batch import Batch, Params
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import BatchPlan, Loader, make_loader, train_batches
-from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.models.layers import draw_params, model_shardings, params_of
-from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.models.whole import WholeModel
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import Agreement, Watchdog, abort_together, of_process_0, wait_for_others
 from medplib_jax.parallel.sharding import batch_sharding, process_rows, put_batch
@@ -287,7 +287,7 @@ def finished(manager: ocp.CheckpointManager, last: int, config: ExperimentConfig
 
 def check_tokenizer(config: ExperimentConfig) -> None:
     checkpoint.tokenizer_files(config.data.tokenizer)
-    size = Tokenizer.load(config.data.tokenizer).vocab_size
+    size = load_tokenizer(config.data.tokenizer).vocab_size
     if size != config.model.llm.vocab_size:
         raise ValueError(
             f"model.llm.vocab_size is {config.model.llm.vocab_size}, but data.tokenizer {config.data.tokenizer!r} has {size} tokens"
@@ -319,7 +319,7 @@ def _differences(saved: dict, config: dict, prefix: str = "") -> Iterator[tuple[
             yield f"{prefix}{key}", old, config[key]
 
 
-def starting_params(config: ExperimentConfig, model: MedPLIB) -> Params:
+def starting_params(config: ExperimentConfig, model: WholeModel) -> Params:
     """Random parameters, or those that the stage takes over from the checkpoints of `init`; on the host."""
     fresh = draw_params(model, config.train.seed)
     if not config.init.base:

@@ -13,8 +13,8 @@ from medplib_jax.batch import Array, Batch
 from medplib_jax.config.experiment import LossConfig, ShardingConfig
 from medplib_jax.config.model import MaskConfig, ModelConfig
 from medplib_jax.models.masks.unpad import resample_to_canvas
-from medplib_jax.models.medplib import ModelOutput
 from medplib_jax.models.precision import product
+from medplib_jax.models.whole import ModelOutput
 from medplib_jax.parallel.sharding import mesh_axes, row_axes
 
 Pair = tuple[Array, Array]

@@ -1,5 +1,6 @@
 """AdamW with clipping; what trains and how fast is chosen by regular expressions over parameter paths."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -35,9 +36,18 @@ def warmup_steps(config: OptimConfig, epoch_steps: int) -> int:
 def make_schedule(config: OptimConfig, total_steps: int, epoch_steps: int) -> optax.Schedule:
     """step -> learning rate: from 0 up over the warm-up, then linearly to 0 at `total_steps`.
 
+    `cosine` (transformers' get_cosine_schedule_with_warmup): the warm-up is ceil(share of the run), then half a cosine falls to 0.
     `reference` is the original's (DeepSpeed WarmupDecayLR, stepped after the optimizer): the first update runs at the full
     rate, and every later one is late by one step. Golden: opt_step.json.
     """
+    if config.schedule == "cosine":
+        rising = math.ceil(config.warmup * total_steps)
+
+        def cosine(step):
+            done = jnp.clip((step - rising) / max(1, total_steps - rising), 0.0, 1.0)
+            return config.lr * jnp.where(step < rising, step / max(1, rising), 0.5 * (1 + jnp.cos(math.pi * done)))
+
+        return cosine
     warmup = warmup_steps(config, epoch_steps)
 
     def exact(step):
@@ -65,6 +75,15 @@ def lr_factors(config: OptimConfig, params: Params) -> Params:
     )
 
 
+def decay_mask(config: OptimConfig, params: Params) -> Params:
+    """Which leaves weight decay shrinks. Raises ValueError for a pattern of `optim.no_decay` that matches nothing."""
+    flat = flatten(params)
+    for pattern in config.no_decay:
+        if not any(re.search(pattern, path) for path in flat):
+            raise ValueError(f"optim.no_decay pattern {pattern!r} matches no trainable parameter")
+    return unflatten({path: not any(re.search(pattern, path) for pattern in config.no_decay) for path in flat})
+
+
 def scale_by_tree(factors: Params) -> optax.GradientTransformation:
     """Multiplies each update by its leaf's factor."""
     return optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, factors))
@@ -75,7 +94,7 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, trainable: Par
     chain = [
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay),
+        optax.add_decayed_weights(config.weight_decay, decay_mask(config, trainable) if config.no_decay else None),
         optax.scale_by_learning_rate(schedule),
     ]
     if config.lr_scale:

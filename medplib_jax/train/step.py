@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medplib_jax.batch import Array, Batch, Params, combine
 from medplib_jax.config.experiment import ExperimentConfig, ShardingConfig
 from medplib_jax.config.model import ModelConfig
+from medplib_jax.models.families import build_model
 from medplib_jax.models.layers import abstract_module, bind, logical_axes, model_shardings, params_of
-from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.models.whole import WholeModel
 from medplib_jax.parallel.compilation import compiler_options, release_memory
 from medplib_jax.parallel.processes import wait_for_others
 from medplib_jax.parallel.sharding import check_fits, optimizer_shardings, shard_param
@@ -29,9 +30,9 @@ Metrics = dict[str, Array]
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_model(config: ModelConfig, rules: ShardingConfig | None = None) -> MedPLIB:
+def abstract_model(config: ModelConfig, rules: ShardingConfig | None = None) -> WholeModel:
     """The model with shapes in place of arrays; read-only, because equal configs share it."""
-    return abstract_module(lambda rngs: MedPLIB(config, rngs, rules))
+    return abstract_module(lambda rngs: build_model(config, rngs, rules))
 
 
 def place(params: Params, shardings: Params) -> Params:
@@ -49,7 +50,7 @@ def make_state(params: Params, config: ExperimentConfig, tx: optax.GradientTrans
 
 
 def state_shardings(
-    model: MedPLIB, config: ExperimentConfig, tx: optax.GradientTransformation, mesh: Mesh
+    model: WholeModel, config: ExperimentConfig, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """A TrainState of NamedShardings: moments lie where their parameter lies. Raises ValueError for a mesh that does not fit."""
     check_fits(config, mesh)
@@ -61,7 +62,7 @@ def state_shardings(
 
 
 def make_train_step(
-    model: MedPLIB, config: ExperimentConfig, tx: optax.GradientTransformation, schedule: optax.Schedule
+    model: WholeModel, config: ExperimentConfig, tx: optax.GradientTransformation, schedule: optax.Schedule
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch) -> (state, metrics). With `optim.accumulate` > 1 the batch is worked off in that many parts, whose
     gradients add up to the whole batch's. Randomness depends on (train.seed, step) only."""

@@ -67,7 +67,7 @@ def test_answers_are_the_same():
     config = workload.merged(CONFIG)
     ours = draw_params(abstract_model(config.model), 0)
     batch = workload.example_batch(config)
-    found = Generator(config.model, ours, eos_id=-1, seg_id=-1, max_new_tokens=4, max_masks=0)(batch).tokens
+    found = Generator(config.model, ours, stop_ids=(-1,), seg_id=-1, max_new_tokens=4, max_masks=0)(batch).tokens
     np.testing.assert_array_equal(found, peer_of(config.model, ours).eval().generate(to_torch(batch), 4))
 
 

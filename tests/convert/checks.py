@@ -15,13 +15,13 @@ from medplib_jax import checkpoint
 from medplib_jax.batch import Batch, combine, flatten, unflatten
 from medplib_jax.config.experiment import LossConfig, OptimConfig
 from medplib_jax.config.model import ModelConfig
-from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.data.tokenizers import Tokenizer, load_tokenizer
 from medplib_jax.decode.generator import Generator
 from medplib_jax.models.language.llama import init_cache
 from medplib_jax.models.layers import bind
 from medplib_jax.models.masks.sam import normalise_sam
 from medplib_jax.models.masks.unpad import resample_to_canvas
-from medplib_jax.models.medplib import ModelOutput
+from medplib_jax.models.whole import ModelOutput
 from medplib_jax.train.losses import divisors, total_loss
 from medplib_jax.train.optim import make_optimizer, make_schedule, partition
 from tests.convert.golden_batch import SAM_SIDE, golden_batch
@@ -92,7 +92,7 @@ class Converted:
             out = pathlib.Path(folder) / "converted"
             from_torch.convert(from_torch.Options(tuple(sources), out, **options))
             experiment, params, tokenizer = checkpoint.load_params(str(out))
-            seg_id = Tokenizer.load(tokenizer).seg_id if "llm" in params else -1
+            seg_id = load_tokenizer(tokenizer).seg_id if "llm" in params else -1
         moe = dataclasses.replace(experiment.model.moe, dispatch="capacity")
         mask = dataclasses.replace(experiment.model.mask, unpad="reference")
         return cls(dataclasses.replace(experiment.model, moe=moe, mask=mask), params, seg_id)
@@ -306,7 +306,7 @@ def check_generation(converted: Converted, z: Arrays) -> Iterator[Row]:
     generator = Generator(
         converted.config,
         converted.params,
-        eos_id=Tokenizer.eos_id,
+        stop_ids=Tokenizer.stop_ids,
         seg_id=converted.seg_id,
         max_new_tokens=16,
         max_masks=0,
@@ -376,7 +376,12 @@ def check_evaluate(converted: Converted, z: Arrays) -> Iterator[Row]:
         rows, columns = z["region_original_size" if name == "region" else "original_size"]
         batch = batch.replace(mask_size=np.int32([[rows, columns]]))
         generator = Generator(
-            chosen.config, chosen.params, eos_id=Tokenizer.eos_id, seg_id=chosen.seg_id, max_new_tokens=16, max_masks=1
+            chosen.config,
+            chosen.params,
+            stop_ids=Tokenizer.stop_ids,
+            seg_id=chosen.seg_id,
+            max_new_tokens=16,
+            max_masks=1,
         )
         made = generator(batch)
         yield Row(

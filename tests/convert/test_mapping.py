@@ -185,12 +185,13 @@ def test_layouts_are_inverse(data):
 def test_a_kind_is_known_by_its_names():
     medplib = set(MOE)
     parts = {kind: {key for key in medplib if kinds.part_of(key) in kinds.KINDS[kind]} for kind in kinds.KINDS}
-    assert {kind: kinds.detect_kind(keys) for kind, keys in parts.items() if kind != "lora"} == {
-        kind: kind for kind in parts if kind != "lora"
+    assert {kind: kinds.detect_kind(keys) for kind, keys in parts.items() if kind not in ("lora", "qwen_vl")} == {
+        kind: kind for kind in parts if kind not in ("lora", "qwen_vl")
     }
+    assert kinds.detect_kind({"transformer.h.0.attn.c_attn.weight", "lm_head.weight"}) == "qwen_vl"
     assert kinds.detect_kind(medplib | {"model.layers.0.self_attn.q_proj.lora_A.weight"}) == "lora"
     with pytest.raises(ValueError, match="not a checkpoint of a known kind"):
-        kinds.detect_kind({"transformer.h.0.attn.c_attn.weight"})
+        kinds.detect_kind({"encoder.h.0.attn.c_attn.weight"})
 
 
 def test_sizes_that_disagree_are_refused():
@@ -210,6 +211,6 @@ def test_sizes_that_disagree_are_refused():
 
 def test_readme_lists_every_row():
     text = (pathlib.Path(mapping.__file__).parent / "README.md").read_text()
-    rows = [f"| `{torch}` | `{jax}` |" for torch, jax, _ in mapping.TABLE]
+    rows = [f"| `{torch}` | `{jax}` |" for torch, jax, _ in (*mapping.MEDPLIB, *mapping.QWEN_VL)]
     assert [row for row in rows if text.count(row) != rows.count(row)] == []
-    assert text.count("| `model.") + text.count("| `lm_head") == len(rows)
+    assert sum(map(text.count, ("| `model.", "| `lm_head", "| `transformer."))) == len(rows)

@@ -46,7 +46,7 @@ def on_gpu(monkeypatch):
 
 
 def answers(model, params, batch, quantize):
-    generator = Generator(model, params, eos_id=2, seg_id=7, max_new_tokens=6, max_masks=1, quantize=quantize)
+    generator = Generator(model, params, stop_ids=(2,), seg_id=7, max_new_tokens=6, max_masks=1, quantize=quantize)
     return jax.device_get(generator(batch))
 
 
@@ -80,7 +80,7 @@ def test_every_parameter_has_its_place_and_shape(params, quantize, on_gpu):
 
 
 def test_a_token_chooses_no_program(params, on_gpu):
-    generator = Generator(MODEL, params, eos_id=2, seg_id=7, max_new_tokens=6, max_masks=0)
+    generator = Generator(MODEL, params, stop_ids=(2,), seg_id=7, max_new_tokens=6, max_masks=0)
     batch = jax.tree.map(lambda x: x[:1], random_batch(tiny_experiment(model=MODEL), 16))
     slots = jax.eval_shape(
         functools.partial(generator._decoder.prefill, draws=None, seen=None, room=6),
@@ -104,4 +104,4 @@ def test_a_checkpoint_of_other_parts_says_what_it_is(params):
     with pytest.raises(ValueError, match=r"of in-context learning: .*\(icl/compressor, icl/mask_encoder\), which this"):
         lay_out(MODEL, params | {"icl": {"mask_encoder": {}, "compressor": {}}})
     with pytest.raises(ValueError, match="the checkpoint lacks llm, .*: it holds clip alone"):
-        Generator(MODEL, {"clip": params["clip"]}, eos_id=2, seg_id=3, max_new_tokens=1, max_masks=0)
+        Generator(MODEL, {"clip": params["clip"]}, stop_ids=(2,), seg_id=3, max_new_tokens=1, max_masks=0)

@@ -181,7 +181,7 @@ def answers(config: ExperimentConfig, mesh, quantize: str = ""):
     generator = Generator(
         config.model,
         params,
-        eos_id=2,
+        stop_ids=(2,),
         seg_id=7,
         max_new_tokens=4,
         max_masks=1,

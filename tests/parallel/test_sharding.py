@@ -98,10 +98,12 @@ def test_rows_of_a_batch(mesh):
         process_rows(mesh, 6)
 
 
-def test_every_parameter_of_the_7b_model_lies_where_it_did():
-    """A change of rules or logical axes shows here; when it is meant, `python -m tests.parallel.sharding_golden` writes the file anew."""
-    golden = json.loads(gzip.decompress(sharding_golden.FILE.read_bytes()))
-    current = json.loads(json.dumps(sharding_golden.specs()))
+@pytest.mark.parametrize("file", sharding_golden.FILES, ids=lambda file: file.name)
+def test_every_parameter_of_the_full_size_models_lies_where_it_did(file):
+    """A change of rules or logical axes shows here; when it is meant, `python -m tests.parallel.sharding_golden` writes
+    the files anew."""
+    golden = json.loads(gzip.decompress(file.read_bytes()))
+    current = json.loads(json.dumps(sharding_golden.specs(sharding_golden.FILES[file]())))
     assert current.keys() == golden.keys()
     for mesh, specs in golden.items():
         changed = {

@@ -26,7 +26,7 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import Record
 from medplib_jax.data.sources import open_source
 from medplib_jax.data.splits import annotation_files, is_held_out
-from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.datasets.assemble.shards import DATASET, dataset_folder
 from medplib_jax.datasets.audit.facts import Reader, RecordFacts, plain
 from medplib_jax.datasets.audit.findings import AuditFinding, find
@@ -121,7 +121,7 @@ def _reader(reading: Reading, source: str) -> Reader:
 def _measure(tokenizer: str):
     if not tokenizer:
         return lambda record: len(_words(record))
-    encode = Tokenizer.load(tokenizer).encode
+    encode = load_tokenizer(tokenizer).encode
     return lambda record: sum(len(encode(plain(text))) for _, text in record.turns)
 
 

@@ -6,11 +6,12 @@ from medplib_jax.evaluate.evaluators.predictions import Row
 
 
 class GroundBoxEvaluator(Evaluator):
-    """VG, visual grounding: which true boxes some predicted box meets (Recall@0.5)."""
+    """VG, visual grounding: which true boxes a predicted box of their own meets (Recall@0.5); reference: any predicted box."""
 
     def score(self, answer: Answer) -> Row:
         found, true = (metrics.parse_boxes(text) for text in (answer.text, answer.expected))
-        return {"scores": metrics.recall_at_iou(found, true), "boxes": found.tolist(), "true_boxes": true.tolist()}
+        score = metrics.match_boxes if self.protocol == "exact" else metrics.recall_at_iou
+        return {"scores": score(found, true), "boxes": found.tolist(), "true_boxes": true.tolist()}
 
 
 class ReferClassEvaluator(Evaluator):
@@ -21,10 +22,15 @@ class ReferClassEvaluator(Evaluator):
 
 
 class CaptionEvaluator(Evaluator):
-    """RC and MIA, referring captions and image analysis: BLEU, METEOR, ROUGE-L and their mean."""
+    """RC and MIA, referring captions and image analysis: BLEU, METEOR, ROUGE-L and their mean; exact: also whether the answer is the
+    expected one."""
 
     def score(self, answer: Answer) -> Row:
-        return {"scores": metrics.mia_scores(answer.text, answer.expected)}
+        scores = metrics.mia_scores(answer.text, answer.expected)
+        if self.protocol == "exact":
+            same = metrics.normalise_answer(answer.text) == metrics.normalise_answer(answer.expected)
+            scores |= {"exact_match": float(same)}
+        return {"scores": scores}
 
 
 PARTS: dict[str, type[Evaluator]] = {

@@ -8,7 +8,7 @@ from medplib_jax.data import prompts
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.records import Record
 
-TEMPLATE = "v1"
+TEMPLATE, TEMPLATE_WITH_BOXES = "v1", "qwen_raw"  # MedPLIB's, BiRD's
 MASK_THRESHOLD = 0.1
 UNPAD = "reference"
 
@@ -23,7 +23,7 @@ class ReferenceLoader(Loader):
         asked, whole = super().encode(record, question=True), super().encode(record)
         colon_id = self.tokenizer.encode("ASSISTANT:")[-1]
         end = np.flatnonzero(whole.tokens == colon_id)[-1] + 1
-        image_features = self._data.max_images * self._model.clip.num_patches
+        image_features = self._data.max_images * self._model.image_tokens
         kept = np.flatnonzero(whole.feature_index[:end] < image_features)
         arrays = {name: getattr(whole, name)[kept] for name in ("tokens", "targets", "loss_weights", "feature_index")}
         return dataclasses.replace(asked, regions=(), region_images=(), **arrays)

@@ -4,7 +4,7 @@
 of scores, `resampling` says how sure they are.
 """
 
-from medplib_jax.evaluate.metrics.boxes import box_iou, parse_boxes, recall_at_iou, roc_hit
+from medplib_jax.evaluate.metrics.boxes import box_iou, match_boxes, parse_boxes, recall_at_iou, roc_hit
 from medplib_jax.evaluate.metrics.captions import MissingExtra, mia_scores, spice
 from medplib_jax.evaluate.metrics.masks import SURFACE_TOLERANCE, dice, iou, mask_scores, overlap, surface_dice
 from medplib_jax.evaluate.metrics.protocol import PROTOCOLS, check_protocol
@@ -37,6 +37,7 @@ __all__ = [
     "dice",
     "iou",
     "mask_scores",
+    "match_boxes",
     "mask_statistics",
     "meteor",
     "mia_scores",

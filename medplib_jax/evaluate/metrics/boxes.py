@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from medplib_jax.evaluate.metrics.text import space_ideographs
 
@@ -30,6 +31,16 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     shared = sides.prod(-1)
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - shared
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def match_boxes(predicted: np.ndarray, true: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
+    """`boxes`, how many of them are `boxes_found`, and `iou_sum` over them, where each predicted box serves one true box.
+
+    Boxes [n, 4]. Boxes are paired so that the sum of their IoU is largest; a true box without a partner has IoU 0.
+    """
+    iou = box_iou(predicted, true)
+    paired = iou[linear_sum_assignment(iou, maximize=True)]
+    return {"boxes_found": int((paired > threshold).sum()), "boxes": iou.shape[1], "iou_sum": float(paired.sum())}
 
 
 def recall_at_iou(predicted: np.ndarray, true: np.ndarray, threshold: float = 0.5) -> dict[str, int]:

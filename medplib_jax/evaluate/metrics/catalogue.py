@@ -52,7 +52,12 @@ METRICS = {
     },
     "open_rouge_l": Metric("open ROUGE-L", "mean ROUGE-L of open answers"),
     "open_meteor": Metric("open METEOR", "mean METEOR of open answers, exact and stem stages (no synonyms)"),
-    "recall_at_0.5": Metric("Recall@0.5", "share of true boxes that any predicted box meets at IoU above 0.5"),
+    "recall_at_0.5": Metric(
+        "Recall@0.5",
+        "share of true boxes that a predicted box of their own meets at IoU above 0.5; reference: any predicted box",
+    ),
+    "box_iou": Metric("box IoU", "mean over true boxes of the IoU with the predicted box of their own, 0 without one"),
+    "exact_match": Metric("exact match", "share of answers equal to the expected one after normalisation"),
     "roc_accuracy": Metric("ROC accuracy", "share of answers that hold every word of the truth"),
     "mBMR": Metric("mBMR", "mean of BLEU-1 to BLEU-4, METEOR and ROUGE-L"),
     **{f"bleu_{n}": Metric(f"BLEU-{n}", f"BLEU-{n} of the corpus") for n in (1, 2, 3, 4)},

@@ -11,7 +11,7 @@ from medplib_jax.evaluate.metrics.protocol import check_protocol
 from medplib_jax.evaluate.metrics.text import candidate_hits
 
 MASK_SCORES = frozenset({"iou", "dice", "surface_dice", "intersection", "union", "target", "drawn", "masks"})
-BOX_SCORES = frozenset({"boxes_found", "boxes"})
+BOX_SCORES = frozenset({"boxes_found", "boxes", "iou_sum"})
 MED_GRIT_MODALITIES = 8  # BiRD's scripts divide by all of them, also when a file lacks some
 
 
@@ -42,7 +42,7 @@ class Statistic:
 def statistics(rows: Sequence[Mapping[str, Any]], protocol: str = "exact") -> dict[str, Statistic]:
     """The metrics of rows that have their scores under "scores"; which ones there are follows from the scores' names.
 
-    Masks (`mask_scores`): see `mask_statistics`. Boxes (`recall_at_iou`): recall_at_0.5. Captions (`mia_scores`): bleu_1..4 of the corpus,
+    Masks (`mask_scores`): see `mask_statistics`. Boxes (`match_boxes`, `recall_at_iou`): recall_at_0.5, box_iou. Captions (`mia_scores`): bleu_1..4 of the corpus,
     meteor, rouge_l and their mean, mBMR. Every other score: its mean over the rows that have it; beside it `accuracy` (the closed answers and the
     exactly matched open ones) and open_candidate_accuracy, whose candidates are the expected answers of all rows, as in the original.
     """
@@ -55,6 +55,8 @@ def statistics(rows: Sequence[Mapping[str, Any]], protocol: str = "exact") -> di
     if "boxes" in names:
         modalities = MED_GRIT_MODALITIES if protocol == "reference" else 0
         found["recall_at_0.5"] = Statistic(_columns(scores, ("boxes_found", "boxes")), modalities=modalities)
+        if "iou_sum" in names:
+            found["box_iou"] = Statistic(_columns(scores, ("iou_sum", "boxes")))
     if "ngrams_1" in names:
         found |= caption_statistics(scores, protocol)
     means = {

@@ -1,9 +1,12 @@
 """Self-attention of the decoder: rotary positions, grouped key/value heads, KV cache."""
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
@@ -31,6 +34,9 @@ class KVCache:
     k: tuple[Float[Array, "B G K S"], ...]
     v: tuple[Float[Array, "B G S K"], ...]
     length_B: Int[Array, " B"]
+    ntk_B: Int[Array, " B"] | None = (
+        None  # of each row's prompt, see `long_context`; None where the model does not scale
+    )
 
 
 def rotary_frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -42,14 +48,14 @@ def rotary_frequencies(head_dim: int, theta: float) -> np.ndarray:
     return np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
 
 
-def rotary_tables(positions_BxL: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin [B, L, K/2] in float32 of position * frequency."""
-    angles = positions_BxL[..., None].astype(jnp.float32) * rotary_frequencies(head_dim, theta)
+def rotary_tables(positions_BxL: Array, frequencies: np.ndarray | Array) -> tuple[Array, Array]:
+    """cos and sin [B, L, K/2] in float32 of position * frequency, [K/2] or of each row [B, 1, K/2]."""
+    angles = positions_BxL[..., None].astype(jnp.float32) * frequencies
     tables = jnp.cos(angles), jnp.sin(angles)
     if target_device(positions_BxL).platform != "cpu":
         return tables
     # XLA for CPUs would compute cosines anew for every head of every layer, whatever barrier stands between. A product it computes once.
-    identity = jnp.eye(head_dim // 2)
+    identity = jnp.eye(frequencies.shape[-1])
     return tuple(product(table, identity) for table in tables)
 
 
@@ -250,36 +256,52 @@ def _splash_local(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, segment_BxL):
     return jax.vmap(kernel)(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, splash.SegmentIds(segment_BxL, segment_BxL))
 
 
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """What attention needs to know of the positions of a pass: rotary `tables`, and a factor on each query [B, L], None for none."""
+
+    tables: tuple[Array, Array]
+    query_scale_BxL: Array | None = None
+
+
 class Attention(nnx.Module):
-    """LLaMA self-attention without biases."""
+    """Self-attention: LLaMA's without biases, or Qwen's, whose one projection with a bias yields query, key and value of each head side
+    by side (`llm.fused_qkv`), so that heads can lie on several devices."""
 
     def __init__(self, llm: LlmConfig, lora: LoraConfig, rngs: Rngs):
         D, K = llm.hidden_size, llm.head_dim
 
-        def linear(name, out_heads, axis):
+        def linear(name, out_heads, axis, bias=False):
             return Linear(
-                D, out_heads * K, axes=("embed", axis), bias=False, rngs=rngs, lora=lora, lora_rank=lora.rank_of(name)
+                D, out_heads * K, axes=("embed", axis), bias=bias, rngs=rngs, lora=lora, lora_rank=lora.rank_of(name)
             )
 
-        self.q = linear("q", llm.num_heads, "heads")
-        self.k = linear("k", llm.num_kv_heads, "kv_heads")
-        self.v = linear("v", llm.num_kv_heads, "kv_heads")
+        self.fused = llm.fused_qkv
+        if self.fused:
+            self.qkv = linear("qkv", 3 * llm.num_heads, "heads", bias=True)
+        else:
+            self.q = linear("q", llm.num_heads, "heads")
+            self.k = linear("k", llm.num_kv_heads, "kv_heads")
+            self.v = linear("v", llm.num_kv_heads, "kv_heads")
         self.o = Linear(
             llm.num_heads * K, D, axes=("heads", "embed"), bias=False, rngs=rngs, lora=lora, lora_rank=lora.rank_of("o")
         )
         self.head_dim = K
 
-    def project(self, x_BxLxD: Array, tables: tuple[Array, Array], rng: Array | None) -> tuple[Array, Array, Array]:
+    def project(self, x_BxLxD: Array, positions: Positions, rng: Array | None) -> tuple[Array, Array, Array]:
         """Queries and keys (both rotated) and values, [B, L, heads, K]."""
-        rngs = split_rng(rng, 3)
-        q, k, v = (
-            linear(x_BxLxD, rng=key).reshape(*x_BxLxD.shape[:2], -1, self.head_dim)
-            for linear, key in zip((self.q, self.k, self.v), rngs)
-        )
+        q, k, v = self._heads(x_BxLxD, rng)
+        q, k = rotate(q, positions.tables), rotate(k, positions.tables)
+        if positions.query_scale_BxL is not None:
+            q = (q * positions.query_scale_BxL[:, :, None, None]).astype(q.dtype)
+        return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
+
+    def _heads(self, x_BxLxD: Array, rng: Array | None):
+        if self.fused:
+            return rearrange(self.qkv(x_BxLxD, rng=rng), "b l (h c k) -> c b l h k", c=3, k=self.head_dim)
         return (
-            checkpoint_name(rotate(q, tables), "query"),
-            checkpoint_name(rotate(k, tables), "key"),
-            checkpoint_name(v, "value"),
+            rearrange(linear(x_BxLxD, rng=key), "b l (h k) -> b l h k", k=self.head_dim)
+            for linear, key in zip((self.q, self.k, self.v), split_rng(rng, 3), strict=True)
         )
 
     def output(self, y_BxLxHxK: Array, rng: Array | None) -> Array:

@@ -14,15 +14,18 @@ from medplib_jax.config.model import ModelConfig
 from medplib_jax.models.language.attention import (
     Attention,
     KVCache,
+    Positions,
     attend_cached,
     attend_within,
     begin_cache,
     extend_cache,
+    rotary_frequencies,
     rotary_tables,
     segment_positions,
 )
+from medplib_jax.models.language.long_context import log_n, ntk_frequencies, ntk_index
 from medplib_jax.models.language.moe import MoeMlp, SwiGlu
-from medplib_jax.models.layers import Linear, RmsNorm, Rngs, list_layers, param, scan_plan, stack_layers
+from medplib_jax.models.layers import Linear, RmsNorm, Rngs, layer_at, list_layers, param, scan_plan, stack_layers
 from medplib_jax.models.remat import remat
 from medplib_jax.models.rng import split_rng
 from medplib_jax.parallel.sharding import shard_param, shard_rows
@@ -109,17 +112,31 @@ class Llama(nnx.Module):
         index_BxL = start_B[:, None] + jnp.arange(x_BxLxD.shape[1])
         if segment_BxL is not None:
             positions_BxL = segment_positions(segment_BxL)
-        tables = rotary_tables(
-            index_BxL if positions_BxL is None else positions_BxL, self.config.llm.head_dim, self.config.llm.rope_theta
-        )
-        step = _LayerStep(self.config, self.rules, tables, index_BxL, valid_BxL, segment_BxL, train, new_cache)
+        ntk_B = self._ntk(valid_BxL, cache, train)
+        positions = self._positions(index_BxL if positions_BxL is None else positions_BxL, index_BxL, ntk_B)
+        step = _LayerStep(self.config, self.rules, positions, index_BxL, valid_BxL, segment_BxL, train, new_cache)
         inputs = {"rng": None if rng is None else jax.random.split(rng, self.config.llm.num_layers)}
         if cache is None and not new_cache and not isinstance(self.layers, nnx.List):
             x_BxLxD, out = self._scan(step, x_BxLxD, inputs, router_noise)
         else:
             x_BxLxD, out = self._one_by_one(step, x_BxLxD, inputs, router_noise, cache)
+            if "cache" in out:
+                out["cache"] = out["cache"].replace(ntk_B=ntk_B)
         out["aux_loss"] = out["aux_loss"].sum() if self.config.moe_layers else jnp.zeros(())
         return self.final_norm(x_BxLxD), out
+
+    def _ntk(self, valid_BxL: Array, cache: KVCache | None, train: bool) -> Array | None:
+        """The stretch of each row's rotary base, that of its prompt; None where nothing is scaled."""
+        if train or not self.config.llm.trained_length:
+            return None
+        return ntk_index(valid_BxL.sum(-1), self.config.llm) if cache is None else cache.ntk_B
+
+    def _positions(self, positions_BxL: Array, index_BxL: Array, ntk_B: Array | None) -> Positions:
+        llm = self.config.llm
+        if ntk_B is None:
+            return Positions(rotary_tables(positions_BxL, rotary_frequencies(llm.head_dim, llm.rope_theta)))
+        frequencies = jnp.asarray(ntk_frequencies(llm))[ntk_B][:, None]
+        return Positions(rotary_tables(positions_BxL, frequencies), log_n(index_BxL, llm.trained_length))
 
     def _scan(
         self, step: "_LayerStep", x_BxLxD: Array, inputs, router_noise: Array | None
@@ -157,12 +174,12 @@ class Llama(nnx.Module):
         for i in range(self.config.llm.num_layers):
             kind = "moe" if i in self.config.moe_layers else "mlp"
             mlp, noise_SxE = (
-                _layer(getattr(self, kind), counts[kind]),
+                layer_at(getattr(self, kind), counts[kind]),
                 _index(router_noise, counts[kind]) if kind == "moe" else None,
             )
             buffers = None if cache is None else (cache.k[i], cache.v[i])
             x_BxLxD, out, buffers = step.layer(
-                _layer(self.layers, i), mlp, x_BxLxD, _index(inputs, i), noise_SxE, buffers
+                layer_at(self.layers, i), mlp, x_BxLxD, _index(inputs, i), noise_SxE, buffers
             )
             counts[kind] += 1
             metrics += [out] if kind == "moe" else []
@@ -183,8 +200,8 @@ class Llama(nnx.Module):
 class _LayerStep:
     """The body of the scan: one period of decoder layers, with what all layers share."""
 
-    def __init__(self, config, rules, tables, index_BxL, valid_BxL, segment_BxL, train, new_cache):
-        self.config, self.rules, self.tables, self.train, self.new_cache = config, rules, tables, train, new_cache
+    def __init__(self, config, rules, positions, index_BxL, valid_BxL, segment_BxL, train, new_cache):
+        self.config, self.rules, self.positions, self.train, self.new_cache = config, rules, positions, train, new_cache
         self.index_BxL, self.valid_BxL, self.segment_BxL = index_BxL, valid_BxL, segment_BxL
 
     def over(self, graphdefs, kinds: Sequence[bool]):
@@ -208,7 +225,7 @@ class _LayerStep:
     def layer(self, layer: DecoderLayer, mlp: SwiGlu | MoeMlp, x, inputs, noise_SxE, buffers=None):
         """One decoder layer: x, the metrics of its experts, and its part of the cache with the new positions."""
         project_rng, output_rng, mlp_rng = split_rng(inputs["rng"], 3)
-        q, k, v = layer.attn.project(layer.input_norm(x), self.tables, project_rng)
+        q, k, v = layer.attn.project(layer.input_norm(x), self.positions, project_rng)
         if buffers is None:
             y = attend_within(q, k, v, self.valid_BxL, self.segment_BxL, rules=self.rules)
             buffers = begin_cache(k, v, self.new_cache) if self.new_cache else None
@@ -242,7 +259,8 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> KVCache:
     heads, width = config.llm.num_kv_heads, config.llm.head_dim
     shapes = (batch, heads, width, length), (batch, heads, length, width)
     keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.llm.num_layers)) for shape in shapes)
-    return KVCache(keys, values, jnp.zeros(batch, jnp.int32))
+    lengths = jnp.zeros(batch, jnp.int32)
+    return KVCache(keys, values, lengths, jnp.zeros_like(lengths) if config.llm.trained_length else None)
 
 
 def _take(tree, start: int, stop: int, repeats: int):
@@ -265,14 +283,6 @@ def _placed(state: nnx.State, rules: ShardingConfig | None) -> nnx.State:
     return nnx.from_flat_state(
         [(path, variable.replace(shard_param(variable[...], variable.axes, rules))) for path, variable in flat]
     )
-
-
-def _layer(layers: nnx.Module, i: int) -> nnx.Module:
-    """Layer i of a list or of a stack."""
-    if isinstance(layers, nnx.List):
-        return layers[i]
-    graphdef, state = nnx.split(layers)
-    return nnx.merge(graphdef, _index(state, i))
 
 
 def _index(tree, i: int):

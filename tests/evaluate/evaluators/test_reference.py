@@ -78,7 +78,7 @@ def test_answers_and_masks_are_the_originals(case, converted, recorded, evaluate
     generator = Generator(
         model.config,
         model.params,
-        eos_id=Tokenizer.eos_id,
+        stop_ids=Tokenizer.stop_ids,
         seg_id=model.seg_id,
         max_new_tokens=16,
         max_masks=1,

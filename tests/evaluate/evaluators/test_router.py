@@ -60,7 +60,7 @@ def test_choices_are_counted_while_answering(setup):
     experiment, tokenizer, prompts = setup
     model = experiment.model
     params = draw_params(abstract_module(functools.partial(MedPLIB, model)), 1)
-    made = Generator(model, params, eos_id=-1, seg_id=tokenizer.seg_id, max_new_tokens=3, max_masks=0)(prompts)
+    made = Generator(model, params, stop_ids=(-1,), seg_id=tokenizer.seg_id, max_new_tokens=3, max_masks=0)(prompts)
     # one pass over prompts with their answers
     prompts = prompts.replace(tokens=prompts.tokens.copy(), valid=prompts.valid.copy())
     for row, start in enumerate(prompts.valid.sum(-1)):

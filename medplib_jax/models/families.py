@@ -1,0 +1,21 @@
+"""The whole models by the family that a configuration names."""
+
+from medplib_jax.config.experiment import ShardingConfig
+from medplib_jax.config.model import ModelConfig
+from medplib_jax.models.bird import Bird
+from medplib_jax.models.layers import Rngs
+from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.models.whole import WholeModel
+
+MODELS: dict[str, type[WholeModel]] = {"medplib": MedPLIB, "bird": Bird}
+
+
+def build_model(
+    config: ModelConfig,
+    rngs: Rngs,
+    rules: ShardingConfig | None = None,
+    layers_apart: bool = False,
+    experts_apart: bool = False,
+) -> WholeModel:
+    """The model of `config.family`; what is `apart`: see `Llama`."""
+    return MODELS[config.family](config, rngs, rules, layers_apart, experts_apart)

@@ -1,0 +1,512 @@
+"""Converted Qwen-VL weights against what the original modules computed: one function per sort of fixture of `golden/qwen_vl`."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import from_torch, kinds, mapping
+from convert.foreign_config import Foreign
+from medplib_jax.batch import Batch, combine, flatten
+from medplib_jax.config.experiment import LossConfig, OptimConfig
+from medplib_jax.config.model import LlmConfig
+from medplib_jax.data import boxes, chatml, images
+from medplib_jax.data.qwen_tokenizer import SPECIALS, TAGS, QwenTokenizer
+from medplib_jax.decode.generator import Generator
+from medplib_jax.models.language.attention import rotary_tables
+from medplib_jax.models.language.long_context import log_n, ntk_frequencies, ntk_index
+from medplib_jax.models.language.lora import merge_lora
+from medplib_jax.models.layers import bind, layer_at, params_of
+from medplib_jax.models.vision.clip import normalise_clip
+from medplib_jax.models.vision.qwen_vit import SinCos, bicubic_weights, resize_table
+from medplib_jax.train.losses import divisors, total_loss
+from medplib_jax.train.optim import make_optimizer, make_schedule, partition
+from tests.convert.checks import GRADIENT_BAR, Arrays, Converted, Row, as_torch, at_valid, differing, relative
+
+SPAN = 16  # of the small fixtures
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixture:
+    """A converted checkpoint with the tokenizer and pictures that its fixtures use."""
+
+    converted: Converted
+    tokenizer: QwenTokenizer
+    golden: pathlib.Path
+
+    @classmethod
+    def load(cls, golden: pathlib.Path, *names: str, span: int = SPAN, **options) -> "Fixture":
+        """names: folders below `golden`, the last with the tokenizer."""
+        converted = Converted.load(*(golden / name for name in names), dtype="fp32", **options)
+        return cls(converted, QwenTokenizer.load(str(golden / names[-1]), span), golden)
+
+    def with_llm(self, **changes) -> "Fixture":
+        config = self.converted.config
+        changed = dataclasses.replace(config, llm=dataclasses.replace(config.llm, **changes))
+        return dataclasses.replace(self, converted=dataclasses.replace(self.converted, config=changed))
+
+    def picture(self, path: str) -> np.ndarray:
+        pixels = images.load_pixels(str(self.golden / path))
+        return images.stretched(pixels, self.converted.config.image_size)
+
+    def batch(self, ids_BxL: np.ndarray, valid_BxL=None, labels_BxL=None) -> Batch:
+        """Rows of ids as the original has them, paths in the pictures' spans; labels -100 where nothing counts."""
+        ids = np.asarray(ids_BxL)
+        rows, length = ids.shape
+        found = [list(self._pictures(row)) for row in ids]
+        slots, side = max(1, max(map(len, found))), self.converted.config.image_size
+        pixels, index = np.zeros((rows, slots, side, side, 3), np.uint8), np.full((rows, length), -1, np.int32)
+        for row, pictures in enumerate(found):
+            for number, (start, path) in enumerate(pictures):
+                pixels[row, number] = self.picture(path)
+                index[row, start : start + self.span] = number * self.span + np.arange(self.span)
+        targets, weights = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.float32)
+        if labels_BxL is not None:
+            targets[:, :-1] = np.maximum(labels_BxL[:, 1:], 0)
+            weights[:, :-1] = labels_BxL[:, 1:] >= 0
+        return Batch(
+            tokens=ids.astype(np.int32),
+            valid=np.ones(ids.shape, bool) if valid_BxL is None else np.asarray(valid_BxL, bool),
+            targets=targets,
+            loss_weights=weights,
+            feature_index=index,
+            clip_pixels=pixels,
+            **without_masks(rows),
+        )
+
+    @property
+    def span(self) -> int:
+        return self.tokenizer.image_span
+
+    def _pictures(self, ids: np.ndarray) -> Iterator[tuple[int, str]]:
+        for start in np.flatnonzero(ids == self.tokenizer.image_ids[0]) + 1:
+            inside = ids[start : start + self.span]
+            yield int(start), bytes(inside[inside < 256].astype(np.uint8)).decode()
+
+    def run(self, function: Callable, *arguments):
+        """function(model, *arguments), compiled, with the converted parameters."""
+        model = self.converted.model()
+        return jax.jit(lambda params, *rest: function(bind(model, params), *rest))(self.converted.params, *arguments)
+
+    def generate(self, batch: Batch, count: int, stop_ids=()) -> list[list[int]]:
+        generator = Generator(
+            self.converted.config,
+            self.converted.params,
+            stop_ids=stop_ids or (self.tokenizer.eos_id,),
+            seg_id=-1,
+            max_new_tokens=count,
+            max_masks=0,
+        )
+        made = jax.device_get(generator(batch))
+        return [made.tokens[row, : made.lengths[row]].tolist() for row in range(len(made.lengths))]
+
+
+def without_masks(rows: int) -> dict[str, np.ndarray]:
+    """The fields of a batch whose model draws no masks."""
+    return {
+        "sam_pixels": np.zeros((rows, 0, 0, 3), np.uint8),
+        "sam_box": np.zeros((rows, 4), np.int32),
+        "region_points": np.zeros((rows, 0, 1, 2), np.float32),
+        "region_point_valid": np.zeros((rows, 0, 1), bool),
+        "region_image": np.zeros((rows, 0), np.int32),
+        "seg_position": np.zeros((rows, 0), np.int32),
+        "mask_valid": np.zeros((rows, 0), bool),
+        "gt_masks": np.zeros((rows, 0, 1, 1), np.uint8),
+        "mask_size": np.ones((rows, 2), np.int32),
+        "record": np.arange(rows, dtype=np.int32),
+    }
+
+
+def check_visual(fixture: Fixture, z: Arrays, step: int = 1) -> Iterator[Row]:
+    """ViT by block and resampler; stored arrays hold every `step`-th patch."""
+    if "pixel_values" in z:
+        pixels = z["pixel_values"].transpose(0, 2, 3, 1)
+    else:
+        pixels = np.asarray(normalise_clip(z["pixel_values_u8"]))
+    features, out = fixture.run(_see, pixels)
+    names = {
+        "ln_pre": "pre_norm", "pool_kv_proj": "kv", "pool_key": "key", "pool_value": "value", "pool_query": "query",
+        "pool_attn_out": "pooled", "ln_post": "post_norm", "positional_interp": "positions", "visual": "visual",
+        "block_0_ln_1": "first/norm", "block_0_in_proj": "first/qkv", "block_0_attn_out": "first/attn",
+    }  # fmt: skip
+    names |= {f"block_{i}": f"block/{i}" for i in range(fixture.converted.config.vit.num_layers)}
+    names |= {"pool_ln_kv": "value", "pool_ln_q": "query_norm", "pos_embed_interp": "key_positions"}
+    thinned = {"ln_pre", "pool_kv_proj", "pool_key", "pool_value", "pool_ln_kv", *(f"block_{i}" for i in range(9))}
+    for name, own in names.items():
+        if name in z:
+            ours = np.asarray(out[own])
+            ours = ours[:, ::step] if name in thinned else ours
+            ours = np.broadcast_to(ours, z[name].shape) if name == "pool_query" else ours
+            yield Row(f"visual {name}", relative(ours, z[name]))
+    if "conv1" in z:
+        yield Row("visual conv1", relative(np.asarray(out["patches"]).transpose(0, 3, 1, 2), z["conv1"]))
+    yield Row("visual", relative(features, z["visual"]))
+
+
+def _see(model, pixels):
+    features, out = model.resample(pixels)
+    out["visual"] = features
+    x, vit, pool = out["pre_norm"], model.vit, model.resampler
+    for i in range(vit.config.num_layers):
+        layer = layer_at(vit.layers, i)
+        if not i:
+            normed = layer.norm1(x)
+            out |= {"first/norm": normed, "first/qkv": layer.attn.qkv(normed), "first/attn": layer.attn(normed)}
+        out[f"block/{i}"] = x = layer(x)
+    out["query_norm"] = pool.norm_q(pool.query[...])
+    out["key_positions"] = resize_table(pool.position_embed[...], pool.grid)
+    return features, out
+
+
+def check_position_tables(z: Arrays) -> Iterator[Row]:
+    for name in z:
+        if "grid_" in name:
+            table, grid = z["table_4x4" if name.startswith("from_4x4") else "table"], int(name.rsplit("_", 1)[1])
+            yield Row("interpolated positions", relative(resize_table(jnp.asarray(table), grid), z[name]))
+    full = SinCos(16, 4096)()
+    yield Row("sin-cos positions", relative(full[:, ::64], z["sincos_full_16x16_cols"]))
+    wide = resize_table(jnp.asarray(full), 32)[::7, ::64]
+    yield Row("sin-cos positions", relative(wide, z["sincos_full_interp_32x32_cols"]))
+    yield Row("sin-cos positions", relative(SinCos(4, 128)(), z["sincos_128_4x4"]))
+    yield Row("bicubic weights", relative(bicubic_weights(16, 32), z["weights_16_to_32"]))
+
+
+def check_pictures(golden: pathlib.Path, z: Arrays) -> Iterator[Row]:
+    for name in z:
+        kind, side, picture = name.removesuffix("_rows").split("_", 2)
+        stretched = images.stretched(images.load_pixels(str(golden / "data" / f"{picture}.png")), int(side))
+        if kind == "u8":
+            yield Row("pixels (share that differs)", differing(stretched, z[name]), 0.0)
+        else:
+            normalised = np.asarray(normalise_clip(stretched)).transpose(2, 0, 1)
+            normalised = normalised[:, ::37, ::41] if name.endswith("_rows") else normalised
+            yield Row("normalised pixels", relative(normalised, z[name]))
+
+
+def check_text(cases: dict, tokenizer: QwenTokenizer) -> Iterator[Row]:
+    """Ids, labels and prompts; none may differ."""
+    for case in cases["tokenize"]:
+        ids = _ids_or_error(tokenizer, case["text"])
+        yield Row("ids of texts", float(ids != case.get("ids")), 0.0)
+        if ids is not None and "decoded" in case:
+            yield Row("decoded texts", float(tokenizer.decode(ids, skip_special=False) != case["decoded"]), 0.0)
+    for name, case in cases["finetune_preprocess"].items():
+        turns = [tuple(turn) for turn in case["conversation"]]
+        turns = turns[1:] if turns[0][0] == "assistant" else turns
+        ids, counts = as_finetune(turns, tokenizer)
+        labels = [token if count else -100 for token, count in zip(ids, counts, strict=True)]
+        length = case["max_len"]
+        padding = max(0, length - len(ids))
+        found = (ids + [tokenizer.pad_id] * padding)[:length], (labels + [-100] * padding)[:length]
+        yield Row("ids of conversations", float(found[0] != case["input_ids"]), 0.0)
+        yield Row("labels", float(found[1] != case["labels"]), 0.0)
+
+    for case in cases["make_context"].values():
+        yield Row("prompts", float(as_make_context(case, tokenizer) != case["context_tokens"]), 0.0)
+
+
+def as_make_context(case: dict, tokenizer: QwenTokenizer) -> list[int]:
+    """The prompt of a question behind its history, newest turns first as far as they fit. (What asks here keeps the
+    whole conversation, or refuses it.)"""
+    turns, kept = [("human", case["query"])], []
+    system = case["system"] or ""
+    for question, answer in reversed(case["history"] or []):
+        pair = [("human", question), ("gpt", answer)]
+        size = len(chatml.turns_to_ids([*pair, *kept], tokenizer, TAGS, system)[0])
+        if size >= case["max_window_size"]:
+            break
+        kept = [*pair, *kept]
+    ids = chatml.turns_to_ids([*kept, *turns], tokenizer, TAGS, system)[0]
+    return [*ids, tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
+
+
+def as_finetune(turns, tokenizer: QwenTokenizer) -> tuple[list[int], list[bool]]:
+    """ChatML with every special string of the contents as its id, as the original lets a user type them."""
+    roles = {"user": "human", "assistant": "gpt"}
+    return chatml.turns_to_ids([(roles[role], text) for role, text in turns], tokenizer, SPECIALS)
+
+
+def _ids_or_error(tokenizer: QwenTokenizer, text: str) -> list[int] | None:
+    try:
+        return tokenizer.encode(text)
+    except ValueError:
+        return None
+
+
+def check_boxes(cases: dict) -> Iterator[Row]:
+    for case in cases["to_list_format"]:
+        # the original crashes on what cannot be read, and gives a phrase to its first box only
+        expected = [(tuple(box["box"]), box.get("ref", "")) for box in case.get("boxes", ())]
+        found = [(box.corners, box.label) for box in boxes.read(case["text"])]
+        firsts = [
+            (corners, "" if label in [earlier for _, earlier in found[:i]] else label)
+            for i, (corners, label) in enumerate(found)
+        ]
+        yield Row("boxes of texts", float(firsts != expected), 0.0)
+    for case in cases["draw_bbox_on_latest_picture"]:
+        width, height = case["size_wh"]
+        found = [list(box.pixels(width, height)) for box in boxes.read(case["response"])]
+        yield Row("boxes in pixels", float(found != [call[1] for call in case["calls"] if call[0] == "box"]), 0.0)
+
+
+def check_forward(fixture: Fixture, z: Arrays) -> Iterator[Row]:
+    """Embeddings, hidden states, logits, losses and gradients of a teacher-forced pass."""
+    batch = fixture.batch(z["input_ids"], z["attention_mask"], z["labels"])
+    hidden, out = fixture.run(_forward, batch)
+    stored = {"merged": out["embeddings"], "hidden_last": hidden, "logits": out["logits"]}
+    for name, ours in stored.items():
+        for key in (name, name + "_at"):
+            if key in z:
+                yield Row(name, at_valid(ours, z[key], batch.valid))
+    if "logits_last40" in z:
+        yield Row("logits", relative(np.asarray(out["logits"])[:, -40:], z["logits_last40"]))
+    terms = fixture.run(_loss, batch)
+    yield Row("loss", relative(terms["loss"], z["loss"]))
+    if any(name.startswith("gradnorm/") for name in z):
+        yield from _check_gradients(fixture, batch, z)
+
+
+def _forward(model, batch):
+    output, out = model(batch)
+    return output.hidden, out | {"logits": model.llm.logits(output.hidden)}
+
+
+def _loss(model, batch, train=True):
+    output, _ = model(batch, train=train)
+    kernel = model.llm.head.kernel[...]
+    return total_loss(output, kernel, batch, LossConfig(), model.config, divisors(batch))[1]
+
+
+def gradients(fixture: Fixture, batch: Batch):
+    model = fixture.converted.model()
+    loss = jax.jit(jax.grad(lambda params, batch: _loss(bind(model, params), batch)["loss"]))
+    return loss(fixture.converted.params, batch)
+
+
+def _check_gradients(fixture: Fixture, batch: Batch, z: Arrays, prefix: str = "") -> Iterator[Row]:
+    tree, places = gradients(fixture, batch), fixture.converted.places()
+    for name in z:
+        kind, _, key = name.partition("/")
+        if kind == prefix + "gradnorm":
+            ours = as_torch(tree, places, key)
+            yield Row("gradient norms", relative(np.linalg.norm(ours), z[name]), GRADIENT_BAR)
+        elif kind == prefix + "grad":
+            ours, rows = as_torch(tree, places, key), z.get(f"{prefix}gradrow/{key}")
+            ours = ours if rows is None else ours[rows]
+            ours = ours[tuple(slice(size) for size in z[name].shape)]
+            yield Row("gradients", relative(ours, z[name]), GRADIENT_BAR)
+
+
+def check_long_context(fixture: Fixture, z: Arrays) -> Iterator[Row]:
+    """NTK and log-n of a model whose trained length is 64, and their tables at full size."""
+    long = fixture.with_llm(trained_length=64, max_positions=8192)
+    for length in (60, 64, 65, 128, 129, 197):
+        ids, places = z[f"ids_{length}"], z[f"pos_{length}"]
+        _, out = long.run(_forward, long.batch(ids))
+        yield Row("logits beyond the trained length", relative(out["logits"][0, places], z[f"logits_{length}"]))
+    ids, places = z["ids_129"], z["pos_129"]
+    logits = long.run(lambda model, batch: model.llm.logits(model(batch, train=True)[0].hidden), long.batch(ids))
+    yield Row("logits in training", relative(logits[0, places], z["logits_train_129"]))
+    for name in ("border", "beyond"):
+        ids, expected = z[f"gen_{name}_ids"], z[f"gen_{name}_sequences"][0]
+        made = long.generate(long.batch(ids), len(expected) - ids.shape[1])[0]
+        yield Row("ids generated beyond it", _differs_before_end(made, expected[ids.shape[1] :], fixture), 0.0)
+    for dim in (64, 128):
+        table = ntk_frequencies(
+            LlmConfig(hidden_size=dim, num_heads=1, num_kv_heads=1, trained_length=2048, max_positions=16384)
+        )
+        for index, alpha in enumerate((1, 3, 7, 15)):
+            yield Row("rotary frequencies", relative(table[index], z[f"inv_freq_{dim}_alpha{alpha}"]))
+    tables = rotary_tables(z["rope_pos"][None], jnp.asarray(table[1]))
+    yield Row("rotary tables", relative(tables[0][0], z["rope_cos_128_alpha3"][:, :64]))
+    yield Row("rotary tables", relative(tables[1][0], z["rope_sin_128_alpha3"][:, :64]))
+    yield Row("log-n", relative(log_n(z["logn_index_1based"][None] - 1, 2048)[0], z["logn_2048"]))
+    sizes = LlmConfig(trained_length=2048, max_positions=65536)
+    alphas = 2.0 ** (1 + np.asarray(ntk_index(jnp.asarray(z["alpha_table_len"]), sizes))) - 1
+    yield Row("NTK's alpha", relative(alphas, z["alpha_table_2048"]), 0.0)
+
+
+def _differs_before_end(made: list[int], expected: np.ndarray, fixture: Fixture) -> float:
+    """Ids up to the end of the text."""
+    ends = np.flatnonzero(expected == fixture.tokenizer.eos_id)
+    expected = expected[: ends[0]] if len(ends) else expected
+    return float(made[: len(expected)] != expected.tolist() or (len(ends) > 0 and len(made) != len(expected)))
+
+
+def check_generation(fixture: Fixture, z: Arrays) -> Iterator[Row]:
+    for name in ("chat", "history", "single_0", "single_1", "single_2"):
+        ids, expected = z[f"{name}_ids"], z[f"{name}_sequences"][0, z[f"{name}_ids"].shape[1] :]
+        made = fixture.generate(fixture.batch(ids), len(expected))[0]
+        yield Row("generated ids", _differs_before_end(made, expected, fixture), 0.0)
+        _, out = fixture.run(_forward, fixture.batch(ids))
+        scores = z[f"{name}_scores"][0, 0] if f"{name}_scores" in z else z[f"{name}_first_scores"][0]
+        yield Row("first scores", relative(out["logits"][0, -1], scores))
+    ids, stop = z["chat_ids"], int(z["stop_word"])
+    made = fixture.generate(fixture.batch(ids), 24, stop_ids=(stop,))[0]
+    expected = z["stop_sequences"][0, ids.shape[1] :].tolist()
+    yield Row("ids before a stop word", float(made != expected[: expected.index(stop)]), 0.0)
+
+
+def check_answers(fixture: Fixture, cases: dict) -> Iterator[Row]:
+    """Whole answers of the over-fitted model: prompt to ids, text and boxes, in ChatML and in BiRD's raw form."""
+    tokenizer = fixture.tokenizer
+    for item in cases["items"]:
+        chat, raw = item["chat_prompt_ids"], item["raw_prompt_ids"]
+        yield Row("prompt ids", float(tokenizer.encode(item["question"]) != raw), 0.0)
+        made = fixture.generate(fixture.batch(np.array([chat])), 100, tokenizer.stop_ids)[0]
+        yield Row("answers in ChatML", float(tokenizer.decode(made) != item["chat_text"]), 0.0)
+        found = [(list(box.corners), box.label) for box in boxes.read(tokenizer.decode(made))]
+        expected, label = [], ""
+        for box in item["chat_boxes"]:
+            label = box.get("ref", label)
+            expected.append((box["box"], label))
+        yield Row("boxes of answers", float(found != expected), 0.0)
+        made = fixture.generate(fixture.batch(np.array([raw])), 100)[0]
+        expected = item["raw_sequence"][len(raw) :]
+        yield Row("raw answers", _differs_before_end(made, np.array(expected), fixture), 0.0)
+
+
+def check_packed(fixture: Fixture, z: Arrays) -> Iterator[Row]:
+    """A pack as BiRD trains on it (conversations see earlier ones), and each conversation as if alone."""
+    batch = fixture.batch(z["input_ids"], z["attention_mask"], z["labels"])
+    hidden, out = fixture.run(_forward, batch)
+    yield Row("packed embeddings", at_valid(out["embeddings"], z["merged"], batch.valid))
+    yield Row("packed logits", at_valid(out["logits"], z["logits_at"], batch.valid))
+    yield Row("packed logits of Paddle", at_valid(out["logits"], z["paddle_logits_at"], batch.valid))
+    for name in ("loss", "paddle_loss"):
+        yield Row("packed loss", relative(fixture.run(_loss, batch)["loss"], z[name]))
+    yield from _check_gradients(fixture, batch, z)
+    segments = segments_of(batch, fixture.tokenizer)
+    terms = fixture.run(_loss, batch.replace(segment=segments, loss_weights=_within(batch, segments)))
+    yield Row("losses alone", relative(terms["loss"] * z["alone_tokens"].sum(), z["alone_loss_sum"].sum()))
+
+
+def segments_of(batch: Batch, tokenizer: QwenTokenizer) -> np.ndarray:
+    """Each conversation begins with its system message."""
+    system = [tokenizer.im_start_id, *tokenizer.encode("system\n")]
+    ids, segments = np.asarray(batch.tokens), np.zeros(batch.tokens.shape, np.int32)
+    for row in range(len(ids)):
+        starts = [i for i in range(ids.shape[1]) if ids[row, i : i + len(system)].tolist() == system]
+        for number, start in enumerate(starts, 1):
+            segments[row, start:] = number
+    return np.where(batch.valid, segments, 0)
+
+
+def _within(batch: Batch, segments: np.ndarray) -> np.ndarray:
+    """Loss weights without targets that lie in the next conversation."""
+    follows = np.pad(segments[:, 1:], ((0, 0), (0, 1)))
+    return np.where(segments == follows, batch.loss_weights, 0.0)
+
+
+# What trains in BiRD and with finetune.py's fix_vit.
+TRAINABLE = ("^llm/", "^resampler/")
+NO_DECAY = {"torch": ("/bias$", "^resampler/norm_"), "paddle": ("/bias$",)}
+
+
+def check_optimizer(fixture: Fixture, z: Arrays, forward: Arrays) -> Iterator[Row]:
+    """Five steps of AdamW with finetune.py's groups of decay and with Paddle's."""
+    batch = fixture.batch(forward["input_ids"], forward["attention_mask"], forward["labels"])
+    places, model = fixture.converted.places(), fixture.converted.model()
+    start, frozen = partition(jax.tree.map(jnp.asarray, fixture.converted.params), TRAINABLE)
+    for groups, no_decay in NO_DECAY.items():
+        config = OptimConfig(lr=1e-3, weight_decay=0.1, warmup=0.01, schedule="cosine", no_decay=no_decay)
+        schedule = make_schedule(config, 200, 200)
+        tx = make_optimizer(config, schedule, start)
+
+        @jax.jit
+        def step(trainable, state, tx=tx):
+            loss, grads = jax.value_and_grad(
+                lambda trainable: _loss(bind(model, combine(trainable, frozen)), batch)["loss"]
+            )(trainable)
+            updates, state = tx.update(grads, state, trainable)
+            norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
+            return jax.tree.map(jnp.add, trainable, updates), state, loss, norm
+
+        trainable, state = start, tx.init(start)
+        for i in range(len(z[f"{groups}/loss"])):
+            trainable, state, loss, norm = step(trainable, state)
+            yield Row("losses of five steps", relative(loss, z[f"{groups}/loss"][i]))
+            yield Row("gradient norms of five steps", relative(norm, z[f"{groups}/gradnorm"][i]), GRADIENT_BAR)
+            yield Row("rates", relative(schedule(i), z[f"{groups}/lr"][i]))
+        for name in z:
+            kind, _, key = name.removeprefix(groups + "/").partition("/")
+            if name.startswith(groups) and kind in ("norm", "after"):
+                ours = as_torch(trainable, places, key)
+                ours = np.linalg.norm(ours) if kind == "norm" else _thinned(ours, z[name])
+                yield Row("parameters after five steps", relative(ours, z[name]))
+
+
+def _thinned(ours: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """Every n-th row, as many as are stored."""
+    return ours if ours.shape == stored.shape else ours[:: len(ours) // len(stored)]
+
+
+def check_rates(cases: dict) -> Iterator[Row]:
+    for total, case in cases["cosine_rates_lr2e-5"].items():
+        schedule = make_schedule(OptimConfig(lr=2e-5, warmup=0.01, schedule="cosine"), int(total), int(total))
+        rates = case["rates"]
+        for step, rate in rates.items() if isinstance(rates, dict) else enumerate(rates):
+            yield Row("rates", abs(float(schedule(int(step))) - rate) / 2e-5)
+
+
+def check_adapters(golden: pathlib.Path, z: Arrays) -> Iterator[Row]:
+    forward = dict(np.load(golden / "forward_q16.npz"))
+    for folder in ("lora/chat", "lora/chat_st"):
+        fixture = Fixture.load(golden, folder, "ckpt_q16")
+        batch = fixture.batch(forward["input_ids"], forward["attention_mask"], forward["labels"])
+        _, out = fixture.run(_forward, batch)
+        yield Row("logits with adapters", at_valid(out["logits"], z["chat_logits_at"], batch.valid))
+        yield Row("loss with adapters", relative(fixture.run(_loss, batch)["loss"], z["chat_loss"]))
+    yield from _check_gradients(fixture, batch, z, "chat_")
+    merged = merged_tensors(fixture)
+    for name in z:
+        kind, _, key = name.partition("/")
+        if kind == "chat_merged":
+            yield Row("merged weights", relative(merged(key)[::16], z[name]))
+    full = Fixture.load(golden, "lora/base", "ckpt_q256", span=256)
+    forward = dict(np.load(golden / "forward_q256.npz"))
+    batch = full.batch(forward["input_ids"], forward["attention_mask"], forward["labels"])
+    _, out = full.run(_forward, batch)
+    yield Row("loss of a base model's adapter", relative(full.run(_loss, batch)["loss"], z["base_loss"]))
+    yield Row("its logits", relative(np.asarray(out["logits"])[:, -20:], z["base_logits_last20"]))
+
+
+def merged_tensors(fixture: Fixture) -> Callable[[str], np.ndarray]:
+    params, places = merge_lora(fixture.converted.params, fixture.converted.config.lora), fixture.converted.places()
+    return lambda key: as_torch(params, places, key)
+
+
+def check_names(keys: dict) -> Iterator[Row]:
+    """Every tensor of the full-size model has its place, and every parameter its tensor, on abstract shapes."""
+    shapes = {key: tuple(shape) for key, shape in keys["shapes"].items()}
+    config = kinds.detect_config(shapes, Foreign(keys["config"], {}, {}, {}, None))
+    params = {path: leaf.shape for path, leaf in flatten(params_of(from_torch.model_shapes(config))).items()}
+    plan = mapping.strict_plan(config, params, shapes)
+    yield Row("names without a place", float(set(plan) != set(shapes)), 0.0)
+    elements = sum(int(np.prod(shape)) for shape in params.values())
+    yield Row("elements", float(elements != keys["n_elements"]), 0.0)
+    for key, name in keys["paddle_names"].items():
+        yield Row("Paddle's names", float(mapping.canonical(name) != key), 0.0)
+
+
+def check_examples(cases: dict, tokenizer: QwenTokenizer) -> Iterator[Row]:
+    """BiRD's own training ids and labels of whole conversations."""
+    for record, example in zip(cases["records"], cases["examples"], strict=True):
+        turns = [
+            (role, text)
+            for pair in record["conversations"]
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        ids, counts = as_finetune(turns, tokenizer)
+        labels = [token if count else -100 for token, count in zip(ids, counts, strict=True)]
+        yield Row("ids of BiRD's examples", float(ids != example["input_ids"]), 0.0)
+        yield Row("labels of BiRD's examples", float(labels != example["labels"]), 0.0)
+
+
+def check_adapter_names(keys: dict) -> Iterator[Row]:
+    """An adapter's names, saved or while training, are the table's."""
+    for saved, training in zip(keys["chat"], keys["trainable_chat"], strict=True):
+        yield Row("adapters' names", float(mapping.canonical(saved) != mapping.canonical(training)), 0.0)
