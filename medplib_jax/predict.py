@@ -1,10 +1,10 @@
 """Asks a trained model about one picture or scan, with or without a marked region, and draws the masks of its answer.
 
-COMMAND python -m medplib_jax.predict --checkpoint WORKDIR --image scan.png --question "Please segment the liver." --out
-answer python -m medplib_jax.predict --checkpoint WORKDIR --image scan.png --question "What is <region>?" --box
-40,60,90,120 --out answer python -m medplib_jax.predict --checkpoint WORKDIR --image SCAN --structures "liver; spleen"
---out answer
-
+COMMAND
+    python -m medplib_jax.predict --checkpoint WORKDIR --image a.png --out answer --question "Please segment the liver."
+    python -m medplib_jax.predict --checkpoint WORKDIR --image a.png --out answer --question "What is <region>?" \\
+        --box 40,60,90,120
+    python -m medplib_jax.predict --checkpoint WORKDIR --image SCAN --out answer --structures "liver; spleen"
     python -m medplib_jax.predict --checkpoint WORKDIR --jobs jobs.jsonl --out answers
 
 A SCAN is a DICOM folder or file, NIfTI, NRRD or MetaImage; see medplib_jax/volumes/README.md for what is written.
@@ -78,6 +78,8 @@ def main():
     scan = bool(arguments.jobs) or is_scan(arguments.image)
     if not (arguments.question or arguments.jobs or (scan and arguments.structures)):
         parser.error("expected --question, or --structures for a scan")
+    if scan and region_of(arguments):
+        parser.error("a region is of a picture: expected none with a scan or with jobs, which name their own")
     use_cache()
     try:
         options = scan_options(arguments) if scan else None

@@ -25,7 +25,11 @@ _PLACEHOLDER = re.compile(r"<region>(?:\s*</region>)?")
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """`masks`: boolean [h, w] of the picture's size, one per <SEG> of the answer that has a mask slot; `picture`: RGB uint8 [h, w, 3]."""
+    """An answer with its masks.
+
+    masks: bool [h, w] of the picture's size, one per <SEG> of the answer that has a mask slot. picture: RGB uint8
+    [h, w, 3].
+    """
 
     answer: str
     masks: tuple[np.ndarray, ...]
@@ -34,9 +38,12 @@ class Prediction:
 
 
 class Predictor:
-    """A checkpoint ready to answer; `identity` is what its answers depend on. Compiles anew for each prompt bucket and each picture size. `quantize`: "int8" for weights of 8 bits.
+    """A checkpoint ready to answer; `identity` is what its answers depend on.
 
-    What is None comes from the experiment's `eval`. Answers hold at most `data.max_masks` masks, but never fewer than one.
+    Compiles anew for each prompt bucket and each picture size. `quantize`: "int8" for weights of 8 bits.
+
+    What is None comes from the experiment's `eval`. Answers hold at most `data.max_masks` masks, but never fewer than
+    one.
     """
 
     def __init__(
@@ -94,8 +101,9 @@ class Predictor:
     def prompt(self, image: str | os.PathLike, question: str, region: str = "") -> tuple[np.ndarray, Batch]:
         """The picture (RGB uint8 [h, w, 3]) and the model's input.
 
-        region: "point:x,y", "box:x0,y0,x1,y1", "polygon:x,y ...", "scribble:x,y ..." in pixels, or the path of a mask file; empty for none.
-        Raises DataError for a picture, region or question that cannot be used, ValueError when region and `<region>` do not match.
+        region: "point:x,y", "box:x0,y0,x1,y1", "polygon:x,y ...", "scribble:x,y ..." in pixels, or the path of a mask
+        file; empty for none. Raises DataError for a picture, region or question that cannot be used, ValueError when
+        region and `<region>` do not match.
         """
         picture = load_image(os.fspath(image))
         text = place_region(question, region)
@@ -141,7 +149,10 @@ class Predictor:
 
 
 def place_region(question: str, region: str) -> str:
-    """The question with the region in place of its `<region>`, or behind it. ValueError for a place without a region or several places."""
+    """The question with the region in place of its `<region>`, or behind it.
+
+    ValueError for a place without a region or several places.
+    """
     places = len(_PLACEHOLDER.findall(question))
     if places > 1 or places > bool(region):
         expected = "at most 1" if region else "none, as no region is given"
