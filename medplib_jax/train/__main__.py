@@ -3,8 +3,8 @@
 COMMAND
     python -m medplib_jax.train --config=configs/stage3_grounding.py:tiny --workdir=runs/stage3 [--config.optim.lr=1e-4 ...]
 
-The same command again resumes from the last checkpoint with the same losses, bit for bit; a finished workdir returns at once.
-On several hosts the same command runs on each with one workdir that all of them see.
+The same command again resumes from the last checkpoint with the same losses, bit for bit; a finished workdir returns
+at once. On several hosts the same command runs on each with one workdir that all of them see.
 
 EXIT CODES
     0    finished

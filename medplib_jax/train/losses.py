@@ -1,4 +1,5 @@
-"""Losses as (sum, weight) pairs, so that they reduce exactly over micro-batches and hosts: mean = sum of sums / sum of weights.
+"""Losses as (sum, weight) pairs, so that they reduce exactly over micro-batches and hosts: mean = sum of sums / sum
+of weights.
 
 Formulas: MedPLIB model/MedPLIB.py (`sigmoid_ce_loss`, `dice_loss`, `FocalLoss`, `MaskIoULoss`, `model_forward`).
 """
@@ -139,8 +140,8 @@ def mask_losses(
 ) -> dict[str, Array]:
     """The four losses of every mask, [B, M] float32 each, over the pixels where `canvas_mask` is 1.
 
-    bce: mean over pixels. dice: 1 - (2 sum pg + 1e-6) / (sum p + sum g + 1e-6). focal: gamma 2, alpha 0.25, mean over pixels.
-    iou: (soft IoU with 1e-7 - predicted IoU) squared.
+    bce: mean over pixels. dice: 1 - (2 sum pg + 1e-6) / (sum p + sum g + 1e-6). focal: gamma 2, alpha 0.25, mean over
+    pixels. iou: (soft IoU with 1e-7 - predicted IoU) squared.
     """
     inside = canvas_mask_BxIxJ[:, None].astype(jnp.float32)
     logits = logits_BxMxIxJ.astype(jnp.float32)
@@ -166,7 +167,8 @@ def mask_losses(
 def divisors(batch: Batch, micro_batches: int = 1) -> dict[str, Array]:
     """What each sum is divided by: label positions for "ce", masks + 1e-8 for the mask terms, micro-batches for "aux".
 
-    They depend on data alone, so a micro-batch can be scaled by those of the whole batch and its losses and gradients add up.
+    They depend on data alone, so a micro-batch can be scaled by those of the whole batch and its losses and gradients
+    add up.
     """
     tokens = jnp.maximum(batch.loss_weights.astype(jnp.float32).sum(), 1.0)
     masks = batch.mask_valid.astype(jnp.float32).sum() + 1e-8
@@ -181,7 +183,9 @@ def loss_sums(
     mask: MaskConfig,
     rules: ShardingConfig | None = None,
 ) -> dict[str, Array]:
-    """Undivided sums of the terms over the batch: "ce" over tokens, the mask terms over masks (0 without masks), "aux" as it is."""
+    """Undivided sums of the terms over the batch: "ce" over tokens, the mask terms over masks (0 without masks),
+    "aux" as it is.
+    """
     sums = dict.fromkeys(MASK_TERMS, jnp.zeros(())) | {"aux": output.aux.get("aux_loss", jnp.zeros(()))}
     sums["ce"], _ = token_cross_entropy(
         output.hidden, head_kernel_DxV, batch.targets, batch.loss_weights, loss.ce_chunk, rules
@@ -205,7 +209,8 @@ def total_loss(
     divide_by: dict[str, Array],
     rules: ShardingConfig | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """ce * (CE + aux_loss_weight * aux) + dice * Dice + bce * BCE + focal * Focal + iou * IoU, and the unweighted terms.
+    """ce * (CE + aux_loss_weight * aux) + dice * Dice + bce * BCE + focal * Focal + iou * IoU, and the unweighted
+    terms.
 
     `divide_by` are the `divisors` of the batch, or of the whole batch when `batch` is a micro-batch of it. `rules` are the model's.
     """

@@ -110,16 +110,16 @@ def test_resuming_after_sigkill_gives_the_same_losses(uninterrupted, config, fol
 @pytest.fixture
 def stopped(config, tmp_path, monkeypatch):
     """stopped(number) -> (workdir, result) of a run that got this signal at step 4."""
-    report = train_module.Run._report
+    write = train_module.MetricWriter.write
 
     def stop(number):
-        def interrupt(self, row, writer, bar):
-            if row["step"] == 4:
+        def interrupt(self, step, row):
+            if step == 4:
                 signal.raise_signal(number)
-            return report(self, row, writer, bar)
+            write(self, step, row)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train_module.Run, "_report", interrupt)
+            patch.setattr(train_module.MetricWriter, "write", interrupt)
             return tmp_path / "run", train(config, str(tmp_path / "run"))
 
     return stop
