@@ -59,7 +59,7 @@ def completed(config: ExperimentConfig, workdir: str, resumed: ExperimentConfig 
     A resumed run takes them from itself, so that the base need not be there any more. Buckets count the tokens of the
     pictures, and move with them.
     """
-    if config.init.sizes == "config" and (config.data.tokenizer or not config.init.base):
+    if not config.init.base or (config.init.sizes == "config" and config.data.tokenizer):
         return config
     found, tokenizer = (resumed, "") if resumed else checkpoint.load_experiment(config.init.base)
     if config.init.sizes == "base":
