@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medplib_jax.batch import Array, Batch, Params, combine
@@ -124,7 +125,7 @@ def split_batch(batch: Batch, parts: int) -> Batch:
     """[B, ...] -> [parts, B / parts, ...]: part i takes rows i, i + parts, ..., so that every device keeps rows of
     each part.
     """
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    return jax.tree.map(lambda x: rearrange(x, "(row part) ... -> part row ...", part=parts), batch)
 
 
 def router_metrics(aux: dict[str, Any], parts: int) -> Metrics:
