@@ -64,7 +64,7 @@ def test_names_are_distinct(tmp_path):
 def test_missing_and_repeated_tasks(folder, tmp_path):
     here = TaskConfig("here", str(folder / "test" / "vqa.json"))
     gone = TaskConfig("gone", str(tmp_path / "gone.json"))
-    assert [task.name for task in find_tasks([here, gone], 0, "skip", "skip")] == ["here"]
+    assert [task.name for task in find_tasks([here, gone], 0, "skip", "skip")[0]] == ["here"]
     with pytest.raises(DataError, match="gone.json: annotation file cannot be read"):
         find_tasks([here, gone], 0, "skip", "raise")
     with pytest.raises(ValueError, match="no task"):

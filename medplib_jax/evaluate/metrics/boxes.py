@@ -14,8 +14,8 @@ _TAGGED = re.compile(r"<box>(.*?)</box>")
 def parse_boxes(text: str) -> np.ndarray:
     """float64 [n, 4], x1 y1 x2 y2 in the text's own units, of every `<box>(x1,y1),(x2,y2)</box>`.
 
-    In a text without the tags, as in the original, of every bare `(x1,y1),(x2,y2)`. A tagged box that cannot be read counts as one of zeros,
-    which meets no other.
+    In a text without the tags, as in the original, of every bare `(x1,y1),(x2,y2)`. A tagged box that cannot be read
+    counts as one of zeros, which meets no other.
     """
     found = [_BOX.search(inside) for inside in _TAGGED.findall(text)] or list(_BOX.finditer(text))
     return np.array([[float(number) for number in match.groups()] if match else [0.0] * 4 for match in found]).reshape(
@@ -33,7 +33,8 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def recall_at_iou(predicted: np.ndarray, true: np.ndarray, threshold: float = 0.5) -> dict[str, int]:
-    """How many `boxes` there are in truth and how many of them (`boxes_found`) any predicted box meets at an IoU above `threshold`.
+    """How many `boxes` there are in truth and how many of them (`boxes_found`) any predicted box meets at an IoU above
+    `threshold`.
 
     Boxes [n, 4]. Summed over answers they make Recall@0.5; a surplus box costs nothing, as in the original.
     """
@@ -42,6 +43,8 @@ def recall_at_iou(predicted: np.ndarray, true: np.ndarray, threshold: float = 0.
 
 
 def roc_hit(answer: str, truth: str) -> float:
-    """Referring object classification: 1 when every word of the truth occurs, as a substring and in lower case, in the answer."""
+    """Referring object classification: 1 when every word of the truth occurs, as a substring and in lower case, in the
+    answer.
+    """
     answer, truth = (space_ideographs(text).lower() for text in (answer, truth))
     return float(all(word in answer for word in truth.split(" ")))
