@@ -259,9 +259,10 @@ def to_canvas(
 
 
 def clip_pixels(pixels: np.ndarray, side: int) -> np.ndarray:
-    """CLIP's input, uint8 [side, side, 3]: the picture on a canvas of 336 pixels, which is resized (bicubic) for another side.
+    """CLIP's input, uint8 [side, side, 3].
 
-    So does the original, whose CLIPImageProcessor gets the padded canvas whatever the size of the tower.
+    The picture lies on a canvas of 336 pixels, which is resized (bicubic) for another side. So does the original, whose
+    CLIPImageProcessor gets the padded canvas whatever the size of the tower.
     """
     canvas, _ = to_canvas(pixels, CLIP_SIDE, CLIP_PAD_COLOUR)
     if side == CLIP_SIDE:
