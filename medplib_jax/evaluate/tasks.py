@@ -13,7 +13,7 @@ from medplib_jax.config.sweep import TASK_PARTS, TaskConfig
 from medplib_jax.data import splits
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import MASK, REGION
-from medplib_jax.data.sources import MecovqaSource, digest
+from medplib_jax.data.sources import Source, digest, is_dataset, is_there, open_source
 from medplib_jax.data.splits import is_held_out
 from medplib_jax.datasets.phantom.generate import is_phantom
 from medplib_jax.evaluate.result import LeftOut, TaskEntry
@@ -24,11 +24,14 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class SweepTask:
-    """One annotation file, read once. `images`, `regions` and `masks`: how many a record has at most."""
+    """One annotation file or split of a dataset, read once.
+
+    `images`, `regions` and `masks`: how many a record has at most.
+    """
 
     config: TaskConfig
     kind: str
-    source: MecovqaSource
+    source: Source
     digest: str  # of every record and of the content of the files that they name
     records: tuple[int, ...]  # what is asked, unusable records included
     skipped: dict[int, DataError]  # those of them that cannot be used
@@ -42,7 +45,8 @@ class SweepTask:
 
     def entry(self) -> TaskEntry:
         config, source = self.config, self.source
-        content = hashlib.sha256(Path(source.file).read_bytes()).hexdigest()
+        file = Path(source.file)  # a dataset's is none
+        content = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
         return TaskEntry(
             self.name,
             self.kind,
@@ -54,6 +58,14 @@ class SweepTask:
             content,
             is_phantom(source.root),
         )
+
+
+def _open(config: TaskConfig) -> Source:
+    """The records of a task: an annotation file, or FOLDER#SPLIT of an assembled dataset, which carries its pictures."""
+    if is_dataset(config.file):
+        return open_source(os.path.abspath(config.file))
+    file = Path(config.file).resolve()
+    return open_source(str(file), config.root or str(data_root(file)))
 
 
 class UnusableTask(ValueError):
@@ -69,8 +81,7 @@ def read_task(config: TaskConfig, limit: int, on_error: str) -> SweepTask:
     """
     if config.kind == "refer_box" and not config.part:
         raise ValueError(f"task {config.name}: kind refer_box needs a part, one of {TASK_PARTS}")
-    file = Path(config.file).resolve()
-    source = MecovqaSource(str(file), config.root or str(data_root(file)))
+    source = _open(config)
     records, skipped, usable = [], {}, 0
     images = regions = masks = 0
     for index in range(len(source)):
@@ -92,7 +103,7 @@ def read_task(config: TaskConfig, limit: int, on_error: str) -> SweepTask:
         masks = max(masks, len(MASK.findall(record.turns[-1][1])))
     if not usable:
         first = f", the first because of {next(iter(skipped.values()))}" if skipped else ""
-        raise UnusableTask(f"{file}: no usable record, {len(skipped)} skipped{first}")
+        raise UnusableTask(f"{source.file}: no usable record, {len(skipped)} skipped{first}")
     found = "grounding" if masks else "region" if regions else "vqa"
     mine = digest(source, range(len(source))) if jax.process_index() == 0 else ""
     shared = of_process_0(f"digest/{config.name}", mine)  # reads every picture: once is enough
@@ -112,7 +123,7 @@ def find_tasks(
     for config in configs:
         if names.count(config.name) > 1:
             raise ValueError(f"{config.file}: more than one task would be called {config.name!r}")
-        if not os.path.isfile(config.file) and missing == "skip":
+        if not is_there(config.file) and missing == "skip":
             left_out.append(LeftOut(f"task {config.name}", f"{config.file} is missing"))
             continue
         try:

@@ -31,9 +31,9 @@ def format_value(value: object) -> str:
     return str(value)
 
 
-def open_thumbnail(path: str | Path) -> np.ndarray:
+def open_thumbnail(path: str | Path | images.Blob) -> np.ndarray:
     """RGB uint8 [h, w, 3], enlarged or shrunk to THUMBNAIL pixels on its longest side."""
-    picture = Image.fromarray(images.load_image(str(path)))
+    picture = Image.fromarray(images.load_image(path if isinstance(path, images.Blob) else str(path)))
     scale = THUMBNAIL / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
@@ -47,7 +47,7 @@ def mark_drawing(picture: np.ndarray) -> np.ndarray:
     return np.asarray(shown)
 
 
-def marked_regions(question: str, find: Callable[[str], str], size: tuple[int, int]) -> list[np.ndarray]:
+def marked_regions(question: str, find: Callable[[str], str | images.Blob], size: tuple[int, int]) -> list[np.ndarray]:
     """The regions that a question marks, bool [h, w] at the image's `size` (h, w); `find` gives the file of a mask that
     it refers to.
     """

@@ -4,7 +4,7 @@ against the baseline.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from medplib_jax.data.errors import DataError
-from medplib_jax.data.images import load_image
+from medplib_jax.data.images import Blob, load_image
 from medplib_jax.data.overlay import PALETTE, outline, overlay
 from medplib_jax.data.records import find_file
 from medplib_jax.data.rle import decode_rle
+from medplib_jax.data.sources import Source, is_dataset, open_source
 from medplib_jax.evaluate.evaluators.predictions import PredictionRow, read_rows
 from medplib_jax.evaluate.report.comparisons import ALL, Figure
 from medplib_jax.evaluate.report.pictures import (
@@ -173,8 +174,8 @@ def _picture(task: TaskEntry, row: PredictionRow) -> tuple[np.ndarray | None, st
     """
     if not row["image"]:
         return None, ""
-    find = functools.partial(find_file, task.root)
     try:
+        find = _finder(task, row)
         path = find(row["image"][-1])
         marked = marked_regions(row["question"], find, load_image(path).shape[:2])
         return overlay(open_thumbnail(path), marked, (REGION_COLOUR,)), ""
@@ -182,6 +183,18 @@ def _picture(task: TaskEntry, row: PredictionRow) -> tuple[np.ndarray | None, st
         height, width = next((rle["size"] for rle in (*row.get("true_masks", ()), *row.get("masks", ()))), (1, 1))
         size = [max(1, round(side * THUMBNAIL / max(height, width))) for side in (height, width)]
         return np.full((*size, 3), 90, np.uint8), f"{error.what}: {row['image'][-1]}"
+
+
+def _finder(task: TaskEntry, row: PredictionRow) -> Callable[[str], str | Blob]:
+    """Looks up what the row's record names: below the task's root, or in the assembled dataset that carries it."""
+    if is_dataset(task.file):
+        return _dataset(task.file)[row["record"]].find
+    return functools.partial(find_file, task.root)
+
+
+@functools.lru_cache(maxsize=8)
+def _dataset(name: str) -> Source:
+    return open_source(name)
 
 
 def _shapes(row: PredictionRow, prefix: str, picture: np.ndarray) -> list[np.ndarray] | None:
