@@ -7,11 +7,11 @@ COMMAND
 
 9b: the published recipe (Huang et al., MICCAI 2024). From Qwen-VL-Chat; the decoder with embedding and head, and the
 resampler train, the ViT and what follows the resampler do not. Packed rows of 2048, 2 epochs, lr 2e-5 falling as a
-cosine, weight decay 0.1 on all but biases. The authors' batch is 4 rows x 8 accumulated per device, their number of devices
-is not stated: here 256 rows in all. Packed conversations see themselves only, which the original meant but did not do.
-lora: Qwen-VL's own LoRA recipe (finetune.py) on the same data: rank 64 on c_attn, attn.c_proj, w1 and w2.
-tiny: everything trains from nothing, on the generated pictures of `medplib_jax.datasets.phantom` asked in Med-GRIT's
-form (`medplib_jax.datasets.phantom.grit`).
+cosine, weight decay 0.1 on all but biases. The authors' batch is 4 rows x 8 accumulated per device, their number of
+devices is not stated: here 256 rows in all. Packed conversations see themselves only, which the original meant but did
+not do. lora: Qwen-VL's own LoRA recipe (finetune.py) on the same data: rank 64 on c_attn, attn.c_proj, w1 and w2. tiny:
+everything trains from nothing, on the generated pictures of `medplib_jax.datasets.phantom` asked in Med-GRIT's form
+(`medplib_jax.datasets.phantom.grit`).
 """
 
 import dataclasses

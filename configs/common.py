@@ -1,9 +1,17 @@
 """What the stages share: model sizes, where data lies, and which parameters a pattern means."""
 
+import logging
+import os
+import pathlib
+
 from medplib_jax.config.experiment import DataConfig, MeshConfig, OptimConfig
 from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
+from medplib_jax.data.splits import annotation_files, is_held_out
 
-# MedPLIB-7B: the defaults of ModelConfig, in bfloat16; of what the decoder computes it keeps what no wider than the model is, and recomputes the rest.
+log = logging.getLogger(__name__)
+
+# MedPLIB-7B: the defaults of ModelConfig, in bfloat16. The backward pass keeps what the decoder computes as far as it
+# is no wider than the model, and recomputes the rest.
 LARGE = ModelConfig(dtype="bfloat16", remat="projections")
 
 # Positions of a row whose logits exist at a time: enough to keep a TPU's matrix unit busy, 0.3 GB for two rows.
@@ -73,22 +81,54 @@ def tiny_lora(targets: tuple[str, ...]) -> LoraConfig:
 
 
 def tiny_optim(lr: float, *trainable: str) -> OptimConfig:
-    """Adapters start at zero and learn at twice the rate; a longer memory of squared gradients suits the small batch."""
+    """Adapters start at zero and learn at twice the rate; a longer memory of squared gradients suits the small
+    batch.
+    """
     adapters = ((LORA, 2.0),) if LORA in trainable else ()
     return OptimConfig(lr=lr, b2=0.98, warmup=0.1, trainable=trainable, lr_scale=adapters)
 
 
+# What `python -m medplib_jax.datasets.assemble --annotations MeCoVQA --images SA-Med2D-20M --out data/assembled` makes.
+ASSEMBLED = "assembled/mecovqa"
+
+
+def assembled(name: str, split: str, data: str = "data") -> str:
+    """One split of a part of the assembled MeCoVQA (complex, region, grounding, zeroshot), as a source."""
+    return f"{data}/{ASSEMBLED}/{name}/1.0.0#{split}"
+
+
 def mecovqa(*names: str, **settings) -> DataConfig:
-    """MeCoVQA's training files below data/MeCoVQA, with the tokenizer of the converted LLaVA-1.5-7B."""
+    """Training splits of the assembled MeCoVQA, with the tokenizer of the converted LLaVA-1.5-7B."""
     return DataConfig(
-        sources=tuple(f"data/MeCoVQA/train/{name}.json" for name in names),
-        root="data/MeCoVQA",
+        sources=tuple(assembled(name, "train") for name in names),
         tokenizer="checkpoints/llava-v1.5-7b/tokenizer",
         batch_size=128,
         on_error="skip",
         workers=8,
         **settings,
     )
+
+
+def own_sources(folder: str) -> tuple[tuple[str, ...], str]:
+    """(sources, root) of a user's data: FOLDER#SPLIT of an assembled dataset, or a folder's annotation files for
+    training.
+
+    These are the folder's own, or those in its train/ when it has none. ValueError without any.
+    """
+    if "#" in folder and not pathlib.Path(folder).is_dir():
+        return (folder,), ""
+    root = pathlib.Path(folder)
+    sources = _for_training(root) or _for_training(root / "train")
+    if not sources:
+        raise ValueError(f"{root}: expected annotation files *.json in it or in its train/, found none")
+    return tuple(sources), str(root)
+
+
+def _for_training(folder: pathlib.Path) -> list[str]:
+    files, others = annotation_files(str(folder))
+    for other in others:
+        log.warning("%s is not a list of records and is left out", other)
+    return [file for file in files if not is_held_out(os.path.basename(file))]
 
 
 def phantom(*names: str, **settings) -> DataConfig:

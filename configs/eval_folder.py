@@ -1,7 +1,9 @@
-"""Evaluation on annotation files in MeCoVQA's form: a file, or a folder with test/*.json or *.json (several with commas between).
+"""Evaluation on annotation files in MeCoVQA's form: a file, or a folder with test/*.json or *.json (several with
+commas between).
 
 COMMAND
-    python -m medplib_jax.evaluate --config=configs/eval_folder.py:data/phantom --workdir=runs/results --config.checkpoints=runs/demo/stage_IV
+    python -m medplib_jax.evaluate --config=configs/eval_folder.py:data/phantom --workdir=runs/results \
+        --config.checkpoints=runs/demo/stage_IV
 """
 
 import os

@@ -1,49 +1,39 @@
-"""Training on a folder of your own, in MeCoVQA's form: annotation files *.json, with image and mask paths relative to the folder.
+"""Training on data of your own: a folder in MeCoVQA's form, with image and mask paths relative to it.
 
-COMMAND
+COMMAND, from a model that you have (sizes and tokenizer are its own)
+    python -m medplib_jax.train --config=configs/finetune_folder.py:path/to/folder --workdir=runs/mine/model \
+        --config.init.base=runs/demo/stage_IV
+
+COMMAND, from nothing
     python -m medplib_jax.datasets.train_tokenizer --sources path/to/folder/*.json --out runs/mine/tokenizer
     python -m medplib_jax.train --config=configs/finetune_folder.py:path/to/folder --workdir=runs/mine/model \
         --config.data.tokenizer=runs/mine/tokenizer --config.model.llm.vocab_size=<as printed by the first command>
+
+THEN
     python -m medplib_jax.evaluate --config=configs/eval_folder.py:path/to/folder --workdir=runs/mine/evaluation \
         --config.checkpoints=runs/mine/model
 
-The folder's own annotation files are read, or those in its train/ subfolder when it has none; files whose name says test or validation, and
-JSON of other kinds, are left out. A small model (masks of 64 x 64 cells) trains from nothing on words and masks together, sees each record
-some hundred times in about 20 minutes on a laptop, and may well know them by heart: with a few dozen images that is what there is to learn.
-A record that cannot be used is named, counted and skipped.
+The folder's own annotation files are read, or those in its train/ subfolder when it has none. Files whose name says
+test or validation, and JSON of other kinds, are left out. FOLDER#SPLIT of an assembled dataset is taken too. A small
+model (masks of 64 x 64 cells) trains from nothing on words and masks together, sees each record some hundred times in
+about 20 minutes on a laptop, and may well know them by heart: with a few dozen images that is what there is to learn.
+A record that cannot be used is named, counted and skipped. To adapt a model of 7B, see finetune_lora.py.
 """
 
 import dataclasses
-import logging
-import pathlib
 
 from medplib_jax.config.base import to_config_dict
-from medplib_jax.config.experiment import DataConfig, ExperimentConfig, LossConfig, TrainConfig
-from medplib_jax.data.splits import annotation_files, is_held_out
+from medplib_jax.config.experiment import DataConfig, ExperimentConfig, InitConfig, LossConfig, TrainConfig
 
 from . import common
-
-log = logging.getLogger(__name__)
-
-
-def _annotations(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Files of records for training."""
-    files, others = annotation_files(str(folder))
-    for other in others:
-        log.warning("%s is not a list of records and is left out", other)
-    return [path for path in map(pathlib.Path, files) if not is_held_out(path.name)]
 
 
 def get_config(folder: str):
     """The experiment on the annotation files of `folder`; ValueError when it has none."""
-    root = pathlib.Path(folder)
-    sources = _annotations(root) or _annotations(root / "train")
-    if not sources:
-        raise ValueError(f"{root}: expected annotation files *.json in it or in its train/, found none")
+    sources, root = common.own_sources(folder)
     data = DataConfig(
-        sources=tuple(map(str, sources)),
-        root=str(root),
-        tokenizer="runs/mine/tokenizer",
+        sources=sources,
+        root=root,
         bucket_lengths=(160, 224, 320, 512),
         batch_size=8,
         max_regions=2,
@@ -52,14 +42,14 @@ def get_config(folder: str):
         on_error="skip",
         workers=0,
     )
+    mask = dataclasses.replace(common.TINY.mask, image_size=256, window_size=8)
     return to_config_dict(
         ExperimentConfig(
-            model=dataclasses.replace(
-                common.TINY, mask=dataclasses.replace(common.TINY.mask, image_size=256, window_size=8)
-            ),
+            model=dataclasses.replace(common.TINY, mask=mask),
             data=data,
             optim=common.tiny_optim(1e-3, ".*"),
             loss=LossConfig(ce=1.0, dice=2.0, bce=2.0),
+            init=InitConfig(sizes="base"),
             train=TrainConfig(steps=1600, checkpoint_every=250),
         )
     )

@@ -3,9 +3,10 @@
 COMMAND
     python -m medplib_jax.train --config=configs/stage1_align.py:7b --workdir=runs/7b/stage1
 
-7b: from LLaVA-1.5-7B; only the projector trains, on 500k image descriptions (LLaVA-Med's alignment set). Batch 128, 1 epoch, lr 1e-3.
-tiny: nothing is pretrained, so CLIP, projector and language model all train, on reports that say of every name of the modality
-whether it is there.
+7b: from LLaVA-1.5-7B; only the projector trains, on 500k image descriptions (LLaVA-Med's alignment set, written by
+`python -m medplib_jax.datasets.import_dataset --dataset llava_med_alignment --source FOLDER --out
+data/llava_med_alignment`). Batch 128, 1 epoch, lr 1e-3. tiny: nothing is pretrained, so CLIP, projector and language
+model all train, on reports that say of every name of the modality whether it is there.
 """
 
 from medplib_jax.config.base import to_config_dict
@@ -20,8 +21,8 @@ def get_config(size: str = "7b"):
 
 def large() -> ExperimentConfig:
     data = DataConfig(
-        sources=("data/llava_med/alignment_500k.json",),
-        root="data/llava_med",
+        sources=("data/llava_med_alignment/llava_med_alignment_train.json",),
+        root="data/llava_med_alignment",
         tokenizer="checkpoints/llava-v1.5-7b/tokenizer",
         bucket_lengths=common.BUCKETS_2048,
         max_regions=0,

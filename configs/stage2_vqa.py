@@ -3,10 +3,10 @@
 COMMAND
     python -m medplib_jax.train --config=configs/stage2_vqa.py:7b --workdir=runs/7b/stage2
 
-7b: from stage I; LoRA (rank 16) on every linear layer of the decoder, head, embeddings, both layer norms and projector train on
-MeCoVQA's complex and region questions. Batch 128, 3 epochs, lr 1e-4. The region adapter trains too: the published stage II left
-it random although its data has regions.
-tiny: also the rest of the language model, which is as new to questions as to their answers.
+7b: from stage I; LoRA (rank 16) on every linear layer of the decoder, head, embeddings, both layer norms and
+projector train on MeCoVQA's complex and region questions. Batch 128, 3 epochs, lr 1e-4. The region adapter trains
+too: the published stage II left it random although its data has regions. tiny: also the rest of the language model,
+which is as new to questions as to their answers.
 """
 
 import dataclasses
@@ -26,9 +26,7 @@ def get_config(size: str = "7b"):
 def large() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.LARGE, lora=common.lora(16, common.ALL_LINEAR)),
-        data=common.mecovqa(
-            common.COMPLEX, common.REGIONS, bucket_lengths=common.BUCKETS_2048, max_regions=4, max_masks=0
-        ),
+        data=common.mecovqa("complex", "region", bucket_lengths=common.BUCKETS_2048, max_regions=4, max_masks=0),
         optim=OptimConfig(lr=1e-4, trainable=TRAINABLE, frozen_dtype="bfloat16"),
         loss=LossConfig(ce_chunk=common.CE_CHUNK),
         mesh=common.POD,

@@ -3,8 +3,8 @@
 COMMAND
     python -m medplib_jax.train --config=configs/stage3_grounding.py:7b --workdir=runs/7b/stage3
 
-7b: from stage II with its LoRA merged; a new LoRA (rank 8) on the decoder's MLPs, SAM-Med2D's mask decoder and the SEG MLP train on
-MeCoVQA's grounding set. Batch 128, 10 epochs, lr 3e-4. Stage IV takes this stage's MLPs as expert 0.
+7b: from stage II with its LoRA merged; a new LoRA (rank 8) on the decoder's MLPs, SAM-Med2D's mask decoder and the
+SEG MLP train on MeCoVQA's grounding set. Batch 128, 10 epochs, lr 3e-4. Stage IV takes this stage's MLPs as expert 0.
 tiny: the whole of SAM trains, because nothing is pretrained, and embeddings and head, because <SEG> is new to them.
 """
 
@@ -25,7 +25,7 @@ def get_config(size: str = "7b"):
 def large() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.LARGE, lora=common.lora(8, common.MLP_LINEAR)),
-        data=common.mecovqa(common.GROUNDING, bucket_lengths=common.BUCKETS_2048, max_regions=0, max_masks=1),
+        data=common.mecovqa("grounding", bucket_lengths=common.BUCKETS_2048, max_regions=0, max_masks=1),
         optim=OptimConfig(
             lr=3e-4, trainable=(common.LORA, common.MASK_DECODER, common.SEG_MLP), frozen_dtype="bfloat16"
         ),

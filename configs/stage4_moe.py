@@ -3,9 +3,9 @@
 COMMAND
     python -m medplib_jax.train --config=configs/stage4_moe.py:7b --workdir=runs/7b/stage4
 
-7b: expert 0 is stage III's MLP, expert 1 stage II's, in all 32 layers; the router is new. SEG MLP and mask head come from III, all
-else from II. LoRA (rank 8) on both experts, q and v, the router, head, embeddings, mask decoder, SEG MLP and region adapter train on
-all of MeCoVQA. Batch 128, 3 epochs (the released weights: 2), lr 3e-4.
+7b: expert 0 is stage III's MLP, expert 1 stage II's, in all 32 layers; the router is new. SEG MLP and mask head come
+from III, all else from II. LoRA (rank 8) on both experts, q and v, the router, head, embeddings, mask decoder, SEG
+MLP and region adapter train on all of MeCoVQA. Batch 128, 3 epochs (the released weights: 2), lr 3e-4.
 """
 
 import dataclasses
@@ -35,12 +35,7 @@ def large() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(common.LARGE, moe=common.EXPERTS, lora=common.lora(8, TARGETS)),
         data=common.mecovqa(
-            common.COMPLEX,
-            common.REGIONS,
-            common.GROUNDING,
-            bucket_lengths=common.BUCKETS_1024,
-            max_regions=4,
-            max_masks=1,
+            "complex", "region", "grounding", bucket_lengths=common.BUCKETS_1024, max_regions=4, max_masks=1
         ),
         optim=OptimConfig(lr=3e-4, trainable=TRAINABLE, frozen_dtype="bfloat16"),
         loss=dataclasses.replace(LOSS, ce_chunk=common.CE_CHUNK),

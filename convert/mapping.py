@@ -54,8 +54,11 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Regrouped(Layout):
-    """A layout that takes an axis apart: the two sides as einops patterns, `sizes` of what an axis is made of. `heads` stands for the
-    decoder's, until a model is known (`of`)."""
+    """A layout that takes an axis apart:
+
+    The two sides as einops patterns, `sizes` of what an axis is made of. `heads` stands for the decoder's, until a
+    model is known (`of`).
+    """
 
     torch: str = ""
     jax: str = ""
@@ -80,7 +83,10 @@ class Regrouped(Layout):
 
 
 def _regrouped_shape(source: str, target: str, shape: Shape, sizes: tuple[tuple[str, int], ...]) -> Shape:
-    """The shape of `rearrange(x, f"{source} -> {target}")` for an x of this shape. An axis that does not divide gives a shape that fits nothing."""
+    """The shape of `rearrange(x, f"{source} -> {target}")` for an x of this shape.
+
+    An axis that does not divide gives a shape that fits nothing.
+    """
     known = dict(sizes)
     for axis, size in zip(_axes(source), shape, strict=True):
         unknown = [name for name in axis if name not in known]
@@ -416,8 +422,9 @@ def unmerged_name(key: str, adapted: bool) -> str:
 
 @functools.cache
 def _rows(family: str) -> Table:
-    """The family's table with alternatives written out, and for each kernel of the decoder the two low-rank factors beside
-    it."""
+    """The family's table with alternatives written out, and for each kernel of the decoder the two low-rank factors
+    beside it.
+    """
     rows = []
     for torch, jax, layout in TABLES[family]:
         rows += [(t, j, layout) for t, j in zip(_alternatives(torch), _alternatives(jax), strict=True)]

@@ -1,4 +1,7 @@
-"""Qwen-VL's configuration (and BiRD's): from the tensors and config.json to ours, and the files around the weights on the way back."""
+"""Qwen-VL's configuration (and BiRD's):
+
+From the tensors and config.json to ours, and the files around the weights on the way back.
+"""
 
 import json
 import pathlib
@@ -46,7 +49,10 @@ _DEFAULTS: Json = {
 
 
 def detect_config(shapes: Shapes, foreign: Foreign, alpha: Callable[[int], float]) -> ModelConfig:
-    """The model's sizes; `alpha` tells that of adapters of a rank. ValueError when a size is in neither the tensors nor config.json, or when they disagree."""
+    """The model's sizes; `alpha` tells that of adapters of a rank.
+
+    ValueError when a size is in neither the tensors nor config.json, or when they disagree.
+    """
     written, own = foreign.language, foreign.own.get("model", {})
     if "num_attention_heads" not in written or "visual" not in written:
         raise ValueError(
@@ -117,7 +123,11 @@ def _lora(shapes: Shapes, foreign: Foreign, alpha: Callable[[int], float]) -> Lo
 
 
 def model_json(config: ModelConfig, carried: Json, dtype: np.dtype, image_start_id: int, own: Json) -> Json:
-    """config.json for the original program: sizes from `config`, `image_start_id` (of `<img>`) from the tokenizer, `own` what no key of it tells, the rest from the `carried` file of the source, else the release's."""
+    """config.json for the original program:
+
+    Sizes from `config`, `image_start_id` (of `<img>`) from the tokenizer, `own` what no key of it tells, the rest from
+    the `carried` file of the source, else the release's.
+    """
     llm, vit = config.llm, config.vit
     written = _DEFAULTS | carried
     written |= {

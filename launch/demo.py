@@ -197,10 +197,12 @@ def evaluate(demo: Demo, stage: str) -> dict[str, dict]:
     result = run_sweep(
         SweepConfig(checkpoints=str(demo.workdir(stage)), tasks=tasks, on_error="raise"), demo.evaluation
     )
-    own = [checkpoint for checkpoint in result["checkpoints"] if checkpoint["run"] == demo.workdir(stage).name]
-    name = max(own, key=lambda checkpoint: checkpoint["step"])["name"]
+    own = [checkpoint for checkpoint in result.checkpoints if checkpoint.run == demo.workdir(stage).name]
+    name = max(own, key=lambda checkpoint: checkpoint.step or 0).name
     return {
-        cell["task"]: cell for cell in result["cells"] if cell["checkpoint"] == name and cell["task"] in TESTS[stage]
+        cell.task: dataclasses.asdict(cell)
+        for cell in result.cells
+        if cell.checkpoint == name and cell.task in TESTS[stage]
     }
 
 
@@ -266,6 +268,7 @@ def write(demo: Demo, results: dict[str, dict], metrics: dict[str, float], watch
     report.write_report(
         report.ReportData(
             title="MedPLIB on a laptop: four stages on a generated dataset",
+            drawings=True,
             facts=facts(demo, watch),
             curves=curves,
             tables={
@@ -296,14 +299,14 @@ def router(split: dict) -> report.Router:
     )
 
 
-def examples(demo: Demo, name: str, cell: dict, count: int) -> Iterator[report.Example]:
+def examples(demo: Demo, name: str, cell: dict, count: int) -> Iterator[report.ReportExample]:
     """Questions and answers for the report's gallery, spread evenly over a cell's records."""
     source = MecovqaSource(demo.task(name).file, str(demo.data))
-    rows = [row for path in cell["predictions"] for row in read_rows(demo.evaluation / path)]
+    rows = read_rows(*(demo.evaluation / path for path in cell["predictions"]))
     for row in rows[:: max(1, len(rows) // count)][:count]:
         record = source[row["record"]]
         path = record.path(record.images[-1])
-        yield report.Example(
+        yield report.ReportExample(
             image=path,
             task=demo.task(name).kind,
             modality=row["modality"],

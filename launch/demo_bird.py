@@ -1,4 +1,5 @@
-"""BiRD on a laptop: the phantom asked in Med-GRIT's form, one small model for all four tasks, held-out evaluation, report.
+"""BiRD on a laptop: the phantom asked in Med-GRIT's form, one small model for all four tasks, held-out evaluation,
+report.
 
 Run by `bash launch/demo.sh --bird`. Every step leaves its result in OUT/bird and is skipped when it is there, so a
 second call resumes. Figures stand in OUT/bird/metrics.json, drawn boxes in OUT/bird/evaluation/report.html.

@@ -1,10 +1,10 @@
 """Asks a trained model about one picture or scan, with or without a marked region, and draws the masks of its answer.
 
-COMMAND python -m medplib_jax.predict --checkpoint WORKDIR --image scan.png --question "Please segment the liver." --out
-answer python -m medplib_jax.predict --checkpoint WORKDIR --image scan.png --question "What is <region>?" --box
-40,60,90,120 --out answer python -m medplib_jax.predict --checkpoint WORKDIR --image SCAN --structures "liver; spleen"
---out answer
-
+COMMAND
+    python -m medplib_jax.predict --checkpoint WORKDIR --image a.png --out answer --question "Please segment the liver."
+    python -m medplib_jax.predict --checkpoint WORKDIR --image a.png --out answer --question "What is <region>?" \\
+        --box 40,60,90,120
+    python -m medplib_jax.predict --checkpoint WORKDIR --image SCAN --out answer --structures "liver; spleen"
     python -m medplib_jax.predict --checkpoint WORKDIR --jobs jobs.jsonl --out answers
 
 A SCAN is a DICOM folder or file, NIfTI, NRRD or MetaImage; see medplib_jax/volumes/README.md for what is written.
@@ -16,26 +16,36 @@ writes `boxes.json`, in pixels.
 import argparse
 import json
 import os
+import re
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from medplib_jax.checkpoint import find_step
 from medplib_jax.data.overlay import PALETTE, draw_boxes, overlay
 from medplib_jax.decode.jobs import answer_jobs, read_jobs
 from medplib_jax.decode.layout import QUANTIZE
-from medplib_jax.decode.predictor import Prediction, Predictor
+from medplib_jax.decode.predictor import Prediction, Predictor, read_question
 from medplib_jax.decode.sampling import Sampling
 from medplib_jax.decode.scans import add_scan_flags, answer_scan, scan_options
 from medplib_jax.parallel.compilation import use_cache
 from medplib_jax.volumes.read import is_scan
 
+_MASK_FILE = re.compile(r"mask_\d+\.png")
+
 
 def write_prediction(prediction: Prediction, out_dir: str | os.PathLike) -> list[Path]:
-    """Writes the masks and the overlay as PNG files, and returns their paths."""
+    """Writes the masks and the overlay as PNG files, and returns their paths.
+
+    Masks of an earlier answer are removed.
+    """
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    for old in out.iterdir():
+        if _MASK_FILE.fullmatch(old.name):
+            old.unlink()
     pictures = {f"mask_{k}.png": mask.astype(np.uint8) * 255 for k, mask in enumerate(prediction.masks)}
     height, width = prediction.picture.shape[:2]
     boxes = [
@@ -52,17 +62,40 @@ def write_prediction(prediction: Prediction, out_dir: str | os.PathLike) -> list
     return [out / name for name in names]
 
 
+def make_folder(out: Path) -> None:
+    """Makes the folder of an answer. OSError when it cannot be made, or nothing can be written into it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass
+
+
 def region_of(arguments: argparse.Namespace) -> str:
     """The region of the command line as a reference, empty without one."""
     for shape in ("point", "box", "scribble"):
         if getattr(arguments, shape) is not None:
             return f"{shape}:{getattr(arguments, shape)}"
-    return os.path.abspath(arguments.region_mask) if arguments.region_mask else ""
+    return arguments.region_mask or ""
 
 
-def main():
+def join_negative(words: list[str]) -> list[str]:
+    """`--box -5,3,20,20` as `--box=-5,3,20,20`: argparse takes what begins with "-" and is no single number for an
+    option.
+    """
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in ("--point", "--box", "--scribble") and re.match(r"-[\d.]", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def parse_arguments() -> tuple[argparse.Namespace, bool]:
+    """The command line, and whether it is about scans."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="workdir of a training run")
+    parser.add_argument(
+        "--checkpoint", required=True, help="workdir of a training run, or its WORKDIR/checkpoints/STEP"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--image", help="a picture or scan")
     what.add_argument(
@@ -86,14 +119,27 @@ def main():
         "--quantize", choices=QUANTIZE[1:], default="", help="weights of 8 bits: half the memory of bfloat16"
     )
     add_scan_flags(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(join_negative(sys.argv[1:]))
     scan = bool(arguments.jobs) or is_scan(arguments.image)
     if not (arguments.question or arguments.jobs or (scan and arguments.structures)):
         parser.error("expected --question, or --structures for a scan")
+    if scan and region_of(arguments):
+        parser.error("a region is of a picture: expected none with a scan or with jobs, which name their own")
+    return arguments, scan
+
+
+def main():
+    arguments, scan = parse_arguments()
     use_cache()
     try:
         options = scan_options(arguments) if scan else None
         sampling = Sampling(arguments.temperature, arguments.top_p)
+        if not scan:  # what is wrong with a question is said before the model is loaded
+            asked = read_question(arguments.image, arguments.question, region_of(arguments))
+            for notice in asked.notices:
+                print(f"notice: {notice}", file=sys.stderr)
+            make_folder(Path(arguments.out))
+        find_step(arguments.checkpoint)
         predictor = Predictor(
             arguments.checkpoint,
             max_new_tokens=arguments.max_new_tokens,

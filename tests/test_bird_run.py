@@ -1,4 +1,7 @@
-"""BiRD from data to answers: a phantom in Med-GRIT's form is trained on, packed, interrupted, resumed, swept and asked."""
+"""BiRD from data to answers:
+
+A phantom in Med-GRIT's form is trained on, packed, interrupted, resumed, swept and asked.
+"""
 
 import dataclasses
 import json

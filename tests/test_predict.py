@@ -2,6 +2,7 @@
 
 import sys
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from medplib_jax import predict
 from medplib_jax.data.errors import DataError
 from medplib_jax.decode import generator as decode
-from medplib_jax.decode.predictor import place_region
+from medplib_jax.decode.predictor import place_region, read_question
 from tests.evaluate.evaluators import tiny
 
 
@@ -42,14 +43,28 @@ def test_region_takes_its_place():
         place_region("<region> or <region>?", "point:1,2")
 
 
-@pytest.mark.parametrize("region", ["point:5,20", "box:0,0,14,40", "scribble:2,5 6,30", "mask"])
+@pytest.mark.parametrize("region", ["point:5,20", "box:0,0,14,40", "scribble:2,5 6,30", "file", "array"])
 def test_region_is_in_the_prompt(predictor, folder, region):
-    region = str(folder / "masks" / "left-ct_00--a.png") if region == "mask" else region
+    mask = folder / "masks" / "left-ct_00--a.png"
+    region = {"file": str(mask), "array": np.asarray(Image.open(mask)) > 0}.get(region, region)
     picture, prompt = predictor.prompt(folder / "images" / "ct_00--a.png", "What is it?", region)
     assert picture.shape == (40, 30, 3) and prompt.mask_size.tolist() == [[40, 30]]
     points = prompt.region_points[0, 0][prompt.region_point_valid[0, 0]]
     assert len(points) and (points[:, 0] < 0.5).all()  # the left half
     assert (prompt.feature_index == 4).sum() == 1  # behind the image's four patches
+
+
+def test_files_pictures_and_arrays_are_the_same(predictor, folder):
+    path = folder / "images" / "ct_00--a.png"
+    opened = Image.open(path)
+    _, expected = predictor.prompt(str(path), "What is it?")
+    for image in (path, opened, np.asarray(opened)):
+        chex.assert_trees_all_equal(predictor.prompt(image, "What is it?")[1], expected)
+    grey = np.asarray(opened.convert("L"))
+    np.testing.assert_array_equal(predictor.prompt(grey, "What is it?")[0], np.repeat(grey[..., None], 3, 2))
+    for wrong in (grey / 255, np.zeros((4, 4, 4), np.uint8), np.zeros(4, np.uint8)):
+        with pytest.raises(ValueError, match=r"expected uint8 \[h, w\] or \[h, w, 3\], found"):
+            read_question(wrong, "What is it?")
 
 
 def test_no_region_no_slot(predictor, folder):
@@ -60,55 +75,65 @@ def test_no_region_no_slot(predictor, folder):
 @pytest.mark.parametrize(
     ("region", "message"),
     [
-        ("point:300,2", r"outside the picture .point:300,2.*expected x in \[0, 30\], y in \[0, 40\]"),
+        ("point:300,2", r"outside the picture.*expected x in \[0, 30\], y in \[0, 40\]"),
+        ("box:-5,3,20,20", r"outside the picture"),
         ("box:1,2", "region cannot be read"),
-        ("/lost/mask.png", "file is missing"),
+        ("/lost/mask.png", "/lost/mask.png: file is missing"),
         ("masks/right-mr_00--b.png", "mask and picture differ in size.*expected 40 x 30"),
+        (np.zeros((40, 30)), "region is empty"),
     ],
 )
-def test_bad_region_is_named(predictor, folder, region, message):
-    region = str(folder / region) if region.startswith("masks") else region
+def test_bad_region_is_named(folder, region, message):
+    region = str(folder / region) if isinstance(region, str) and region.startswith("masks") else region
     with pytest.raises(DataError, match=message):
-        predictor.prompt(folder / "images" / "ct_00--a.png", "What is it?", region)
+        read_question(folder / "images" / "ct_00--a.png", "What is it?", region)
 
 
-def test_command_line_writes_masks_of_the_pictures_size(folder, workdir, tmp_path, monkeypatch, capsys):
-    arguments = [
-        "--checkpoint",
-        workdir,
-        "--image",
-        folder / "images" / "mr_00--b.png",
-        "--question",
-        "Where is it?",
-        "--out",
-        tmp_path,
-    ]
-    monkeypatch.setattr(
-        sys, "argv", ["predict", *map(str, arguments), "--max-new-tokens", "1", "--mask-threshold", "0.0001"]
-    )
-    seg_id = tiny.make_tokenizer(tmp_path / "tokenizer").seg_id
-    monkeypatch.setattr(
-        decode, "draw_token", lambda logits, draws, place: jnp.full(logits.shape[:1], seg_id, jnp.int32)
-    )
-    predict.main()
+@pytest.fixture
+def call(folder, workdir, tmp_path, monkeypatch):
+    """Runs the command line with these arguments behind the usual ones."""
+    usual = ["--checkpoint", workdir, "--image", folder / "images" / "mr_00--b.png", "--question", "Where is it?"]
+    usual += ["--out", tmp_path / "out", "--max-new-tokens", "1", "--mask-threshold", "0.0001"]
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["predict", *map(str, [*usual, *arguments])])
+        predict.main()
+
+    return run
+
+
+def say(monkeypatch, token):
+    monkeypatch.setattr(decode, "draw_token", lambda logits, *_: jnp.full(logits.shape[:1], token, jnp.int32))
+
+
+def test_command_line_writes_masks_of_the_pictures_size(call, workdir, tmp_path, monkeypatch, capsys):
+    tokenizer = tiny.make_tokenizer(tmp_path / "tokenizer")
+    say(monkeypatch, tokenizer.seg_id)
+    call()
     assert capsys.readouterr().out == "<SEG>\n"
-    mask, shown = (np.asarray(Image.open(tmp_path / name)) for name in ("mask_0.png", "overlay.png"))
+    mask, shown = (np.asarray(Image.open(tmp_path / "out" / name)) for name in ("mask_0.png", "overlay.png"))
     assert mask.shape == (24, 48) and (mask == 255).all() and shown.shape == (24, 48, 3)
     assert (shown[0] == [0, 114, 178]).all()  # the mask's outline
 
+    (tmp_path / "out" / "mask_of_mine.png").touch()
+    say(monkeypatch, tokenizer.eos_id)
+    call("--checkpoint", workdir / "checkpoints" / "3")  # a step, and an answer without a mask
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"overlay.png", "mask_of_mine.png"}
 
-@pytest.mark.parametrize("arguments", [["--image", "/lost.png"], ["--temperature", "-1"], ["--checkpoint", "/lost"]])
-def test_command_line_says_what_is_wrong(folder, workdir, tmp_path, monkeypatch, arguments):
-    base = [
-        "--checkpoint",
-        workdir,
-        "--image",
-        folder / "images" / "mr_00--b.png",
-        "--question",
-        "What?",
-        "--out",
-        tmp_path,
-    ]
-    monkeypatch.setattr(sys, "argv", ["predict", *map(str, base), *arguments])
-    with pytest.raises(SystemExit, match="error: .*(lost|temperature -1)"):
-        predict.main()
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "/lost.png"], "/lost.png: file is missing"),
+        (["--temperature", "-1"], "temperature -1"),
+        (["--checkpoint", "/lost"], "/lost: expected a workdir"),
+        (["--question", b"Where \xff?".decode(errors="surrogateescape")], "expected some text in UTF-8"),
+        (["--box", "-5,3,20,20"], "region is outside the picture"),
+        (["--out", "/proc/answer"], "/proc/answer"),
+    ],
+)
+def test_command_line_says_what_is_wrong_before_it_loads_the_model(call, monkeypatch, arguments, message):
+    monkeypatch.setattr(predict, "Predictor", None)
+    with pytest.raises(SystemExit, match=f"error: .*{message}") as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)

@@ -24,6 +24,7 @@ from medplib_jax.train.state import TrainState
 from medplib_jax.train.step import abstract_model
 from tests.evaluate.evaluators import tiny
 from tests.paths import ROOT
+from tests.test_layout import imports_of
 
 READMES = sorted(
     path.relative_to(ROOT)
@@ -86,14 +87,19 @@ def programs() -> list[list[str]]:
 
 @functools.cache
 def source(program: str) -> str:
-    """What defines a program's flags: its file, and what command lines share."""
+    """What may define a program's flags: its file, and those that it imports."""
     if program.endswith(".sh"):
         return (ROOT / program).read_text() + (ROOT / "launch/common.sh").read_text()
-    bases = [ROOT / name.replace(".", "/") for name in (program, program.removeprefix("medplib_jax."))]  # as installed
-    files = [path for base in bases for path in (base.with_suffix(".py"), base / "__main__.py") if path.exists()]
+    files = files_of(program) or files_of(program.removeprefix("medplib_jax."))  # as installed
     assert files, f"python -m {program}: there is no such program"
-    shared = (ROOT / "medplib_jax/datasets/command.py", ROOT / "medplib_jax/config/files.py")
-    return "".join(path.read_text() for path in (files[0], *shared))
+    imported = [path for name in imports_of(files[-1].relative_to(ROOT)) for path in files_of(name.rpartition(".")[0])]
+    return "".join(path.read_text() for path in {*files, *imported})
+
+
+def files_of(module: str) -> list[Path]:
+    """A module's file; of a folder the one that runs it."""
+    base = ROOT / module.replace(".", "/")
+    return [path for path in (base.with_suffix(".py"), base / "__main__.py") if module and path.exists()]
 
 
 @pytest.mark.parametrize("words", programs(), ids=" ".join)

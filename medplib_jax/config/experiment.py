@@ -170,6 +170,7 @@ class InitConfig(Section, name="init"):
     stage: int = 0  # 1 align, 2 visual-language expert, 3 grounding expert, 4 MoE; 0: a single fine-tuning
     base: str = ""
     grounding: str = ""  # stage IV: expert 0, SEG MLP and mask head come from here
+    sizes: Literal["config", "base"] = "config"  # base: the model's sizes are those of `base`, whatever `model` says
 
     def __post_init__(self):
         super().__post_init__()
@@ -181,8 +182,9 @@ class InitConfig(Section, name="init"):
 class TrainConfig(Section, name="train"):
     """Length of the run and what is written when. `steps` wins over `epochs` when positive.
 
-    Checkpoints that stay: the newest `keep`, and the `keep_best` of the smallest mean loss since the checkpoint before.
-    A run in which no step begins for `hang_seconds` (compiling counts) ends, to be started again.
+    Checkpoints that stay: the newest `keep`, and the `keep_best` of the smallest loss on the held-out records of
+    `eval.sources`, or without `eval_every` of the smallest mean training loss since the checkpoint before. A run in
+    which no step begins for `hang_seconds` (compiling counts) ends, to be started again.
     """
 
     steps: NotNegative[int] = 0
@@ -192,12 +194,27 @@ class TrainConfig(Section, name="train"):
     checkpoint_every: Positive[int] = 500
     keep: Positive[int] = 2
     keep_best: NotNegative[int] = 0
+    eval_every: NotNegative[int] = 0  # steps between evaluations on `eval.sources`; 0: none
+    eval_records: Positive[int] = 64  # of each source that an evaluation reads
+    profile: str = ""  # START:STOP, steps counted from 0: a trace of these in WORKDIR/profile
     hang_seconds: Positive[float] = 3600.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        steps = self.profile_steps
+        require(steps is None or steps[0] < steps[1], f"train.profile {self.profile!r}: STOP must be above START")
+
+    @property
+    def profile_steps(self) -> tuple[int, int] | None:
+        """The steps [START, STOP) to trace."""
+        match = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        require(match is not None or not self.profile, f"train.profile {self.profile!r} is not START:STOP")
+        return (int(match[1]), int(match[2])) if match else None
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Section, name="eval"):
-    """Held-out evaluation."""
+    """Held-out evaluation. `sources` are annotation files, or FOLDER#SPLIT of assembled datasets."""
 
     sources: tuple[str, ...] = ()
     batch_size: Positive[int] = 16  # answers in the making per device

@@ -269,8 +269,8 @@ class ModelConfig(Section, name="model"):
     `dtype` is the type of most products. Router, softmax, norms' statistics, coordinates, logits and losses are float32
     always, and a float32 product is computed as such (on a TPU in six passes). `remat`: see `models/remat.py`.
 
-    `family` says which whole model it is: "medplib" has `clip`, `llm`, `moe`, `region` and `mask`, "bird" `vit` and `llm`. Code above `models/`
-    asks for what the model can do (`image_tokens`, `draws_masks`, ...).
+    `family` says which whole model it is: "medplib" has `clip`, `llm`, `moe`, `region` and `mask`, "bird" `vit` and
+    `llm`. Code above `models/` asks for what the model can do (`image_tokens`, `draws_masks`, ...).
     """
 
     family: Literal["medplib", "bird"] = "medplib"

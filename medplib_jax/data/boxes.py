@@ -1,4 +1,5 @@
-"""Boxes in text, as Qwen-VL writes them: `<ref>phrase</ref><box>(x1,y1),(x2,y2)</box>`, whole numbers 0-999 on the stretched picture.
+"""Boxes in text, as Qwen-VL writes them: `<ref>phrase</ref><box>(x1,y1),(x2,y2)</box>`, whole numbers 0-999 on the
+stretched picture.
 
 The stretch keeps shares of width and height, so the numbers are thousandths of the original picture.
 """
@@ -13,7 +14,10 @@ _BOX = re.compile(r"\((\d+),(\d+)\),\((\d+),(\d+)\)")
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """One box of a text and the phrase that it belongs to (empty without one). `parse` gives x1 <= x2 and y1 <= y2 in [0, 1000)."""
+    """One box of a text and the phrase that it belongs to (empty without one).
+
+    `parse` gives x1 <= x2 and y1 <= y2 in [0, 1000).
+    """
 
     x1: int
     y1: int
@@ -43,8 +47,10 @@ def from_pixels(box: tuple[float, float, float, float], width: int, height: int,
 
 
 def region_text(region: str, width: int, height: int) -> str:
-    """A region of a picture, "box:x1,y1,x2,y2" or "point:x,y" in pixels, as Med-GRIT's questions name it: `<ref>this region</ref>` and its box, of a
-    point one without size. ValueError for another kind or what lies outside."""
+    """A region of a picture, "box:x1,y1,x2,y2" or "point:x,y" in pixels, as Med-GRIT's questions name it:
+
+    `<ref>this region</ref>` and its box, of a point one without size. ValueError for another kind or what lies outside.
+    """
     kind, _, numbers = region.partition(":")
     try:
         values = tuple(float(number) for number in numbers.split(","))
@@ -56,8 +62,11 @@ def region_text(region: str, width: int, height: int) -> str:
 
 
 def parse(text: str) -> list[Box]:
-    """Every box of a text, strictly: ValueError for a tag that is not closed or nested, a box that is not "(x1,y1),(x2,y2)", numbers outside
-    0-999, and corners in the wrong order. Boxes that follow a phrase directly, or one of its boxes, are that phrase's."""
+    """Every box of a text, strictly:
+
+    ValueError for a tag that is not closed or nested, a box that is not "(x1,y1),(x2,y2)", numbers outside 0-999, and
+    corners in the wrong order. Boxes that follow a phrase directly, or one of its boxes, are that phrase's.
+    """
     boxes, label, open_tag, place = [], "", "", 0
     for match in _PIECE.finditer(text):
         closing, tag = match.groups()
@@ -89,8 +98,11 @@ def _box(inside: str, label: str) -> Box:
 
 
 def read(text: str) -> list[Box]:
-    """The boxes of a model's answer as Qwen-VL reads them: any four whole numbers between the tags, in whatever order and range. What is not that is
-    left out: in an answer nothing is promised."""
+    """The boxes of a model's answer as Qwen-VL reads them:
+
+    Any four whole numbers between the tags, in whatever order and range. What is not that is left out: in an answer
+    nothing is promised.
+    """
     found = []
     for match in re.finditer(r"(?:<ref>((?:(?!<ref>).)*?)</ref>)?((?:<box>[^<>]*</box>)+)", text, re.DOTALL):
         for inside in re.findall(r"<box>([^<>]*)</box>", match[2]):

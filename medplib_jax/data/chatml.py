@@ -1,7 +1,9 @@
-"""Conversations in Qwen-VL's form: ChatML turns with pictures between `<img>` and `</img>` (finetune.py's preprocess, make_context).
+"""Conversations in Qwen-VL's form: ChatML turns with pictures between `<img>` and `</img>` (finetune.py's preprocess,
+make_context).
 
-The i-th picture of a text is written `Picture i: <img>...</img>` on a line of its own; `image_tokens` positions stand for it. Differences to the original: ChatML
-marks that someone typed are plain text, each content is tokenized by itself, and a text longer than the limit is an error instead of being cut.
+The i-th picture of a text is written `Picture i: <img>...</img>` on a line of its own; `image_tokens` positions stand
+for it. Differences to the original: ChatML marks that someone typed are plain text, each content is tokenized by
+itself, and a text longer than the limit is an error instead of being cut.
 """
 
 import re
@@ -26,7 +28,8 @@ _SLOT = -1  # stands for a picture while ids are collected
 def encode_conversation(
     record: Record, tokenizer: QwenTokenizer, *, template: str, image_tokens: int, max_images: int, max_length: int
 ) -> Encoded:
-    """The whole conversation, for training. What counts is finetune.py's: every mark of ChatML with the line break behind it, and the answers.
+    """The whole conversation, for training. What counts is finetune.py's: every mark of ChatML with the line break
+    behind it, and the answers.
 
     DataError as `prompts.encode_conversation`, and for boxes that cannot be read or that no picture belongs to.
     """
@@ -40,7 +43,10 @@ def encode_conversation(
 def encode_question(
     record: Record, tokenizer: QwenTokenizer, *, template: str, image_tokens: int, max_images: int, max_length: int
 ) -> Encoded:
-    """The conversation up to the place of its last answer, which is `Encoded.answer`. With template "qwen_raw" the last question's text alone."""
+    """The conversation up to the place of its last answer, which is `Encoded.answer`.
+
+    With template "qwen_raw" the last question's text alone.
+    """
     turns, answer = record.turns, ""
     if turns[-1][0] == "gpt":
         turns, answer = turns[:-1], turns[-1][1]
@@ -59,8 +65,10 @@ def stop_ids(template: str, tokenizer: QwenTokenizer | Tokenizer) -> tuple[int, 
 
 
 def extract_answer(response: str) -> str:
-    """What BiRD's scripts score of a raw response (extract_information): up to the first full stop before an end mark, or what stands between
-    its first two line breaks, without marks."""
+    """What BiRD's scripts score of a raw response (extract_information):
+
+    Up to the first full stop before an end mark, or what stands between its first two line breaks, without marks.
+    """
     if (end := ".<|im_end|>") in response:
         response = response.split(end)[0] + "."
     response = response.replace("<|im_end|>\n", "")

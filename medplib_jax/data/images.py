@@ -259,9 +259,10 @@ def to_canvas(
 
 
 def clip_pixels(pixels: np.ndarray, side: int) -> np.ndarray:
-    """CLIP's input, uint8 [side, side, 3]: the picture on a canvas of 336 pixels, which is resized (bicubic) for another side.
+    """CLIP's input, uint8 [side, side, 3].
 
-    So does the original, whose CLIPImageProcessor gets the padded canvas whatever the size of the tower.
+    The picture lies on a canvas of 336 pixels, which is resized (bicubic) for another side. So does the original, whose
+    CLIPImageProcessor gets the padded canvas whatever the size of the tower.
     """
     canvas, _ = to_canvas(pixels, CLIP_SIDE, CLIP_PAD_COLOUR)
     if side == CLIP_SIDE:
@@ -270,7 +271,10 @@ def clip_pixels(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def stretched(pixels: np.ndarray, side: int) -> np.ndarray:
-    """uint8 [h, w] or [h, w, 3] resized to [side, side, 3], its aspect not kept: Pillow's bicubic, as Qwen-VL prepares pictures."""
+    """uint8 [h, w] or [h, w, 3] resized to [side, side, 3], its aspect not kept:
+
+    Pillow's bicubic, as Qwen-VL prepares pictures.
+    """
     resized = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
     return np.asarray(resized.convert("RGB"))
 

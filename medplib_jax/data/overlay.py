@@ -39,7 +39,9 @@ def overlay(
 def draw_boxes(
     picture: np.ndarray, boxes: Sequence[tuple[int, int, int, int]], labels: Sequence[str], colours: Sequence[str]
 ) -> np.ndarray:
-    """`picture` uint8 [H, W, 3] with the outlines of boxes (x1, y1, x2, y2 in pixels), each with its label above or inside it."""
+    """`picture` uint8 [H, W, 3] with the outlines of boxes (x1, y1, x2, y2 in pixels), each with its label above or
+    inside it.
+    """
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     width = max(1, round(max(picture.shape[:2]) / 200))

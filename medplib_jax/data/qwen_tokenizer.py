@@ -1,7 +1,8 @@
-"""Qwen-VL's tokenizer: tiktoken BPE over `qwen.tiktoken`, special tokens behind its ranks, pictures as spans of ids (tokenization_qwen.py).
+"""Qwen-VL's tokenizer: tiktoken BPE over `qwen.tiktoken`, special tokens behind its ranks, pictures as spans of ids
+(tokenization_qwen.py).
 
-A picture `<img>path</img>` is a span of `image_span` ids between two tags: the UTF-8 byte values of the path, then `<imgpad>`. The model puts visual
-vectors there, so only who renders text as the original does meets the path.
+A picture `<img>path</img>` is a span of `image_span` ids between two tags: the UTF-8 byte values of the path, then
+`<imgpad>`. The model puts visual vectors there, so only who renders text as the original does meets the path.
 """
 
 import base64
@@ -30,7 +31,10 @@ _PICTURE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 
 
 class QwenTokenizer:
-    """Text to ids and back. Padding and the end are `<|endoftext|>`; an answer also ends at a ChatML mark (`stop_ids`)."""
+    """Text to ids and back.
+
+    Padding and the end are `<|endoftext|>`; an answer also ends at a ChatML mark (`stop_ids`).
+    """
 
     seg_id = -1  # it speaks of no masks
 
@@ -82,8 +86,8 @@ class QwenTokenizer:
     def encode(self, text: str, special: Iterable[str] = SPECIALS) -> list[int]:
         """Ids, with nothing around them. The strings `special` become their ids, other special strings are plain text.
 
-        ValueError for a picture that is not closed, and for a path that is longer than a span. (The original reads paths back
-        and fails at the last two lengths; here nothing reads them.)
+        ValueError for a picture that is not closed, and for a path that is longer than a span. (The original reads
+        paths back and fails at the last two lengths; here nothing reads them.)
         """
         text, allowed, ids = unicodedata.normalize("NFC", text), frozenset(special), []
         if "<img>" not in allowed:
@@ -106,8 +110,11 @@ class QwenTokenizer:
         return [self.image_ids[0], *content, *pads, self.image_ids[1]]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of the ids; a picture's span comes back as its path. `skip_special` leaves out the marks that are no part of an answer:
-        ChatML's and padding, but not tags, whose numbers would be left without meaning."""
+        """Text of the ids; a picture's span comes back as its path.
+
+        `skip_special` leaves out the marks that are no part of an answer: ChatML's and padding, but not tags, whose
+        numbers would be left without meaning.
+        """
         ids, hidden = [int(i) for i in ids], {self._special[token] for token in (*CHATML, *EXTRAS, IMAGE_PAD)}
         self._check(ids)
         begin, end = self.image_ids

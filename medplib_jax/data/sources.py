@@ -121,8 +121,12 @@ def open_source(name: str, root: str | None = None) -> Source:
 
     A `#` in the path of a file or folder that is there belongs to the path.
     """
-    is_dataset = os.path.isdir(name) or ("#" in name and not os.path.isfile(name))
-    return TfdsSource(name) if is_dataset else MecovqaSource(name, root)
+    return TfdsSource(name) if is_dataset(name) else MecovqaSource(name, root)
+
+
+def is_dataset(name: str) -> bool:
+    """Whether a source of that name is an assembled dataset, and not an annotation file."""
+    return os.path.isdir(name) or ("#" in name and not os.path.isfile(name))
 
 
 def is_there(name: str) -> bool:

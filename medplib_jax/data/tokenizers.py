@@ -148,9 +148,12 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str) -> Tokenizer | QwenTokenizer:
-    """The tokenizer whose files a folder holds: LLaMA's with MedPLIB's tokens, or Qwen's. Both have `encode`, `decode`, `vocab_size` (the rows of
-    the model's embedding), `fingerprint` and the ids that the model needs: `bos_id` (begins a row that holds nothing else), `pad_id`,
-    `stop_ids` and `seg_id` (-1 where there is no <SEG>)."""
+    """The tokenizer whose files a folder holds:
+
+    LLaMA's with MedPLIB's tokens, or Qwen's. Both have `encode`, `decode`, `vocab_size` (the rows of the model's
+    embedding), `fingerprint` and the ids that the model needs: `bos_id` (begins a row that holds nothing else),
+    `pad_id`, `stop_ids` and `seg_id` (-1 where there is no <SEG>).
+    """
     kind = QwenTokenizer if os.path.isfile(os.path.join(folder, RANKS_FILE)) else Tokenizer
     return kind.load(folder)
 

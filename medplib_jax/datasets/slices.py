@@ -1,8 +1,8 @@
 """Slices of scans as a folder of images with named masks, for `write_qa`.
 
 COMMAND
-python -m medplib_jax.datasets.slices --source scans --out data/slices --modality CT --window soft_tissue --every 4
-python -m medplib_jax.datasets.write_qa --pairs data/slices --out data/slices_qa
+    python -m medplib_jax.datasets.slices --source scans --out data/slices --modality CT --window soft_tissue --every 4
+    python -m medplib_jax.datasets.write_qa --pairs data/slices --out data/slices_qa
 
 The source holds scans below images/, in subfolders if you like: DICOM series and single files, NIfTI, NRRD, MetaImage
 (see `medplib_jax/volumes`). <scan> is a file's path below images/ without its suffix, or a series' folder.

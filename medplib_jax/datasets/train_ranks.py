@@ -1,4 +1,7 @@
-"""Trains a small tokenizer of Qwen's kind: byte-pair merges within the words of Qwen's split pattern, written as `qwen.tiktoken`."""
+"""Trains a small tokenizer of Qwen's kind:
+
+Byte-pair merges within the words of Qwen's split pattern, written as `qwen.tiktoken`.
+"""
 
 import base64
 import collections
@@ -29,8 +32,11 @@ def conversation_texts(records: Iterable[Record]) -> Iterator[str]:
 
 
 def train_ranks(texts: Iterable[str], folder: str, merges: int = MERGES) -> QwenTokenizer:
-    """The tokenizer of these texts, saved in `folder`. Deterministic: of pairs that are equally frequent the first in byte order is merged.
-    Fewer merges come out when no pair occurs twice."""
+    """The tokenizer of these texts, saved in `folder`.
+
+    Deterministic: of pairs that are equally frequent the first in byte order is merged. Fewer merges come out when no
+    pair occurs twice.
+    """
     words = collections.Counter(
         tuple(bytes([byte]) for byte in word.encode())
         for text in texts

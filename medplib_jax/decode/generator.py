@@ -1,8 +1,9 @@
 """Answers and masks: greedy or sampled decoding in a fixed number of slots, each with its part of a static KV cache.
 
-An answer that ends frees its slot for the next prompt while the others go on (continuous batching; Yu et al., Orca, OSDI 2022), so that
-one long answer does not hold a batch. What a row computes depends on that row alone: experts drop nothing, random draws come from the
-record's own key, and all shapes are fixed, so the answer is the same whatever shares the batch.
+An answer that ends frees its slot for the next prompt while the others go on (continuous batching; Yu et al., Orca,
+OSDI 2022), so that one long answer does not hold a batch. What a row computes depends on that row alone: experts drop
+nothing, random draws come from the record's own key, and all shapes are fixed, so the answer is the same whatever
+shares the batch.
 """
 
 import dataclasses
@@ -96,8 +97,8 @@ class Decoder:
     def decode(self, params: Params, slots: Slots, keep: Array, steps: Array) -> Slots:
         """Draws at most `steps` tokens per slot, until no more than `keep` slots are active.
 
-        The cache of a single slot goes round the loop without the axis of slots: XLA drops that axis for products, and what would be written
-        with it and read without it is copied, four times its size per token.
+        The cache of a single slot goes round the loop without the axis of slots: XLA drops that axis for products, and
+        what would be written with it and read without it is copied, four times its size per token.
         """
         model = bind(self.model, params)
         fold, unfold = (without_rows, with_rows) if len(slots.active) == 1 else (unchanged, unchanged)
@@ -157,12 +158,14 @@ class Decoder:
 
 
 class Generator:
-    """Generates answers, for a batch at once or step by step for a stream of prompts (`stream.py`). Compiles once per prompt length and batch size.
+    """Generates answers, for a batch at once or step by step for a stream of prompts (`stream.py`). Compiles once per
+    prompt length and batch size.
 
-    An answer ends before a token of `stop_ids`. `max_masks` is the number of masks drawn per answer; a `<SEG>` beyond it stays in the text without a mask. With `original_masks` one
-    mask is drawn as the original does (model/WholeModel.py evaluate): from the first `<SEG>` of prompt and answer, and where there is none
-    from the second last state. `params` are a checkpoint's, or laid out already (`lay_out`). `mesh`: devices of
-    this process that share the work (its data and fsdp axes) and hold the parameters, spread over them by `rules`, which a mesh of several
+    An answer ends before a token of `stop_ids`. `max_masks` is the number of masks drawn per answer; a `<SEG>` beyond
+    it stays in the text without a mask. With `original_masks` one mask is drawn as the original does
+    (model/WholeModel.py evaluate): from the first `<SEG>` of prompt and answer, and where there is none from the second
+    last state. `params` are a checkpoint's, or laid out already (`lay_out`). `mesh`: devices of this process that share
+    the work (its data and fsdp axes) and hold the parameters, spread over them by `rules`, which a mesh of several
     devices needs. `quantize`: see `layout.decoding_model`.
     """
 

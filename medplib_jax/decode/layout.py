@@ -1,5 +1,7 @@
-"""How decoding wants a checkpoint's parameters: adapters merged, layers apart, kernels in the order in which the platform reads them, perhaps
-in 8 bits."""
+"""How decoding wants a checkpoint's parameters:
+
+Adapters merged, layers apart, kernels in the order in which the platform reads them, perhaps in 8 bits.
+"""
 
 import dataclasses
 import functools
@@ -27,7 +29,9 @@ QUANTIZE = ("", "int8")
 def decoding_model(
     config: ModelConfig, mesh: Mesh | None = None, rules: ShardingConfig | None = None, quantize: str = ""
 ) -> WholeModel:
-    """`laid_out_model` whose experts have no capacity, which would let a token's expert depend on the rest of the batch."""
+    """`laid_out_model` whose experts have no capacity, which would let a token's expert depend on the rest of the
+    batch.
+    """
     dropless = dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dropless"))
     return laid_out_model(dropless, mesh, rules, quantize)
 
@@ -35,10 +39,12 @@ def decoding_model(
 def laid_out_model(
     config: ModelConfig, mesh: Mesh | None = None, rules: ShardingConfig | None = None, quantize: str = ""
 ) -> WholeModel:
-    """The abstract model with parameters as `lay_out` gives them; with `quantize` "int8" its linear layers have weights of 8 bits.
+    """The abstract model with parameters as `lay_out` gives them; with `quantize` "int8" its linear layers have weights
+    of 8 bits.
 
-    On a GPU the experts of a layer stay in one array, from which the chosen one is picked while it is read: in order to choose among
-    programs the host would have to wait for the router. The decoder's kernels are turned there (`layers.matmul_by_output`).
+    On a GPU the experts of a layer stay in one array, from which the chosen one is picked while it is read: in order to
+    choose among programs the host would have to wait for the router. The decoder's kernels are turned there
+    (`layers.matmul_by_output`).
     """
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize {quantize!r} is not one of {QUANTIZE}")
@@ -58,8 +64,11 @@ def lay_out(
     rules: ShardingConfig | None = None,
     quantize: str = "",
 ) -> Params:
-    """A checkpoint's parameters as decoding reads them, adapters merged, on the devices of the mesh (default: this process's first device).
-    Several generators may share them. `config` is the checkpoint's, adapters included. ValueError for a mesh and rules that do not fit."""
+    """A checkpoint's parameters as decoding reads them, adapters merged, on the devices of the mesh (default:
+
+    This process's first device). Several generators may share them. `config` is the checkpoint's, adapters included.
+    ValueError for a mesh and rules that do not fit.
+    """
     mesh = mesh or one_device()
     check_model_fits(config, rules, mesh)
     model = laid_out_model(config, mesh, rules, quantize)

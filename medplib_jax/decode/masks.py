@@ -15,7 +15,9 @@ MaskDrawer = Callable[[Batch, Generation], np.ndarray]
 
 
 def mask_drawer(sam_size: int, unpad: str, canvas: int, threshold: float) -> MaskDrawer:
-    """A function of prompts and generation: bool masks [B, M, canvas, canvas] of probability over `threshold`, picture at the top left."""
+    """A function of prompts and generation: bool masks [B, M, canvas, canvas] of probability over `threshold`, picture
+    at the top left.
+    """
 
     @jax.jit
     def on_canvas(mask_logits, sam_box, mask_size):

@@ -1,6 +1,18 @@
-"""A checkpoint ready to answer questions about single pictures."""
+"""A checkpoint ready to answer questions about single pictures.
+
+from medplib_jax.decode.predictor import Predictor
+
+predictor = Predictor("runs/demo/stage_IV")  # or WORKDIR/checkpoints/STEP
+found = predictor("scan.png", "Please segment the liver.")
+print(found.answer)  # text, with <SEG> for each mask
+for mask, iou in zip(found.masks, found.predicted_iou, strict=True):
+    print(mask.shape, mask.mean(), iou)  # bool [h, w] of the picture's size
+found = predictor("scan.png", "What is <region>?", region="box:40,60,90,120")
+print(found.answer)
+"""
 
 import dataclasses
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -8,27 +20,34 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from medplib_jax.batch import Batch, Params
 from medplib_jax.checkpoint import load_params
-from medplib_jax.data import boxes
+from medplib_jax.data import boxes, regions
 from medplib_jax.data.boxes import Box
-from medplib_jax.data.images import load_image
+from medplib_jax.data.errors import DataError, Notice
+from medplib_jax.data.images import Blob, load_image, load_mask
 from medplib_jax.data.pipeline import Loader
-from medplib_jax.data.records import Record
+from medplib_jax.data.records import REGION, Record
 from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.masks import MaskDrawer, mask_drawer
 from medplib_jax.decode.sampling import Sampling
 from medplib_jax.decode.slots import Generation
 
+Picture = str | os.PathLike | Image.Image | np.ndarray
+Region = str | os.PathLike | np.ndarray
 _PLACEHOLDER = re.compile(r"<region>(?:\s*</region>)?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """`masks`: boolean [h, w] of the picture's size, one per <SEG> of the answer that has a mask slot; `picture`: RGB uint8 [h, w, 3];
-    `boxes`: those in the answer's text, None for a model that draws masks instead."""
+    """An answer with its masks.
+
+    masks: bool [h, w] of the picture's size, one per <SEG> of the answer that has a mask slot. picture: RGB uint8
+    [h, w, 3]. boxes: those in the answer's text, None for a model that draws masks instead.
+    """
 
     answer: str
     masks: tuple[np.ndarray, ...]
@@ -37,10 +56,26 @@ class Prediction:
     boxes: tuple[Box, ...] | None = None
 
 
-class Predictor:
-    """A checkpoint ready to answer; `identity` is what its answers depend on. Compiles anew for each prompt bucket and each picture size. `quantize`: "int8" for weights of 8 bits.
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question about a picture (RGB uint8 [h, w, 3]), read and checked.
 
-    What is None comes from the experiment's `eval`. Answers hold at most `data.max_masks` masks, but never fewer than one.
+    `notices`: what is unusual about its files.
+    """
+
+    picture: np.ndarray
+    record: Record
+    has_region: bool = False
+    notices: tuple[Notice, ...] = ()
+
+
+class Predictor:
+    """A checkpoint ready to answer; `identity` is what its answers depend on.
+
+    Compiles anew for each prompt bucket and each picture size. `quantize`: "int8" for weights of 8 bits.
+
+    What is None comes from the experiment's `eval`. Answers hold at most `data.max_masks` masks, but never fewer than
+    one.
     """
 
     def __init__(
@@ -53,7 +88,7 @@ class Predictor:
         quantize: str = "",
     ):
         experiment, params, tokenizer_dir = load_params(str(checkpoint_dir))
-        saved = sorted(os.listdir(checkpoint_dir))
+        saved = sorted(os.listdir(checkpoint_dir))  # of a workdir or of one of its steps
         self.identity = [
             os.path.abspath(checkpoint_dir),
             saved,
@@ -90,33 +125,18 @@ class Predictor:
         """The checkpoint's parameters, laid out for decoding."""
         return self.generator.params
 
-    def __call__(self, image: str | os.PathLike, question: str, region: str = "", seed: int = 0) -> Prediction:
-        """The answer to a question; see `prompt`."""
+    def __call__(self, image: Picture, question: str, region: Region = "", seed: int = 0) -> Prediction:
+        """The answer to a question about an image; see `read_question`. seed: of sampling."""
         picture, prompt = self.prompt(image, question, region)
         return self.answer(picture, prompt, seed)
 
-    def prompt(self, image: str | os.PathLike, question: str, region: str = "") -> tuple[np.ndarray, Batch]:
-        """The picture (RGB uint8 [h, w, 3]) and the model's input.
-
-        region: "point:x,y", "box:x0,y0,x1,y1", "polygon:x,y ...", "scribble:x,y ..." in pixels, or the path of a mask file; empty for none.
-        Raises DataError for a picture, region or question that cannot be used, ValueError when region and `<region>` do not match.
-        """
-        picture = load_image(os.fspath(image))
-        text = (
-            place_region(question, region)
-            if self._model.draws_masks
-            else place_box(question, region, picture.shape[1], picture.shape[0])
-        )
-        record = Record(
-            "command line",
-            0,
-            "/",
-            (os.path.abspath(image),),
-            (("human", text if "<image>" in text else f"<image>\n{text}"),),
-        )
-        loader = self.loader([record], max(picture.shape[:2]), regions=int(bool(region) and self._model.draws_masks))
+    def prompt(self, image: Picture, question: str, region: Region = "") -> tuple[np.ndarray, Batch]:
+        """The picture (RGB uint8 [h, w, 3]) and the model's input, a batch of one; see `read_question`."""
+        asked = read_question(image, question, region)
+        asked = asked if self._model.draws_masks else with_boxes(asked)
+        loader = self.loader([asked.record], max(asked.picture.shape[:2]), regions=int(asked.has_region))
         arrays, _ = loader.load_eval([0], [0], question=True)
-        return picture, Batch(**arrays)
+        return asked.picture, Batch(**arrays)
 
     def loader(self, records: Sequence[Record], canvas: int, regions: int = 0) -> Loader:
         """Reads questions about pictures of up to `canvas` pixels a side, each once."""
@@ -151,16 +171,84 @@ class Predictor:
         return self._drawers[canvas]
 
 
-def place_box(question: str, region: str, width: int, height: int) -> str:
-    """`place_region` for a model whose regions are boxes in the text. ValueError as there, and for a region that is no box or point of the picture."""
-    if not region:
-        return place_region(question, "")
-    marked = place_region(question, region)
-    return marked.replace(f"<region>{region}</region>", boxes.region_text(region, width, height))
+def read_question(image: Picture, question: str, region: Region = "") -> Question:
+    """A question about an image: a file, a PIL image, or an array uint8 [h, w] (grey) or [h, w, 3] (RGB).
+
+    region: "point:x,y", "box:x0,y0,x1,y1", "polygon:x,y ...", "scribble:x,y ..." in pixels, the path of a mask file, or
+    a mask [h, w] whose region is where it is not 0; empty for none.
+
+    Raises DataError for a picture or region that cannot be used. Raises ValueError for an array of another kind, for a
+    question that is empty or not Unicode, and when region and `<region>` do not match.
+    """
+    if not question.strip() or not _is_unicode(question):
+        raise ValueError(f"question {question!a}: expected some text in UTF-8")
+    notices: list[Notice] = []
+    blob = _encode(image, "picture")
+    picture = load_image(blob, notices)
+    contents = {blob.name: blob.content}
+    if isinstance(region, str) and (not region or regions.is_shape(region)):
+        reference = region
+        if region:
+            regions.draw(region, picture.shape[:2])  # raises what is wrong with it
+    else:
+        marked = _encode_mask(region)
+        reference, contents[marked.name] = marked.name, marked.content
+        if not load_mask(marked, picture.shape[:2], notices).any():
+            raise DataError(reference, None, "region is empty", "a pixel that is not 0", "none")
+    text = place_region(question, reference)
+    text = text if "<image>" in text else f"<image>\n{text}"
+    record = Record("question", 0, "", (blob.name,), (("human", text),), contents=contents)
+    return Question(picture, record, bool(reference), tuple(notices))
+
+
+def with_boxes(asked: Question) -> Question:
+    """The question for a model whose regions are boxes in the text. ValueError for a region that is no box or point."""
+    height, width = asked.picture.shape[:2]
+    turns = tuple(
+        (role, REGION.sub(lambda found: boxes.region_text(found.group(1), width, height), text))
+        for role, text in asked.record.turns
+    )
+    return dataclasses.replace(asked, record=dataclasses.replace(asked.record, turns=turns), has_region=False)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for what a command line holds that is not UTF-8: Python keeps such bytes as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _encode(image: Picture, name: str) -> Blob:
+    """The image as an encoded file; one that is no file is called `name`."""
+    if isinstance(image, str | os.PathLike):
+        path = os.path.abspath(image)
+        try:
+            with open(path, "rb") as file:
+                return Blob(path, file.read())
+        except OSError as error:
+            what = "file is missing" if isinstance(error, FileNotFoundError) else "file cannot be read"
+            raise DataError(path, None, what, "an image file", error.strerror or str(error)) from error
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+            raise ValueError(f"{name}: expected uint8 [h, w] or [h, w, 3], found {image.dtype} {list(image.shape)}")
+        image = Image.fromarray(image)
+    content = io.BytesIO()
+    image.save(content, "png")
+    return Blob(name, content.getvalue())
+
+
+def _encode_mask(mask: Region) -> Blob:
+    is_file = isinstance(mask, str | os.PathLike)
+    return _encode(mask if is_file else np.where(np.asarray(mask) != 0, 255, 0).astype(np.uint8), "region")
 
 
 def place_region(question: str, region: str) -> str:
-    """The question with the region in place of its `<region>`, or behind it. ValueError for a place without a region or several places."""
+    """The question with the region in place of its `<region>`, or behind it.
+
+    ValueError for a place without a region or several places.
+    """
     places = len(_PLACEHOLDER.findall(question))
     if places > 1 or places > bool(region):
         expected = "at most 1" if region else "none, as no region is given"

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -123,6 +124,8 @@ def answer_scan(predictor: Predictor, path: str, out: str, options: ScanOptions)
     scan or slices that cannot be used.
     """
     scan = read_scan(path, options.index)
+    for notice in scan.notices:
+        print(f"note: {notice}", file=sys.stderr)
     shown = pictures(scan, options.plane, parse_window(options.window) if options.window else None)
     numbers = _numbers(shown, options)
     store = SliceStore(out, _made_of(predictor, scan.files, options))

@@ -1,4 +1,4 @@
-"""Answers in the making: a fixed number of slots, each with its part of a static KV cache."""
+"""The state of decoding: a fixed number of slots, each with an answer that is being made and its part of the KV cache."""
 
 import flax.struct
 import jax
@@ -20,9 +20,8 @@ class Generation:
     mask_valid: Bool[Array, "B M"]  # the m-th <SEG> of the answer exists
     mask_logits: Float[Array, "B M h w"] | None  # None when no mask slots were asked for
     predicted_iou: Float[Array, "B M"] | None
-    choices: Int[Array, "B n kinds E"] | None = (
-        None  # tokens of each kind (`routing.TOKEN_KINDS`) per expert and MoE layer; None without experts
-    )
+    # Tokens of each kind (`token_kinds.TOKEN_KINDS`) per MoE layer n and expert E; None without experts.
+    choices: Int[Array, "B n kinds E"] | None = None
 
 
 @flax.struct.dataclass
@@ -45,12 +44,14 @@ class Slots:
 
 
 def without_rows(slots: Slots) -> Slots:
+    """A single slot whose keys and values have no axis of slots."""
     return slots.replace(
         cache=slots.cache.replace(k=tuple(k[0] for k in slots.cache.k), v=tuple(v[0] for v in slots.cache.v))
     )
 
 
 def with_rows(slots: Slots) -> Slots:
+    """The inverse of `without_rows`."""
     return slots.replace(
         cache=slots.cache.replace(k=tuple(k[None] for k in slots.cache.k), v=tuple(v[None] for v in slots.cache.v))
     )
@@ -65,13 +66,16 @@ def take_at(hidden_BxLxD: Array, position_B: Array) -> Array:
 
 
 def insert_rows(slots: Slots, new: Slots, index_DxR: Array) -> Slots:
-    """Row r of device d of `new` into that device's slot `index[d, r]`; an index beyond its slots: nowhere. The rows of `new` may be shorter."""
+    """Writes row r of device d of `new` into that device's slot `index[d, r]`.
+
+    A row whose index is beyond the slots is dropped. The rows of `new` may be shorter than the slots.
+    """
 
     def put(old, rows):
         corner = tuple(slice(size) for size in rows.shape[1:])
         place = jax.vmap(lambda old, rows, index: old.at[index, *corner].set(rows, mode="drop"))
-        apart = (x.reshape(len(index_DxR), len(x) // len(index_DxR), *x.shape[1:]) for x in (old, rows))
-        return place(*apart, index_DxR).reshape(old.shape)
+        by_device = (x.reshape(len(index_DxR), len(x) // len(index_DxR), *x.shape[1:]) for x in (old, rows))
+        return place(*by_device, index_DxR).reshape(old.shape)
 
     return jax.tree.map(put, slots, new)
 

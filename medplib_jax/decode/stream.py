@@ -1,4 +1,8 @@
-"""Answers to a stream of prompts, as they end: slots are refilled, and several lanes of slots run at once."""
+"""Answers to a stream of prompts, as they end (continuous batching).
+
+A slot whose answer has ended is refilled with the next prompt while the other slots go on. A lane is a thread with slots
+of its own; several lanes take prompts from the same stream.
+"""
 
 import itertools
 import queue
@@ -13,9 +17,10 @@ from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.slots import Generation, Slots
 from medplib_jax.parallel.sharding import BATCH_AXES, axis_size
 
-# A lane reads all weights for each of its steps. That costs nothing while a core's cache holds them.
-CACHED_WEIGHTS = 2**25  # bytes
-ROWS_PER_LANE = 8  # with more, the keys and values of the demo's model no longer fit there beside the weights
+# Each lane reads all weights of the decoder for each token that it draws. A core's cache (a few tens of MB on servers)
+# holds the weights of a decoder of at most this many bytes, so that several lanes cost no traffic to memory.
+CACHED_WEIGHTS = 2**25
+ROWS_PER_LANE = 8  # with more slots, the KV cache of the demo's model no longer fits there beside the weights
 
 
 def stream_answers(

@@ -1,4 +1,6 @@
-"""The checkpoints that a sweep evaluates: patterns of paths to named steps of training runs; PyTorch folders are converted once."""
+"""The checkpoints that a sweep evaluates: patterns of paths to named steps of training runs; PyTorch folders are
+converted once.
+"""
 
 import dataclasses
 import hashlib
@@ -16,20 +18,24 @@ from etils import epath
 import medplib_jax
 from medplib_jax.checkpoint import FOLDER, complete_steps, make_manager, read_experiment
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.parallel.processes import wait_for_others
+from medplib_jax.evaluate.result import CheckpointEntry, LeftOut
+from medplib_jax.parallel.processes import of_process_0
 
 log = logging.getLogger(__name__)
 
 # The converter lies in an installed package, or beside it in a checkout.
 _INSTALLED, _CHECKOUT = "medplib_jax.convert.from_torch", Path(medplib_jax.__file__).parents[1]
 TORCH_FILES = ("*.safetensors", "*.bin", "*.pth")
+KINDS = f"workdirs, WORKDIR/{FOLDER}/STEP or folders of PyTorch weights"
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """One complete step. `path` is what was asked for, `workdir` where the step lies (of PyTorch weights: converted).
+class SweepCheckpoint:
+    """One complete step. `path` is the path that the user gave, `workdir` the training run that holds the step (of
+    PyTorch weights: their conversion).
 
-    quantize: how its weights are kept while it answers, see `decode_layout.decoding_model`; a part of name and run, so that both stand side by side.
+    quantize: "int8" if its weights are kept in 8 bits while it answers (see `decode.layout`); a part of name and run,
+    so that both stand side by side.
     """
 
     name: str
@@ -44,52 +50,72 @@ class Checkpoint:
         return _quantized(epath.Path(self.path if self.kind == "torch" else self.workdir).name, self.quantize)
 
     @property
-    def written(self) -> int:
-        """Tells a run that was started anew in the same folder from the one before."""
-        return int((epath.Path(self.workdir) / FOLDER / str(self.step) / "state").stat().mtime)
+    def digest(self) -> str:
+        """16 hex digits of what it is, wherever it lies: its experiment, its tokenizer and the bit sums of its arrays.
+
+        A converted checkpoint has no bit sums. There the files of arrays tell, whose names Orbax draws at random for
+        each save.
+        """
+        folder, total = epath.Path(self.workdir) / FOLDER / str(self.step), hashlib.sha256()
+        for item in ("experiment", "tokenizer"):
+            for name, file in _files(folder / item):
+                total.update(repr((item, name, hashlib.sha256(file.read_bytes()).hexdigest())).encode())
+        total.update(repr([(name, file.stat().length) for name, file in _files(folder / "state")]).encode())
+        return total.hexdigest()[:16]
 
     def experiment(self) -> ExperimentConfig:
         with make_manager(self.workdir, read_only=True) as manager:
             return read_experiment(manager, self.step)[0]
 
-    def as_dict(self) -> dict:
-        return {
-            "name": self.name,
-            "path": self.path,
-            "run": self.run,
-            "step": self.step,
-            "kind": self.kind,
-            "quantize": self.quantize,
-        }
+    def entry(self) -> CheckpointEntry:
+        return CheckpointEntry(self.name, self.path, self.run, self.step, self.kind, self.quantize)
 
 
-def find_checkpoints(patterns: str, steps: str, converted: Path, quantize: str = "") -> list[Checkpoint]:
-    """The checkpoints that comma-separated patterns mean, in their order, each once.
+def find_checkpoints(
+    patterns: str, steps: str, converted: Path, quantize: str = ""
+) -> tuple[list[SweepCheckpoint], list[LeftOut]]:
+    """The checkpoints that comma-separated patterns mean, in their order, each once; and the folders that they name
+    without a usable one.
 
-    steps: newest or all of a workdir. converted: folder that keeps converted PyTorch weights for the next time, under a name made from
-    the folder and the names, sizes and times of its files. FileNotFoundError for a pattern without a checkpoint, ValueError for two of one name.
+    steps: newest or all of a workdir. converted: folder that keeps converted PyTorch weights for the next time, under a
+    name made from the folder and the names, sizes and times of its files. FileNotFoundError for a pattern without a
+    checkpoint, ValueError for two of one name.
     """
     found: dict[tuple[str, int], tuple[str, str]] = {}
+    unusable: list[LeftOut] = []
     for pattern in filter(None, map(str.strip, patterns.split(","))):
-        places = [(str(path), *place) for path in _glob(pattern) for place in _steps(path, steps, converted)]
+        paths = _glob(pattern)
+        places = [(str(path), *place) for path in paths for place in _steps(path, steps, converted, unusable)]
         if not places:
-            raise FileNotFoundError(
-                f"checkpoints {pattern!r}: expected workdirs, WORKDIR/{FOLDER}/STEP or folders of PyTorch weights, found none"
-            )
+            why = next((left.why for left in unusable if left.what in map(str, paths)), "found none")
+            raise FileNotFoundError(f"checkpoints {pattern!r}: expected {KINDS}, {why}")
         for path, workdir, step, kind in places:
             found.setdefault((workdir, step), (path, kind))
     if not found:
         raise FileNotFoundError("no checkpoint was given (checkpoints is empty)")
-    named: dict[str, Checkpoint] = {}
+    for left in unusable:
+        log.warning("%s", left)
+    return _named(found, quantize), unusable
+
+
+def _named(found: dict[tuple[str, int], tuple[str, str]], quantize: str) -> list[SweepCheckpoint]:
+    named: dict[str, SweepCheckpoint] = {}
     for (workdir, step), (path, kind) in found.items():
         name = _quantized(_name(path if kind == "torch" else workdir, step, kind), quantize)
-        checkpoint = Checkpoint(name, path, workdir, step, kind, quantize)
-        if checkpoint.name in named:
-            raise ValueError(
-                f"{path} and {named[checkpoint.name].path} would both be called {checkpoint.name!r}; rename one, or take two workdirs"
-            )
-        named[checkpoint.name] = checkpoint
+        if name in named:
+            both = f"{path} and {named[name].path}"
+            raise ValueError(f"{both} would both be called {name!r}; rename one, or take two workdirs")
+        named[name] = SweepCheckpoint(name, path, workdir, step, kind, quantize)
     return list(named.values())
+
+
+def _files(folder: epath.Path, name: str = "") -> list[tuple[str, epath.Path]]:
+    """Every file below a folder, by its path there."""
+    found = []
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        inner = f"{name}/{path.name}"
+        found += _files(path, inner) if path.is_dir() else [(inner, path)]
+    return found
 
 
 def _glob(pattern: str) -> list[epath.Path]:
@@ -105,20 +131,25 @@ def _glob(pattern: str) -> list[epath.Path]:
     )
 
 
-def _steps(path: epath.Path, steps: str, converted: Path) -> list[tuple[str, int, str]]:
-    """(workdir, step, kind) of every checkpoint at a path; empty when it is none."""
-    if not path.is_dir():
-        return []
-    path = epath.Path(path.absolute() if not str(path).startswith("gs://") else path)
-    if path.name.isdigit() and path.parent.name == FOLDER:
-        workdir, step = path.parent.parent, int(path.name)
-        return [(str(workdir), step, "jax")] if step in _complete_steps(workdir, "all") else []
-    if (path / FOLDER).exists():
-        return [(str(path), step, "jax") for step in _complete_steps(path, steps)]
-    if any(True for pattern in TORCH_FILES for _ in path.glob(pattern)):
-        workdir = _converted(Path(path), converted)
-        return [(str(workdir), step, "torch") for step in _complete_steps(epath.Path(workdir), "newest")]
-    return []
+def _steps(path: epath.Path, steps: str, converted: Path, unusable: list[LeftOut]) -> list[tuple[str, int, str]]:
+    """(workdir, step, kind) of every checkpoint at a path; where there is none, why not is added to `unusable`."""
+    found, why, failed = [], f"it is none of {KINDS}", False
+    folder = epath.Path(path.absolute() if not str(path).startswith("gs://") else path)
+    if folder.name.isdigit() and folder.parent.name == FOLDER:
+        workdir, step = folder.parent.parent, int(folder.name)
+        found = [(str(workdir), step, "jax")] if step in _complete_steps(workdir, "all") else []
+        why, failed = "the step is not complete, or cannot be read", True
+    elif (folder / FOLDER).exists():
+        found = [(str(folder), step, "jax") for step in _complete_steps(folder, steps)]
+        why = f"its {FOLDER!r} hold no complete step"
+        failed = any(step.name.isdigit() for step in (folder / FOLDER).iterdir())
+    elif folder.is_dir() and any(True for pattern in TORCH_FILES for _ in folder.glob(pattern)):
+        workdir, why = _converted(Path(folder), converted)
+        found = [] if why else [(str(workdir), step, "torch") for step in _complete_steps(workdir, "newest")]
+        failed = True
+    if not found:
+        unusable.append(LeftOut(str(path), why, failed))
+    return found
 
 
 def _complete_steps(workdir: epath.Path, steps: str) -> list[int]:
@@ -127,27 +158,34 @@ def _complete_steps(workdir: epath.Path, steps: str) -> list[int]:
     return found if steps == "all" else found[-1:]
 
 
-def _converted(folder: Path, converted: Path) -> Path:
-    """The workdir of a folder's weights. When it is not there, process 0 makes it, in a process of its own that needs no accelerator."""
+def _converted(folder: Path, converted: Path) -> tuple[epath.Path, str]:
+    """The workdir of a folder's weights, and why there is none.
+
+    Process 0 makes it, in a process of its own that needs no accelerator.
+    """
     facts = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir()) if file.is_file()
     ]
     workdir = converted / f"{folder.name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
-    if jax.process_index() == 0 and not workdir.exists():
-        log.info("converting %s", folder)
-        module = "convert.from_torch" if importlib.util.find_spec("medplib_jax.convert") is None else _INSTALLED
-        command = [sys.executable, "-m", module, "--source", str(folder), "--out", str(workdir)]
-        paths = os.pathsep.join([str(_CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
-        made = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if made.returncode:
-            raise ValueError(f"{folder}: cannot be converted: {made.stderr.strip()[-2000:]}")
-    wait_for_others(f"converted/{workdir.name}")
-    return workdir
+    why = _convert(folder, workdir) if jax.process_index() == 0 and not workdir.exists() else ""
+    return epath.Path(workdir), of_process_0(f"converted/{workdir.name}", why)
+
+
+def _convert(folder: Path, workdir: Path) -> str:
+    """Converts PyTorch weights; returns why that failed, empty if it did not."""
+    log.info("converting %s", folder)
+    module = "convert.from_torch" if importlib.util.find_spec("medplib_jax.convert") is None else _INSTALLED
+    command = [sys.executable, "-m", module, "--source", str(folder), "--out", str(workdir)]
+    paths = os.pathsep.join([str(_CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return f"it cannot be converted: {made.stderr.strip()[-2000:]}" if made.returncode else ""
 
 
 def _name(path: str, step: int, kind: str) -> str:
-    """A file name that depends on nothing else: the run's folder, the one above it and the step; of PyTorch weights their folder."""
+    """A file name that depends on nothing else: the run's folder, the one above it and the step; of PyTorch weights
+    their folder.
+    """
     parts = [re.sub(r"[^\w.]+", "_", part).strip("_") for part in epath.Path(path).parts]
     return parts[-1] if kind == "torch" else "-".join([*filter(None, parts[-2:]), str(step)])
 

@@ -7,24 +7,32 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from medplib_jax.config.sweep import TASK_PARTS, TaskConfig
 from medplib_jax.data import splits
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import MASK, REGION
-from medplib_jax.data.sources import MecovqaSource
+from medplib_jax.data.sources import Source, digest, is_dataset, is_there, open_source
 from medplib_jax.data.splits import is_held_out
+from medplib_jax.datasets.phantom.generate import is_phantom
+from medplib_jax.evaluate.result import LeftOut, TaskEntry
+from medplib_jax.parallel.processes import of_process_0
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """One annotation file, read once. Slots are what its questions (images, regions) and answers (masks) need at most."""
+class SweepTask:
+    """One annotation file or split of a dataset, read once.
+
+    `images`, `regions` and `masks`: how many a record has at most.
+    """
 
     config: TaskConfig
     kind: str
-    source: MecovqaSource
-    digest: str  # of the file's content
+    source: Source
+    digest: str  # of every record and of the content of the files that they name
     records: tuple[int, ...]  # what is asked, unusable records included
     skipped: dict[int, DataError]  # those of them that cannot be used
     images: int
@@ -35,24 +43,45 @@ class Task:
     def name(self) -> str:
         return self.config.name
 
-    def as_dict(self) -> dict:
-        found = {
-            "name": self.name,
-            "kind": self.kind,
-            "part": self.config.part,
-            "file": self.source.file,
-            "root": self.source.root,
-        }
-        return found | {"records": len(self.records), "source": self.config.about}
+    def entry(self) -> TaskEntry:
+        config, source = self.config, self.source
+        file = Path(source.file)  # a dataset's is none
+        content = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+        return TaskEntry(
+            self.name,
+            self.kind,
+            source.file,
+            len(self.records),
+            source.root,
+            config.part,
+            config.about,
+            content,
+            is_phantom(source.root),
+        )
 
 
-def read_task(config: TaskConfig, limit: int, on_error: str) -> Task:
-    """Reads every record of a task's file once. An unusable one is raised or, with `on_error` skip, kept with its reason.
-
-    kind, unless given: grounding when any answer has a mask, region when any question has a region, else vqa. limit: usable records, 0 for all.
-    """
+def _open(config: TaskConfig) -> Source:
+    """The records of a task: an annotation file, or FOLDER#SPLIT of an assembled dataset, which carries its pictures."""
+    if is_dataset(config.file):
+        return open_source(os.path.abspath(config.file))
     file = Path(config.file).resolve()
-    source = MecovqaSource(str(file), config.root or str(data_root(file)))
+    return open_source(str(file), config.root or str(data_root(file)))
+
+
+class UnusableTask(ValueError):
+    """A task whose file holds no record that can be asked."""
+
+
+def read_task(config: TaskConfig, limit: int, on_error: str) -> SweepTask:
+    """Reads every record of a task's file once. An unusable one is raised or, with `on_error` skip, kept with its
+    reason.
+
+    kind, unless given: grounding when any answer has a mask, region when any question has a region, else vqa. limit:
+    usable records, 0 for all. UnusableTask when there is none.
+    """
+    if config.kind == "refer_box" and not config.part:
+        raise ValueError(f"task {config.name}: kind refer_box needs a part, one of {TASK_PARTS}")
+    source = _open(config)
     records, skipped, usable = [], {}, 0
     images = regions = masks = 0
     for index in range(len(source)):
@@ -72,35 +101,48 @@ def read_task(config: TaskConfig, limit: int, on_error: str) -> Task:
         images = max(images, len(record.images))
         regions = max(regions, sum(len(REGION.findall(text)) for _, text in record.turns))
         masks = max(masks, len(MASK.findall(record.turns[-1][1])))
-    if config.kind == "refer_box" and not config.part:
-        raise ValueError(f"task {config.name}: kind refer_box needs a part, one of {TASK_PARTS}")
     if not usable:
-        raise ValueError(f"{file}: no usable record, {len(skipped)} skipped")
+        first = f", the first because of {next(iter(skipped.values()))}" if skipped else ""
+        raise UnusableTask(f"{source.file}: no usable record, {len(skipped)} skipped{first}")
     found = "grounding" if masks else "region" if regions else "vqa"
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return Task(config, config.kind or found, source, digest, tuple(records), skipped, images, regions, masks)
+    mine = digest(source, range(len(source))) if jax.process_index() == 0 else ""
+    shared = of_process_0(f"digest/{config.name}", mine)  # reads every picture: once is enough
+    return SweepTask(config, config.kind or found, source, shared, tuple(records), skipped, images, regions, masks)
 
 
-def find_tasks(configs: Sequence[TaskConfig], limit: int, on_error: str, missing: str) -> list[Task]:
-    """The tasks that are there. With `missing` skip, one without a file is named and left out; ValueError when none is left, or for two of one name."""
-    tasks = []
+def find_tasks(
+    configs: Sequence[TaskConfig], limit: int, on_error: str, missing: str
+) -> tuple[list[SweepTask], list[LeftOut]]:
+    """The tasks that are there, and those left out: with `missing` skip one without a file, with `on_error` skip one
+    without a usable record.
+
+    ValueError when none is left, or for two of one name.
+    """
+    tasks, left_out = [], []
+    names = [config.name for config in configs]
     for config in configs:
-        if not os.path.isfile(config.file) and missing == "skip":
-            log.warning("task %s is left out: %s is missing", config.name, config.file)
+        if names.count(config.name) > 1:
+            raise ValueError(f"{config.file}: more than one task would be called {config.name!r}")
+        if not is_there(config.file) and missing == "skip":
+            left_out.append(LeftOut(f"task {config.name}", f"{config.file} is missing"))
             continue
-        tasks.append(read_task(config, limit, on_error))
+        try:
+            tasks.append(read_task(config, limit, on_error))
+        except UnusableTask as error:
+            if on_error == "raise":
+                raise
+            left_out.append(LeftOut(f"task {config.name}", str(error), failed=True))
+    for left in left_out:
+        log.warning("%s", left)
     if not tasks:
-        raise ValueError(f"no task: none of {[config.file for config in configs]} is there")
-    names = [task.name for task in tasks]
-    for task in tasks:
-        if names.count(task.name) > 1:
-            raise ValueError(f"{task.source.file}: more than one task would be called {task.name!r}")
-    return tasks
+        raise ValueError("no task can be asked: " + ("; ".join(map(str, left_out)) or "none was given or selected"))
+    return tasks, left_out
 
 
 def folder_tasks(*sources: str | os.PathLike) -> tuple[TaskConfig, ...]:
-    """A task for each annotation file, given alone or in a data folder (see `annotation_files`), called by its name; with the data folder's name before it
-    where names repeat."""
+    """A task for each annotation file, given alone or in a data folder (see `annotation_files`), called by its name;
+    with the data folder's name before it where names repeat.
+    """
     files = [file for source in sources for file in annotation_files(source)]
     stems = [file.stem for file in files]
     names = [
@@ -111,7 +153,8 @@ def folder_tasks(*sources: str | os.PathLike) -> tuple[TaskConfig, ...]:
 
 
 def annotation_files(path: str | os.PathLike) -> list[Path]:
-    """The file itself, or a data folder's files of records: those in its `test` folder, else its own, the held-out ones if names tell.
+    """The file itself, or a data folder's files of records: those in its `test` folder, else its own, the held-out ones
+    if names tell.
 
     FileNotFoundError without any.
     """
@@ -135,6 +178,8 @@ def _records_in(folder: Path) -> list[Path]:
 
 
 def data_root(file: Path) -> Path:
-    """Where a file's paths start: its folder, or the one above when only that holds `images`, as in MeCoVQA's train and test folders."""
+    """Where a file's paths start: its folder, or the one above when only that holds `images`, as in MeCoVQA's train and
+    test folders.
+    """
     folder = file.resolve().parent
     return folder.parent if (folder.parent / "images").is_dir() and not (folder / "images").is_dir() else folder

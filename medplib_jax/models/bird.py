@@ -1,5 +1,8 @@
-"""BiRD (Huang et al., MICCAI 2024): Qwen-VL that refers and grounds with boxes in text. A ViT sees, 256 queries resample what it saw, and
-Qwen reads and answers."""
+"""BiRD (Huang et al., MICCAI 2024):
+
+Qwen-VL that refers and grounds with boxes in text. A ViT sees, 256 queries resample what it saw, and Qwen reads and
+answers.
+"""
 
 from typing import Any
 
@@ -17,7 +20,10 @@ from medplib_jax.parallel.sharding import shard_rows
 
 
 class Bird(WholeModel):
-    """Qwen-VL (Bai et al. 2023). The visual vectors stand between `<img>` and `</img>`, as many as there are queries."""
+    """Qwen-VL (Bai et al. 2023).
+
+    The visual vectors stand between `<img>` and `</img>`, as many as there are queries.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The few layers that every model is made of, how layers are stacked for scan, and the bridge to plain parameter trees."""
+"""The layers that every model is made of, stacks of them for scan, and the bridge to plain parameter trees."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -29,8 +30,10 @@ def param(
     std: float | None = None,
     value: float | Callable[[], np.ndarray] = 0.0,
 ) -> nnx.Param:
-    """A float32 parameter with logical axis names: normal with `std`, or `value` when std is None, a constant or a (hashable) function
-    that yields the array."""
+    """A float32 parameter with logical axis names:
+
+    Normal with `std`, or `value` when std is None, a constant or a (hashable) function that yields the array.
+    """
     if len(shape) != len(axes):
         raise ValueError(f"{len(shape)} dimensions but {len(axes)} logical axes: {shape} {axes}")
     initial = jnp.asarray(_values(shape, value)) if std is None else std * jax.random.normal(rngs.params(), shape)
@@ -55,9 +58,8 @@ class Identity:
 class Linear(nnx.Module):
     """x @ kernel (+ bias), with an optional low-rank adapter: + scale * dropout(x) @ lora_a @ lora_b.
 
-    kernel is [in, out]; PyTorch's is [out, in]. `axes` are the kernel's logical axes, `gain` scales its initial
-    values, `initial` gives them. The product
-    runs in x's dtype.
+    kernel is [in, out]; PyTorch's is [out, in]. `axes` are the kernel's logical axes. `gain` scales its initial values,
+    or `initial` gives them. The product runs in x's dtype.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Linear(nnx.Module):
         std = None if initial else gain / math.sqrt(in_dim)
         self.kernel = param(rngs, (in_dim, out_dim), axes, std=std, value=initial or 0.0)
         self.kernel_scale = None  # of an 8-bit kernel, see quantize.py
-        self.by_output = False  # the kernel is [out, in], see decode_layout.py
+        self.by_output = False  # the kernel is [out, in], see decode/layout.py
         self.bias = param(rngs, (out_dim,), (axes[1],)) if bias else None
         self.lora_scale, self.lora_dropout = (lora.scale, lora.dropout) if lora_rank else (0.0, 0.0)
         axis_a, axis_b = adapter_axes(axes)
@@ -102,27 +104,33 @@ class Linear(nnx.Module):
 
 
 def adapter_axes(axes: tuple[str | None, str | None]) -> tuple[str | None, ...]:
-    """Logical axes of an adapter's outer sides. Along the model's width it has a name of its own: so small, it costs less whole on
-    every chip than gathered for every layer."""
+    """Logical axes of an adapter's outer sides.
+
+    Along the model's width it has a name of its own. It is so small that it costs less to keep it whole on every chip
+    than to gather it in every layer.
+    """
     return tuple("lora_embed" if axis == "embed" else axis for axis in axes)
 
 
 def matmul(x: Array, kernel: Array, dtype=None) -> Array:
-    """x [..., in] @ kernel [in, out] in x's dtype, the result in `dtype` (default: x's). As one product of two matrices: with batch axes
-    left apart, the gradient with respect to the kernel takes twice as long on a CPU."""
+    """x [..., in] @ kernel [in, out] in x's dtype, the result in `dtype` (default: x's).
+
+    It is one product of two matrices. With several batch axes the kernel's gradient takes twice as long on a CPU.
+    """
     y = product(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype), dtype or x.dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def matmul_by_output(x: Array, kernel: Array, dtype=None) -> Array:
-    """`matmul` with a kernel [out, in], in which what an output sums over lies together, for decoding on a GPU.
+    """`matmul` with a kernel [out, in], for decoding on a GPU: the weights of one output are contiguous in memory.
 
-    One row is written as the sums it is: of that XLA for GPUs makes a kernel that reads each weight once, in the type in which it is
-    stored, with whatever comes before and after. As a product it would be a library's, for which XLA copies the weights of several
-    products side by side, or widens them to float32, anew for every token.
+    A single row is multiplied and summed instead of being a matrix product. XLA for GPUs makes one kernel of that,
+    fused with its neighbours, which reads each weight once and in the type in which it is stored. A matrix product
+    would call a library, for which XLA copies several kernels into one array, or widens them to float32, for every
+    token.
     """
     if x.size > x.shape[-1]:
-        return matmul(x, kernel.swapaxes(-1, -2), dtype)
+        return matmul(x, rearrange(kernel, "out in -> in out"), dtype)
     y = vector_matmul(x.reshape(-1), kernel).astype(dtype or x.dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[0])
 
@@ -161,8 +169,8 @@ class RmsNorm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with an activation between; `axis` is the logical axis of the outer widths, `out_gain` scales the second one's
-    initial values."""
+    """Two linear layers with an activation between; `axis` is the logical axis of the outer widths, `out_gain` scales
+    the second one's initial values."""
 
     def __init__(
         self,
@@ -184,9 +192,10 @@ class Mlp(nnx.Module):
 
 
 def softmax_average(scores: Array, v: Array) -> Array:
-    """softmax(scores) @ v with the division done last: scores float32 [..., T, S], v [..., S, V] -> [..., T, V] in v's dtype.
+    """softmax(scores) @ v, divided last: scores float32 [..., T, S], v [..., S, V] -> [..., T, V] in v's dtype.
 
-    `jax.nn.softmax` divides the [T, S] weights instead, which on a CPU takes nearly three times as long, gradient included.
+    `jax.nn.softmax` divides the [T, S] weights instead. On a CPU that takes nearly three times as long, gradient
+    included.
     """
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     return (product(weights.astype(v.dtype), v) / weights.sum(-1, keepdims=True)).astype(v.dtype)
@@ -268,10 +277,10 @@ def params_of(module: nnx.Module) -> Params:
 
 
 def draw_params(module: nnx.Module, seed: int) -> Params:
-    """Random float32 NumPy parameters for a (usually abstract) module, as the module's own initialisation would draw them.
+    """Random float32 NumPy parameters for a (usually abstract) module, distributed as it would draw them itself.
 
-    Drawn on the host, because compiling a program that draws hundreds of arrays takes a minute. A parameter's values depend on
-    its path and the seed only.
+    Drawn on the host, because compiling a program that draws hundreds of arrays takes a minute. A parameter's values
+    depend on its path and the seed only.
     """
 
     def draw(path: tuple, variable: nnx.Param) -> np.ndarray:
@@ -282,7 +291,7 @@ def draw_params(module: nnx.Module, seed: int) -> Params:
 
     variables = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy draws without holding the interpreter
-        values = dict(zip(variables, pool.map(draw, variables, variables.values())))
+        values = dict(zip(variables, pool.map(draw, variables, variables.values()), strict=True))
     return _string_keys(nnx.traversals.unflatten_mapping(values))
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from medplib_jax.batch import Array, Batch
 from medplib_jax.config.experiment import ShardingConfig
@@ -42,18 +43,18 @@ class MedPLIB(WholeModel):
 
     def see(self, clip_pixels_BxNxIxIx3: Array) -> tuple[Array, dict[str, Any]]:
         """CLIP's patch features of all pictures, [B * N, P, C]. They depend on nothing else, so they can be kept."""
-        flat = clip_pixels_BxNxIxIx3.reshape(-1, *clip_pixels_BxNxIxIx3.shape[2:])
+        flat = rearrange(clip_pixels_BxNxIxIx3, "B N I J c -> (B N) I J c")
         return self.clip(normalise_clip(flat).astype(self.config.dtype))
 
     def visual_features(self, batch: Batch, seen: Array | None = None) -> tuple[Array, dict[str, Any]]:
         """What text positions may be replaced by: the N*P projected patches, then the R region vectors, [B, T, D]."""
         B, N = batch.clip_pixels.shape[:2]
         clip_BNxPxC, clip_out = (seen, {}) if seen is not None else self.see(batch.clip_pixels)
-        image_BxNPxD = shard_rows(self.projector(clip_BNxPxC).reshape(B, -1, self.config.llm.hidden_size))
+        image_BxNPxD = shard_rows(rearrange(self.projector(clip_BNxPxC), "(B N) P D -> B (N P) D", B=B))
         out = {f"clip_{name}": value for name, value in clip_out.items()} | {"clip_features": clip_BNxPxC}
         if batch.region_points.shape[1] == 0:
             return image_BxNPxD, out
-        clip_BxNxPxC = clip_BNxPxC.reshape(B, N, *clip_BNxPxC.shape[1:])
+        clip_BxNxPxC = rearrange(clip_BNxPxC, "(B N) P C -> B N P C", N=N)
         region_BxRxD, _ = self.region(clip_BxNxPxC, batch.region_points, batch.region_point_valid, batch.region_image)
         return jnp.concatenate([image_BxNPxD, region_BxRxD.astype(image_BxNPxD.dtype)], axis=1), out | {
             "regions": region_BxRxD

@@ -1,7 +1,8 @@
 """Products whose precision is said: float32 factors are multiplied as float32.
 
-Left to itself a TPU multiplies float32 matrices in one bfloat16 pass and a GPU in TF32, both without a word. A bfloat16 model keeps float32
-for what needs it (router, coordinates, mask resampling, region pooling), so these products say HIGHEST; so do all of a float32 model.
+Left to itself a TPU multiplies float32 matrices in one bfloat16 pass and a GPU in TF32, both without a word. A bfloat16
+model keeps float32 for what needs it (router, coordinates, mask resampling, region pooling), so these products say
+HIGHEST; so do all of a float32 model.
 """
 
 import jax
@@ -13,7 +14,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def precision_of(*factors: Array) -> jax.lax.Precision | None:
-    """HIGHEST if a factor is float32. Else the default: products of bfloat16 factors are exact, and summed in float32."""
+    """HIGHEST if a factor is float32. Else the default: products of bfloat16 factors are exact, their sum float32."""
     return HIGHEST if any(jnp.result_type(factor) == jnp.float32 for factor in factors) else None
 
 

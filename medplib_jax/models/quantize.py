@@ -1,8 +1,8 @@
-"""Weights of 8 bits for inference: each output of a linear layer keeps integers and one scale (symmetric, as in LLM.int8(); Dettmers et al. 2022).
+"""Weights of 8 bits for inference: integers and one scale per output, symmetric (LLM.int8(), Dettmers et al. 2022).
 
-A transform of the module and one of the parameter tree, like `lora.py`. Products run in the activations' type, so only memory changes:
-a kernel takes a half of what it takes in bfloat16. Libraries that do this (qwix) hook into Flax modules that own their parameters; here
-parameters are plain trees that modules are bound to.
+A transform of the module and one of the parameter tree, like `lora.py`. Products run in the activations' type, so only
+memory changes: a kernel takes a half of what it takes in bfloat16. Libraries that do this (qwix) hook into Flax modules
+that own their parameters; here parameters are plain trees that modules are bound to.
 """
 
 import jax

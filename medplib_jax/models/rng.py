@@ -13,8 +13,8 @@ def split_rng(rng: Array | None, count: int):
 
 
 def dropout(x: Array, rate: float, rng: Array | None) -> Array:
-    """Inverted dropout; the identity without an rng or at rate 0. The rate is rounded to 16 bits: drawing is what costs on a CPU, and
-    a word serves two values."""
+    """Inverted dropout; the identity without an rng or at rate 0. The rate is rounded to 16 bits: drawing is what costs
+    on a CPU, and a word serves two values."""
     if rng is None or rate == 0.0:
         return x
     dropped = round(rate * 2**16)

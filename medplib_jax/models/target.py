@@ -1,4 +1,4 @@
-"""What a program is compiled for, asked while it is traced: the devices of the mesh that an array lives on, else the default ones."""
+"""What a program is compiled for, asked while it is traced: the devices of an array's mesh, else the default ones."""
 
 import jax
 

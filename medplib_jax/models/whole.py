@@ -1,7 +1,7 @@
 """What every whole model shares: pictures are embedded, a decoder reads and answers, and some draw masks.
 
-Trainer, generator, sweep and converter know a model by `embed(batch)`, `llm`, `config` (what it can do) and, where `config.draws_masks`,
-`draw(...)`.
+Trainer, generator, sweep and converter know a model by `embed(batch)`, `llm`, `config` (what it can do) and, where
+`config.draws_masks`, `draw(...)`.
 """
 
 import abc
@@ -31,7 +31,10 @@ class ModelOutput:
 
 
 class WholeModel(nnx.Module):
-    """A vision part of the subclass and a decoder. All indices come from the host in `Batch`; nothing here has a data-dependent shape."""
+    """A vision part of the subclass and a decoder.
+
+    All indices come from the host in `Batch`; nothing here has a data-dependent shape.
+    """
 
     config: ModelConfig
     rules: ShardingConfig | None  # where parameters go on a mesh; None for a model that stays on one device
@@ -63,7 +66,10 @@ class WholeModel(nnx.Module):
     def __call__(
         self, batch: Batch, *, train: bool = False, rng: Array | None = None
     ) -> tuple[ModelOutput, dict[str, Any]]:
-        """A teacher-forced pass. `train` selects the training capacity; `rng` turns on dropout and random token priority."""
+        """A teacher-forced pass.
+
+        `train` selects the training capacity; `rng` turns on dropout and random token priority.
+        """
         x_BxLxD, out = self.embed(batch)
         hidden_BxLxD, llm_out = self.llm(x_BxLxD, batch.valid, segment_BxL=batch.segment, train=train, rng=rng)
         out |= llm_out

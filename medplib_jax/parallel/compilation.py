@@ -19,7 +19,7 @@ def use_cache() -> None:
 
     JAX_ENABLE_COMPILATION_CACHE=false turns it off. Command lines call it first.
     """
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 - jax.config declares no fields
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FOLDER))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     ignore_missing_tpu()

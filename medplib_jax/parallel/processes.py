@@ -9,6 +9,7 @@ import faulthandler
 import json
 import logging
 import os
+import queue
 import secrets
 import socket
 import sys
@@ -220,28 +221,30 @@ def _exit(code: int) -> None:
 
 
 class Watchdog:
-    """Ends all processes with RESTART after `seconds` without a `beat`, and prints what every thread is doing."""
+    """Within the context, more than `seconds` without a `beat` ends all processes with RESTART.
+
+    First it prints what every thread is doing.
+    """
 
     def __init__(self, seconds: float):
         self._seconds = seconds
-        self._beat, self._over = threading.Event(), False
+        self._beats: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: it is over
 
     def __enter__(self) -> "Watchdog":
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._over = True
-        self._beat.set()
+        self._beats.put(False)
 
     def beat(self) -> None:
-        self._beat.set()
+        self._beats.put(True)
 
     def _watch(self) -> None:
-        while self._beat.wait(self._seconds):
-            if self._over:
-                return
-            self._beat.clear()
-        log.error("no step was finished for %g s; what each thread is doing:", self._seconds)
-        faulthandler.dump_traceback(all_threads=True)
-        abort(f"no step was finished for {self._seconds:g} s", RESTART)
+        try:
+            while self._beats.get(timeout=self._seconds):
+                pass
+        except queue.Empty:
+            log.error("no step was finished for %g s; what each thread is doing:", self._seconds)
+            faulthandler.dump_traceback(all_threads=True)
+            abort(f"no step was finished for {self._seconds:g} s", RESTART)

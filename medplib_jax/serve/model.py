@@ -10,7 +10,7 @@ import numpy as np
 
 from medplib_jax.batch import Batch
 from medplib_jax.checkpoint import load_params
-from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.data.tokenizers import Tokenizer, load_tokenizer
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.masks import MaskDrawer, mask_drawer
 from medplib_jax.decode.slots import Generation
@@ -79,7 +79,9 @@ def prompt_lengths(image_positions: int, longest: int) -> Sequence[int]:
 def load_model(path: str | os.PathLike, quantize: str, max_new_tokens: int, threshold: float | None) -> ServedModel:
     """The checkpoint that a path names. FileNotFoundError or ValueError when it cannot be loaded or has no room."""
     experiment, params, tokenizer_dir = load_params(path)
-    model, tokenizer = experiment.model, Tokenizer.load(tokenizer_dir)
+    model, tokenizer = experiment.model, load_tokenizer(tokenizer_dir)
+    if not model.draws_masks:
+        raise ValueError(f"{path}: a model whose answers have boxes is not served yet, expected one that draws masks")
     longest = model.llm.max_positions - max_new_tokens
     if longest < model.clip.num_patches + SHORTEST:
         raise ValueError(

@@ -3,8 +3,8 @@
 COMMAND
     python -m medplib_jax.train --config=configs/stage3_grounding.py:tiny --workdir=runs/stage3 [--config.optim.lr=1e-4 ...]
 
-The same command again resumes from the last checkpoint with the same losses, bit for bit; a finished workdir returns at once.
-On several hosts the same command runs on each with one workdir that all of them see.
+The same command again resumes from the last checkpoint with the same losses, bit for bit. A finished workdir returns at
+once. On several hosts the same command runs on each with one workdir that all of them see.
 
 EXIT CODES
     0    finished
@@ -13,8 +13,11 @@ EXIT CODES
     1    an error that would only come again: bad data, a loss that is not finite, a config that does not fit
 """
 
+import dataclasses
 import logging
 import signal
+import sys
+from collections.abc import Sequence
 
 import absl.logging
 import jax
@@ -42,16 +45,29 @@ def main() -> None:
         compilations = Compilations()
         try:
             initialize_distributed()
-        except (
-            jax.errors.JaxRuntimeError
-        ) as error:  # the others do not come, or one of them is still the last attempt's
+        except jax.errors.JaxRuntimeError as error:
+            # the others do not come, or one of them is still the last attempt's
             log.error("joining the other processes failed: %s", error)
             return exit_code(error)
-        result = train(from_config_dict(config.value, ExperimentConfig), workdir.value)
+        try:
+            experiment = epochs_asked_for(from_config_dict(config.value, ExperimentConfig), sys.argv)
+            result = train(experiment, workdir.value)
+        except (ValueError, OSError, FloatingPointError) as error:
+            log.debug("where it came from", exc_info=True)
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         log.info("compiled %s", compilations)
         return {None: 0, signal.SIGINT: 130}.get(result["interrupted"], RESTART)
 
     app.run(run, flags_parser=flags_parser(ExperimentConfig))
+
+
+def epochs_asked_for(config: ExperimentConfig, arguments: Sequence[str]) -> ExperimentConfig:
+    """The config without its steps when only epochs stand on the command line: steps would win over them."""
+    given = {argument.lstrip("-").partition("=")[0] for argument in arguments}
+    if "config.train.epochs" not in given or "config.train.steps" in given:
+        return config
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=0))
 
 
 if __name__ == "__main__":

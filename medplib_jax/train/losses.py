@@ -1,4 +1,5 @@
-"""Losses as (sum, weight) pairs, so that they reduce exactly over micro-batches and hosts: mean = sum of sums / sum of weights.
+"""Losses as (sum, weight) pairs, so that they reduce exactly over micro-batches and hosts: mean = sum of sums / sum
+of weights.
 
 Formulas: MedPLIB model/MedPLIB.py (`sigmoid_ce_loss`, `dice_loss`, `FocalLoss`, `MaskIoULoss`, `model_forward`).
 """
@@ -32,8 +33,9 @@ def token_cross_entropy(
 ) -> Pair:
     """Sum of weighted next-token cross-entropies and sum of weights, float32. Weights are data: they get no gradient.
 
-    Only positions with a weight meet the head: of a row that is mostly picture, few do. Logits exist for `chunk` such positions of each
-    row at a time, and once: the gradients are computed along with the value. `rules` say how a mesh keeps the head's gradient.
+    Only positions with a weight meet the head: of a row that is mostly picture, few do. Logits exist for `chunk` such
+    positions of each row at a time, and once: the gradients are computed along with the value. `rules` say how a mesh
+    keeps the head's gradient.
     """
     weights_BxL = jnp.asarray(weights_BxL, jnp.float32)
     arrays = (*map(jnp.asarray, (hidden_BxLxD, head_kernel_DxV, targets_BxL)), weights_BxL)
@@ -65,7 +67,8 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_
 def _on_mesh(hidden_BxLxD, kernel_DxV, targets_BxL, weights_BxL, chunk, rules, of_hidden, of_kernel):
     """`_cross_entropy_and_gradients` on a mesh: every device loops over its own rows only.
 
-    The sum and the head's gradient are added up over the devices once, after the loop. The compiler would do so in every trip.
+    The sum and the head's gradient are added up over the devices once, after the loop. The compiler would do so in
+    every trip.
     """
     mesh = jax.typeof(hidden_BxLxD).sharding.mesh
     rows = row_axes(len(hidden_BxLxD), mesh) if mesh.size > 1 else None
@@ -139,8 +142,8 @@ def mask_losses(
 ) -> dict[str, Array]:
     """The four losses of every mask, [B, M] float32 each, over the pixels where `canvas_mask` is 1.
 
-    bce: mean over pixels. dice: 1 - (2 sum pg + 1e-6) / (sum p + sum g + 1e-6). focal: gamma 2, alpha 0.25, mean over pixels.
-    iou: (soft IoU with 1e-7 - predicted IoU) squared.
+    bce: mean over pixels. dice: 1 - (2 sum pg + 1e-6) / (sum p + sum g + 1e-6). focal: gamma 2, alpha 0.25, mean over
+    pixels. iou: (soft IoU with 1e-7 - predicted IoU) squared.
     """
     inside = canvas_mask_BxIxJ[:, None].astype(jnp.float32)
     logits = logits_BxMxIxJ.astype(jnp.float32)
@@ -166,7 +169,8 @@ def mask_losses(
 def divisors(batch: Batch, micro_batches: int = 1) -> dict[str, Array]:
     """What each sum is divided by: label positions for "ce", masks + 1e-8 for the mask terms, micro-batches for "aux".
 
-    They depend on data alone, so a micro-batch can be scaled by those of the whole batch and its losses and gradients add up.
+    They depend on data alone, so a micro-batch can be scaled by those of the whole batch and its losses and gradients
+    add up.
     """
     tokens = jnp.maximum(batch.loss_weights.astype(jnp.float32).sum(), 1.0)
     masks = batch.mask_valid.astype(jnp.float32).sum() + 1e-8
@@ -181,7 +185,9 @@ def loss_sums(
     mask: MaskConfig,
     rules: ShardingConfig | None = None,
 ) -> dict[str, Array]:
-    """Undivided sums of the terms over the batch: "ce" over tokens, the mask terms over masks (0 without masks), "aux" as it is."""
+    """Undivided sums of the terms over the batch: "ce" over tokens, the mask terms over masks (0 without masks),
+    "aux" as it is.
+    """
     sums = dict.fromkeys(MASK_TERMS, jnp.zeros(())) | {"aux": output.aux.get("aux_loss", jnp.zeros(()))}
     sums["ce"], _ = token_cross_entropy(
         output.hidden, head_kernel_DxV, batch.targets, batch.loss_weights, loss.ce_chunk, rules
@@ -205,9 +211,11 @@ def total_loss(
     divide_by: dict[str, Array],
     rules: ShardingConfig | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """ce * (CE + aux_loss_weight * aux) + dice * Dice + bce * BCE + focal * Focal + iou * IoU, and the unweighted terms.
+    """ce * (CE + aux_loss_weight * aux) + dice * Dice + bce * BCE + focal * Focal + iou * IoU, and the unweighted
+    terms.
 
-    `divide_by` are the `divisors` of the batch, or of the whole batch when `batch` is a micro-batch of it. `rules` are the model's.
+    `divide_by` are the `divisors` of the batch, or of the whole batch when `batch` is a micro-batch of it. `rules` are
+    the model's.
     """
     terms = {
         name: value / divide_by[name]

@@ -1,51 +1,127 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, and how well it used the machine."""
+"""What a run leaves to read: metrics.jsonl and TensorBoard events, skipped records, and how well the time was used."""
 
+import collections
 import json
+import logging
+import math
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from etils import epath
 
+from medplib_jax.data.errors import DataError, Notice
+
+log = logging.getLogger("medplib_jax.train")
+
+METRICS = "metrics.jsonl"
+FLUSH_SECONDS = 5  # what a killed process may lose of TensorBoard's events
+NUMBERS = ("loss", "ce", "dice", "bce", "focal", "iou", "aux", "grad_norm")  # what a message on a bad loss lists
+
 
 class MetricWriter:
-    """Appends {"step": ..., **metrics} lines to metrics.jsonl and the same scalars to TensorBoard. Silent on all but process 0.
+    """Appends {"step": ..., **metrics} lines to metrics.jsonl and the same scalars to TensorBoard, of process 0 only.
 
-    On resume, lines of steps after `start_step` (written after the last checkpoint, or half-written) are removed.
+    A line is on disk when `write` returns, scalars are on disk within seconds, and whenever the context ends. Lines
+    of steps after `start_step`, which an interrupted run wrote after its last checkpoint, are removed by the first
+    `write`, so that a run that fails before it changes nothing.
     """
 
     def __init__(self, workdir: str, start_step: int):
-        self._active = jax.process_index() == 0
-        if not self._active:
-            return
-        from tensorboardX import SummaryWriter  # slow to import, and only process 0 needs it
+        self._workdir, self._start_step = epath.Path(workdir), start_step
+        self._board = None
 
-        self.path = epath.Path(workdir) / "metrics.jsonl"
-        kept = [json.dumps(row) for row in read_metrics(workdir) if row["step"] <= start_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
-        self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._board:
+            self._board.close()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        if not self._active:
+        if jax.process_index() > 0:
             return
-        with self.path.open("a") as file:
+        if self._board is None:
+            self._begin()
+        with (self._workdir / METRICS).open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        if self._active:
-            self._board.close()
+    def _begin(self) -> None:
+        from tensorboardX import SummaryWriter  # slow to import, and only process 0 needs it
+
+        kept = [json.dumps(row) for row in read_metrics(str(self._workdir)) if row["step"] <= self._start_step]
+        partial = self._workdir / f"{METRICS}.partial"
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(self._workdir / METRICS)
+        self._board = SummaryWriter(
+            str(self._workdir / "tensorboard"), purge_step=self._start_step + 1, flush_secs=FLUSH_SECONDS
+        )
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
     """The rows of metrics.jsonl in order; a half-written last line is left out."""
-    path = epath.Path(workdir) / "metrics.jsonl"
+    path = epath.Path(workdir) / METRICS
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
+class LateMetrics:
+    """Metrics of steps, which wait on the device until the next step is under way.
+
+    Reading a metric waits for its step. Read a step late, it does not stop the device.
+    """
+
+    def __init__(self):
+        self._waiting: collections.deque = collections.deque()
+
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        """`metrics`: arrays on the device, or numbers."""
+        self._waiting.append((step, metrics))
+
+    def ready(self, keep: int) -> Iterator[tuple[int, dict[str, float]]]:
+        """(step, metrics) of all but the newest `keep` steps, oldest first."""
+        while len(self._waiting) > keep:
+            step, metrics = self._waiting.popleft()
+            yield step, {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+def check_finite(step: int, row: dict[str, float], records: Iterator[Any]) -> None:
+    """FloatingPointError naming step, losses and records (read only then) when loss or gradient is not finite."""
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        return
+    terms = ", ".join(f"{name} {row[name]}" for name in NUMBERS)
+    names = ", ".join(f"{record.file}[{record.index}]" for record in records)
+    raise FloatingPointError(f"step {step}: not finite: {terms}; its batch holds the records {names}")
+
+
+class SkippedRecords:
+    """Names the records that could not be used, and the odd ones that were, in skipped.<process>.jsonl.
+
+    `count` is the number of those that could not be used.
+    """
+
+    def __init__(self, workdir: str):
+        self._path = epath.Path(workdir) / f"skipped.{jax.process_index()}.jsonl"
+        self.count = 0
+
+    def add(self, errors: list[DataError]) -> None:
+        self.count += sum(not isinstance(error, Notice) for error in errors)
+        if not errors:
+            return
+        with self._path.open("a") as file:
+            for error in errors:
+                log.warning("%s %s", "used" if isinstance(error, Notice) else "skipped", error)
+                file.write(json.dumps(error.as_dict()) + "\n")
+
+
 class Clock:
-    """Seconds per step, and goodput: the share of the run's wall time that was not start-up, restoring or compiling."""
+    """Seconds per step, and goodput: the share of the run's wall time in which it trained.
+
+    Start-up, restoring, compiling and evaluation are the rest.
+    """
 
     def __init__(self):
         self._begin = self._last = time.perf_counter()
@@ -57,7 +133,7 @@ class Clock:
         self._lost = self._last - self._begin
 
     def lose(self, seconds: float) -> None:
-        """Leaves these seconds (of compiling) out of the step's time and out of the goodput."""
+        """Leaves these seconds (of compiling, of evaluation) out of the step's time and out of the goodput."""
         self._lost += seconds
         self._last += seconds
 

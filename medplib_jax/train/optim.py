@@ -36,9 +36,10 @@ def warmup_steps(config: OptimConfig, epoch_steps: int) -> int:
 def make_schedule(config: OptimConfig, total_steps: int, epoch_steps: int) -> optax.Schedule:
     """step -> learning rate: from 0 up over the warm-up, then linearly to 0 at `total_steps`.
 
-    `cosine` (transformers' get_cosine_schedule_with_warmup): the warm-up is ceil(share of the run), then half a cosine falls to 0.
-    `reference` is the original's (DeepSpeed WarmupDecayLR, stepped after the optimizer): the first update runs at the full
-    rate, and every later one is late by one step. Golden: opt_step.json.
+    `cosine` (transformers' get_cosine_schedule_with_warmup): the warm-up is ceil(share of the run), then half a cosine
+    falls to 0.
+    `reference` is the original's (DeepSpeed WarmupDecayLR, stepped after the optimizer): the first update runs at the
+    full rate, and every later one is late by one step. Golden: opt_step.json.
     """
     if config.schedule == "cosine":
         rising = math.ceil(config.warmup * total_steps)
@@ -90,13 +91,15 @@ def scale_by_tree(factors: Params) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule, trainable: Params) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (decoupled decay, as torch.optim.AdamW); `trainable` fixes the per-path factors."""
-    chain = [
+    """Clip by global norm, then AdamW (decoupled decay, as torch.optim.AdamW), then the factor of each path.
+
+    The chain is always the same, so that a resumed run may change any of its numbers. `trainable` says which paths
+    there are.
+    """
+    return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decay_mask(config, trainable) if config.no_decay else None),
         optax.scale_by_learning_rate(schedule),
-    ]
-    if config.lr_scale:
-        chain.append(scale_by_tree(lr_factors(config, trainable)))
-    return optax.chain(*chain)
+        scale_by_tree(lr_factors(config, trainable)),
+    )

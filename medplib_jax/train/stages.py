@@ -1,5 +1,7 @@
-"""How one stage's result starts the next (MedPLIB, section 3.3; train_ds_medplib.py): merge the adapters, build the experts from
-two checkpoints, copy the rest. What is new keeps its fresh values; anything missing, left over or of another size is an error."""
+"""How one stage's result starts the next (MedPLIB, section 3.3; train_ds_medplib.py): merge the adapters, build the
+experts from two checkpoints, copy the rest. What is new keeps its fresh values; anything missing, left over or of
+another size is an error.
+"""
 
 import re
 from collections.abc import Sequence
@@ -22,9 +24,9 @@ Checkpoint = tuple[ExperimentConfig, Params]
 def hand_over(config: ExperimentConfig, fresh: Params, base: Checkpoint, grounding: Checkpoint | None = None) -> Params:
     """The parameters that stage `config.init.stage` starts from, in the nesting of `fresh`.
 
-    `fresh` are newly initialised parameters of `config.model` (only new parts keep their values, so shapes suffice for the rest);
-    `base` and `grounding` are (experiment, parameters) of finished runs. Raises ValueError for a checkpoint of the wrong stage,
-    for parameters of another shape, and for parameters missing or left over.
+    `fresh` are newly initialised parameters of `config.model` (only new parts keep their values, so shapes suffice
+    for the rest); `base` and `grounding` are (experiment, parameters) of finished runs. Raises ValueError for a
+    checkpoint of the wrong stage, for parameters of another shape, and for parameters missing or left over.
     """
     stage = config.init.stage
     check_stage("init.base", stage, base[0].init.stage, BASE_STAGES[stage])
@@ -52,8 +54,10 @@ def merged(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 
 def with_experts(model: ModelConfig, language: dict, grounding: dict) -> dict:
-    """Parameters of the mixture: expert 0 is the grounding checkpoint's MLP, expert 1 the language checkpoint's (which also gives
-    the MLPs of layers without experts, and the residual MLP); SEG MLP and mask head come from grounding, the rest from language."""
+    """Parameters of the mixture: expert 0 is the grounding checkpoint's MLP, expert 1 the language checkpoint's
+    (which also gives the MLPs of layers without experts, and the residual MLP); SEG MLP and mask head come from
+    grounding, the rest from language.
+    """
     if model.moe.num_experts != 2:
         raise ValueError(
             f"stage 4 builds 2 experts from two checkpoints, but moe.num_experts is {model.moe.num_experts}"

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medplib_jax.batch import Array, Batch, Params, combine
@@ -36,14 +37,18 @@ def abstract_model(config: ModelConfig, rules: ShardingConfig | None = None) -> 
 
 
 def place(params: Params, shardings: Params) -> Params:
-    """Host arrays, the same in every process, to global arrays. (`device_put` would send all of them around to compare them.)"""
+    """Host arrays, the same in every process, to global arrays. (`device_put` would send all of them around to
+    compare them.)
+    """
     return jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), params, shardings
     )
 
 
 def make_state(params: Params, config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
-    """Step 0: parameters split into trainable (float32) and frozen (`optim.frozen_dtype`), moments for the trainable ones."""
+    """Step 0: parameters split into trainable (float32) and frozen (`optim.frozen_dtype`), moments for the trainable
+    ones.
+    """
     trainable, frozen = partition(params, config.optim.trainable)
     frozen = jax.tree.map(lambda x: x.astype(config.optim.frozen_dtype), frozen)
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))
@@ -52,7 +57,9 @@ def make_state(params: Params, config: ExperimentConfig, tx: optax.GradientTrans
 def state_shardings(
     model: WholeModel, config: ExperimentConfig, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """A TrainState of NamedShardings: moments lie where their parameter lies. Raises ValueError for a mesh that does not fit."""
+    """A TrainState of NamedShardings: moments lie where their parameter lies. Raises ValueError for a mesh that does
+    not fit.
+    """
     check_fits(config, mesh)
     shapes, _ = partition(params_of(model), config.optim.trainable)
     trainable, frozen = partition(model_shardings(model, mesh), config.optim.trainable)
@@ -65,7 +72,8 @@ def make_train_step(
     model: WholeModel, config: ExperimentConfig, tx: optax.GradientTransformation, schedule: optax.Schedule
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch) -> (state, metrics). With `optim.accumulate` > 1 the batch is worked off in that many parts, whose
-    gradients add up to the whole batch's. Randomness depends on (train.seed, step) only."""
+    gradients add up to the whole batch's. Randomness depends on (train.seed, step) only.
+    """
 
     def micro_loss(trainable: Params, frozen: Params, batch: Batch, rng: Array, divide_by):
         # so that each gradient is added up where its parameter lies, and never whole on every device
@@ -115,12 +123,16 @@ def make_train_step(
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:
-    """[B, ...] -> [parts, B / parts, ...]: part i takes rows i, i + parts, ..., so that every device keeps rows of each part."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    """[B, ...] -> [parts, B / parts, ...]: part i takes rows i, i + parts, ..., so that every device keeps rows of
+    each part.
+    """
+    return jax.tree.map(lambda x: rearrange(x, "(row part) ... -> part row ...", part=parts), batch)
 
 
 def router_metrics(aux: dict[str, Any], parts: int) -> Metrics:
-    """Share of tokens per expert and of dropped tokens, mean over layers, divided by `parts`; nothing without experts."""
+    """Share of tokens per expert and of dropped tokens, mean over layers, divided by `parts`; nothing without
+    experts.
+    """
     if "expert_load" not in aux:
         return {}
     load_E = aux["expert_load"].mean(0) / parts
@@ -128,26 +140,29 @@ def router_metrics(aux: dict[str, Any], parts: int) -> Metrics:
 
 
 class CompiledStep:
-    """The training step, compiled ahead once per bucket length; a batch of another shape in the same bucket is an error."""
+    """The training step, compiled ahead once per bucket length; a batch of another shape in the same bucket is an
+    error.
+    """
 
     def __init__(self, step: Callable, shardings: TrainState):
         options = compiler_options(jax.tree.leaves(shardings)[0].mesh)
         self._jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
-        self._compiled: dict[int, Any] = {}
-        self.compile_seconds: dict[int, float] = {}  # bucket length -> what compiling it took
+        self._compiled: dict[int, Any] = {}  # by bucket length
+
+    def compile(self, state: TrainState, batch: Batch) -> float:
+        """Compiles the step for the batch's bucket; returns the seconds it took, 0 when it is compiled already."""
+        length = batch.tokens.shape[1]
+        if length in self._compiled:
+            return 0.0
+        start = time.perf_counter()
+        self._compiled[length] = self._jitted.lower(state, batch).compile()
+        seconds = time.perf_counter() - start
+        release_memory()
+        wait_for_others(f"compiled_{length}")
+        log.info("compiled the step for length %d in %.1f s (%d so far)", length, seconds, len(self._compiled))
+        return seconds
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        length = batch.tokens.shape[1]
-        if length not in self._compiled:
-            start = time.perf_counter()
-            self._compiled[length] = self._jitted.lower(state, batch).compile()
-            self.compile_seconds[length] = time.perf_counter() - start
-            release_memory()
-            wait_for_others(f"compiled_{length}")
-            log.info(
-                "compiled the step for length %d in %.1f s (%d so far)",
-                length,
-                self.compile_seconds[length],
-                len(self._compiled),
-            )
-        return self._compiled[length](state, batch)
+        """The next state and the metrics; `state` is gone. A bucket that is new is compiled first."""
+        self.compile(state, batch)
+        return self._compiled[batch.tokens.shape[1]](state, batch)

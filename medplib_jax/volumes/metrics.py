@@ -4,9 +4,10 @@ Two definitions of a surface are in use, and their figures differ (by up to 0.38
 its name:
 
 - `surface_scores`: surface elements, as DeepMind's surface-distance has them (Nikolov et al. 2018, arXiv:1809.04430).
-Between eight voxels that are not all alike lies a piece of surface, marching cubes with its vertices halfway between
-voxels. Each piece counts with its area in mm2. - `monai_scores`: surface voxels, as MONAI has them: voxels of the mask
-with one of the six neighbours outside; each counts the same.
+  Between eight voxels that are not all alike lies a piece of surface, marching cubes with its vertices halfway between
+  voxels. Each piece counts with its area in mm2.
+- `monai_scores`: surface voxels, as MONAI has them: voxels of the mask with one of the six neighbours outside; each
+  counts the same.
 
 Masks are bool [x, y, z], spacing is in mm in the order of the axes.
 

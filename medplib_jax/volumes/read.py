@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from medplib_jax.data.errors import DataError
+from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.volumes.dicom import MASKS, Header, read_header
 from medplib_jax.volumes.formats import SUFFIXES, read_volume_file, without_suffix
 from medplib_jax.volumes.series import Stack, read_stack, stacks
@@ -84,7 +84,8 @@ def find_scans(path: str) -> Found:
 def read_scan(path: str, index: int | None = None) -> Volume:
     """The one scan that a file or folder holds. DataError when it holds none or several, or is broken.
 
-    index: which of several, in the order of their names, or of a fourth axis.
+    index: which of several, in the order of their names, or of a fourth axis. The volume's notices name files that were
+    left out.
     """
     if not os.path.exists(path):
         raise DataError(path, None, "no such file or folder", "a scan", "nothing")
@@ -95,13 +96,13 @@ def read_scan(path: str, index: int | None = None) -> Volume:
             if found.problems
             else DataError(path, None, "no scans", "DICOM, NIfTI, NRRD or MetaImage", "none")
         )
-    if len(found.scans) == 1:
-        return found.scans[0].read(index)
-    if index is None or not 0 <= index < len(found.scans):
+    if len(found.scans) > 1 and (index is None or not 0 <= index < len(found.scans)):
         names = ", ".join(scan.name for scan in found.scans[:8]) + (", ..." if len(found.scans) > 8 else "")
         expected = f"an index from 0 to {len(found.scans) - 1} (--index)"
         raise DataError(path, None, "several scans", expected, f"{len(found.scans)}: {names}")
-    return found.scans[index].read()
+    volume = found.scans[0].read(index) if len(found.scans) == 1 else found.scans[index].read()
+    left_out = tuple(Notice(one.file, one.record, one.what, one.expected, one.found) for one in found.problems)
+    return dataclasses.replace(volume, notices=volume.notices + left_out)
 
 
 def is_scan(path: str) -> bool:

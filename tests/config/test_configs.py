@@ -12,6 +12,7 @@ from ml_collections import config_flags
 from medplib_jax.batch import flatten
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.config.files import load_config
 from medplib_jax.models.layers import params_of
 from medplib_jax.train.optim import partition
 from medplib_jax.train.step import abstract_model
@@ -80,10 +81,10 @@ def test_what_trains_in_stage_4():
 @pytest.fixture
 def parse(monkeypatch):
     def parse(*arguments: str) -> ExperimentConfig:
-        argv = ["train", f"--config={ROOT}/configs/stage3_grounding.py:tiny", *arguments]
+        argv = ["train", *arguments]
         monkeypatch.setattr("sys.argv", argv)  # config_flags looks there for the fields that are overridden
         values = flags.FlagValues()
-        holder = config_flags.DEFINE_config_file("config", flag_values=values)
+        holder = config_flags.DEFINE_config_dict("config", load_config("stage3_grounding:tiny"), flag_values=values)
         values(argv)
         return from_config_dict(holder.value, ExperimentConfig)
 

@@ -1,4 +1,7 @@
-"""Converted Qwen-VL weights against what the original modules computed: one function per sort of fixture of `golden/qwen_vl`."""
+"""Converted Qwen-VL weights against what the original modules computed:
+
+One function per sort of fixture of `golden/qwen_vl`.
+"""
 
 import dataclasses
 import pathlib
@@ -193,7 +196,7 @@ def check_text(cases: dict, tokenizer: QwenTokenizer) -> Iterator[Row]:
         yield Row("ids of texts", float(ids != case.get("ids")), 0.0)
         if ids is not None and "decoded" in case:
             yield Row("decoded texts", float(tokenizer.decode(ids, skip_special=False) != case["decoded"]), 0.0)
-    for name, case in cases["finetune_preprocess"].items():
+    for case in cases["finetune_preprocess"].values():
         turns = [tuple(turn) for turn in case["conversation"]]
         turns = turns[1:] if turns[0][0] == "assistant" else turns
         ids, counts = as_finetune(turns, tokenizer)

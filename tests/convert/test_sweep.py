@@ -47,17 +47,17 @@ def test_a_folder_of_pytorch_weights_answers_like_its_checkpoint(run, tmp_path):
         checkpoints=f"{run},{folder}", tasks=tasks, protocol="both", max_new_tokens=4, limit=2, slots=2, refill=2
     )
     result = run_sweep(config, tmp_path / "sweep")
-    assert [(c["name"], c["kind"], c["step"]) for c in result["checkpoints"]] == [
+    assert [(c.name, c.kind, c.step) for c in result.checkpoints] == [
         ("runs-tiny-3", "jax", 3),
         ("MedPLIB_tiny", "torch", 0),
     ]
     assert [path.name.rpartition("-")[0] for path in (tmp_path / "sweep" / "converted").iterdir()] == ["MedPLIB-tiny"]
     answers = {}
-    for cell in result["cells"]:
-        assert cell["records"] == 2 and not cell["skipped"]
-        rows = [row for path in cell["predictions"] for row in read_rows(tmp_path / "sweep" / path)]
-        answers.setdefault(cell["checkpoint"], {})[cell["task"], cell["protocol"]] = json.dumps(
-            [rows, cell["metrics"], cell["router"]]
+    for cell in result.cells:
+        assert cell.records == 2 and not cell.skipped
+        rows = read_rows(*(tmp_path / "sweep" / path for path in cell.predictions))
+        answers.setdefault(cell.checkpoint, {})[cell.task, cell.protocol] = json.dumps(
+            [rows, cell.metrics, cell.router]
         )
-        assert all(row["answer"] for row in rows) and ("masks" in rows[0]) == (cell["task"] == "grounding")
+        assert all(row["answer"] for row in rows) and ("masks" in rows[0]) == (cell.task == "grounding")
     assert answers["MedPLIB_tiny"] == answers["runs-tiny-3"] and len(answers["runs-tiny-3"]) == 6

@@ -81,7 +81,7 @@ def test_predicts_evaluates_and_trains(options_of, data, tmp_path, monkeypatch):
     result = run_sweep(
         SweepConfig(checkpoints=str(options.out), tasks=tasks, max_new_tokens=3, limit=2), tmp_path / "evaluation"
     )
-    assert [cell["records"] for cell in result["cells"]] == [2]
+    assert [cell.records for cell in result.cells] == [2]
 
     monkeypatch.setattr(train_module, "make_mesh", lambda mesh: make_mesh(mesh, from_torch.jax.devices()[:1]))
     merged = dataclasses.replace(model, lora=type(model.lora)())

@@ -1,4 +1,7 @@
-"""The layout that decoding has on a GPU, run on the CPU: the same answers, from the same programs but for kernels that are turned."""
+"""The layout that decoding has on a GPU, run on the CPU:
+
+The same answers, from the same programs but for kernels that are turned.
+"""
 
 import dataclasses
 import functools

@@ -194,6 +194,14 @@ def test_the_command_line_answers_a_scan(tmp_path, workdir, monkeypatch, capsys)
     assert "lung" in capsys.readouterr().out
 
 
+def test_a_region_with_a_scan_is_refused(tmp_path, monkeypatch, capsys):
+    flags = ["--image", str(tmp_path), "--structures", "x", "--box", "1,2,3,4", "--out", "o", "--checkpoint", "c"]
+    monkeypatch.setattr(sys, "argv", ["predict", *flags])
+    with pytest.raises(SystemExit):
+        predict.main()
+    assert "a region is of a picture" in capsys.readouterr().err
+
+
 def test_slices_beyond_the_scan_are_refused(tmp_path, predictor):
     write_nifti(tmp_path / "scan.nii.gz", some_values((12, 14, 5)))
     with pytest.raises(DataError, match="A:B within 0:5"):

@@ -1,5 +1,6 @@
 """Which checkpoints patterns mean, what they are called, and how PyTorch folders become some."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -32,7 +33,7 @@ def runs(tmp_path_factory):
 
 def test_patterns_and_names(runs, tmp_path):
     def found(patterns, steps="newest"):
-        return [(c.name, c.run, c.step, c.kind) for c in find_checkpoints(patterns, steps, tmp_path)]
+        return [(c.name, c.run, c.step, c.kind) for c in find_checkpoints(patterns, steps, tmp_path)[0]]
 
     assert found(f"{runs}/*/model") == [("a-model-10", "model", 10, "jax"), ("b-model-3", "model", 3, "jax")]
     assert found(f"{runs}/a/model", "all") == [("a-model-3", "model", 3, "jax"), ("a-model-10", "model", 10, "jax")]
@@ -41,8 +42,13 @@ def test_patterns_and_names(runs, tmp_path):
         ("a-model-10", "model", 10, "jax"),
     ]
     assert found(f"{runs}/b/model, {runs}/b/model/checkpoints/3") == [("b-model-3", "model", 3, "jax")]
-    for nothing in (f"{runs}/tokenizer", f"{runs}/a/model/checkpoints/5", f"{runs}/c/*", ""):
-        with pytest.raises(FileNotFoundError, match="found none|no checkpoint was given"):
+    for nothing, why in {
+        f"{runs}/tokenizer": "it is none of",
+        f"{runs}/a/model/checkpoints/5": "the step is not complete",
+        f"{runs}/c/*": "found none",
+        "": "no checkpoint was given",
+    }.items():
+        with pytest.raises(FileNotFoundError, match=why):
             found(nothing)
 
 
@@ -53,9 +59,9 @@ def test_two_of_one_name_are_refused(runs, tmp_path):
 
 
 def test_what_a_step_knows(runs, tmp_path):
-    (found,) = find_checkpoints(f"{runs}/b/model", "newest", tmp_path)
+    (found,), _ = find_checkpoints(f"{runs}/b/model", "newest", tmp_path)
     assert found.experiment().eval.max_new_tokens == 4
-    assert found.written > 0 and found.as_dict() == {
+    assert len(found.digest) == 16 and dataclasses.asdict(found.entry()) == {
         "name": "b-model-3",
         "path": f"{runs}/b/model",
         "run": "model",
@@ -63,7 +69,7 @@ def test_what_a_step_knows(runs, tmp_path):
         "kind": "jax",
         "quantize": "",
     }
-    (small,) = find_checkpoints(f"{runs}/b/model", "newest", tmp_path, "int8")
+    (small,), _ = find_checkpoints(f"{runs}/b/model", "newest", tmp_path, "int8")
     assert (small.name, small.run, small.quantize, small.workdir) == (
         "b-model-3-int8",
         "model-int8",
@@ -78,13 +84,13 @@ def test_pytorch_weights_are_converted_once(runs, tmp_path, monkeypatch):
     (source / "model.safetensors").write_bytes(b"weights")
 
     def convert(command, **options):
-        calls.append(dict(zip(command[3::2], command[4::2])))
+        calls.append(dict(zip(command[3::2], command[4::2], strict=True)))
         shutil.copytree(runs / "b" / "model", calls[-1]["--out"])
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(checkpoint_list.subprocess, "run", convert)
     for _ in range(2):
-        (found,) = find_checkpoints(str(source), "newest", tmp_path / "converted")
+        (found,), _ = find_checkpoints(str(source), "newest", tmp_path / "converted")
         assert (found.name, found.run, found.kind) == ("MedPLIB_7b", "MedPLIB-7b", "torch") and found.path == str(
             source
         )
@@ -97,5 +103,8 @@ def test_pytorch_weights_are_converted_once(runs, tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "ValueError: weights are damaged")
     monkeypatch.setattr(checkpoint_list.subprocess, "run", lambda command, **options: failed)
     os.utime(source / "model.safetensors", (2, 2))
-    with pytest.raises(ValueError, match="MedPLIB-7b: cannot be converted: .*weights are damaged"):
+    with pytest.raises(FileNotFoundError, match="MedPLIB-7b'.*it cannot be converted: .*weights are damaged"):
         find_checkpoints(str(source), "newest", tmp_path / "converted")
+    shutil.copytree(runs / "b" / "model", tmp_path / "MedPLIB-jax")
+    found, (left,) = find_checkpoints(f"{tmp_path}/MedPLIB*", "newest", tmp_path / "converted")
+    assert [one.run for one in found] == ["MedPLIB-jax"] and (left.what, left.failed) == (str(source), True)

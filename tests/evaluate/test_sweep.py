@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -15,12 +17,16 @@ from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode import generator as decode
-from medplib_jax.evaluate import sweep
+from medplib_jax.evaluate import answering, sweep
+from medplib_jax.evaluate.answering import LoadedModel, prompt_lengths
 from medplib_jax.evaluate.evaluators.predictions import read_rows
+from medplib_jax.evaluate.plan import plan_sweep
 from medplib_jax.evaluate.report.sweep import write_sweep_report
-from medplib_jax.evaluate.sweep import LoadedModel, run_sweep
+from medplib_jax.evaluate.sweep import IncompleteSweep, run_sweep
 from medplib_jax.evaluate.tasks import folder_tasks
+from medplib_jax.parallel.lock import folder_lock
 from tests.evaluate.evaluators import fake_spice, tiny
+from tests.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -54,25 +60,23 @@ def files(workdir):
 
 def test_a_sweep_holds_every_cell(whole):
     workdir, result = whole
-    assert result == json.loads((workdir / "sweep.json").read_text())
-    assert [(c["name"], c["step"], c["kind"]) for c in result["checkpoints"]] == [("runs-tiny-3", 3, "jax")]
-    assert {task["name"]: (task["kind"], task["records"]) for task in result["tasks"]} == {
-        "grounding": ("grounding", 6)
-    }
-    cell, reference = result["cells"]
-    assert (cell["task"], cell["protocol"], cell["records"], cell["skipped"], cell["mask_threshold"]) == (
+    assert json.loads(json.dumps(dataclasses.asdict(result))) == json.loads((workdir / "sweep.json").read_text())
+    assert [(c.name, c.step, c.kind) for c in result.checkpoints] == [("runs-tiny-3", 3, "jax")]
+    assert {task.name: (task.kind, task.records) for task in result.tasks} == {"grounding": ("grounding", 6)}
+    cell, reference = result.cells
+    assert (cell.task, cell.protocol, cell.records, cell.skipped, cell.mask_threshold) == (
         "grounding",
         "exact",
         6,
-        [],
+        (),
         0.5,
     )
-    assert cell["predictions"] == [f"predictions/runs-tiny-3/exact/grounding.{i:05d}.jsonl" for i in range(2)]
-    assert {"gIoU", "gIoU/ct", "gIoU/modality_mean", "no_target_accuracy"} <= set(cell["metrics"])
-    assert {"text", "image"} <= set(cell["router"]["share"]) and set(cell["router"]["modalities"]) == {"ct", "mr"}
-    rows = [row for path in cell["predictions"] for row in read_rows(workdir / path)]
+    assert list(cell.predictions) == [f"predictions/runs-tiny-3/exact/grounding.{i:05d}.jsonl" for i in range(2)]
+    assert {"gIoU", "gIoU/ct", "gIoU/modality_mean", "no_target_accuracy"} <= set(cell.metrics)
+    assert {"text", "image"} <= set(cell.router["share"]) and set(cell.router["modalities"]) == {"ct", "mr"}
+    rows = [row for path in cell.predictions for row in read_rows(workdir / path)]
     assert [row["record"] for row in rows] == list(range(6))
-    assert (reference["mask_threshold"], reference["protocol"], reference["metrics"]["hit_rate"]) == (
+    assert (reference.mask_threshold, reference.protocol, reference.metrics["hit_rate"]) == (
         0.1,
         "reference",
         1,
@@ -80,7 +84,10 @@ def test_a_sweep_holds_every_cell(whole):
 
 
 def test_pieces_make_the_whole(config, whole, tmp_path):
-    """A few records first, then a cut file: the same bytes. What is complete is not asked again, and files of other settings are refused."""
+    """A few records first, then a cut file: the same bytes.
+
+    What is complete is not asked again, and files of other settings are refused.
+    """
     run_sweep(dataclasses.replace(config, limit=4), tmp_path)
     cut = tmp_path / "predictions" / "runs-tiny-3" / "exact" / "grounding.00000.jsonl"
     cut.write_bytes(cut.read_bytes()[:-40])
@@ -100,8 +107,8 @@ def test_bad_records_are_lines_too(config, folder, tmp_path):
     records[2]["conversations"].pop()
     (folder / "broken.json").write_text(json.dumps(records))
     broken = dataclasses.replace(config, tasks=folder_tasks(folder / "broken.json"), select="*")
-    (cell,) = run_sweep(broken, tmp_path)["cells"]
-    assert cell["records"] == 2 and [(error["record"], error["what"]) for error in cell["skipped"]] == [
+    (cell,) = run_sweep(broken, tmp_path).cells
+    assert cell.records == 2 and [(error["record"], error["what"]) for error in cell.skipped] == [
         (1, "file is missing"),
         (2, "question without an expected answer"),
     ]
@@ -116,9 +123,9 @@ def test_a_mask_too_many_is_drawn_and_counted(config, tmp_path, run, monkeypatch
         decode, "draw_token", lambda logits, draws, place: jnp.full(logits.shape[:1], seg_id, jnp.int32)
     )
     result = run_sweep(config, tmp_path)
-    (cell,) = result["cells"]
-    assert cell["metrics"]["no_target_accuracy"] == 0 and cell["router"]["tokens"]["SEG"] == 6 * 4
-    row = read_rows(tmp_path / cell["predictions"][0])[0]
+    (cell,) = result.cells
+    assert cell.metrics["no_target_accuracy"] == 0 and cell.router["tokens"]["SEG"] == 6 * 4
+    row = read_rows(tmp_path / cell.predictions[0])[0]
     assert row["answer"] == "<SEG> <SEG> <SEG> <SEG>" and row["scores"]["masks"] == 4
     assert (len(row["masks"]), len(row["predicted_iou"]), len(row["true_masks"])) == (3, 3, 1)
     assert row["masks"][0]["size"] == row["true_masks"][0]["size"] == [40, 30]
@@ -129,6 +136,131 @@ def test_what_is_not_there_is_said(config, tmp_path):
         run_sweep(dataclasses.replace(config, checkpoints="nowhere/*"), tmp_path)
     with pytest.raises(ValueError, match="baseline 'other' is not one of the checkpoints .'runs-tiny-3'."):
         run_sweep(dataclasses.replace(config, baseline="other"), tmp_path)
+    for wrong in ({"slots": 2, "refill": 3}, {"slots": 0, "refill": 5}):  # 4 of the experiment
+        with pytest.raises(ValueError, match=r"refill \d exceeds the \d slots"):
+            run_sweep(dataclasses.replace(config, **wrong), tmp_path)
+    assert not files(tmp_path)
+
+
+def test_a_record_without_an_answer_ends_the_sweep(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(answering, "stream_answers", lambda *_, **__: iter(()))
+    with pytest.raises(RuntimeError, match="runs-tiny-3 grounding exact: 6 records got no answer, first record 0"):
+        run_sweep(config, tmp_path)
+
+
+def test_a_changed_mask_is_asked_and_scored_anew(config, run, tmp_path):
+    data = tiny.write_data(tmp_path / "data")
+    asked = dataclasses.replace(config, tasks=folder_tasks(data), limit=1)
+    run_sweep(asked, tmp_path / "out")
+    mask = next((data / "masks").iterdir())
+    mask.write_bytes(next(path for path in (data / "masks").iterdir() if path != mask).read_bytes())
+    with pytest.raises(ValueError, match="different data.; to ask again, remove the file or take another workdir"):
+        run_sweep(asked, tmp_path / "out")
+
+
+def test_a_copied_run_goes_on_and_other_weights_do_not(config, whole, run, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "out")
+    copied = tmp_path / "runs" / "tiny"
+    shutil.copytree(run, copied, copy_function=shutil.copyfile)  # as cp -r: other times
+    asked = dataclasses.replace(config, checkpoints=str(copied))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "LoadedModel", None)
+        found = run_sweep(asked, tmp_path / "out").cells
+        assert sorted(found, key=str) == sorted(whole[1].cells, key=str)
+    shutil.rmtree(copied)
+    copied.mkdir()
+    tiny.write_checkpoint(copied, seed=1)
+    with pytest.raises(ValueError, match="different weights"):
+        run_sweep(asked, tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_others_are_asked(config, run, tmp_path, caplog):
+    damaged = tmp_path / "runs" / "damaged"
+    shutil.copytree(run, damaged)
+    for file in (damaged / "checkpoints" / "3" / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-1])
+    (tmp_path / "runs" / "begun" / "checkpoints").mkdir(parents=True)
+    asked = dataclasses.replace(config, checkpoints=f"{tmp_path}/runs/*, {run}", limit=1)
+    result = run_sweep(asked, tmp_path / "out")
+    assert [cell.checkpoint for cell in result.cells] == ["runs-tiny-3"]
+    assert [(left.what, left.failed) for left in result.left_out] == [
+        (f"{tmp_path}/runs/begun", False),
+        ("runs-damaged-3", True),
+    ]
+    assert "its 'checkpoints' hold no complete step" in caplog.text and "runs-damaged-3 is left out" in caplog.text
+    page = write_sweep_report(tmp_path / "out").read_text()
+    assert "runs-damaged-3 is left out" in page and "runs/begun is left out" in page
+    shutil.copytree(run, damaged, dirs_exist_ok=True)
+    assert [left.what for left in run_sweep(asked, tmp_path / "out").left_out] == [f"{tmp_path}/runs/begun"]
+
+
+def test_sweeps_side_by_side_keep_each_others_cells(config, folder, tmp_path, monkeypatch):
+    tasks = folder_tasks(folder)
+    one, other = (dataclasses.replace(config, tasks=tasks, select=name, limit=1) for name in ("vqa", "region"))
+
+    def load(*arguments):
+        monkeypatch.setattr(sweep, "LoadedModel", LoadedModel)
+        run_sweep(other, tmp_path)  # begins and ends while the first one runs
+        return LoadedModel(*arguments)
+
+    monkeypatch.setattr(sweep, "LoadedModel", load)
+    run_sweep(one, tmp_path)
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert {cell["task"] for cell in found["cells"]} == {task["name"] for task in found["tasks"]} == {"vqa", "region"}
+
+
+def test_a_cell_that_another_sweep_answers_is_left_to_it(config, folder, tmp_path):
+    asked = dataclasses.replace(config, tasks=folder_tasks(folder), select="vqa,region", limit=1)
+    cells = plan_sweep(asked, tmp_path).cells
+    with folder_lock(tmp_path / cells[0].lock):
+        with pytest.raises(IncompleteSweep, match="1 of 2 cells are not complete, first runs-tiny-3 region.*in use by"):
+            run_sweep(asked, tmp_path)
+    assert [cell.task for cell in run_sweep(asked, tmp_path).cells] == ["region", "vqa"]
+
+
+def test_an_unknown_answer_type_is_named_and_ends_nothing(config, folder, tmp_path):
+    records = json.loads((folder / "test" / "vqa.json").read_text())
+    for record, kind in zip(records, ("CLOSED ", "riddle", "open-ended", "open"), strict=True):
+        record["answer_type"] = kind
+    (folder / "odd.json").write_text(json.dumps(records))
+    (folder / "none.json").write_text(json.dumps(records[1:2]))
+    odd = dataclasses.replace(config, tasks=folder_tasks(folder / "odd.json", folder / "none.json"), select="*")
+    result = run_sweep(odd, tmp_path)
+    (cell,) = result.cells
+    assert (cell.records, [(error["record"], error["what"]) for error in cell.skipped]) == (
+        3,
+        [(1, "unknown answer type")],
+    )
+    assert [(left.what, left.failed) for left in result.left_out] == [("task none", True)]
+    assert "unknown answer type" in result.left_out[0].why
+
+
+@pytest.mark.parametrize("longest", [16, 100, 512, 2048, 4096, 5000])
+def test_the_longest_prompt_has_a_length(longest):
+    lengths = prompt_lengths(longest)
+    assert lengths[-1] == longest and list(lengths) == sorted(set(lengths)) and len(lengths) <= 33
+
+
+def test_what_cannot_be_evaluated_is_one_line(folder, tmp_path):
+    wrong = [
+        ("configs/lost.py", "x", "lost.py"),
+        ("configs/eval_folder.py:/lost", "x", "/lost: expected an annotation file or a folder"),
+        (f"configs/eval_folder.py:{folder}", "/lost/run", "checkpoints '/lost/run': expected workdirs"),
+    ]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "medplib_jax.evaluate", f"--config={config}", f"--workdir={tmp_path}"]
+            + [f"--config.checkpoints={checkpoints}"],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for config, checkpoints, _ in wrong
+    ]
+    for process, (_, _, expected) in zip(processes, wrong, strict=True):
+        said = process.communicate()[1]
+        assert process.returncode == 1 and len(said.splitlines()) == 1, said
+        assert said.startswith("error: ") and expected in said
 
 
 def test_answers_with_weights_of_8_bits_stand_beside_the_others(config, whole, tmp_path, monkeypatch):
@@ -142,11 +274,11 @@ def test_answers_with_weights_of_8_bits_stand_beside_the_others(config, whole, t
     assert {
         name: content for name, content in files(tmp_path).items() if "-int8/" not in name and name != "sweep.json"
     } == {name: content for name, content in before.items() if name != "sweep.json"}
-    assert result["baseline"] == "runs-tiny-3" and [(c["name"], c["quantize"]) for c in result["checkpoints"]] == [
+    assert result.baseline == "runs-tiny-3" and [(c.name, c.quantize) for c in result.checkpoints] == [
         ("runs-tiny-3", ""),
         ("runs-tiny-3-int8", "int8"),
     ]
-    plain, _, quantized = ([tmp_path / path for path in cell["predictions"]] for cell in result["cells"])
+    plain, _, quantized = ([tmp_path / path for path in cell.predictions] for cell in result.cells)
     header = json.loads(quantized[0].read_text().splitlines()[0])
     assert header["quantize"] == "int8" and [row["record"] for row in read_rows(quantized[0])] == [0, 1, 2]
     assert "step 3, int8 weights" in write_sweep_report(tmp_path).read_text()
@@ -170,14 +302,14 @@ def test_captions_are_scored_by_spice_or_it_is_said_why_not(config, folder, tmp_
 
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    cells = run_sweep(captions, tmp_path)["cells"]
-    assert [cell["task"] for cell in cells] == ["RC", "GC"]
+    cells = run_sweep(captions, tmp_path).cells
+    assert [cell.task for cell in cells] == ["RC", "GC"]
     assert [message.partition(":")[0] for message in caplog.messages if "SPICE" in message] == ["SPICE is left out"]
     for cell in cells:
         assert (
-            "mBMR" in cell["metrics"]
-            and "spice" not in cell["metrics"]
-            and "no `java` is on the PATH" in cell["left_out"]["spice"]
+            "mBMR" in cell.metrics
+            and "spice" not in cell.metrics
+            and "no `java` is on the PATH" in cell.left_out["spice"]
         )
     assert [note[: note.index(": SPICE is a Java program")] for note in left_out()] == [
         "RC: SPICE is left out",
@@ -188,21 +320,21 @@ def test_captions_are_scored_by_spice_or_it_is_said_why_not(config, folder, tmp_
     monkeypatch.setattr(sweep, "LoadedModel", None)
     with fake_spice.installed(tmp_path) as calls:
         for _ in range(2):
-            cells = run_sweep(captions, tmp_path)["cells"]
+            cells = run_sweep(captions, tmp_path).cells
         assert [len(call) for call in calls()] == [2, 2]  # one for each task, none for the second sweep
-    assert run_sweep(captions, tmp_path)["cells"] == cells and "SPICE" not in caplog.text
+    assert run_sweep(captions, tmp_path).cells == cells and "SPICE" not in caplog.text
     for cell in cells:
-        rows = read_rows(tmp_path / cell["predictions"][0])
+        rows = read_rows(tmp_path / cell.predictions[0])
         expected = [fake_spice.score(row["answer"], row["expected"]) for row in rows]
-        assert cell["metrics"]["spice"] == pytest.approx(sum(expected) / 2) and cell["left_out"] == {}
-        assert cell["predictions"][-1] == f"predictions/runs-tiny-3/exact/{cell['task']}.spice.jsonl"
+        assert cell.metrics["spice"] == pytest.approx(sum(expected) / 2) and cell.left_out == {}
+        assert cell.predictions[-1] == f"predictions/runs-tiny-3/exact/{cell.task}.spice.jsonl"
     assert left_out() == []
     figures = json.loads((tmp_path / "report.json").read_text())["figures"]
     assert {
         figure["task"]: figure["value"]
         for figure in figures
         if (figure["metric"], figure["modality"]) == ("spice", "all")
-    } == {cell["task"]: pytest.approx(cell["metrics"]["spice"]) for cell in cells}
+    } == {cell.task: pytest.approx(cell.metrics["spice"]) for cell in cells}
 
 
 @pytest.mark.slow
@@ -225,7 +357,7 @@ def test_every_task_of_the_sweep_is_asked(run, folder, tmp_path):
         Path(task.file).parent.mkdir(exist_ok=True)
         Path(task.file).write_text(json.dumps(records))
     result = run_sweep(dataclasses.replace(swept, checkpoints=str(run), slots=2, refill=1), tmp_path / "out")
-    metrics = {cell["task"]: cell["metrics"] for cell in result["cells"]}
+    metrics = {cell.task: cell.metrics for cell in result.cells}
     expected = {
         "grounding": "mDice",
         "vqa": "closed_accuracy",
@@ -235,9 +367,7 @@ def test_every_task_of_the_sweep_is_asked(run, folder, tmp_path):
         "RC": "mBMR",
         "MIA": "mBMR",
     }
-    assert metrics.keys() == {task.name for task in swept.tasks} and all(
-        cell["records"] >= 2 for cell in result["cells"]
-    )
+    assert metrics.keys() == {task.name for task in swept.tasks} and all(cell.records >= 2 for cell in result.cells)
     for task in swept.tasks:
         wanted = "false_mask_rate" if task.name == "BRISC" else expected[task.part or task.kind]
         assert 0 <= metrics[task.name][wanted] <= 1 and f"{wanted}/ct" in metrics[task.name], task.name

@@ -1,4 +1,6 @@
-"""Sweeps by real processes: however many share the work, and however often they are killed, the files are the same bytes."""
+"""Sweeps by real processes: however many share the work, and however often they are killed, the files are the same
+bytes.
+"""
 
 import json
 import os

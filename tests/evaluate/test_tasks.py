@@ -6,6 +6,8 @@ import pytest
 
 from medplib_jax.config.sweep import TaskConfig
 from medplib_jax.data.errors import DataError
+from medplib_jax.datasets.assemble.dataset import assemble
+from medplib_jax.evaluate.report import sweep_gallery
 from medplib_jax.evaluate.tasks import annotation_files, data_root, find_tasks, folder_tasks, read_task
 from tests.evaluate.evaluators import tiny
 
@@ -64,10 +66,23 @@ def test_names_are_distinct(tmp_path):
 def test_missing_and_repeated_tasks(folder, tmp_path):
     here = TaskConfig("here", str(folder / "test" / "vqa.json"))
     gone = TaskConfig("gone", str(tmp_path / "gone.json"))
-    assert [task.name for task in find_tasks([here, gone], 0, "skip", "skip")] == ["here"]
+    assert [task.name for task in find_tasks([here, gone], 0, "skip", "skip")[0]] == ["here"]
     with pytest.raises(DataError, match="gone.json: annotation file cannot be read"):
         find_tasks([here, gone], 0, "skip", "raise")
     with pytest.raises(ValueError, match="no task"):
         find_tasks([gone], 0, "skip", "skip")
     with pytest.raises(ValueError, match="more than one task would be called 'here'"):
         find_tasks([here, here], 0, "skip", "skip")
+
+
+def test_a_split_of_an_assembled_dataset_is_a_task(folder, tmp_path):
+    manifest = assemble(str(folder / "test"), str(folder), str(tmp_path / "out"), 0)
+    (name,) = (source for source in manifest["sources"] if "/grounding/" in source)
+    tasks, left_out = find_tasks([TaskConfig("a", name), TaskConfig("b", f"{tmp_path}/gone#test")], 0, "raise", "skip")
+    file = read_task(TaskConfig("a", str(folder / "test" / "grounding.json")), 0, "raise")
+    (task,) = tasks
+    assert (task.kind, task.masks, len(task.records)) == (file.kind, file.masks, len(file.records))
+    assert len(left_out) == 1 and task.entry().file == name
+    row = {"record": 0, "image": list(task.source[0].images), "question": task.source[0].turns[0][1]}
+    picture, problem = sweep_gallery._picture(task.entry(), row)
+    assert picture is not None and not problem

@@ -51,7 +51,10 @@ def logits(params, batch, config=bird_tiny.MODEL, train=False):
 
 
 def test_greedy_answers_are_the_likeliest_tokens_of_the_whole_text(params):
-    """Prompts lie before, on and beyond the trained length of 8, and answers cross its doubles: NTK stays the prompt's."""
+    """Prompts lie before, on and beyond the trained length of 8, and answers cross its doubles:
+
+    NTK stays the prompt's.
+    """
     long = dataclasses.replace(bird_tiny.MODEL.llm, trained_length=8)
     config = dataclasses.replace(bird_tiny.MODEL, llm=long)
     batch = bird_tiny.batch(rows=4, length=16)

@@ -1,5 +1,7 @@
-"""The PartitionSpec of every parameter of the full-size models on three meshes. `python -m tests.parallel.sharding_golden` writes the files
-that the test reads."""
+"""The PartitionSpec of every parameter of the full-size models on three meshes.
+
+`python -m tests.parallel.sharding_golden` writes the files that the test reads.
+"""
 
 import gzip
 import json

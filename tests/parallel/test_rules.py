@@ -1,4 +1,6 @@
-"""Whatever sharding rules a config accepts give the numbers of one device; others are refused, by the rule's name, before anything compiles."""
+"""Whatever sharding rules a config accepts give the numbers of one device; others are refused, by the rule's name,
+before anything compiles.
+"""
 
 import dataclasses
 import functools
@@ -164,7 +166,9 @@ def test_more_devices_than_key_heads():
 
 
 def step(config: ExperimentConfig, mesh):
-    """(metrics, gradients); plain SGD at a high rate shows the gradients themselves, not lost in the parameters' last digits."""
+    """(metrics, gradients); plain SGD at a high rate shows the gradients themselves, not lost in the parameters' last
+    digits.
+    """
     model, tx = abstract_model(config.model, config.sharding), optax.sgd(RATE)
     shardings = state_shardings(model, config, tx, mesh)
     params = with_adapters(init_params(config, model_shardings(model, mesh)))

@@ -103,6 +103,13 @@ def test_a_copy_of_a_slice_is_left_out_by_name(tmp_path):
     ]
 
 
+def test_files_that_are_left_out_of_a_scan_are_told(tmp_path):
+    write_series(tmp_path, some_values())
+    (tmp_path / "report.txt").write_text("x")
+    (notice,) = read_scan(str(tmp_path)).notices
+    assert notice.file == str(tmp_path / "report.txt") and notice.what == "scan cannot be read"
+
+
 def test_times_of_one_place_become_volumes_of_their_own(tmp_path):
     first = write_series(tmp_path / "a", some_values(seed=1), AcquisitionNumber=1)
     same = {name: first[0][name].value for name in ("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")}

@@ -36,6 +36,16 @@ FILES = {
 _IN_PROCESS = 64  # fewer images are not worth starting processes for
 
 
+def is_phantom(folder: str | os.PathLike) -> bool:
+    """Whether a data folder was made by `generate`: its pictures are drawings."""
+    file = Path(folder) / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"version", "examples", "test_examples", "seed"} <= manifest.keys()
+
+
 def generate(
     out_dir: str | os.PathLike, examples: int, test_examples: int, seed: int = 0, processes: int | None = None
 ) -> dict:

@@ -1,10 +1,12 @@
-"""The phantom's pictures asked in Med-GRIT's form: a name's boxes, a box's name, a box's caption, questions about the whole picture.
+"""The phantom's pictures asked in Med-GRIT's form: a name's boxes, a box's name, a box's caption, questions about the
+whole picture.
 
 COMMAND
     python -m medplib_jax.datasets.phantom.grit --data data/phantom
 
 Reads the masks of a generated phantom and writes `grit/{train,test}/{VG,ROC,RC,MIA}.json` beside them, and for training
-also `grit/train/mixed.json`: two conversations per picture with turns of all tasks, so that a picture is looked at less often.
+also `grit/train/mixed.json`: two conversations per picture with turns of all tasks, so that a picture is looked at less
+often.
 """
 
 import argparse
@@ -32,7 +34,10 @@ def file_of(split: str, task: str) -> str:
 
 
 def write_grit(data: str | Path, seed: int = 0) -> dict[str, int]:
-    """Writes the files; returns how many records each has. What is there already from the same phantom is left as it is."""
+    """Writes the files; returns how many records each has.
+
+    What is there already from the same phantom is left as it is.
+    """
     data = Path(data)
     made_from = {"version": VERSION, "seed": seed, "phantom": json.loads((data / "manifest.json").read_text())}
     manifest = data / "grit" / "manifest.json"

@@ -1,4 +1,7 @@
-"""What every evaluator does: make a line of an answered record and score it. `metrics.statistics` sums the scores up."""
+"""What every evaluator does: make a line of an answered record and score it.
+
+`metrics.statistics` sums the scores up.
+"""
 
 import abc
 import dataclasses
@@ -12,12 +15,15 @@ from medplib_jax.data.rle import encode_rle
 from medplib_jax.decode.masks import MaskDrawer
 from medplib_jax.decode.slots import Generation
 from medplib_jax.evaluate import metrics
-from medplib_jax.evaluate.evaluators.predictions import Row
+from medplib_jax.evaluate.evaluators.predictions import PredictionRow
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A generated answer beside the expected one. Masks are bool [height, width] of the picture (shrunk, if it exceeds the mask canvas)."""
+    """A generated answer beside the expected one.
+
+    Masks are bool [height, width] of the picture (shrunk, if it exceeds the mask canvas).
+    """
 
     text: str
     expected: str
@@ -38,19 +44,20 @@ class Evaluator(abc.ABC):
         self._loader, self._draw_masks = loader, draw_masks
 
     @abc.abstractmethod
-    def score(self, answer: Answer) -> Row:
+    def score(self, answer: Answer) -> PredictionRow:
         """The scores of one answer, under "scores", and what else its line is to hold."""
 
     def check(self, prompt: Batch, record: Record) -> None:
         """Raises DataError for a prompt that lacks what the question is about."""
+        return  # most questions are about the picture, which every prompt has
 
-    def row(self, prompt: Batch, generation: Generation) -> Row:
+    def row(self, prompt: Batch, generation: Generation) -> PredictionRow:
         """The line of one record, from a prompt and its answer with a batch axis of 1."""
         record = self._loader.record(int(prompt.record[0]))
         self.check(prompt, record)
         drawn = {}
         masks = true_masks = ()
-        if self._draw_masks is not None:
+        if self._draw_masks is not None and generation.predicted_iou is not None:
             height, width = prompt.mask_size[0]
             masks = tuple(self._draw_masks(prompt, generation)[0, generation.mask_valid[0], :height, :width])
             true_masks = tuple(prompt.gt_masks[0, prompt.mask_valid[0], :height, :width] > 0)
@@ -74,5 +81,6 @@ class Evaluator(abc.ABC):
             "expected": answer.expected,
             "answer_type": record.answer_type,
         }
+        row |= {"patient": record.patient} if record.patient else {}
         row |= self.score(answer) | drawn
         return row if generation.choices is None else row | {"router": generation.choices[0].tolist()}

@@ -1,4 +1,6 @@
-"""How the original asks when it evaluates (model/eval/vqa_infer.py): the prompt is what stands before the last colon, without regions."""
+"""How the original asks when it evaluates (model/eval/vqa_infer.py): the prompt is what stands before the last colon,
+without regions.
+"""
 
 import dataclasses
 
@@ -14,8 +16,10 @@ UNPAD = "reference"
 
 
 class ReferenceLoader(Loader):
-    """Reads questions as the original does: the whole conversation is encoded and cut behind its last ":", which lies inside the answer
-    when that holds one; what the text says of a region stays, but the position of its features is left out."""
+    """Reads questions as the original does: the whole conversation is encoded and cut behind its last ":", which lies
+    inside the answer when that holds one; what the text says of a region stays, but the position of its features is
+    left out.
+    """
 
     def encode(self, record: Record, question: bool = False) -> prompts.Encoded:
         if not question:

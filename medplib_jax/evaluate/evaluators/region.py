@@ -1,4 +1,6 @@
-"""Questions about a marked region (MeCoVQA-Region): scored like other questions, but only if the region really is in the prompt."""
+"""Questions about a marked region (MeCoVQA-Region): scored like other questions, but only if the region really is in
+the prompt.
+"""
 
 import numpy as np
 
@@ -9,8 +11,9 @@ from medplib_jax.evaluate.evaluators.vqa import VqaEvaluator
 
 class RegionVqaEvaluator(VqaEvaluator):
     def check(self, prompt: Batch, record: Record) -> None:
-        """Refuses a prompt in which a region has no points or no place in the text, so that no score is won by guessing. The original
-        leaves regions out."""
+        """Refuses a prompt in which a region has no points or no place in the text, so that no score is won by
+        guessing. The original leaves regions out.
+        """
         if self.protocol == "reference":
             return
         after_opening_L = np.pad(prompt.tokens[0, :-1] == self._loader.tokenizer.region_ids[0], (1, 0))

@@ -6,14 +6,14 @@ import numpy as np
 
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.decode.token_kinds import TOKEN_KINDS
-from medplib_jax.evaluate.evaluators.predictions import Row
+from medplib_jax.evaluate.evaluators.predictions import PredictionRow
 
 
-def summarise(rows: Sequence[Row], config: ModelConfig) -> dict:
+def summarise(rows: Sequence[PredictionRow], config: ModelConfig) -> dict:
     """Sums the counts [MoE layers, token kinds, E] under "router" of each row; kinds that never occurred are left out.
 
-    {"layers": decoder layer of each MoE layer, "share": kind -> fractions [MoE layers, E] that sum to 1, "tokens": kind -> how many,
-    "modalities": modality -> {"share", "tokens"}}
+    {"layers": decoder layer of each MoE layer, "share": kind -> fractions [MoE layers, E] that sum to 1, "tokens": kind
+    -> how many, "modalities": modality -> {"share", "tokens"}}
     """
     modalities = sorted({row["modality"] for row in rows})
     each = {name: _shares([row["router"] for row in rows if row["modality"] == name], config) for name in modalities}

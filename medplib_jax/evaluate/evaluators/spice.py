@@ -1,16 +1,22 @@
-"""SPICE of referring captions (Med-GRIT RC). Its Java program scores many at a time, so its scores stand in a file of their own beside the predictions."""
+"""SPICE of referring captions (Med-GRIT RC).
+
+Its Java program scores many at a time, so its scores stand in a file of their own beside the predictions.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from medplib_jax.evaluate import metrics
-from medplib_jax.evaluate.evaluators.predictions import Row, Shard, read_lines
+from medplib_jax.evaluate.evaluators.predictions import PredictionRow, Shard, read_lines
 
 PART = "RC"
 
 
-def write_spice(path: Path, header: Row, rows: Sequence[Row]) -> None:
-    """Scores the rows that have no line in the file, {"record", "scores": {"spice"}}. Raises MissingExtra when SPICE cannot run."""
+def write_spice(path: Path, header: PredictionRow, rows: Sequence[PredictionRow]) -> None:
+    """Scores the rows that have no line in the file, {"record", "scores": {"spice"}}.
+
+    Raises MissingExtra when SPICE cannot run.
+    """
     known = {line["record"] for line in read_lines(path, header)}
     rows = [row for row in rows if row["record"] not in known]
     if not rows:
@@ -21,7 +27,7 @@ def write_spice(path: Path, header: Row, rows: Sequence[Row]) -> None:
         shard.add({"record": row["record"], "scores": {"spice": score}})
 
 
-def with_spice(path: Path, header: Row, rows: Sequence[Row]) -> list[Row] | None:
+def with_spice(path: Path, header: PredictionRow, rows: Sequence[PredictionRow]) -> list[PredictionRow] | None:
     """The rows with the file's scores among theirs; None when it lacks one of them."""
     scores = {line["record"]: line["scores"] for line in read_lines(path, header)}
     if not all(row["record"] in scores for row in rows):

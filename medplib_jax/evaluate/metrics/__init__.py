@@ -1,7 +1,7 @@
 """Metrics of text answers, masks, boxes and captions: pure functions of strings and numpy arrays, no state.
 
-`protocol.py` says what the protocols `exact` and `reference` mean. A score belongs to one answer, a metric to many: `statistics` makes metrics
-of scores, `resampling` says how sure they are.
+`protocol.py` says what the protocols `exact` and `reference` mean. A score belongs to one answer, a metric to many:
+`statistics` makes metrics of scores, `resampling` says how sure they are.
 """
 
 from medplib_jax.evaluate.metrics.boxes import box_iou, match_boxes, parse_boxes, recall_at_iou, roc_hit

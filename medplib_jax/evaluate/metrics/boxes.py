@@ -15,8 +15,8 @@ _TAGGED = re.compile(r"<box>(.*?)</box>")
 def parse_boxes(text: str) -> np.ndarray:
     """float64 [n, 4], x1 y1 x2 y2 in the text's own units, of every `<box>(x1,y1),(x2,y2)</box>`.
 
-    In a text without the tags, as in the original, of every bare `(x1,y1),(x2,y2)`. A tagged box that cannot be read counts as one of zeros,
-    which meets no other.
+    In a text without the tags, as in the original, of every bare `(x1,y1),(x2,y2)`. A tagged box that cannot be read
+    counts as one of zeros, which meets no other.
     """
     found = [_BOX.search(inside) for inside in _TAGGED.findall(text)] or list(_BOX.finditer(text))
     return np.array([[float(number) for number in match.groups()] if match else [0.0] * 4 for match in found]).reshape(
@@ -34,7 +34,8 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def match_boxes(predicted: np.ndarray, true: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
-    """`boxes`, how many of them are `boxes_found`, and `iou_sum` over them, where each predicted box serves one true box.
+    """`boxes`, how many of them are `boxes_found`, and `iou_sum` over them, where each predicted box serves one true
+    box.
 
     Boxes [n, 4]. Boxes are paired so that the sum of their IoU is largest; a true box without a partner has IoU 0.
     """
@@ -44,7 +45,8 @@ def match_boxes(predicted: np.ndarray, true: np.ndarray, threshold: float = 0.5)
 
 
 def recall_at_iou(predicted: np.ndarray, true: np.ndarray, threshold: float = 0.5) -> dict[str, int]:
-    """How many `boxes` there are in truth and how many of them (`boxes_found`) any predicted box meets at an IoU above `threshold`.
+    """How many `boxes` there are in truth and how many of them (`boxes_found`) any predicted box meets at an IoU above
+    `threshold`.
 
     Boxes [n, 4]. Summed over answers they make Recall@0.5; a surplus box costs nothing, as in the original.
     """
@@ -53,6 +55,8 @@ def recall_at_iou(predicted: np.ndarray, true: np.ndarray, threshold: float = 0.
 
 
 def roc_hit(answer: str, truth: str) -> float:
-    """Referring object classification: 1 when every word of the truth occurs, as a substring and in lower case, in the answer."""
+    """Referring object classification: 1 when every word of the truth occurs, as a substring and in lower case, in the
+    answer.
+    """
     answer, truth = (space_ideographs(text).lower() for text in (answer, truth))
     return float(all(word in answer for word in truth.split(" ")))

@@ -1,7 +1,8 @@
 """Scores of longer answers, as captions are scored: BiRD's mBMR (its MIA task) and SPICE (its RC task).
 
-The original takes both from pycocoevalcap, whose tokenizer, METEOR 1.5 and SPICE are Java programs. Here BLEU and ROUGE-L have its
-arithmetic; words come from nltk's Treebank tokenizer, and METEOR is `text.meteor`, without synonyms and paraphrases (so it is lower).
+The original takes both from pycocoevalcap, whose tokenizer, METEOR 1.5 and SPICE are Java programs. Here BLEU and
+ROUGE-L have its arithmetic; words come from nltk's Treebank tokenizer, and METEOR is `text.meteor`, without synonyms
+and paraphrases (so it is lower).
 """
 
 import re
@@ -38,7 +39,8 @@ def caption_words(text: str) -> list[str]:
 def mia_scores(answer: str, truth: str) -> dict[str, float]:
     """What `statistics` sums to BLEU-1..4 of the whole corpus, and this answer's METEOR and ROUGE-L.
 
-    `ngrams_n`: n-grams of the answer, `ngrams_n_found`: those that the truth has, too (each as often as there, at most).
+    `ngrams_n`: n-grams of the answer, `ngrams_n_found`: those that the truth has, too (each as often as there, at
+    most).
     """
     predicted, true = caption_words(answer), caption_words(truth)
     counts = {"words": len(predicted), "words_true": len(true)}
@@ -49,7 +51,8 @@ def mia_scores(answer: str, truth: str) -> dict[str, float]:
 
 
 def corpus_bleu(counts: np.ndarray, order: int) -> np.ndarray:
-    """BLEU (Papineni et al. 2002) of a corpus, from its sums [..., len(BLEU_COUNTS)] in that order -> [...]; NaN without any words.
+    """BLEU (Papineni et al. 2002) of a corpus, from its sums [..., len(BLEU_COUNTS)] in that order -> [...]; NaN
+    without any words.
 
     As in pycocoevalcap, an order without a shared n-gram counts as nearly 0.
     """
@@ -75,7 +78,7 @@ def spice(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
             "SPICE is a Java program, and no `java` is on the PATH: install a Java runtime, or leave SPICE out"
         )
     try:
-        from pycocoevalcap.spice.spice import Spice  # an extra
+        from pycocoevalcap.spice.spice import Spice  # an extra  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingExtra(
             "SPICE needs pycocoevalcap: pip install -e '.[caption]' in the repository's root, or leave SPICE out"

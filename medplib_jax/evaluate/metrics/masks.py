@@ -1,4 +1,4 @@
-"""Scores of drawn masks against true ones (MedPLIB model/eval/vqa_infer.py and utils/utils.py; LISA, Lai et al. 2024)."""
+"""Scores of drawn masks against true ones (MedPLIB model/eval/vqa_infer.py, utils/utils.py; LISA, Lai et al. 2024)."""
 
 import math
 from collections.abc import Sequence
@@ -28,11 +28,13 @@ def dice(intersection: float, union: float, protocol: str = "exact") -> float:
 
 
 def surface_dice(prediction: np.ndarray, truth: np.ndarray, protocol: str = "exact") -> float:
-    """Normalised surface Dice (Nikolov et al. 2018): the share of both outlines that lies within a tolerance of the other one.
+    """Normalised surface Dice (Nikolov et al. 2018): the share of both outlines that lies within a tolerance of the
+    other one.
 
-    Outlines are the masks' pixels with a 4-neighbour outside; the tolerance is SURFACE_TOLERANCE of the picture's diagonal, because pictures
-    of MeCoVQA carry no spacing. Two empty masks agree (`reference`: 0), one empty mask scores 0. ValueError for masks that are not two bool [h, w]
-    of one shape: a volume has spacing, and its surfaces are measured in millimetres.
+    Outlines are the masks' pixels with a 4-neighbour outside; the tolerance is SURFACE_TOLERANCE of the picture's
+    diagonal, because pictures of MeCoVQA carry no spacing. Two empty masks agree (`reference`: 0), one empty mask
+    scores 0. ValueError for masks that are not two bool [h, w] of one shape: a volume has spacing, and its surfaces are
+    measured in millimetres.
     """
     if prediction.ndim != 2 or prediction.shape != truth.shape:
         raise ValueError(
@@ -43,9 +45,9 @@ def surface_dice(prediction: np.ndarray, truth: np.ndarray, protocol: str = "exa
         return float(protocol == "exact")
     if not (prediction.any() and truth.any()):
         return 0.0
-    crop = ndimage.find_objects(both.astype(np.uint8))[0]
-    outlines = [mask & ~ndimage.binary_erosion(mask) for mask in (prediction[crop], truth[crop])]
-    distances = [ndimage.distance_transform_edt(~outline) for outline in outlines]
+    (crop,) = ndimage.find_objects(both.astype(np.uint8))
+    outlines = [mask ^ np.asarray(ndimage.binary_erosion(mask), bool) for mask in (prediction[crop], truth[crop])]
+    distances = [np.asarray(ndimage.distance_transform_edt(np.logical_not(outline))) for outline in outlines]
     tolerance = SURFACE_TOLERANCE * math.hypot(*truth.shape)
     near = sum(np.count_nonzero(distances[1 - i][outlines[i]] <= tolerance) for i in range(2))
     return float(near / (np.count_nonzero(outlines[0]) + np.count_nonzero(outlines[1])))
@@ -56,9 +58,9 @@ def mask_scores(
 ) -> dict[str, float]:
     """Scores of one question: its predicted masks against its true ones, matched in order; boolean arrays of one shape.
 
-    A true mask without a prediction is paired with an empty mask, and so is a drawn one without a true mask (`reference`: it is ignored).
-    `iou`, `dice` and `surface_dice` are means over the pairs, `intersection` and `union` sums; `target` is 1 when a true pixel exists, `drawn`
-    when a predicted pixel does, `masks` counts predictions.
+    A true mask without a prediction is paired with an empty mask, and so is a drawn one without a true mask
+    (`reference`: it is ignored). `iou`, `dice` and `surface_dice` are means over the pairs, `intersection` and `union`
+    sums; `target` is 1 when a true pixel exists, `drawn` when a predicted pixel does, `masks` counts predictions.
     """
     pairs = [(predictions[i] if i < len(predictions) else np.zeros_like(true), true) for i, true in enumerate(truths)]
     if protocol == "exact":

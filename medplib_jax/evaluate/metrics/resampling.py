@@ -1,7 +1,8 @@
 """How sure a metric is: bootstrap intervals, and paired tests between two sets of answers to the same questions.
 
-Records are resampled in groups (the questions about one image), because answers about one picture are not independent. Everything is a product
-of a matrix of counts with the sums of each group, so that thousands of resamples of a file take a fraction of a second.
+Records are resampled in groups (the questions about one image), because answers about one picture are not independent.
+Everything is a product of a matrix of counts with the sums of each group, so that thousands of resamples of a file take
+a fraction of a second.
 """
 
 import dataclasses
@@ -25,9 +26,11 @@ def grouped(statistic: Statistic, group_N: np.ndarray, count: int) -> Statistic:
 
 
 def bootstrap(blocks: Sequence[tuple[np.ndarray, Sequence[Statistic]]], count: int, seed: int) -> list[np.ndarray]:
-    """Values [BOOTSTRAPS, statistics] of each block when `count` groups are resampled; NaN where a resample counts nothing.
+    """Values [BOOTSTRAPS, statistics] of each block when `count` groups are resampled; NaN where a resample counts
+    nothing.
 
-    A block is (indices [n] of the groups that it looks at, statistics of these n groups). All blocks see the same resamples.
+    A block is (indices [n] of the groups that it looks at, statistics of these n groups). All blocks see the same
+    resamples.
     """
     parts = [(members, *_side_by_side([statistic.parts for statistic in statistics])) for members, statistics in blocks]
     found: list[list[np.ndarray]] = [[] for _ in blocks]
@@ -45,7 +48,7 @@ def bootstrap(blocks: Sequence[tuple[np.ndarray, Sequence[Statistic]]], count: i
 
 
 def intervals(values_RxN: np.ndarray) -> np.ndarray:
-    """Percentile intervals [2, N] (low, high) at CONFIDENCE; NaN where fewer than half of the resamples have a value."""
+    """Percentile intervals [2, N] (low, high) at CONFIDENCE; NaN where less than half of the resamples have a value."""
     ordered = np.sort(values_RxN, axis=0)  # NaN last
     known_N = np.count_nonzero(~np.isnan(ordered), axis=0)
     place_2xN = np.array([[(1 - CONFIDENCE) / 2], [(1 + CONFIDENCE) / 2]]) * np.maximum(known_N - 1, 0)
@@ -59,10 +62,11 @@ def intervals(values_RxN: np.ndarray) -> np.ndarray:
 def paired_p_values(
     blocks: Sequence[tuple[np.ndarray, Sequence[tuple[Statistic, Statistic]]]], count: int, seed: int
 ) -> list[list[float]]:
-    """For each pair of each block the two-sided p of the hypothesis that its two sets of answers could be exchanged (a permutation test).
+    """For each pair of each block the two-sided p of the hypothesis that its two sets of answers could be exchanged (a
+    permutation test).
 
-    Blocks as in `bootstrap`, with pairs (a, b) of one metric. Each permutation exchanges the answers in a random half of the groups and
-    compares the metrics' difference with the observed one. NaN when one of the two has no value.
+    Blocks as in `bootstrap`, with pairs (a, b) of one metric. Each permutation exchanges the answers in a random half
+    of the groups and compares the metrics' difference with the observed one. NaN when one of the two has no value.
     """
     parts = [(members, *_side_by_side([b.parts - a.parts for a, b in pairs])) for members, pairs in blocks]
     observed = [np.array([abs(a.value() - b.value()) for a, b in pairs]) for _, pairs in blocks]

@@ -1,4 +1,7 @@
-"""From scores of records to metrics. A metric is a function of sums over records, so it can be resampled and split by modality without a second pass."""
+"""From scores of records to metrics.
+
+A metric is a function of sums over records, so it can be resampled and split by modality without a second pass.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +25,8 @@ def ratio(sums: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
-    """One metric of N records: `of_sums` (float [..., K] -> [...], NaN where nothing counts) of the sum over records of `parts` [N, K].
+    """One metric of N records: `of_sums` (float [..., K] -> [...], NaN where nothing counts) of the sum over records of
+    `parts` [N, K].
 
     `modalities`: the mean over modalities divides by this many at least.
     """
@@ -42,9 +46,10 @@ class Statistic:
 def statistics(rows: Sequence[Mapping[str, Any]], protocol: str = "exact") -> dict[str, Statistic]:
     """The metrics of rows that have their scores under "scores"; which ones there are follows from the scores' names.
 
-    Masks (`mask_scores`): see `mask_statistics`. Boxes (`match_boxes`, `recall_at_iou`): recall_at_0.5, box_iou. Captions (`mia_scores`): bleu_1..4 of the corpus,
-    meteor, rouge_l and their mean, mBMR. Every other score: its mean over the rows that have it; beside it `accuracy` (the closed answers and the
-    exactly matched open ones) and open_candidate_accuracy, whose candidates are the expected answers of all rows, as in the original.
+    Masks (`mask_scores`): see `mask_statistics`. Boxes (`match_boxes`, `recall_at_iou`): recall_at_0.5, box_iou.
+    Captions (`mia_scores`): bleu_1..4 of the corpus, meteor, rouge_l and their mean, mBMR. Every other score: its mean
+    over the rows that have it; beside it `accuracy` (the closed answers and the exactly matched open ones) and
+    open_candidate_accuracy, whose candidates are the expected answers of all rows, as in the original.
     """
     check_protocol(protocol)
     scores = [row["scores"] for row in rows]
@@ -72,8 +77,9 @@ def statistics(rows: Sequence[Mapping[str, Any]], protocol: str = "exact") -> di
         )
     if "open_exact_match" in names:
         is_open = [i for i, score in enumerate(scores) if "open_exact_match" in score]
-        texts = ([rows[i][key] for i in is_open] for key in ("answer", "expected"))
-        hits = dict(zip(is_open, candidate_hits(*texts, [row["expected"] for row in rows], protocol), strict=True))
+        answers, expected = ([rows[i][key] for i in is_open] for key in ("answer", "expected"))
+        hit = candidate_hits(answers, expected, [row["expected"] for row in rows], protocol)
+        hits = dict(zip(is_open, hit, strict=True))
         means["open_candidate_accuracy"] = _mean_statistic([hits.get(i) for i in range(len(rows))])
     return found | means
 
@@ -85,10 +91,11 @@ def _is_part(name: str) -> bool:
 def mask_statistics(scores: Sequence[Mapping[str, float]], protocol: str = "exact") -> dict[str, Statistic]:
     """Grounding metrics of the dicts of `mask_scores`.
 
-    mDice, mIoU, surface_dice: means over questions with a target (`reference`: over all). gIoU: mean IoU over all questions, where a rightly
-    empty answer counts 1. cIoU: all intersections over all unions (LISA, Lai et al. 2024, and utils/utils.py of the original).
-    precision_at_0.5: questions with a target whose IoU exceeds 0.5. hit_rate: those where any pixel was drawn. no_target_accuracy: questions
-    without a target whose answer holds no mask. false_mask_rate: those where a pixel was drawn.
+    mDice, mIoU, surface_dice: means over questions with a target (`reference`: over all). gIoU: mean IoU over all
+    questions, where a rightly empty answer counts 1. cIoU: all intersections over all unions (LISA, Lai et al. 2024,
+    and utils/utils.py of the original). precision_at_0.5: questions with a target whose IoU exceeds 0.5. hit_rate:
+    those where any pixel was drawn. no_target_accuracy: questions without a target whose answer holds no mask.
+    false_mask_rate: those where a pixel was drawn.
     """
     target, drawn, masks, iou, dice = _columns(scores, ("target", "drawn", "masks", "iou", "dice")).T
     intersection, union = _columns(scores, ("intersection", "union")).T
@@ -143,7 +150,9 @@ def values(found: Mapping[str, Statistic]) -> dict[str, float]:
 
 
 def by_modality(found: Mapping[str, Statistic], modalities: Sequence[str]) -> dict[str, float]:
-    """`values` of all records, as `metric/<modality>` (`none` for records without one), and the mean of those as `metric/modality_mean`."""
+    """`values` of all records, as `metric/<modality>` (`none` for records without one), and the mean of those as
+    `metric/modality_mean`.
+    """
     result = values(found)
     of_record = np.array([modality or "none" for modality in modalities])
     each = {

@@ -6,6 +6,7 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from nltk.stem.porter import PorterStemmer
@@ -23,26 +24,28 @@ _NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five 
     "none": "0"
 }
 _CONTRACTED = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll
-    how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've
-    should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
-    something'd've
-    something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll
-    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-    wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've 'twas 'ow's'at
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't
+    not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've 'twas 'ow's'at
 """.split()
 # Each contraction is recognised with one of its apostrophes missing.
 _CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _CONTRACTED for i in range(len(word)) if word[i] == "'"}
 _CONTRACTIONS["somebody'd"] = "somebodyd"  # the list's own slip
 
-# Chinese and Japanese put no spaces between words: each ideograph or kana counts as a word, as in sacrebleu's tokenizer "zh".
+# Chinese and Japanese put no spaces between words. Each ideograph or kana counts as one (sacrebleu's tokenizer zh).
 _IDEOGRAPHS = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")
 _FULL_WIDTH_PUNCTUATION = re.compile("[\u3000-\u303f\u201c\u201d\uff00-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]")
 _FULL_WIDTH = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B))}
 
 
 def space_ideographs(text: str) -> str:
-    """The text with spaces around each ideograph and kana, without full-width punctuation, letters and digits of ASCII's width."""
+    """The text with spaces around each ideograph and kana, without full-width punctuation, letters and digits of
+    ASCII's width.
+    """
     if text.isascii():
         return text
     return _IDEOGRAPHS.sub(r" \1 ", _FULL_WIDTH_PUNCTUATION.sub(" ", text).translate(_FULL_WIDTH))
@@ -50,7 +53,8 @@ def space_ideographs(text: str) -> str:
 
 @functools.lru_cache(100_000)  # all checkpoints are asked the same questions
 def normalise_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, digits for number words, apostrophes put back (model/eval/glossary.py normalize_word).
+    """Lower case, no punctuation, no articles, digits for number words, apostrophes put back (model/eval/glossary.py
+    normalize_word).
 
     A punctuation mark becomes a space, or nothing where it stands beside a space or the text holds a number like 3,500.
     """
@@ -64,7 +68,10 @@ def normalise_answer(text: str) -> str:
 
 
 def answer_words(text: str, protocol: str = "exact") -> list[str]:
-    """The words that are compared. `exact`: ideographs are words of their own, and full-width punctuation does not count."""
+    """The words that are compared.
+
+    `exact`: ideographs are words of their own, and full-width punctuation does not count.
+    """
     if protocol == "reference":
         return normalise_answer(text.lower()).split()
     text = space_ideographs(text).lower()
@@ -77,12 +84,17 @@ def closed_hit(prediction: str, truth: str, protocol: str = "exact") -> float:
 
 
 def word_precision(prediction: Sequence[str], truth: Sequence[str]) -> float:
-    """Distinct words of the truth that were predicted over the number of predicted words (the original's "exact match"); 0 if none."""
+    """Distinct words of the truth that were predicted over the number of predicted words (the original's "exact
+    match"); 0 if none.
+    """
     return len(set(truth) & set(prediction)) / len(prediction) if prediction else 0.0
 
 
 def token_f1(prediction: Sequence[str], truth: Sequence[str], protocol: str = "exact") -> tuple[float, float, float]:
-    """(F1, precision, recall) over words. `exact`: overlap of multisets, as SQuAD; two empty answers agree. One empty answer scores 0."""
+    """(F1, precision, recall) over words.
+
+    `exact`: overlap of multisets, as SQuAD; two empty answers agree. One empty answer scores 0.
+    """
     predicted, true = Counter(prediction), Counter(truth)
     if protocol == "exact":
         if not predicted and not true:
@@ -103,7 +115,8 @@ def bleu(prediction: Sequence[str], truth: Sequence[str], weights: Sequence[floa
 
     nltk's: an order without a match counts as the smallest normal float; no shared word is 0.
     """
-    return sentence_bleu([truth], prediction, weights, smoothing_function=_unsmoothed)
+    score = sentence_bleu([truth], prediction, weights, smoothing_function=_unsmoothed)
+    return float(np.asarray(score))
 
 
 def _unsmoothed(precisions, **_):
@@ -112,7 +125,8 @@ def _unsmoothed(precisions, **_):
 
 
 def rouge_l(prediction: Sequence[str], truth: Sequence[str], beta: float = 1.0) -> float:
-    """ROUGE-L (Lin 2004): F-measure of the longest common subsequence of words (without spaces); recall weighs `beta` times precision.
+    """ROUGE-L (Lin 2004): F-measure of the longest common subsequence of words (without spaces); recall weighs `beta`
+    times precision.
 
     Two empty answers agree, one empty answer scores 0.
     """
@@ -130,18 +144,19 @@ def _rouge_scorer() -> RougeScorer:
 def meteor(prediction: Sequence[str], truth: Sequence[str]) -> float:
     """METEOR (Lavie and Agarwal 2007) of its exact and stem stages; two empty answers agree, one empty answer scores 0.
 
-    The stage of synonyms is left out: it needs WordNet, which does not come with nltk, and a score must not depend on what is installed.
+    The stage of synonyms is left out: it needs WordNet, which does not come with nltk, and a score must not depend on
+    what is installed.
     """
     if not prediction or not truth:
         return float(not prediction and not truth)
     return single_meteor_score(truth, prediction, stemmer=_stemmer(), wordnet=_NO_SYNONYMS)
 
 
-_NO_SYNONYMS = types.SimpleNamespace(synsets=lambda word: ())
+_NO_SYNONYMS: Any = types.SimpleNamespace(synsets=lambda word: ())
 
 
 @functools.cache
-def _stemmer():
+def _stemmer() -> Any:
     stem = functools.lru_cache(100_000)(PorterStemmer().stem)  # slow, and the same words come again
     return types.SimpleNamespace(stem=stem)
 
@@ -164,9 +179,9 @@ def candidate_hits(
 ) -> list[float]:
     """1 for each prediction that IS the truth, or whose nearest candidate is.
 
-    Source: model/eval/evaluate_metrics.py calculate_appearance_with_normalization.
-    Nearest: the largest share of a candidate's distinct words that were predicted; among equals the first in sorted order (the original
-    takes whichever its set yields first). `exact`: a prediction that shares no word with any candidate has no nearest one.
+    Source: model/eval/evaluate_metrics.py calculate_appearance_with_normalization. Nearest: the largest share of a
+    candidate's distinct words that were predicted; among equals the first in sorted order (the original takes whichever
+    its set yields first). `exact`: a prediction that shares no word with any candidate has no nearest one.
     """
     prepare = space_ideographs if protocol == "exact" else str
     texts = [normalise_answer(prepare(candidate)) for candidate in sorted(set(candidates))]

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from medplib_jax.evaluate.metrics import Statistic, values
 from medplib_jax.evaluate.metrics.catalogue import in_order, main_metric
 from medplib_jax.evaluate.metrics.resampling import bootstrap, grouped, intervals, paired_p_values
-from medplib_jax.evaluate.report.sweep_load import Cell, Sweep, Task
+from medplib_jax.evaluate.report.sweep_load import ScoredCell, Sweep
+from medplib_jax.evaluate.result import TaskEntry
 
 ALL, MEAN = "all", "modality_mean"  # beside the modalities' names
 # What each field of a figure means, in report.json, too.
@@ -27,16 +28,21 @@ FIELDS = {
     "main": "whether this metric stands for the task in the overview",
     "modality": f"{ALL}: over all records; {MEAN}: mean over modalities; else of that modality alone",
     "value": "the metric, in [0, 1]",
-    "low": "lower end of its 95 % bootstrap interval (images resampled), or null",
+    "low": "lower end of its 95 % bootstrap interval (patients resampled where they are known, else images), or null "
+    "where there is only one",
     "high": "upper end",
     "records": "how many records count in it (modality_mean: how many modalities)",
+    "images": "how many pictures (or sets of them) these records are about",
+    "patients": "of how many patients, or null where they are not known",
     "baseline": "the checkpoint compared with, or null",
     "delta": "value minus the baseline's, both on the records that both have",
-    "delta_low": "lower end of its 95 % bootstrap interval (the same images resampled for both)",
+    "delta_low": "lower end of its 95 % bootstrap interval (the same ones resampled for both)",
     "delta_high": "upper end",
     "paired": "how many records both have",
-    "p": "two-sided p of a permutation test that exchanges the two answers image by image; main metrics only",
-    "q": "p after Benjamini and Hochberg (false discovery rate) over all tests of the protocol in this report, those by modality apart",
+    "p": "two-sided p of a permutation test that exchanges the two answers patient by patient (image by image where "
+    "they are not known); main metrics only",
+    "q": "p after Benjamini and Hochberg (false discovery rate) over all tests of the protocol in this report; "
+    "those by modality are a family of their own",
 }
 
 
@@ -57,6 +63,8 @@ class Figure:
     low: float | None
     high: float | None
     records: int
+    images: int
+    patients: int | None
     baseline: str | None = None
     delta: float | None = None
     delta_low: float | None = None
@@ -78,7 +86,10 @@ class Figure:
 
 
 def compare(sweep: Sweep) -> list[Figure]:
-    """Every figure of a sweep. The same folder always gives the same figures: seeds follow from the names of task and protocol."""
+    """Every figure of a sweep.
+
+    The same folder always gives the same figures: seeds follow from the names of task and protocol.
+    """
     figures = []
     for task, protocol, cells in tqdm(sweep.columns, desc="comparing", unit="task"):
         figures += _Column(sweep, task, protocol, cells).figures()
@@ -99,24 +110,43 @@ def compare(sweep: Sweep) -> list[Figure]:
 Key = tuple[str, str]  # (metric, modality)
 
 
-class _Column:
-    """The checkpoints' answers to one task under one protocol, summed up image by image over the union of their records."""
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """What a figure counts. `groups`: what is resampled, patients where they are known, else images."""
 
-    def __init__(self, sweep: Sweep, task: Task, protocol: str, cells: Sequence[Cell]):
+    records: int
+    images: int
+    patients: int | None
+    groups: int
+
+    @classmethod
+    def of(cls, cell: ScoredCell, rows: np.ndarray) -> "Count":
+        images, groups, patients = (
+            {values[row] for row in rows} for values in (cell.images, cell.groups, cell.patients)
+        )
+        return cls(len(rows), len(images), None if "" in patients else len(patients), len(groups))
+
+
+class _Column:
+    """The checkpoints' answers to one task under one protocol, summed up image by image over the union of their
+    records.
+    """
+
+    def __init__(self, sweep: Sweep, task: TaskEntry, protocol: str, cells: Sequence[ScoredCell]):
         self.task, self.protocol, self.cells = task, protocol, cells
         self.checkpoints = {checkpoint.name: checkpoint for checkpoint in sweep.checkpoints}
         self.baseline = next((cell for cell in cells if cell.checkpoint == sweep.baseline), None)
         self.seed = zlib.crc32(f"{task.name}/{protocol}".encode())
         self.main = main_metric(in_order({name for cell in cells for name in values(cell.statistics)}))
-        modality_of = {
-            image: modality
-            for cell in cells
-            for image, modality in zip(cell.images, cell.modalities.tolist(), strict=True)
-        }
-        self.group_of = {image: group for group, image in enumerate(sorted(modality_of))}
-        modality_G = np.array([modality_of[image] for image in self.group_of])
-        self.members = {ALL: np.arange(len(modality_G))} | {
-            name: np.flatnonzero(modality_G == name) for name in sorted(set(modality_of.values()))
+        groups = {ALL: sorted({group for cell in cells for group in cell.groups})}
+        for cell in cells:
+            for modality in sorted(set(cell.modalities.tolist())):
+                of_modality = np.flatnonzero(cell.modalities == modality)
+                groups.setdefault(modality, []).extend(cell.groups[n] for n in of_modality)
+        self.group_of = {group: number for number, group in enumerate(groups[ALL])}
+        self.members = {
+            modality: np.unique([self.group_of[group] for group in groups[modality]])
+            for modality in (ALL, *sorted(groups.keys() - {ALL}))
         }
 
     def figures(self) -> list[Figure]:
@@ -128,6 +158,8 @@ class _Column:
             counted = self._counted(cell)
             spread = intervals(np.stack([resampled[cell.checkpoint][key] for key in found], axis=1))
             for (key, value), (low, high) in zip(found.items(), spread.T.tolist(), strict=True):
+                count = counted[key]
+                low, high = (low, high) if count.groups > 1 else (np.nan, np.nan)
                 figures.append(
                     Figure(
                         checkpoint.name,
@@ -142,35 +174,42 @@ class _Column:
                         value,
                         _known(low),
                         _known(high),
-                        counted[key],
+                        count.records,
+                        count.images,
+                        count.patients,
                     )
                 )
         if self.baseline is not None:
-            self._add_deltas(figures, measured, resampled)
+            self._add_deltas(self.baseline, figures, measured, resampled)
         return figures
 
-    def _measure(self, cell: Cell, records: np.ndarray | None = None) -> dict[Key, Statistic]:
-        """Statistics by image, of all and of each modality; those that count nothing are left out. `records`: only of these rows."""
-        group_N = np.array([self.group_of[image] for image in cell.images])
+    def _measure(self, cell: ScoredCell, records: np.ndarray | None = None) -> dict[Key, Statistic]:
+        """Statistics by group (patient or image), of all and of each modality; those that count nothing are left out.
+
+        records: bool [N], only of these rows.
+        """
+        group_N = np.array([self.group_of[group] for group in cell.groups])
+        chosen_N = np.ones(len(group_N), bool) if records is None else records
         measured = {}
-        for name in in_order(cell.statistics):
-            statistic = cell.statistics[name]
-            if records is not None:
-                statistic = dataclasses.replace(statistic, parts=statistic.parts * records[:, None])
-            by_image = grouped(statistic, group_N, len(self.group_of))
-            measured |= {(name, modality): by_image[members] for modality, members in self.members.items()}
+        for modality, members in self.members.items():
+            rows = chosen_N if modality == ALL else chosen_N & (cell.modalities == modality)
+            for name in in_order(cell.statistics):
+                by_group = grouped(cell.statistics[name][rows], group_N[rows], len(self.group_of))
+                measured[name, modality] = by_group[members]
         return {key: statistic for key, statistic in measured.items() if not np.isnan(statistic.value())}
 
-    def _counted(self, cell: Cell) -> dict[Key, int]:
-        """How many records count in each figure; how many modalities in a mean over modalities."""
-        counted = {}
+    def _counted(self, cell: ScoredCell) -> dict[Key, "Count"]:
+        """What counts in each figure; in a mean over modalities `records` are the modalities."""
+        counted, known = {}, {}  # most metrics count the same rows
         for name, statistic in cell.statistics.items():
-            counts = statistic.parts[:, -1] != 0  # the last part is a weight
-            each = {
-                modality: int(counts[cell.modalities == modality].sum()) for modality in self.members if modality != ALL
-            }
-            counted |= {(name, modality): count for modality, count in each.items()}
-            counted |= {(name, ALL): int(counts.sum()), (name, MEAN): sum(count > 0 for count in each.values())}
+            weighs_N = statistic.parts[:, -1] != 0  # the last part is a weight
+            for modality in self.members:
+                rows = weighs_N if modality == ALL else weighs_N & (cell.modalities == modality)
+                pattern = rows.tobytes()
+                known[pattern] = known.get(pattern) or Count.of(cell, np.flatnonzero(rows))
+                counted[name, modality] = known[pattern]
+            each = [counted[name, modality].records for modality in self.members if modality != ALL]
+            counted[name, MEAN] = dataclasses.replace(counted[name, ALL], records=sum(count > 0 for count in each))
         return counted
 
     def _values(self, measured: Mapping[Key, Statistic]) -> dict[Key, float]:
@@ -211,9 +250,11 @@ class _Column:
                 )
         return resampled
 
-    def _add_deltas(self, figures: list[Figure], measured, resampled) -> None:
-        """Differences to the baseline on the records that both have. Both are measured anew where one lacks a record of the other."""
-        base = self.baseline
+    def _add_deltas(self, base: ScoredCell, figures: list[Figure], measured, resampled) -> None:
+        """Differences to the baseline on the records that both have.
+
+        Both are measured anew where one lacks a record of the other.
+        """
         tests: dict[str, list[tuple[Figure, tuple[Statistic, Statistic]]]] = {modality: [] for modality in self.members}
         for cell in self.cells:
             if cell is base:

@@ -1,13 +1,15 @@
-"""One page about a run: loss curves, metrics, what each stage brought, where the router sends tokens, and a gallery of held-out examples.
+"""One page about a run: loss curves, metrics, what each stage brought, where the router sends tokens, and a gallery of
+held-out examples.
 
-`write_report` turns a `ReportData` (numpy arrays and python values, no jax) into `report.html` beside PNG files. Answers come from a model and
-questions from a data file: everything is escaped. Nothing is fetched from a network.
+`write_report` turns a `ReportData` (numpy arrays and python values, no jax) into `report.html` beside PNG files.
+Answers come from a model and questions from a data file: everything is escaped. Nothing is fetched from a network.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -16,8 +18,10 @@ from PIL import Image
 from medplib_jax.data.overlay import PALETTE, overlay
 from medplib_jax.data.records import Record
 from medplib_jax.evaluate.report.pictures import (
+    DRAWINGS,
     REGION_COLOUR,
     format_value,
+    mark_drawing,
     mark_tokens,
     marked_regions,
     open_thumbnail,
@@ -26,10 +30,12 @@ from medplib_jax.evaluate.report.plots import Router, draw_curves, draw_router, 
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-    """One held-out question with its answer. Masks are bool [h, w] of any size with the image's aspect; the i-th <SEG> belongs to the i-th mask.
+class ReportExample:
+    """One held-out question with its answer. Masks are bool [h, w] of any size with the image's aspect; the i-th <SEG>
+    belongs to the i-th mask.
 
-    `task` groups the gallery ("grounding" always shows truth and prediction, even when both are empty). `scores` are in [0, 1].
+    `task` groups the gallery ("grounding" always shows truth and prediction, even when both are empty). `scores` are in
+    [0, 1].
     """
 
     image: str | Path
@@ -48,8 +54,8 @@ class Example:
 class ReportData:
     """All that a report shows; empty parts are left out of the page.
 
-    facts: name -> value. curves: stage -> {"step": [...], "loss": [...], other terms: [...]}. tables: title -> row -> column -> number or text.
-    stages: metric -> stage -> value in [0, 1], in the order of the bars.
+    facts: name -> value. curves: stage -> {"step": [...], "loss": [...], other terms: [...]}. tables: title -> row ->
+    column -> number or text. stages: metric -> stage -> value in [0, 1], in the order of the bars.
     """
 
     title: str
@@ -58,29 +64,27 @@ class ReportData:
     tables: Mapping[str, Mapping[str, Mapping[str, object]]] = dataclasses.field(default_factory=dict)
     stages: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     router: Router | None = None
-    examples: Sequence[Example] = ()
+    examples: Sequence[ReportExample] = ()
+    drawings: bool = False  # the examples' pictures are drawings, not images of patients
 
 
 def write_report(data: ReportData, out_dir: str | Path) -> Path:
     """Write `out_dir`/report.html with its pictures and return its path.
 
-    Raises ValueError when a curve's series differ in length or the router's array has another shape than its names, DataError for an image that
-    cannot be read.
+    Raises ValueError when a curve's series differ in length or the router's array has another shape than its names,
+    DataError for an image that cannot be read.
     """
     _check(data)
     out = Path(out_dir)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     (out / "examples").mkdir(exist_ok=True)
-    figures = {}
-    for name, content, draw in (
-        ("curves", data.curves, draw_curves),
-        ("stages", data.stages, draw_stages),
-        ("router", data.router, draw_router),
-    ):
-        if content:
-            figures[name] = f"figures/{name}.png"
-            draw(content).savefig(out / figures[name], dpi=150, bbox_inches="tight")
-    cards = [_card(out, number, example) for number, example in enumerate(data.examples)]
+    drawn = {"curves": draw_curves(data.curves)} if data.curves else {}
+    drawn |= {"stages": draw_stages(data.stages)} if data.stages else {}
+    drawn |= {"router": draw_router(data.router)} if data.router else {}
+    figures = {name: f"figures/{name}.png" for name in drawn}
+    for name, figure in drawn.items():
+        figure.savefig(out / figures[name], dpi=150, bbox_inches="tight")
+    cards = [_card(out, number, example, data.drawings) for number, example in enumerate(data.examples)]
     page = template("page.html").render(
         title=data.title,
         facts={name: format_value(value) for name, value in data.facts.items()},
@@ -90,6 +94,7 @@ def write_report(data: ReportData, out_dir: str | Path) -> Path:
         tasks=sorted({card["task"] for card in cards}),
         modalities=sorted({card["modality"] for card in cards}),
         region_colour=REGION_COLOUR,
+        drawings=DRAWINGS if data.drawings else "",
     )
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -105,14 +110,15 @@ def _check(data):
         expected = (len(data.router.layers), len(data.router.kinds), len(data.router.experts))
         if np.shape(data.router.share) != expected:
             raise ValueError(
-                f"report: router.share must be [layers, kinds, experts] = {expected}, found {np.shape(data.router.share)}"
+                f"report: router.share must be [layers, kinds, experts] = {expected}, "
+                f"found {np.shape(data.router.share)}"
             )
 
 
 def template(name: str) -> jinja2.Template:
     """A template of this package; everything that it shows is escaped, and a name that it does not know is an error."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__),
+        loader=jinja2.PackageLoader(__name__.rpartition(".")[0]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -128,11 +134,11 @@ def _table(title, rows):
 
 
 def region_masks(record: Record, size: tuple[int, int]) -> list[np.ndarray]:
-    """The regions in a record's last question, bool [h, w] at the image's `size` (h, w), for `Example.region_masks`."""
+    """The regions in a record's last question, bool [h, w] at the image's `size` (h, w), for a `ReportExample`."""
     return marked_regions(record.turns[-2][1], record.path, size)
 
 
-def _card(out, number, example):
+def _card(out: Path, number: int, example: ReportExample, drawing: bool) -> dict[str, Any]:
     """What the template needs of one example; writes its pictures."""
     picture = open_thumbnail(example.image)
     shown = {}
@@ -146,7 +152,7 @@ def _card(out, number, example):
     panels = []
     for caption, pixels in shown.items():
         file = f"examples/{number:03d}_{caption.split(':')[0]}.png"
-        Image.fromarray(pixels).save(out / file)
+        Image.fromarray(mark_drawing(pixels) if drawing else pixels).save(out / file)
         panels.append({"caption": caption, "file": file, "height": pixels.shape[0], "width": pixels.shape[1]})
     scores = [
         {"name": name, "value": format_value(value), "level": _level(value)} for name, value in example.scores.items()

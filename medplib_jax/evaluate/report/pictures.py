@@ -7,7 +7,7 @@ from pathlib import Path
 
 import markupsafe
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from medplib_jax.data import images, regions
 from medplib_jax.data.overlay import PALETTE, rgb
@@ -15,6 +15,7 @@ from medplib_jax.data.records import REGION
 
 REGION_COLOUR = "#00e5ff"
 THUMBNAIL = 224  # pixels of the longest side
+DRAWINGS = "Drawings made by a program, not images of patients."
 
 
 def format_value(value: object) -> str:
@@ -30,16 +31,26 @@ def format_value(value: object) -> str:
     return str(value)
 
 
-def open_thumbnail(path: str | Path) -> np.ndarray:
+def open_thumbnail(path: str | Path | images.Blob) -> np.ndarray:
     """RGB uint8 [h, w, 3], enlarged or shrunk to THUMBNAIL pixels on its longest side."""
-    picture = Image.fromarray(images.load_image(str(path)))
+    picture = Image.fromarray(images.load_image(path if isinstance(path, images.Blob) else str(path)))
     scale = THUMBNAIL / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    return np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def marked_regions(question: str, find: Callable[[str], str], size: tuple[int, int]) -> list[np.ndarray]:
-    """The regions that a question marks, bool [h, w] at the image's `size` (h, w); `find` gives the file of a mask that it refers to."""
+def mark_drawing(picture: np.ndarray) -> np.ndarray:
+    """The picture uint8 [h, w, 3] with the word "drawing" in its lower left corner."""
+    shown = Image.fromarray(picture)
+    place = (3, picture.shape[0] - 13)
+    ImageDraw.Draw(shown).text(place, "drawing", fill="white", stroke_width=1, stroke_fill="black")
+    return np.asarray(shown)
+
+
+def marked_regions(question: str, find: Callable[[str], str | images.Blob], size: tuple[int, int]) -> list[np.ndarray]:
+    """The regions that a question marks, bool [h, w] at the image's `size` (h, w); `find` gives the file of a mask that
+    it refers to.
+    """
     found = []
     for reference in REGION.findall(question):
         mask = regions.draw(reference, size) if regions.is_shape(reference) else images.load_mask(find(reference), size)
@@ -48,7 +59,9 @@ def marked_regions(question: str, find: Callable[[str], str], size: tuple[int, i
 
 
 def mark_tokens(text: str) -> markupsafe.Markup:
-    """Escaped text for the page: `<image>` and mask paths are dropped, regions and <SEG> become labels, the latter in their mask's colour."""
+    """Escaped text for the page: `<image>` and mask paths are dropped, regions and <SEG> become labels, the latter in
+    their mask's colour.
+    """
     plain = re.sub(r"<mask>.*?</mask>", "", text.replace("<image>", "").replace("\n", " "))
     marked, masks = markupsafe.Markup(), 0
     for part in re.split(r"(<region>.*?</region>|<SEG>)", plain.strip()):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import markupsafe
 import matplotlib
@@ -15,7 +16,7 @@ from medplib_jax.evaluate.report.pictures import readable
 
 _INK = "#010203"  # stands for the page's text colour
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "medplib_jax",
     "text.parse_math": False,
@@ -29,7 +30,9 @@ _STYLE = {
 
 
 def style():
-    """A context in which figures are drawn (and saved) in the page's colour of text; names are shown as they are, without TeX."""
+    """A context in which figures are drawn (and saved) in the page's colour of text; names are shown as they are,
+    without TeX.
+    """
     return matplotlib.rc_context(_STYLE)
 
 
@@ -200,12 +203,18 @@ def draw_steps(lines: Sequence[Line], ylabel: str) -> Figure:
 def draw_router_map(
     layers: Sequence[int], columns: Sequence[tuple[str, str]], share: np.ndarray, expert: str
 ) -> Figure:
-    """Share of tokens [layers, columns] that one expert receives; a column is (kind of token, modality), kinds stand together."""
+    """Share of tokens [layers, columns] that one expert receives; a column is (kind of token, modality), kinds stand
+    together.
+    """
     figure = Figure(figsize=(0.24 * len(columns) + 1.8, 0.17 * len(layers) + 1.9), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(share, cmap="RdBu_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axis.set_xticks(range(len(columns)), [modality for _, modality in columns], rotation=90, fontsize=7)
-    axis.set_yticks(range(0, len(layers), max(1, len(layers) // 16)), layers[:: max(1, len(layers) // 16)], fontsize=7)
+    axis.set_yticks(
+        range(0, len(layers), max(1, len(layers) // 16)),
+        [str(layer) for layer in layers[:: max(1, len(layers) // 16)]],
+        fontsize=7,
+    )
     axis.set_ylabel("layer", fontsize=8)
     kinds = [kind for kind, _ in columns]
     for kind in dict.fromkeys(kinds):

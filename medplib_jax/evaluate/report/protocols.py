@@ -1,11 +1,15 @@
-"""What the two protocols do, for the pages. The arithmetic itself is `metrics.protocol`, asking and drawing `evaluate`."""
+"""What the two protocols do, for the pages.
+
+The arithmetic itself is `metrics.protocol`, asking and drawing `evaluate`.
+"""
 
 from collections.abc import Sequence
 
-from medplib_jax.evaluate.report.sweep_load import Cell
+from medplib_jax.evaluate.report.sweep_load import ScoredCell
 
 SUMMARY = {
-    "exact": "asks as the model was trained, draws every mask of the answer and nothing without <SEG>, scores as the literature defines",
+    "exact": "asks as the model was trained, draws every mask of the answer and nothing without <SEG>, "
+    "scores as the literature defines",
     "reference": "reproduces the originals' evaluation with its quirks, so that published figures can be compared",
 }
 # (subject, exact, reference)
@@ -35,10 +39,10 @@ DIFFERENCES = (
 )
 
 
-def settings(cells: Sequence[Cell]) -> str:
+def settings(cells: Sequence[ScoredCell]) -> str:
     """One line for a table: what its cells of one protocol were made with."""
     thresholds, lengths = (
-        {getattr(cell, name) for cell in cells} - {None} for name in ("mask_threshold", "max_new_tokens")
+        {getattr(cell.entry, name) for cell in cells} - {None} for name in ("mask_threshold", "max_new_tokens")
     )
     found = []
     if thresholds and any("gIoU" in cell.statistics for cell in cells):

@@ -7,12 +7,16 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from medplib_jax.evaluate.report.sweep_load import Task
+from medplib_jax.evaluate.result import TaskEntry
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """One source's figures on one task: `values` in [0, 1] by modality, as in a sweep's figures. `records`: of the published test set, if known."""
+    """One source's figures on one task: `values` in [0, 1] by modality, as in a sweep's figures.
+
+    `records` and `content` are the published test set's: how many it has, and the SHA-256 of its annotation file in the
+    versions that are known.
+    """
 
     label: str
     cite: str
@@ -24,20 +28,30 @@ class Published:
     name: re.Pattern
     values: Mapping[str, float]
     records: int | None = None
+    content: frozenset[str] = frozenset()
 
     @property
     def origin(self) -> str:
         return f"{self.label}: {self.cite}; {self.how}"
 
-    def belongs_to(self, task: Task) -> bool:
-        """By the task's name alone: whether it holds the same records, nobody knows but the user (see `caveat`)."""
+    def bears_name_of(self, task: TaskEntry) -> bool:
         return task.kind == self.kind and self.name.search((task.part or task.name).lower()) is not None
 
-    def caveat(self, task: Task) -> str:
-        """What speaks against comparing; empty when the number of records is the same or not known."""
-        if self.records is None or self.records == task.records:
+    def belongs_to(self, task: TaskEntry) -> bool:
+        """Whether the task is the published test set, by the content of its annotation file."""
+        return self.bears_name_of(task) and task.content in self.content
+
+    def caveat(self, task: TaskEntry) -> str:
+        """Why the figure does not stand beside a task of this name; empty when it does."""
+        if self.belongs_to(task):
             return ""
-        return f"the published test set has {self.records:,} records, {task.name} has {task.records:,}: not the same"
+        if self.records is not None and self.records != task.records:
+            return (
+                f"not compared with {task.name}: the published test set has {self.records:,} records, "
+                f"{task.name} has {task.records:,}"
+            )
+        content = f"SHA-256 {task.content[:16]}…" if task.content else "of unknown content"
+        return f"not compared with {task.name}: its annotation file ({content}) is not known to be the published one"
 
 
 @functools.cache
@@ -60,6 +74,7 @@ def published() -> tuple[Published, ...]:
                 re.compile(task["name"]),
                 values,
                 task.get("records"),
+                frozenset(task.get("sha256", ())),
             )
         )
     return tuple(found)

@@ -3,8 +3,9 @@
 COMMAND
     python -m medplib_jax.evaluate.report.sweep WORKDIR
 
-What is read is described in `sweep_load`, what report.json holds in `comparisons.FIELDS`. Rows come from models and data files: everything is
-escaped. Nothing is fetched from a network; the page needs the pictures beside it and no server.
+What is read is described in `sweep_load`, what report.json holds in `comparisons.FIELDS`. Rows come from models and
+data files: everything is escaped. Nothing is fetched from a network; the page needs the pictures beside it and no
+server.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import numpy as np
 from medplib_jax.evaluate.metrics.catalogue import METRICS, describe
 from medplib_jax.evaluate.report.comparisons import ALL, FIELDS, Figure, compare
 from medplib_jax.evaluate.report.page import template
-from medplib_jax.evaluate.report.pictures import REGION_COLOUR
+from medplib_jax.evaluate.report.pictures import DRAWINGS, REGION_COLOUR
 from medplib_jax.evaluate.report.plots import Line, as_svg, draw_router_map, draw_steps, style
 from medplib_jax.evaluate.report.protocols import DIFFERENCES, SUMMARY, settings
 from medplib_jax.evaluate.report.published import published
@@ -31,16 +32,16 @@ MAX_SKIPPED = 500  # shown in the page; report.json has all
 
 
 def write_sweep_report(workdir: str | Path) -> Path:
-    """Reads `workdir`/sweep.json and the predictions that it names; writes report.html, report.md and report.json and returns the first's path.
+    """Reads `workdir`/sweep.json and the predictions that it names; writes report.html, report.md and report.json and
+    returns the first's path.
 
     Raises FileNotFoundError without a sweep.json or predictions, ValueError for a broken one (see `load_sweep`).
     """
     sweep = load_sweep(workdir)
     figures = compare(sweep)
     tables = Tables(sweep, figures)
-    notes = list(
-        dict.fromkeys(note for cell in sweep.cells for note in cell.notes)
-    )  # what all checkpoints lack is said once
+    of_cells = (note for cell in sweep.cells for note in cell.notes)
+    notes = list(dict.fromkeys([*map(str, sweep.left_out), *of_cells]))  # what all checkpoints lack is said once
     galleries = make_galleries(sweep, figures)
     with style():
         page = template("sweep.html").render(
@@ -62,6 +63,7 @@ def write_sweep_report(workdir: str | Path) -> Path:
             records=sum(len(cell.records) for cell in sweep.cells),
             tests=sum(figure.p is not None for figure in figures),
             region_colour=REGION_COLOUR,
+            drawings=DRAWINGS,
         )
     (sweep.workdir / "report.json").write_text(
         json.dumps(_as_json(sweep, figures, notes), indent=1) + "\n", encoding="utf-8"
@@ -83,7 +85,7 @@ def _task_view(sweep: Sweep, tables: Tables, figures: Sequence[Figure], task, ga
         "modalities": tables.modalities(task) if cells else [],
         "curves": _curves(sweep, figures, task),
         "gallery": gallery,
-        "skipped": len({(error["file"], error["record"]) for cell in cells for error in cell.skipped}),
+        "skipped": len({(error["file"], error["record"]) for cell in cells for error in cell.entry.skipped}),
     }
 
 
@@ -91,48 +93,47 @@ def _curves(sweep: Sweep, figures: Sequence[Figure], task):
     """The main metric over the steps of each run that has two checkpoints or more; None without one."""
     lines = []
     shown = [
-        figure
+        (figure.step, figure)
         for figure in figures
         if figure.task == task.name and figure.main and figure.modality == ALL and figure.step is not None
     ]
-    runs = list(dict.fromkeys(checkpoint.run for checkpoint in sweep.checkpoints))
+    runs, first = (
+        list(dict.fromkeys(checkpoint.run for checkpoint in sweep.checkpoints)),
+        next(iter(sweep.protocols), ""),
+    )
     for protocol in sweep.protocols:
         for colour, run in enumerate(runs):
-            points = sorted(
-                (figure for figure in shown if (figure.run, figure.protocol) == (run, protocol)),
-                key=lambda figure: figure.step,
-            )
-            if len({figure.step for figure in points}) < 2:
+            points = {step: figure for step, figure in shown if (figure.run, figure.protocol) == (run, protocol)}
+            if len(points) < 2:
                 continue
             label = f"{run} ({protocol})" if len(sweep.protocols) > 1 else run
-            low, high = (
-                [getattr(figure, end) if getattr(figure, end) is not None else np.nan for figure in points]
-                for end in ("low", "high")
-            )
-            steps, values = [figure.step for figure in points], [figure.value for figure in points]
-            lines.append(Line(label, steps, values, low, high, colour, dashed=protocol != sweep.protocols[0]))
-    return as_svg(draw_steps(lines, describe(shown[0].metric).label)) if lines else None
+            ordered = [points[step] for step in sorted(points)]
+            low = [np.nan if figure.low is None else figure.low for figure in ordered]
+            high = [np.nan if figure.high is None else figure.high for figure in ordered]
+            values, dashed = [figure.value for figure in ordered], protocol != first
+            lines.append(Line(label, sorted(points), values, low, high, colour, dashed))
+    return as_svg(draw_steps(lines, describe(shown[0][1].metric).label)) if lines else None
 
 
 def _routers(sweep: Sweep) -> dict[str, dict[str, Any]]:
     """{checkpoint: picture and token counts}: where tokens go, over all tasks under the first protocol."""
     found = {}
     for checkpoint in sweep.checkpoints:
-        cells = [
-            cell
+        routers = [
+            cell.entry.router
             for cell in sweep.cells
-            if cell.checkpoint == checkpoint.name and cell.protocol == sweep.protocols[0] and cell.router
+            if cell.checkpoint == checkpoint.name and cell.protocol == sweep.protocols[0] and cell.entry.router
         ]
-        if not cells:
+        if not routers:
             continue
-        layers = cells[0].router["layers"]
+        layers = routers[0]["layers"]
         totals: dict[tuple[str, str], np.ndarray] = {}
         tokens: dict[str, int] = {}
-        for cell in cells:
-            for modality, split in cell.router["modalities"].items():
+        for router in routers:
+            for modality, split in router["modalities"].items():
                 for kind, share in split["share"].items():
                     weighted = np.array(share) * split["tokens"][kind]
-                    totals[kind, modality or "none"] = totals.get((kind, modality or "none"), 0) + weighted
+                    totals[kind, modality or "none"] = totals.get((kind, modality or "none"), 0.0) + weighted
                     tokens[kind] = tokens.get(kind, 0) + split["tokens"][kind]
         columns = [
             (kind, modality)
@@ -154,7 +155,7 @@ def _skipped(sweep: Sweep) -> list[dict[str, Any]]:
     """Every skipped record once, with the checkpoints that it was skipped for."""
     found: dict[tuple, dict[str, Any]] = {}
     for cell in sweep.cells:
-        for error in cell.skipped:
+        for error in cell.entry.skipped:
             key = cell.task, error["file"], error["record"], error["what"]
             line = found.setdefault(key, {"task": cell.task, **error, "checkpoints": []})
             if cell.checkpoint not in line["checkpoints"]:
@@ -177,7 +178,8 @@ def _as_json(sweep: Sweep, figures: Sequence[Figure], notes: Sequence[str]) -> d
         for modality, value in figure.values.items()
     ]
     return {
-        "about": "One entry of `figures` per checkpoint, task, protocol, metric and modality; `fields` says what its values mean.",
+        "about": "One entry of `figures` per checkpoint, task, protocol, metric and modality; "
+        "`fields` says what its values mean.",
         "fields": FIELDS,
         "metrics": {
             name: {"label": metric.label, "meaning": metric.meaning, "better": metric.better}
@@ -193,7 +195,7 @@ def _as_json(sweep: Sweep, figures: Sequence[Figure], notes: Sequence[str]) -> d
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("workdir", help="folder of a sweep, with its sweep.json")
     print(write_sweep_report(parser.parse_args().workdir))
 

@@ -1,8 +1,10 @@
-"""Which answers of a sweep are looked at, and their pictures: best, median and worst, false masks, and what changed against the baseline."""
+"""Which answers of a sweep are looked at, and their pictures: best, median and worst, false masks, and what changed
+against the baseline.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from medplib_jax.data.errors import DataError
-from medplib_jax.data.images import load_image
+from medplib_jax.data.images import Blob, load_image
 from medplib_jax.data.overlay import PALETTE, outline, overlay
 from medplib_jax.data.records import find_file
 from medplib_jax.data.rle import decode_rle
+from medplib_jax.data.sources import Source, is_dataset, open_source
+from medplib_jax.evaluate.evaluators.predictions import PredictionRow, read_rows
 from medplib_jax.evaluate.report.comparisons import ALL, Figure
-from medplib_jax.evaluate.report.pictures import REGION_COLOUR, THUMBNAIL, mark_tokens, marked_regions, open_thumbnail
-from medplib_jax.evaluate.report.sweep_load import Cell, Sweep, Task, read_rows
+from medplib_jax.evaluate.report.pictures import (
+    REGION_COLOUR,
+    THUMBNAIL,
+    mark_drawing,
+    mark_tokens,
+    marked_regions,
+    open_thumbnail,
+)
+from medplib_jax.evaluate.report.sweep_load import ScoredCell, Sweep
+from medplib_jax.evaluate.result import TaskEntry
 
 PER_GROUP = 3
 FOLDER = "report_pictures"
@@ -30,12 +42,11 @@ SCORES = {
     "roc_accuracy": "",
     "rouge_l": "ROUGE-L",
 }  # no name: right or wrong
-Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-    """Answers of one task: those of the checkpoints `shown` stand side by side, the first of which chose the records."""
+    """Answers of one task. Those of the checkpoints `shown` stand side by side; the first of them chose the records."""
 
     protocol: str
     shown: tuple[str, ...]
@@ -43,7 +54,10 @@ class Gallery:
 
 
 def make_galleries(sweep: Sweep, figures: Sequence[Figure]) -> dict[str, Gallery]:
-    """{task: gallery}, under the first protocol. Writes the pictures to FOLDER in the sweep's folder, only those that are shown."""
+    """{task: gallery}, under the first protocol.
+
+    Writes the pictures to FOLDER in the sweep's folder, only those that are shown.
+    """
     folder = sweep.workdir / FOLDER
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.webp"):
@@ -63,8 +77,8 @@ def make_galleries(sweep: Sweep, figures: Sequence[Figure]) -> dict[str, Gallery
     return galleries
 
 
-def _gallery(folder: Path, stem: str, task: Task, cells: Sequence[Cell]) -> Gallery:
-    rows = [{row["record"]: row for row in read_rows(cell.predictions)} for cell in cells]
+def _gallery(folder: Path, stem: str, task: TaskEntry, cells: Sequence[ScoredCell]) -> Gallery:
+    rows = [{row["record"]: row for row in read_rows(*cell.predictions)} for cell in cells]
     cards = []
     for group, records in choose(*rows).items():
         for record in records:
@@ -75,7 +89,7 @@ def _gallery(folder: Path, stem: str, task: Task, cells: Sequence[Cell]) -> Gall
     return Gallery(cells[0].protocol, tuple(cell.checkpoint for cell in cells), tuple(cards))
 
 
-def score_of(row: Row) -> tuple[str, float] | None:
+def score_of(row: PredictionRow) -> tuple[str, float] | None:
     """The name and value of the score that stands for an answer; None for a question about masks that has no target."""
     scores = row["scores"]
     if not scores.get("target", 1):
@@ -92,9 +106,12 @@ def _shown(score: tuple[str, float] | None) -> str:
     return f"{name} {value:.3f}" if name else "right" if value == 1 else "wrong"
 
 
-def choose(rows: Mapping[int, Row], baseline: Mapping[int, Row] | None = None) -> dict[str, list[int]]:
-    """{group: record numbers}, each record once: best, median and worst scores, masks drawn where none belongs, and the largest gains and
-    losses against `baseline`. Equal scores go by record number."""
+def choose(
+    rows: Mapping[int, PredictionRow], baseline: Mapping[int, PredictionRow] | None = None
+) -> dict[str, list[int]]:
+    """{group: record numbers}, each record once: best, median and worst scores, masks drawn where none belongs, and the
+    largest gains and losses against `baseline`. Equal scores go by record number.
+    """
     scores = {record: found[1] for record, row in rows.items() if (found := score_of(row))}
     ordered = sorted(scores, key=lambda record: (scores[record], record))
     middle = max(0, len(ordered) // 2 - PER_GROUP // 2)
@@ -116,18 +133,21 @@ def choose(rows: Mapping[int, Row], baseline: Mapping[int, Row] | None = None) -
     return chosen
 
 
-def _card(folder: Path, stem: str, task: Task, group: str, rows: Mapping[str, Row]) -> dict[str, Any]:
+def _card(folder: Path, stem: str, task: TaskEntry, group: str, rows: Mapping[str, PredictionRow]) -> dict[str, Any]:
     """What the page needs of one question; `rows` are the checkpoints' answers."""
     first = next(iter(rows.values()))
     picture, problem = _picture(task, first)
-    shown = [] if picture is None else [("picture", picture, None)]
+    shown: list[tuple[str, np.ndarray, list[np.ndarray] | None]] = []
+    if picture is not None:
+        shown.append(("picture", picture, None))
     if picture is not None and (true := _shapes(first, "true_", picture)) is not None:
         shown.append(("truth", overlay(picture, true, PALETTE), true))
         for checkpoint, row in rows.items():
-            drawn = _shapes(row, "", picture)
+            drawn = _shapes(row, "", picture) or []
             shown.append((checkpoint, outline(overlay(picture, drawn, PALETTE), true), drawn))
     panels = []
     for number, (caption, pixels, shapes) in enumerate(shown):
+        pixels = mark_drawing(pixels) if task.generated else pixels
         Image.fromarray(pixels).save(folder / f"{stem}-{number}.webp", quality=85, method=2)
         size = {"height": pixels.shape[0], "width": pixels.shape[1]}
         panels.append({"caption": caption, "file": f"{FOLDER}/{stem}-{number}.webp", "empty": shapes == []} | size)
@@ -147,13 +167,15 @@ def _card(folder: Path, stem: str, task: Task, group: str, rows: Mapping[str, Ro
     }
 
 
-def _picture(task: Task, row: Row) -> tuple[np.ndarray | None, str]:
-    """The row's picture with the region that its question marks, None if it has none. A report can be made where the pictures are not: then
-    grey of the masks' shape, and why."""
+def _picture(task: TaskEntry, row: PredictionRow) -> tuple[np.ndarray | None, str]:
+    """The row's picture with the region that its question marks, None if it has none.
+
+    A report can be made where the pictures are not: then grey of the masks' shape, and why.
+    """
     if not row["image"]:
         return None, ""
-    find = functools.partial(find_file, task.root)
     try:
+        find = _finder(task, row)
         path = find(row["image"][-1])
         marked = marked_regions(row["question"], find, load_image(path).shape[:2])
         return overlay(open_thumbnail(path), marked, (REGION_COLOUR,)), ""
@@ -163,8 +185,20 @@ def _picture(task: Task, row: Row) -> tuple[np.ndarray | None, str]:
         return np.full((*size, 3), 90, np.uint8), f"{error.what}: {row['image'][-1]}"
 
 
-def _shapes(row: Row, prefix: str, picture: np.ndarray) -> list[np.ndarray] | None:
-    """The masks or boxes of an answer (`prefix` "true_": of the truth) as bool [h, w]; None when it is about neither."""
+def _finder(task: TaskEntry, row: PredictionRow) -> Callable[[str], str | Blob]:
+    """Looks up what the row's record names: below the task's root, or in the assembled dataset that carries it."""
+    if is_dataset(task.file):
+        return _dataset(task.file)[row["record"]].find
+    return functools.partial(find_file, task.root)
+
+
+@functools.lru_cache(maxsize=8)
+def _dataset(name: str) -> Source:
+    return open_source(name)
+
+
+def _shapes(row: PredictionRow, prefix: str, picture: np.ndarray) -> list[np.ndarray] | None:
+    """The masks or boxes of an answer (`prefix` "true_": of the truth) as bool [h, w]; None if it is about neither."""
     if f"{prefix}masks" in row:
         return [decode_rle(rle) for rle in row[f"{prefix}masks"]]
     if f"{prefix}boxes" not in row:

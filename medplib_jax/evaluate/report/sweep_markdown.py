@@ -5,9 +5,10 @@ import unicodedata
 from collections.abc import Sequence
 
 from medplib_jax.evaluate.report.comparisons import MEAN
+from medplib_jax.evaluate.report.pictures import DRAWINGS
 from medplib_jax.evaluate.report.protocols import SUMMARY, settings
 from medplib_jax.evaluate.report.sweep_load import Sweep
-from medplib_jax.evaluate.report.sweep_tables import Row, Table, Tables
+from medplib_jax.evaluate.report.sweep_tables import ReportTable, TableRow, Tables
 
 WIDTH = 118  # characters of a table's line, beyond which its columns are split into several tables
 
@@ -17,11 +18,15 @@ def to_markdown(sweep: Sweep, tables: Tables, notes: Sequence[str]) -> str:
     lines = [
         "# Evaluation sweep",
         "",
-        *_wrapped("All figures in percent; `±` is the half width of the 95 % bootstrap interval (images resampled)."),
+        *_wrapped(
+            "All figures in percent; `±` is the half width of the 95 % bootstrap interval (patients resampled where "
+            "they are known, else images)."
+        ),
     ]
     if sweep.baseline:
         lines += _wrapped(
-            f"Differences are to `{sweep.baseline}`; `*` marks a false discovery rate below 5 % (paired permutation test)."
+            f"Differences are to `{sweep.baseline}`; `*` marks a false discovery rate below 5 % (paired permutation "
+            "test)."
         )
     lines += [line for note in notes for line in ("", *_wrapped(f"- {note}"))]
     overview = tables.overview()
@@ -40,6 +45,7 @@ def to_markdown(sweep: Sweep, tables: Tables, notes: Sequence[str]) -> str:
         if not protocols:
             continue
         lines += ["", f"## {task.name}", "", f"{task.kind}, {task.records:,} records, `{task.file}`"]
+        lines += ["", f"**{DRAWINGS}**"] if task.generated else []
         by_modality = tables.modalities(task)[:1]
         for protocol in protocols:
             for table in (tables.metrics(task), *by_modality):
@@ -49,7 +55,7 @@ def to_markdown(sweep: Sweep, tables: Tables, notes: Sequence[str]) -> str:
                     "",
                 ]
                 lines += _table(_only(table, protocol, lambda column: True))
-    skipped = [(cell, error) for cell in sweep.cells for error in cell.skipped]
+    skipped = [(cell, error) for cell in sweep.cells for error in cell.entry.skipped]
     if skipped:
         lines += ["", "## Skipped records", ""]
         named = dict.fromkeys(
@@ -59,29 +65,34 @@ def to_markdown(sweep: Sweep, tables: Tables, notes: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _only(table: Table, protocol: str, wanted) -> Table:
+def _only(table: ReportTable, protocol: str, wanted) -> ReportTable:
     """The table's columns of one protocol."""
     places = [i for i, column in enumerate(table.columns) if column.protocol == protocol and wanted(column)]
 
     def pick(rows):
-        picked = [Row(row.name, row.note, tuple(row.entries[i] for i in places), row.run, row.baseline) for row in rows]
+        picked = [
+            TableRow(row.name, row.note, tuple(row.entries[i] for i in places), row.run, row.baseline) for row in rows
+        ]
         return tuple(row for row in picked if any(row.entries))
 
     elsewhere = pick(table.elsewhere)
-    return Table(
+    return ReportTable(
         table.title,
         tuple(table.columns[i] for i in places),
         pick(table.rows),
         elsewhere,
-        table.notes if elsewhere else (),
+        table.notes,
+        next(iter(pick([table.counts])), None) if table.counts else None,
     )
 
 
-def _table(table: Table, metric: bool = False) -> list[str]:
+def _table(table: ReportTable, metric: bool = False) -> list[str]:
     head = [[column.title, column.metric] if metric else [column.title] for column in table.columns]
     titles = ["checkpoint", *(" ".join(filter(None, words)) for words in head)]
     body = [[_name(row), *(_text(entry) for entry in row.entries)] for row in table.rows]
     body += [[f"(elsewhere) {row.name}", *(_text(entry) for entry in row.entries)] for row in table.elsewhere]
+    if table.counts:
+        body.append([table.counts.name, *(_text(entry) for entry in table.counts.entries)])
     lines = []
     for part in _parts([titles, *body]):
         widths = [max(_width(line[i]) for line in part) for i in range(len(part[0]))]
@@ -120,7 +131,7 @@ def _parts(lines: list[list[str]]) -> list[list[list[str]]]:
     return [[[line[i] for i in part] for line in lines] for part in parts]
 
 
-def _name(row: Row) -> str:
+def _name(row: TableRow) -> str:
     return _plain(row.name) + (" (baseline)" if row.baseline else "")
 
 

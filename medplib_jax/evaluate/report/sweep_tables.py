@@ -1,4 +1,6 @@
-"""The tables of a sweep as the page and the Markdown show them: rows are checkpoints, columns tasks, metrics or modalities."""
+"""The tables of a sweep as the page and the Markdown show them: rows are checkpoints, columns tasks, metrics or
+modalities.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -6,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from medplib_jax.evaluate.metrics.catalogue import BY_MODALITY, describe, in_order
 from medplib_jax.evaluate.report.comparisons import ALL, MEAN, Figure
 from medplib_jax.evaluate.report.published import Published, published
-from medplib_jax.evaluate.report.sweep_load import Sweep, Task
+from medplib_jax.evaluate.report.sweep_load import Sweep
+from medplib_jax.evaluate.result import TaskEntry
 
+REWARD_SILENCE = ("no_target_accuracy", "false_mask_rate", "gIoU")
 MODALITY_TITLES = {ALL: "all records", MEAN: "mean over modalities"}
 
 
@@ -24,8 +28,11 @@ class Column:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """One cell: percents as text. `mark` is "up", "down" or "" for a significant difference to the baseline, `best` the column's best."""
+class TableEntry:
+    """One cell: percents as text.
+
+    `mark` is "up", "down" or "" for a significant difference to the baseline, `best` the column's best.
+    """
 
     sort: float
     value: str
@@ -37,48 +44,76 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TableRow:
     """`entries` are the columns' cells, None where nothing was measured. `note` stands under the name."""
 
     name: str
     note: str
-    entries: tuple[Entry | None, ...]
+    entries: tuple[TableEntry | None, ...]
     run: str = ""
     baseline: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """`elsewhere` are rows of figures measured by others, `notes` say where they are from and what speaks against comparing."""
+class ReportTable:
+    """`elsewhere` are rows of figures measured by others, `notes` say where they are from and what speaks against
+    comparing.
+    """
 
     title: str
     columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
-    elsewhere: tuple[Row, ...] = ()
+    rows: tuple[TableRow, ...]
+    elsewhere: tuple[TableRow, ...] = ()
     notes: tuple[str, ...] = ()
+    counts: TableRow | None = None  # how many records, pictures and patients each column is about
 
 
 def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}"
 
 
-def entry(figure: Figure, best: bool) -> Entry:
+def counts_of(figure: Figure) -> str:
+    """What a figure is about, in words."""
+    records = f"{figure.records:,} {'modalities' if figure.modality == MEAN else 'records'}"
+    patients = "patients not known" if figure.patients is None else f"{figure.patients:,} patients"
+    return f"{records}, {figure.images:,} pictures, {patients}"
+
+
+def entry(figure: Figure, best: bool) -> TableEntry:
     lower_is_better = describe(figure.metric).better == "lower"
-    interval = "" if figure.low is None else f"{percent(figure.low)}–{percent(figure.high)}"
+    interval = "" if figure.low is None or figure.high is None else f"{percent(figure.low)}–{percent(figure.high)}"
     delta, mark = "", ""
-    hint = [f"{figure.records:,} {'modalities' if figure.modality == MEAN else 'records'}"]
+    hint = [counts_of(figure)]
     if figure.delta is not None:
         delta = f"{100 * figure.delta:+.1f}" + ("*" if figure.significant else "")
         if figure.significant:
             mark = "up" if (figure.delta > 0) != lower_is_better else "down"
         hint.append(f"{100 * figure.delta:+.2f} to {figure.baseline} on {figure.paired:,} common records")
-        if figure.delta_low is not None:
+        if figure.delta_low is not None and figure.delta_high is not None:
             hint.append(
                 f"95 % interval of the difference {100 * figure.delta_low:+.2f} to {100 * figure.delta_high:+.2f}"
             )
         if figure.p is not None:
             hint.append(f"p {figure.p:.4f}, q {figure.q:.4f}")
-    return Entry(figure.value, percent(figure.value), interval, delta, mark, best, "; ".join(hint))
+    return TableEntry(figure.value, percent(figure.value), interval, delta, mark, best, "; ".join(hint))
+
+
+def best_of(figures: Sequence[Figure], drawing: set[tuple[str, str]]) -> str | None:
+    """The checkpoint whose figure is the best of a column; None where that means nothing.
+
+    That is where there is nothing to compare, where several share the best value, and where the best of a metric to
+    maximise is 0. A model that never draws a mask draws no false one: where metrics reward that, only checkpoints that
+    draw some (`drawing`, pairs with their protocol) can be the best.
+    """
+    lower_is_better = describe(figures[0].metric).better == "lower"
+    if figures[0].metric in REWARD_SILENCE:
+        figures = [figure for figure in figures if (figure.checkpoint, figure.protocol) in drawing]
+    if len(figures) < 2:
+        return None
+    ordered = sorted(figures, key=lambda figure: figure.value, reverse=not lower_is_better)
+    best, second = ordered[:2]
+    is_nothing = best.value == 0 and not lower_is_better
+    return None if is_nothing or best.value == second.value else best.checkpoint
 
 
 class Tables:
@@ -92,17 +127,25 @@ class Tables:
         }
         self.nearest = "reference" if "reference" in sweep.protocols else "exact"  # under which figures of others stand
         self.main = {(figure.task, figure.protocol): figure.metric for figure in figures if figure.main}
-        self._best: dict[tuple[str, str, str, str], float] = {}  # of each column
         self._seen: dict[tuple[str, str], dict[str, set[str]]] = {}  # protocols and modalities of each (task, metric)
+        columns: dict[tuple[str, str, str, str], list[Figure]] = {}
         for (_, task, protocol, metric, modality), figure in self.figures.items():
-            better = min if describe(metric).better == "lower" else max
-            column = task, protocol, metric, modality
-            self._best[column] = better(figure.value, self._best.get(column, figure.value))
+            columns.setdefault((task, protocol, metric, modality), []).append(figure)
             seen = self._seen.setdefault((task, metric), {"protocols": set(), "modalities": set()})
             seen["protocols"].add(protocol)
             seen["modalities"].add(modality)
+        drawing = {
+            (figure.checkpoint, figure.protocol)
+            for figure in figures
+            if figure.metric == "hit_rate" and figure.value > 0
+        }
+        self._best = {column: best_of(found, drawing) for column, found in columns.items()}  # the checkpoint's name
 
-    def overview(self) -> Table:
+    def is_best(self, figure: Figure) -> bool:
+        """Whether it is the best of its column in a sense that means something (`best_of`)."""
+        return self._best[figure.task, figure.protocol, figure.metric, figure.modality] == figure.checkpoint
+
+    def overview(self) -> ReportTable:
         """Checkpoints x tasks, each task by its main metric."""
         columns, keys = [], []
         for task, protocol, _ in self.sweep.columns:
@@ -112,9 +155,9 @@ class Tables:
                     Column(task.name, describe(metric).label, protocol, scope, task.name, describe(metric).meaning)
                 )
                 keys.append((task.name, protocol, metric, scope))
-        return Table("Overview", tuple(columns), self._rows(keys))
+        return ReportTable("Overview", tuple(columns), self._rows(keys), counts=self._counts(keys))
 
-    def metrics(self, task: Task) -> Table:
+    def metrics(self, task: TaskEntry) -> ReportTable:
         """Checkpoints x every metric of one task, over all records."""
         keys = [
             (task.name, protocol, metric, ALL)
@@ -125,16 +168,16 @@ class Tables:
             Column(describe(metric).label, "", protocol, explained=describe(metric).meaning)
             for _, protocol, metric, _ in keys
         ]
-        return Table("All metrics, all records", tuple(columns), self._rows(keys))
+        return ReportTable("All metrics, all records", tuple(columns), self._rows(keys), counts=self._counts(keys))
 
-    def modalities(self, task: Task) -> list[Table]:
+    def modalities(self, task: TaskEntry) -> list[ReportTable]:
         """Checkpoints x modalities, one table for each of the metrics that are worth it, the main one first."""
         names = [metric for metric in self._metrics(task) if metric in BY_MODALITY]
         main = {self.main.get((task.name, protocol)) for protocol in self.sweep.protocols}
         names.sort(key=lambda metric: metric not in main)
         return [self._by_modality(task, metric) for metric in names]
 
-    def _by_modality(self, task: Task, metric: str) -> Table:
+    def _by_modality(self, task: TaskEntry, metric: str) -> ReportTable:
         modalities = [ALL, MEAN, *sorted(self._seen[task.name, metric]["modalities"] - {ALL, MEAN})]
         keys = [
             (task.name, protocol, metric, modality)
@@ -142,26 +185,33 @@ class Tables:
             for protocol in self._protocols(task, metric)
         ]
         columns = [Column(MODALITY_TITLES.get(modality, modality), "", protocol) for _, protocol, _, modality in keys]
-        others = [figure for figure in published() if figure.metric == metric and figure.belongs_to(task)]
-        notes = [*(figure.origin for figure in others), *(figure.caveat(task) for figure in others)]
-        rows = tuple(self._elsewhere(figure, keys) for figure in others)
-        return Table(
-            describe(metric).label, tuple(columns), self._rows(keys), rows, tuple(dict.fromkeys(filter(None, notes)))
+        named = [figure for figure in published() if figure.metric == metric and figure.bears_name_of(task)]
+        others = [figure for figure in named if figure.belongs_to(task)]
+        notes = [*(figure.origin for figure in others), *(f"{one.label}: {one.caveat(task)}" for one in named)]
+        return ReportTable(
+            describe(metric).label,
+            tuple(columns),
+            self._rows(keys),
+            tuple(self._elsewhere(figure, keys) for figure in others),
+            tuple(dict.fromkeys(note for note in notes if not note.endswith(": "))),
+            self._counts(keys),
         )
 
-    def beside_published(self) -> list[Table]:
-        """One table per kind of task: the published figures, and over them those of this sweep's tasks of the same name."""
+    def beside_published(self) -> list[ReportTable]:
+        """One table per kind of task: the published figures, and over them those of this sweep's checkpoints on the
+        published test sets.
+        """
         return [
             self._beside([figure for figure in published() if figure.kind == kind])
             for kind in dict.fromkeys(figure.kind for figure in published())
         ]
 
-    def _beside(self, figures: Sequence[Published]) -> Table:
+    def _beside(self, figures: Sequence[Published]) -> ReportTable:
         places = list(dict.fromkeys((figure.task, modality) for figure in figures for modality in figure.values))
         columns = [Column(task, MODALITY_TITLES.get(modality, modality), "") for task, modality in places]
         keys = []
         for task, modality in places:
-            metric, ours = next((figure.metric, self._namesake(figure)) for figure in figures if figure.task == task)
+            metric, ours = next((figure.metric, self._same_data(figure)) for figure in figures if figure.task == task)
             keys.append((ours.name if ours else "", self.nearest, metric, modality))
         sources: dict[str, dict[tuple[str, str], float]] = {}
         for figure in figures:
@@ -169,51 +219,69 @@ class Tables:
                 {(figure.task, modality): value for modality, value in figure.values.items()}
             )
         elsewhere = [
-            Row(
+            TableRow(
                 label,
                 "",
-                tuple(Entry(values[place], percent(values[place], 2)) if place in values else None for place in places),
+                tuple(
+                    TableEntry(values[place], percent(values[place], 2)) if place in values else None
+                    for place in places
+                ),
             )
             for label, values in sources.items()
         ]
         notes = [figure.origin for figure in figures]
         notes += [
-            f"{figure.task}: {caveat}"
+            f"{figure.task}: {figure.caveat(task)}"
             for figure in figures
-            if (ours := self._namesake(figure)) and (caveat := figure.caveat(ours))
+            for task in self.sweep.tasks
+            if figure.bears_name_of(task) and not figure.belongs_to(task)
         ]
-        return Table(figures[0].group, tuple(columns), self._rows(keys), tuple(elsewhere), tuple(dict.fromkeys(notes)))
+        return ReportTable(
+            figures[0].group, tuple(columns), self._rows(keys), tuple(elsewhere), tuple(dict.fromkeys(notes))
+        )
 
-    def _namesake(self, figure: Published) -> Task | None:
+    def _same_data(self, figure: Published) -> TaskEntry | None:
         return next((task for task in self.sweep.tasks if figure.belongs_to(task)), None)
 
-    def _elsewhere(self, figure: Published, keys) -> Row:
+    def _elsewhere(self, figure: Published, keys) -> TableRow:
         values = [
             figure.values.get(modality) if protocol == self.nearest else None for _, protocol, _, modality in keys
         ]
-        return Row(
-            figure.label, "", tuple(None if value is None else Entry(value, percent(value, 2)) for value in values)
+        return TableRow(
+            figure.label, "", tuple(None if value is None else TableEntry(value, percent(value, 2)) for value in values)
         )
 
-    def _rows(self, keys: Iterable[tuple[str, str, str, str]]) -> tuple[Row, ...]:
+    def _rows(self, keys: Iterable[tuple[str, str, str, str]]) -> tuple[TableRow, ...]:
         keys = list(keys)
         rows = []
         for checkpoint in self.sweep.checkpoints:
             figures = [self.figures.get((checkpoint.name, *key)) for key in keys]
             if not any(figures):
                 continue
-            entries = tuple(
-                figure and entry(figure, figure.value == self._best[key])
-                for figure, key in zip(figures, keys, strict=True)
-            )
+            entries = tuple(figure and entry(figure, self.is_best(figure)) for figure in figures)
             steps = "" if checkpoint.step is None else f"step {checkpoint.step:,}"
             weights = f"{checkpoint.quantize} weights" if checkpoint.quantize else ""
             note = ", ".join(filter(None, [steps, checkpoint.kind if checkpoint.kind != "jax" else "", weights]))
-            rows.append(Row(checkpoint.name, note, entries, checkpoint.run, checkpoint.name == self.sweep.baseline))
+            rows.append(
+                TableRow(checkpoint.name, note, entries, checkpoint.run, checkpoint.name == self.sweep.baseline)
+            )
         return tuple(rows)
 
-    def _metrics(self, task: Task) -> list[str]:
+    def _counts(self, keys: Sequence[tuple[str, str, str, str]]) -> TableRow:
+        """How many records, pictures and patients each column is about; several where checkpoints differ in that."""
+        entries = []
+        for key in keys:
+            figures = [self.figures.get((checkpoint.name, *key)) for checkpoint in self.sweep.checkpoints]
+            found = {
+                (figure.records, figure.images, figure.patients): counts_of(figure) for figure in figures if figure
+            }
+            texts = ["/".join("?" if count is None else f"{count:,}" for count in counts) for counts in found]
+            most = max((records for records, *_ in found), default=0)
+            entries.append(TableEntry(most, " or ".join(texts), hint="; ".join(found.values())) if found else None)
+        return TableRow("records/pictures/patients", "", tuple(entries))
+
+    def _metrics(self, task: TaskEntry) -> list[str]:
         return in_order([metric for name, metric in self._seen if name == task.name])
 
-    def _protocols(self, task: Task, metric: str) -> list[str]:
+    def _protocols(self, task: TaskEntry, metric: str) -> list[str]:
         return [protocol for protocol in self.sweep.protocols if protocol in self._seen[task.name, metric]["protocols"]]

@@ -1,9 +1,10 @@
 """Products of groups of rows with one matrix per group: what a token costs does not depend on the number of groups.
 
-`grouped_matmul(x, w, sizes)`: the first sizes[0] rows of x times w[0], the next sizes[1] rows times w[1], ...; rows beyond the
-groups give zero. For a TPU it is the megablox kernel that ships with JAX, for a GPU our own (`grouped_matmul_gpu.py`), elsewhere
-loops over blocks of rows whose trip counts follow the group sizes. The choice is made when the program is traced: by the mesh
-that x lives on (so that compiling for a TPU or GPU works without one), else by the default backend.
+`grouped_matmul(x, w, sizes)`: the first sizes[0] rows of x times w[0], the next sizes[1] rows times w[1], ...; rows
+beyond the groups give zero. For a TPU it is the megablox kernel that ships with JAX, for a GPU our own
+(`grouped_matmul_gpu.py`), elsewhere loops over blocks of rows whose trip counts follow the group sizes. The choice is
+made when the program is traced: by the mesh that x lives on (so that compiling for a TPU or GPU works without one),
+else by the default backend.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +18,8 @@ from medplib_jax.models.kernels import grouped_matmul_gpu as gpu
 from medplib_jax.models.precision import precision_of
 from medplib_jax.models.target import is_for_gpu, is_for_tpu, target_device
 
-# Rows per block, descending. A group takes as many blocks of each size as fit, so that large products run at full speed and
-# at most ROW_BLOCKS[-1] - 1 rows per group are computed for nothing.
+# Rows per block, descending. A group takes as many blocks of each size as fit, so that large products run at full speed
+# and at most ROW_BLOCKS[-1] - 1 rows per group are computed for nothing.
 ROW_BLOCKS = (256, 64, 16)
 TPU_ROW_TILE = 128
 
@@ -51,7 +52,7 @@ def grouped_matmul_transposed(x_SxD: Array, w_ExFxD: Array, sizes_E: Array) -> A
 def grouped_matmul_apart(x_SxD: Array, matrices: Sequence[Array], sizes_E: Array) -> Array:
     """`grouped_matmul` with matrices [D, F] in arrays of their own, in blocks and without gradients."""
     out = jnp.zeros((x_SxD.shape[0], matrices[0].shape[1]), x_SxD.dtype)
-    for start, size, matrix in zip(jnp.cumsum(sizes_E) - sizes_E, sizes_E, matrices):
+    for start, size, matrix in zip(jnp.cumsum(sizes_E) - sizes_E, sizes_E, matrices, strict=True):
         out = _multiply_group(x_SxD, matrix.astype(x_SxD.dtype), start, size, out, (((1,), (0,)), ((), ())))
     return out
 
@@ -72,7 +73,7 @@ def _weight_gradient(x, w, dy, sizes):
 
 
 def _each_block(start: Array, size: Array, num_rows: int, carry, body: Callable):
-    """body(row, count, keep [count], carry) -> carry over the blocks that cover rows [start, start + size) of `num_rows`.
+    """body(row, count, keep [count], carry) -> carry, over blocks that cover rows [start, start + size) of `num_rows`.
 
     `keep` is None where the block lies inside the range, else it says which of its rows do.
     """
@@ -137,8 +138,8 @@ def _weight_gradient_blocks(x, dy, sizes):
 
 
 def _tiling(rows: int, inner: int, outer: int) -> tuple[int, int, int]:
-    """Few rows to a tile, so that little is computed twice where groups meet; the whole inner width where the chip's memory holds
-    it (16 MB, two tiles of each factor), so that a matrix is read once and not once per tile of rows."""
+    """Few rows to a tile, so that little is computed twice where groups meet; the whole inner width where the chip's
+    memory holds it (16 MB, two tiles of each factor), so that a matrix is read once and not once per tile of rows."""
     return (TPU_ROW_TILE, inner, min(outer, 512)) if inner <= 4096 else (TPU_ROW_TILE, 512, min(outer, 2048))
 
 

@@ -28,9 +28,11 @@ def suits_triton(rows: int, w_ExDxF: Array) -> bool:
 
 
 def multiply(x_SxD: Array, w_ExDxF: Array, sizes_E: Array, *, transpose: bool, device) -> Array:
-    """The first sizes[0] rows of x times w[0], the next times w[1], ...; other rows give zero. Sums in float32, result in x's dtype.
+    """The first sizes[0] rows of x times w[0], the next times w[1], ...; other rows give zero.
 
-    With `transpose`, times w[e].T. `device` (`platform`, `device_kind`) is what the program will run on; on a CPU it is interpreted.
+    Sums are float32, the result has x's dtype.
+    With `transpose`, times w[e].T. `device` (`platform`, `device_kind`) is what the program will run on; on a CPU it is
+    interpreted.
     """
     w_ExDxF = w_ExDxF.astype(x_SxD.dtype)
     (rows, inner), outer = x_SxD.shape, w_ExDxF.shape[1 if transpose else 2]
@@ -69,7 +71,7 @@ def weight_gradient(x_SxD: Array, dy_SxF: Array, sizes_E: Array, *, device) -> A
 
 
 def row_tiles(sizes_E: Array, rows: int) -> tuple[Array, Array, Array]:
-    """(group, first row, row after the last) of every tile, int32 [T]: a tile begins where its group does or another tile of it ends.
+    """(group, first row, row after the last) of every tile, int32 [T]. Tiles of a group follow each other.
 
     Rows of no group are group E. As many tiles as any sizes may need: those left over hold no rows.
     """
@@ -98,8 +100,8 @@ def _how(device, flops: int) -> dict:
 
 
 def _bind(call, *args: Array) -> Array:
-    """Jitted: a call that nobody reads (experts may be frozen) is dropped from a program, a kernel is not. In the mesh of the rows: the
-    result says by its mesh what the program is for, as they do."""
+    """Jitted: a call that nobody reads (experts may be frozen) is dropped from a program, a kernel is not. In the mesh
+    of the rows: the result says by its mesh what the program is for, as they do."""
     with jax.sharding.use_abstract_mesh(jax.typeof(args[-2]).sharding.mesh):
         return jax.jit(call)(*args)
 

@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, repeat
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
@@ -28,8 +28,11 @@ SPLASH_LANES = 128  # head widths and block sides are multiples of a TPU registe
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys (rotated) and values, one array per layer, as the products with queries and weights read them: no copy is transposed per token.
-    Row b holds `length_B[b]` positions; what lies beyond is overwritten later."""
+    """Keys (rotated) and values, one array per layer.
+
+    Their axes have the order in which decoding multiplies them, so that nothing is transposed per token. Row b holds
+    `length_B[b]` positions. What lies beyond is overwritten later.
+    """
 
     k: tuple[Float[Array, "B G K S"], ...]
     v: tuple[Float[Array, "B G S K"], ...]
@@ -40,7 +43,7 @@ class KVCache:
 
 
 def rotary_frequencies(head_dim: int, theta: float) -> np.ndarray:
-    """theta^(-2i/K), float32 [K/2] (Su et al. 2021, eq. 15), rounded at the places where LLaMA's `rotary_emb.inv_freq` is.
+    """theta^(-2i/K), float32 [K/2] (Su et al. 2021, eq. 15), rounded where LLaMA's `rotary_emb.inv_freq` is.
 
     The power is taken on the host: a TPU's is less exact.
     """
@@ -54,7 +57,8 @@ def rotary_tables(positions_BxL: Array, frequencies: np.ndarray | Array) -> tupl
     tables = jnp.cos(angles), jnp.sin(angles)
     if target_device(positions_BxL).platform != "cpu":
         return tables
-    # XLA for CPUs would compute cosines anew for every head of every layer, whatever barrier stands between. A product it computes once.
+    # XLA for CPUs would compute the cosines anew for every head of every layer: it fuses them into what reads them,
+    # an optimization barrier notwithstanding. The result of a product it keeps.
     identity = jnp.eye(frequencies.shape[-1])
     return tuple(product(table, identity) for table in tables)
 
@@ -93,24 +97,28 @@ def attend(
         visible_BxLxS &= key_valid_BxS[:, None, :]
     if segments is not None:
         visible_BxLxS &= segments[0][:, :, None] == segments[1][:, None, :]
-    return _attend_visible(q_BxLxHxK, k_BxSxGxK.transpose(0, 2, 3, 1), v_BxSxGxK.swapaxes(1, 2), visible_BxLxS)
+    k_BxGxKxS, v_BxGxSxK = rearrange(k_BxSxGxK, "B S G K -> B G K S"), rearrange(v_BxSxGxK, "B S G K -> B G S K")
+    return _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, visible_BxLxS)
 
 
 def begin_cache(k_BxLxGxK: Array, v_BxLxGxK: Array, length: int) -> tuple[Array, Array]:
     """One layer's cache of `length` positions that begins with these."""
     beyond = (0, length - k_BxLxGxK.shape[1])
-    k_BxGxKxL, v_BxGxLxK = k_BxLxGxK.transpose(0, 2, 3, 1), v_BxLxGxK.swapaxes(1, 2)
+    k_BxGxKxL, v_BxGxLxK = rearrange(k_BxLxGxK, "B L G K -> B G K L"), rearrange(v_BxLxGxK, "B L G K -> B G L K")
     return jnp.pad(k_BxGxKxL, ((0, 0), (0, 0), (0, 0), beyond)), jnp.pad(v_BxGxLxK, ((0, 0), (0, 0), beyond, (0, 0)))
 
 
 def extend_cache(
     k_BxGxKxS: Array, v_BxGxSxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, index_BxL: Array
 ) -> tuple[Array, Array]:
-    """One layer's cache with the keys and values of L new positions written at `index_BxL`, all heads of a position at once: written
-    value by value, sixteen rows take six times as long."""
+    """One layer's cache with the keys and values of L new positions written at `index_BxL`.
+
+    All heads of a position are one write. Written value by value, sixteen rows take six times as long on a CPU.
+    """
     k_BxLxGxK, v_BxLxGxK = k_BxLxGxK.astype(k_BxGxKxS.dtype), v_BxLxGxK.astype(v_BxGxSxK.dtype)
     if len(k_BxLxGxK) == 1:  # without the axis of rows, see Decoder.decode
-        start, k_GxKxL, v_GxLxK = index_BxL[0, 0], k_BxLxGxK[0].transpose(1, 2, 0), v_BxLxGxK[0].swapaxes(0, 1)
+        start = index_BxL[0, 0]
+        k_GxKxL, v_GxLxK = rearrange(k_BxLxGxK[0], "L G K -> G K L"), rearrange(v_BxLxGxK[0], "L G K -> G L K")
         k_GxKxS = jax.lax.dynamic_update_slice(k_BxGxKxS[0], k_GxKxL, (0, 0, start))
         return k_GxKxS[None], jax.lax.dynamic_update_slice(v_BxGxSxK[0], v_GxLxK, (0, start, 0))[None]
     row_Bx1 = jnp.arange(k_BxLxGxK.shape[0])[:, None]
@@ -126,14 +134,12 @@ def attend_cached(q_BxLxHxK: Array, k_BxGxKxS: Array, v_BxGxSxK: Array, query_po
 
 
 def _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, visible_BxLxS):
-    B, L, H, K = q_BxLxHxK.shape
-    G = k_BxGxKxS.shape[1]
+    L, K, G = q_BxLxHxK.shape[1], q_BxLxHxK.shape[3], k_BxGxKxS.shape[1]
     hidden_BxLxS = jnp.where(visible_BxLxS, 0.0, HIDDEN)
-    q_BxGxRLxK = (q_BxLxHxK * K**-0.5).reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
+    q_BxGxRLxK = rearrange(q_BxLxHxK * K**-0.5, "B L (G R) K -> B G (R L) K", G=G)  # R query heads share a key head
     scores = product(q_BxGxRLxK, k_BxGxKxS, jnp.float32)
-    scores += jnp.tile(hidden_BxLxS, (1, H // G, 1))[:, None]
-    y = softmax_average(scores, v_BxGxSxK)
-    return y.reshape(B, G, H // G, L, K).transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
+    scores += jnp.tile(hidden_BxLxS, (1, q_BxGxRLxK.shape[2] // L, 1))[:, None]
+    return rearrange(softmax_average(scores, v_BxGxSxK), "B G (R L) K -> B L (G R) K", L=L)
 
 
 def attend_within(
@@ -145,10 +151,10 @@ def attend_within(
     *,
     rules: ShardingConfig | None = None,
 ) -> Array:
-    """Causal attention within rows that are padded on the right, or within the segments of a row (`attend` without a cache).
+    """Causal attention within rows padded on the right, or within the segments of a row: `attend` without a cache.
 
-    For a TPU by the splash attention kernel and for a GPU by cuDNN's, which never keep scores; the same values, except at padding, which then
-    sees other padding too. `rules` say over which devices of a mesh the heads are spread.
+    For a TPU by the splash attention kernel and for a GPU by cuDNN's, which never keep scores. The values are the same,
+    except at padding, which then sees other padding too. `rules` say over which devices of a mesh the heads are spread.
     """
     q, k, v = q_BxLxHxK, k_BxLxGxK, v_BxLxGxK
     if is_for_tpu(q) and q.shape[3] % SPLASH_LANES == 0:
@@ -159,15 +165,15 @@ def attend_within(
 
 
 def _with_own_heads(q, k, v, rules):
-    """Queries, keys and values [B, L, heads, K] so that every device holds the keys of its own query heads, as a kernel needs them.
+    """Queries, keys and values [B, L, heads, K], every device with the keys of its own query heads: kernels need it.
 
-    Where the rules spread query heads and key heads alike, they lie so already. Else each query head gets a copy of its key head.
+    It is so where the rules spread query heads and key heads alike. Else each query head gets a copy of its key head.
     """
     mesh = jax.typeof(q).sharding.mesh
     if mesh.size <= 1:
         return q, k, v
     if mesh_axes(rules, "heads") != mesh_axes(rules, "kv_heads"):
-        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+        k, v = (repeat(x, "B L G K -> B L (G R) K", R=q.shape[2] // x.shape[2]) for x in (k, v))
     rows = row_axes(len(q), mesh)
     placed = NamedSharding(mesh, PartitionSpec(rows, None, activation_axes(rules, "heads", rows)))
     return tuple(jax.lax.with_sharding_constraint(x, placed) for x in (q, k, v))
@@ -189,7 +195,7 @@ def fused_attention(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, implem
 
 
 def _attend_blocks(q, k, v, valid_BxL, segment_BxL):
-    """Queries in blocks, each with the keys up to its own end: of the scores that causality hides only those in the last block are computed."""
+    """Queries in blocks, each with the keys up to its own end, which leaves out most scores that causality hides."""
     L, blocks = q.shape[1], []
     for start in range(0, L, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, L)
@@ -209,7 +215,7 @@ def _attend_blocks(q, k, v, valid_BxL, segment_BxL):
 
 
 def splash_block(length: int) -> int:
-    """Side of the kernel's blocks of scores: large enough for the matrix unit, small enough that causal skipping pays."""
+    """Side of the kernel's blocks of scores: large for the matrix unit, yet small enough that causal skipping pays."""
     return 512 if length % 512 == 0 else min(256, length + -length % SPLASH_LANES)
 
 
@@ -218,7 +224,8 @@ def _splash(q, k, v, segment_BxL, rules):
     length, mesh = q.shape[1], jax.typeof(q).sharding.mesh
     beyond = -length % splash_block(length)
     q, k, v = _with_own_heads(q, k, v, rules)
-    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, beyond), (0, 0))) for x in (q * q.shape[3] ** -0.5, k, v))
+    q, k, v = (rearrange(x, "B L H K -> B H L K") for x in (q * q.shape[3] ** -0.5, k, v))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, beyond), (0, 0))) for x in (q, k, v))
     segment_BxL = jnp.pad(segment_BxL, ((0, 0), (0, beyond)))
     if mesh.size <= 1:
         y = _splash_local(q, k, v, segment_BxL)
@@ -228,7 +235,7 @@ def _splash(q, k, v, segment_BxL, rules):
         in_specs = (by_head, by_head, by_head, PartitionSpec(rows))
         run = jax.shard_map(_splash_local, mesh=mesh, in_specs=in_specs, out_specs=by_head, check_vma=False)
         y = run(q, k, v, segment_BxL)
-    return y[:, :, :length].swapaxes(1, 2)
+    return rearrange(y[:, :, :length], "B H L K -> B L H K")
 
 
 def _splash_local(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, segment_BxL):
@@ -258,15 +265,19 @@ def _splash_local(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, segment_BxL):
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of the positions of a pass: rotary `tables`, and a factor on each query [B, L], None for none."""
+    """What attention needs to know of the positions of a pass:
+
+    Rotary `tables`, and a factor on each query [B, L], None for none.
+    """
 
     tables: tuple[Array, Array]
     query_scale_BxL: Array | None = None
 
 
 class Attention(nnx.Module):
-    """Self-attention: LLaMA's without biases, or Qwen's, whose one projection with a bias yields query, key and value of each head side
-    by side (`llm.fused_qkv`), so that heads can lie on several devices."""
+    """Self-attention: LLaMA's without biases, or Qwen's, whose one projection with a bias yields query, key and value
+    of each head side by side (`llm.fused_qkv`), so that heads can lie on several devices.
+    """
 
     def __init__(self, llm: LlmConfig, lora: LoraConfig, rngs: Rngs):
         D, K = llm.hidden_size, llm.head_dim
@@ -305,4 +316,4 @@ class Attention(nnx.Module):
         )
 
     def output(self, y_BxLxHxK: Array, rng: Array | None) -> Array:
-        return self.o(y_BxLxHxK.reshape(*y_BxLxHxK.shape[:2], -1), rng=rng)
+        return self.o(rearrange(y_BxLxHxK, "B L H K -> B L (H K)"), rng=rng)

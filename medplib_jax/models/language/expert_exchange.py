@@ -1,8 +1,9 @@
 """Rows on their way to experts: sorting them, and carrying them to the devices where their experts live and back.
 
-The exchange is an all-to-all inside `shard_map`. How many rows go where is known at run time only, so a device keeps room for the worst
-case, all rows of all its peers: rows times the number of peers. The grouped matmul kernel skips the part that stays empty. On most TPUs only
-the rows that there are travel (`ragged_all_to_all`); elsewhere blocks padded to the worst case do.
+The exchange is an all-to-all inside `shard_map`. How many rows go where is known at run time only, so a device keeps
+room for the worst case, all rows of all its peers: rows times the number of peers. The grouped matmul kernel skips the
+part that stays empty. On most TPUs only the rows that there are travel (`ragged_all_to_all`); elsewhere blocks padded
+to the worst case do.
 """
 
 import math
@@ -49,9 +50,10 @@ def axis_product(axes: tuple[str, ...]) -> int:
 def with_exchange(
     compute: Callable[[Array, Array], Array], x_NxD: Array, expert_N: Array, num_experts: int, axes: tuple[str, ...]
 ) -> Array:
-    """Rows through `compute` on the devices where their experts live, [N, D]; a row of expert `num_experts`, none, gives zero.
+    """Rows through `compute` on the devices where their experts live, [N, D]. Expert `num_experts` is none: zero.
 
-    Device i along `axes` holds experts i * E / peers and the following. compute(rows, expert among those, E / peers for none).
+    Device i along `axes` holds experts i * E / peers and the following. compute(rows, expert among those, E / peers for
+    none).
     """
     N, peers = len(expert_N), axis_product(axes)
     here = num_experts // peers
@@ -68,7 +70,7 @@ def with_exchange(
 
 
 def carries_ragged(x: Array) -> bool:
-    """Whether the devices can exchange unequal numbers of rows. The links of v5e slices beyond 4x4 cannot: the compiler refuses."""
+    """Whether the devices can exchange unequal numbers of rows. The compiler refuses it on v5e slices beyond 4x4."""
     return is_for_tpu(x) and not (
         target_device(x).device_kind == "TPU v5 lite" and jax.typeof(x).sharding.mesh.size > 16
     )

@@ -1,4 +1,4 @@
-"""LLaMA decoder whose MLPs may be mixtures of experts: scans over stacked layers, and for decoding one layer after the other."""
+"""LLaMA decoder whose MLPs may be mixtures of experts: a scan over stacked layers, or a loop over them for decoding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +37,8 @@ class Embedding(nnx.Module):
     """Token embeddings [V, D]. Token 0 stands at padding: its row never trains, as that of LLaMA's `padding_idx`."""
 
     def __init__(self, vocab_size: int, dim: int, dtype: str, rngs: Rngs):
-        # Unit size, as what the layers add: a small embedding would drown in the first attention's output and the token be forgotten.
+        # Unit size, as what the layers add: a small embedding would drown in the first attention's output and the token
+        # be forgotten.
         self.embedding = param(rngs, (vocab_size, dim), ("vocab", "embed"), std=1.0)
         self.dtype = dtype
 
@@ -48,7 +49,7 @@ class Embedding(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """What every decoder layer has: two norms and attention. Its MLP lives in another stack, since it is one of two kinds."""
+    """What every decoder layer has: two norms and attention. Its MLP, one of two kinds, lives in another stack."""
 
     def __init__(self, config: ModelConfig, rngs: Rngs):
         self.input_norm = RmsNorm(config.llm.hidden_size, eps=config.llm.rms_norm_eps, rngs=rngs)
@@ -59,8 +60,9 @@ class DecoderLayer(nnx.Module):
 class Llama(nnx.Module):
     """LLaMA (Touvron et al. 2023) with MedPLIB's mixture of experts in the layers `config.moe_layers`.
 
-    `layers_apart`: each layer has parameters of its own (see `unstack`), which is what decoding wants. A loop over stacked layers inside
-    the loop over tokens would copy all weights for every token. `experts_apart`: so do the experts of a layer.
+    `layers_apart`: each layer has parameters of its own (see `unstack`), which is what decoding wants. A loop over
+    stacked layers inside the loop over tokens would copy all weights for every token. `experts_apart`: so do the
+    experts of a layer.
     """
 
     def __init__(
@@ -94,26 +96,25 @@ class Llama(nnx.Module):
         *,
         cache: KVCache | None = None,
         new_cache: int = 0,
-        positions_BxL: Array | None = None,
         segment_BxL: Array | None = None,
         train: bool = False,
         rng: Array | None = None,
         router_noise: Array | None = None,
     ) -> tuple[Array, dict[str, Any]]:
-        """Embeddings [B, L, D] (padding on the right) to the last hidden state after the final norm, and named intermediates.
+        """Embeddings [B, L, D], padded on the right, to the last hidden state after the final norm, and intermediates.
 
-        With a cache the L new positions continue each row at its own length; `new_cache` makes one of so many positions for rows that begin
-        here. With `segment_BxL` (and no cache) a row holds several sequences, one segment number each: a position sees its own only, and
-        rotary positions begin anew. `rng` turns on adapter dropout and random token priorities; `router_noise` [n_moe, B*L, E] gives the
-        latter explicitly. `out` has, when there are experts: router_logits [n_moe, B, L, E], expert_index [n_moe, B, L, k], expert_load
-        [n_moe, E], dropped [n_moe]; always aux_loss (sum over layers); and `cache` when one was given or made.
+        With a cache the L new positions continue each row at its own length; `new_cache` makes one of so many positions
+        for rows that begin here. With `segment_BxL` (and no cache) a row holds several sequences, one segment number
+        each: a position sees its own only, and rotary positions begin anew. `rng` turns on adapter dropout and random
+        token priorities; `router_noise` [n_moe, B*L, E] gives the latter explicitly. `out` has, when there are experts:
+        router_logits [n_moe, B, L, E], expert_index [n_moe, B, L, k], expert_load [n_moe, E], dropped [n_moe]; always
+        aux_loss (sum over layers); and `cache` when one was given or made.
         """
         start_B = jnp.zeros(x_BxLxD.shape[0], jnp.int32) if cache is None else cache.length_B
         index_BxL = start_B[:, None] + jnp.arange(x_BxLxD.shape[1])
-        if segment_BxL is not None:
-            positions_BxL = segment_positions(segment_BxL)
+        position_BxL = index_BxL if segment_BxL is None else segment_positions(segment_BxL)
         ntk_B = self._ntk(valid_BxL, cache, train)
-        positions = self._positions(index_BxL if positions_BxL is None else positions_BxL, index_BxL, ntk_B)
+        positions = self._positions(position_BxL, index_BxL, ntk_B)
         step = _LayerStep(self.config, self.rules, positions, index_BxL, valid_BxL, segment_BxL, train, new_cache)
         inputs = {"rng": None if rng is None else jax.random.split(rng, self.config.llm.num_layers)}
         if cache is None and not new_cache and not isinstance(self.layers, nnx.List):
@@ -241,7 +242,7 @@ class _LayerStep:
 
 
 def unstack(params: Params, experts_apart: bool) -> Params:
-    """The whole model's parameters with the decoder's layers, and perhaps their experts, apart, for a model that has them so."""
+    """The whole model's parameters with a subtree for each decoder layer, and with `experts_apart` for each expert."""
     llm = params["llm"]
     apart = {name: _each(llm[name]) for name in ("layers", "mlp", "moe") if name in llm}
     for layer in apart.get("moe", {}).values() if experts_apart else ():

@@ -1,7 +1,7 @@
 """Prompts longer than the model was trained on, as Qwen reads them (modeling_qwen.py): dynamic NTK and log-n scaling.
 
-Neither applies in training. NTK stretches the rotary base by the length of the prompt, in steps of a power of two; tokens that follow keep
-what their prompt had. Log-n sharpens the queries at positions beyond the trained length.
+Neither applies in training. NTK stretches the rotary base by the length of the prompt, in steps of a power of two;
+tokens that follow keep what their prompt had. Log-n sharpens the queries at positions beyond the trained length.
 """
 
 import jax.numpy as jnp
@@ -20,13 +20,17 @@ def ntk_steps(llm: LlmConfig) -> int:
 
 
 def ntk_index(length_B: Array, llm: LlmConfig) -> Array:
-    """Which stretch prompts of this length have, int32 [B]: 0 up to the trained length L, 1 up to 2 L, 2 up to 4 L, ..."""
+    """Which stretch prompts of this length have, int32 [B]:
+
+    0 up to the trained length L, 1 up to 2 L, 2 up to 4 L, ...
+    """
     borders = jnp.array([llm.trained_length << step for step in range(ntk_steps(llm) - 1)], jnp.int32)
     return (length_B[:, None] > borders).sum(-1, dtype=jnp.int32)
 
 
 def ntk_frequencies(llm: LlmConfig) -> np.ndarray:
-    """Rotary frequencies of every stretch, float32 [steps, K/2]: base theta * alpha^(K / (K - 2)), alpha = 1, 3, 7, 15, ...
+    """Rotary frequencies of every stretch, float32 [steps, K/2]: base theta * alpha^(K / (K - 2)), alpha = 1, 3, 7, 15,
+    ...
 
     Rounded to float32 where the original does: at position 4000 a last digit of a frequency is 2e-4 of an angle.
     """
@@ -38,6 +42,9 @@ def ntk_frequencies(llm: LlmConfig) -> np.ndarray:
 
 
 def log_n(index_BxL: Array, trained_length: int) -> Array:
-    """The factor on the query at each index, float32 [B, L]: log(i) / log(trained length) for the i-th position, counted from 1, beyond it."""
+    """The factor on the query at each index, float32 [B, L]:
+
+    Log(i) / log(trained length) for the i-th position, counted from 1, beyond it.
+    """
     number = jnp.maximum(index_BxL + 1, trained_length).astype(jnp.float32)
     return jnp.log(number) / np.log(np.float32(trained_length))

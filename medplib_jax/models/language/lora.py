@@ -10,8 +10,8 @@ from medplib_jax.config.model import LoraConfig
 def merge_lora(params: Params, lora: LoraConfig) -> Params:
     """The tree without adapters: kernel + alpha / r * lora_a @ lora_b, summed in float32, in the kernel's dtype.
 
-    Works for plain [in, out], stacked [n, in, out] and expert [n, E, in, out] kernels alike. The given tree is left alone.
-    Raises ValueError when the tree's rank is not the configured one.
+    Works for plain [in, out], stacked [n, in, out] and expert [n, E, in, out] kernels alike. The given tree is left
+    alone. Raises ValueError when the tree's rank is not the configured one.
     """
     merged = {name: merge_lora(child, lora) if isinstance(child, dict) else child for name, child in params.items()}
     if "lora_a" in params:

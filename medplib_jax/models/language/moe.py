@@ -1,11 +1,23 @@
-"""Mixture of SwiGLU experts: fp32 router, two routing rules behind one interface, one way to compute the experts.
+"""Mixture of SwiGLU experts: fp32 router, two routing rules behind one interface, and the paths that compute experts.
 
-A routing rule turns router probabilities into `Routing`: `dropless` keeps every token, `capacity` is DeepSpeed 0.13.1's rule.
-The experts then run on rows sorted by expert, so that a token costs top_k experts' FLOPs whatever the number of experts.
+| tokens of a device | experts        | platform | mesh               | path                                           |
+| ------------------ | -------------- | -------- | ------------------ | ---------------------------------------------- |
+| many               | `Experts`      | any      | one device         | sorted by expert, `grouped_matmul`             |
+| many               | `Experts`      | any      | experts not spread | the same on every device's rows (`_on_mesh`)   |
+| any                | `Experts`      | any      | experts spread     | rows travel (`expert_exchange`), then the same |
+| few                | `Experts`      | any      | experts not spread | every expert on every token (`_few`)           |
+| 1                  | `Experts`      | GPU      | one device         | the chosen experts' weights alone (`_one`)     |
+| many               | `ExpertsApart` | CPU, GPU | one device         | sorted by expert, blocks of rows per expert    |
+| many               | `ExpertsApart` | any      | other              | weights stacked, then `Experts`                |
+| few                | `ExpertsApart` | any      | any                | every expert on every token                    |
+| 1 in all           | `ExpertsApart` | any      | any                | a switch over the experts                      |
 
-The tokens that compete for an expert's capacity are all those of a (micro-)batch, on whichever devices they lie: no mesh changes which are
-dropped. DeepSpeed lets the tokens of each rank compete among themselves, so its numbers are these where it runs on one rank; on
-more its experts take ceil(factor * tokens / E) of every rank.
+Few are up to FEW_TOKENS. A token costs top_k experts' FLOPs whatever the number of experts, except among few tokens.
+
+A routing rule turns router probabilities into `Routing`: `dropless` keeps every token, `capacity` is DeepSpeed 0.13.1's
+rule. The tokens that compete for an expert's capacity are all those of a (micro-)batch, on whichever devices they are:
+no mesh changes which are dropped. DeepSpeed lets the tokens of each rank compete among themselves, so its numbers are
+these where it runs on one rank. On more its experts take ceil(factor * tokens / E) of every rank.
 """
 
 import math
@@ -42,8 +54,8 @@ from medplib_jax.models.rng import dropout, split_rng
 from medplib_jax.models.target import is_for_tpu
 from medplib_jax.parallel.sharding import activation_axes, axis_size, mesh_axes, partition_spec, row_axes
 
-# Up to this many tokens every expert runs on every token: reading the weights is then what costs. A TPU multiplies 240 times and more
-# while it reads one weight.
+# Up to this many tokens every expert runs on every token: reading the weights is then what costs. A TPU multiplies 240
+# times and more while it reads one weight.
 FEW_TOKENS, FEW_TOKENS_TPU = 16, 128
 
 
@@ -57,12 +69,12 @@ class Routing:
 
 
 def expert_capacity(num_tokens: int, num_experts: int, factor: float, min_capacity: int) -> int:
-    """Tokens per expert under DeepSpeed's rule (`sharded_moe._capacity`); the product is rounded to float32 before ceil."""
+    """Tokens per expert by DeepSpeed's rule (`sharded_moe._capacity`): rounded to float32 before ceil."""
     return max(math.ceil(np.float32(num_tokens / num_experts) * np.float32(factor)), min_capacity)
 
 
 def route_dropless(probs_SxE: Array, top_k: int) -> Routing:
-    """The k likeliest experts, none dropped. k = 1: weight is the probability itself; k > 1: probabilities renormalised over k."""
+    """The k likeliest experts, none dropped, weighted by their probabilities, for k > 1 divided by their sum."""
     expert = probs_SxE.argmax(-1, keepdims=True).astype(jnp.int32) if top_k == 1 else jax.lax.top_k(probs_SxE, top_k)[1]
     weight = _pick(probs_SxE, expert)
     if top_k > 1:
@@ -71,7 +83,7 @@ def route_dropless(probs_SxE: Array, top_k: int) -> Routing:
 
 
 def route_capacity(probs_SxE: Array, logits_SxE: Array, top_k: int, capacity: int, noise_SxE: Array | None) -> Routing:
-    """DeepSpeed 0.13.1 `top1gating` (random token selection by uniform noise) and `top2gating` (Gumbel noise on the second choice).
+    """DeepSpeed 0.13.1 `top1gating` (uniform noise on tokens) and `top2gating` (Gumbel noise on second choices).
 
     Without noise, the tokens that come first survive (top-1), and the second choice is the second likeliest (top-2).
     """
@@ -113,7 +125,10 @@ def _pick(probs_SxE: Array, expert_Sxk: Array) -> Array:
 
 
 def load_balancing_loss(probs_SxE: Array, first_choice_S: Array, count_S: Array) -> Array:
-    """E * sum_e mean(probability of e) * mean(first choice is e) over the tokens that count (GShard, eq. 4; DeepSpeed's l_aux)."""
+    """E * sum_e mean(probability of e) * mean(first choice is e) over the tokens that count.
+
+    GShard, equation 4; DeepSpeed's l_aux.
+    """
     num_experts = probs_SxE.shape[1]
     share = count_S / jnp.maximum(count_S.sum(), 1)
     chosen = jax.nn.one_hot(first_choice_S, num_experts)
@@ -152,7 +167,8 @@ class ExpertLinear(nnx.Module):
         y = checkpoint_name(grouped_matmul(x_SxD, kernel, sizes_E), "grouped_matmul")
         if self.lora_a is None:
             return y
-        # All experts' adapters at once: a dense product of width E * r, masked to each row's expert, costs less than sorting.
+        # All experts' adapters at once: a dense product of width E * r, masked to each row's expert, costs less than
+        # sorting.
         low = einsum("sd,edr->ser", dropout(x_SxD, self.lora_dropout, rng), self.lora_a[...].astype(y.dtype))
         low = self.lora_scale * jnp.where(member_SxE[:, :, None], low, 0)  # scaled while it is narrow
         return y + einsum("ser,erf->sf", low, self.lora_b[...].astype(y.dtype))
@@ -197,9 +213,10 @@ class Experts(nnx.Module):
     def _on_mesh(self, mesh, x_SxD, routing, rng):
         """Every device routes its own rows, and sorts them without the others.
 
-        What the parameters' sharding means for it is decided per logical axis. `expert`: rows travel to the devices that hold their experts
-        and back, if the mesh axes carry rows. `mlp`: a device computes a slice of the experts' width and these add up, if the mesh axes
-        carry none. All other axes are gathered before the products, and their gradients scattered back.
+        What the parameters' sharding means for it is decided per logical axis. `expert`: rows travel to the devices
+        that hold their experts and back, if the mesh axes carry rows. `mlp`: a device computes a slice of the experts'
+        width and these add up, if the mesh axes carry none. All other axes are gathered before the products, and their
+        gradients scattered back.
         """
         rows, rules = row_axes(x_SxD.shape[0], mesh), self.rules
         params, axes = params_of(self), logical_axes(self)
@@ -224,7 +241,7 @@ class Experts(nnx.Module):
         return run(params, x_SxD, routing, rng)
 
     def _local(self, x_SxD, routing, rng, exchanged):
-        """On one device's tokens. `exchanged`: mesh axes over which the experts are spread, none when all of them are here."""
+        """On one device's tokens. `exchanged`: mesh axes over which the experts are spread, none if all are here."""
         rngs = split_rng(rng, 3)
         if x_SxD.shape[0] == 1 and self.gate.by_output and not exchanged:
             return self._one(x_SxD, routing)
@@ -318,7 +335,7 @@ class SwiGlu(nnx.Module):
 
 
 class ExpertsApart(nnx.Module):
-    """Experts with arrays of their own, for decoding: a product with one of several stacked matrices copies it first."""
+    """Experts with arrays of their own, for decoding. A product with one of stacked matrices copies it first."""
 
     def __init__(
         self, num_experts: int, llm: LlmConfig, lora: LoraConfig, rngs: Rngs, rules: ShardingConfig | None = None
@@ -424,7 +441,7 @@ class MoeMlp(nnx.Module):
 
 
 def _load(routing: Routing, valid_S: Array, num_experts: int) -> dict[str, Array]:
-    """Each expert's share of the valid tokens' choices (before drops), and the share of those choices that were dropped."""
+    """Each expert's share of the valid tokens' choices (before drops), and the share of them that were dropped."""
     share = (valid_S / jnp.maximum(valid_S.sum() * routing.expert.shape[1], 1))[:, None]
     return {
         "expert_load": (jax.nn.one_hot(routing.expert, num_experts) * share[:, :, None]).sum((0, 1)),

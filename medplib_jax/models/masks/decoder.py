@@ -1,4 +1,6 @@
-"""SAM's mask decoder: prompt tokens and image attend to each other, then mask tokens read out masks (Kirillov et al. 2023)."""
+"""SAM's mask decoder (Kirillov et al. 2023): prompt tokens and image attend to each other, then masks are read out."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ UPSCALE_EPS = 1e-6
 
 
 class CrossAttention(nnx.Module):
-    """Attention at width `inner`; leading axes of queries and keys broadcast, so one image serves many prompts without copies."""
+    """Attention at width `inner`. Leading axes broadcast, so one image serves many prompts without copies."""
 
     def __init__(self, width: int, inner: int, heads: int, rngs: Rngs):
         self.q = Linear(width, inner, axes=("vision", "heads"), rngs=rngs)
@@ -75,7 +77,7 @@ class Perceptron(nnx.Module):
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int, rngs: Rngs):
         widths = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
-        self.layers = nnx.List([Linear(a, b, axes=(None, None), rngs=rngs) for a, b in zip(widths, widths[1:])])
+        self.layers = nnx.List([Linear(a, b, axes=(None, None), rngs=rngs) for a, b in itertools.pairwise(widths)])
 
     def __call__(self, x: Array) -> Array:
         for layer in list(self.layers)[:-1]:
@@ -104,10 +106,10 @@ class MaskDecoder(nnx.Module):
         *,
         multimask: bool = False,
     ) -> tuple[Array, Array]:
-        """One mask per prompt: logits [B, M, 4h, 4w] and predicted IoU [B, M]; with `multimask` three each, [B, M, 3, ...].
+        """One mask per prompt: logits [B, M, 4h, 4w] and predicted IoU [B, M]. With `multimask` three, [B, M, 3, ...].
 
-        `dense` [B or 1, h, w, C] (or broadcastable) is added to the image embedding. The embedding is shared by an image's M prompts until
-        the first block lets the image attend to the tokens.
+        `dense` [B or 1, h, w, C] (or broadcastable) is added to the image embedding. The embedding is shared by an
+        image's M prompts until the first block lets the image attend to the tokens.
         """
         batch, height, width, dim = embedding_BxhxwxC.shape
         num_masks, dtype = sparse_BxMxQxC.shape[1], embedding_BxhxwxC.dtype

@@ -1,10 +1,11 @@
-"""SAM-Med2D's image encoder: a ViTDet with windowed attention, relative positions and an adapter in every block (Cheng et al. 2023)."""
+"""SAM-Med2D's image encoder (Cheng et al. 2023): a ViTDet with windows, relative positions and adapters."""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
 from medplib_jax.batch import Array
@@ -20,10 +21,10 @@ ADAPTER_EPS = 1e-5  # the adapter alone keeps PyTorch's default
 class WindowAttention(nnx.Module):
     """Self-attention within windows; a window as large as the grid makes it global.
 
-    Windows at the lower and right edge reach beyond the grid. As in the original the cells out there take part as keys (they are
-    zero, so their projection is the bias); their queries would be thrown away and are not computed.
-    Relative positions (decomposed in rows and columns) ride in the product of queries and keys: the query's row and column
-    terms are appended to q, one-hot coordinates to k.
+    Windows at the lower and right edge reach beyond the grid. As in the original the cells out there take part as keys
+    (they are zero, so their projection is the bias); their queries would be thrown away and are not computed. Relative
+    positions (decomposed in rows and columns) ride in the product of queries and keys: the query's row and column terms
+    are appended to q, one-hot coordinates to k.
     """
 
     def __init__(self, width: int, heads: int, window: int, rngs: Rngs):
@@ -49,12 +50,12 @@ class WindowAttention(nnx.Module):
         return self.proj(jnp.concatenate(strips, axis=1))
 
     def _project(self, x_BxhxwxC: Array) -> tuple[Array, Array, Array]:
-        """q [B, H, h, w, K + 2 window] scaled and extended; k, of the same width, and v [B, H, h', w', K] on whole windows."""
+        """q [B, H, h, w, K + 2 window], scaled and extended. On whole windows k, as wide, and v [B, H, h', w', K]."""
         batch, height, width, _ = x_BxhxwxC.shape
         dtype, window = x_BxhxwxC.dtype, self.window
         beyond = [(0, 0), (0, -height % window), (0, -width % window), (0, 0)]
         qkv = jnp.pad(matmul(x_BxhxwxC, self.qkv.kernel[...]), beyond) + self.qkv.bias[...].astype(dtype)
-        q, k, v = qkv.reshape(*qkv.shape[:3], 3, self.heads, -1).transpose(3, 0, 4, 1, 2, 5)
+        q, k, v = rearrange(qkv, "B h w (three H K) -> three B H h w K", three=3, H=self.heads)
         q = q[:, :, :height, :width]
         row_terms = einsum("bHijk,iak->bHija", q, _relative(self.rel_pos_h[...], height, window).astype(dtype))
         column_terms = einsum("bHijk,jak->bHija", q, _relative(self.rel_pos_w[...], width, window).astype(dtype))
@@ -66,7 +67,10 @@ class WindowAttention(nnx.Module):
 
 
 def _relative(table: Array, cells: int, window: int) -> Array:
-    """Per cell and key of its window the table's row for their offset, [cells, window, K]. A product: its gradient needs no scatter."""
+    """Per cell and key of its window the table's row for their offset, [cells, window, K].
+
+    It is a product, so that its gradient needs no scatter.
+    """
     offset = (np.arange(cells) % window)[:, None] - np.arange(window) + window - 1
     return product(np.eye(len(table), dtype=np.float32)[offset], table)
 
@@ -95,16 +99,13 @@ def _whole(part: slice, window: int) -> slice:
 
 def _tiles(x: Array, tile_h: int, tile_w: int) -> Array:
     """[B, H, h, w, K] -> [B * tiles, H, tile_h * tile_w, K]."""
-    batch, heads, height, width, dim = x.shape
-    x = x.reshape(batch, heads, height // tile_h, tile_h, width // tile_w, tile_w, dim)
-    return x.transpose(0, 2, 4, 1, 3, 5, 6).reshape(-1, heads, tile_h * tile_w, dim)
+    return rearrange(x, "B H (h i) (w j) K -> (B h w) H (i j) K", i=tile_h, j=tile_w)
 
 
 def _untile(x: Array, tile_h: int, tile_w: int, shape: tuple[int, ...]) -> Array:
-    """[B * tiles, H, tile_h * tile_w, K] -> [B, h, w, H * K], the inverse of `_tiles` with the heads joined; shape is [B, H, h, w, ...]."""
-    batch, heads, height, width = shape[:4]
-    x = x.reshape(batch, height // tile_h, width // tile_w, heads, tile_h, tile_w, -1)
-    return x.transpose(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, -1)
+    """[B * tiles, H, tile_h * tile_w, K] -> [B, h, w, H * K]: `_tiles` undone, heads joined. shape: (B, H, h, w)."""
+    tiles = {"h": shape[2] // tile_h, "w": shape[3] // tile_w}
+    return rearrange(x, "(B h w) H (i j) K -> B (h i) (w j) (H K)", **tiles, i=tile_h, j=tile_w)
 
 
 class Adapter(nnx.Module):
@@ -177,8 +178,8 @@ class ImageEncoder(nnx.Module):
 
 
 def _run_blocks(blocks: Sequence[Block], period: int, x: Array) -> tuple[Array, list[Array]]:
-    """(the last block's output, every block's). Blocks that repeat often become a scan: unrolled they are three quarters of the whole
-    model's program, and a TPU's compiler takes minutes for them."""
+    """(the last block's output, every block's). Blocks that repeat often become a scan: unrolled they are three
+    quarters of the whole model's program, and a TPU's compiler takes minutes for them."""
     if len(blocks) < 3 * period:
         outputs = []
         for block in blocks:
@@ -191,7 +192,7 @@ def _run_blocks(blocks: Sequence[Block], period: int, x: Array) -> tuple[Array, 
 
     def step(x, states):
         outputs = []
-        for graphdef, state in zip(graphdefs, states):
+        for graphdef, state in zip(graphdefs, states, strict=True):
             x = nnx.merge(graphdef, state)(x)
             outputs.append(x)
         return x, outputs

@@ -1,4 +1,4 @@
-"""SAM's prompt encoder: points, boxes, text embeddings and masks become what the mask decoder attends to (Kirillov et al. 2023)."""
+"""SAM's prompt encoder (Kirillov et al. 2023): points, boxes, text and masks as what the mask decoder attends to."""
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +50,9 @@ class PromptEncoder(nnx.Module):
         boxes: Array | None = None,
         text: Array | None = None,
     ) -> Array:
-        """All prompts that become tokens, in SAM's order, [B, Q, C]: points [B, Q', 2] with labels [B, Q'], boxes [B, 4], text [B, Q', C].
+        """All prompts that become tokens, in SAM's order, [B, Q, C].
 
+        They are points [B, Q', 2] with labels [B, Q'], boxes [B, 4] and text [B, Q', C].
         Points without a box are followed by a 'no point'. Raises ValueError without any prompt.
         """
         tokens = []
@@ -81,6 +82,6 @@ class PromptEncoder(nnx.Module):
         return self._position(np.stack(np.meshgrid(centres, centres), axis=-1))
 
     def _position(self, coordinates: Array) -> Array:
-        """(x, y) in [0, 1], [..., 2] -> random Fourier features [..., C]. The frequencies are fixed: they get no gradient."""
+        """(x, y) in [0, 1], [..., 2] -> random Fourier features [..., C]. The frequencies are fixed: no gradient."""
         phase = 2 * jnp.pi * product(2 * coordinates - 1, jax.lax.stop_gradient(self.position_gaussian[...]))
         return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)

@@ -16,7 +16,10 @@ STD = (58.395, 57.12, 57.375)
 
 
 def normalise_sam(pixels_BxIxIx3: Array, sam_box_Bx4: Array) -> Array:
-    """uint8 pixels -> float32 (x - mean) / std, zero outside the box (top, left, height, width): the original pads after normalising."""
+    """uint8 pixels -> float32 (x - mean) / std, zero outside the box (top, left, height, width).
+
+    The original pads after normalising.
+    """
     normalised = (pixels_BxIxIx3.astype(jnp.float32) - np.float32(MEAN)) / np.float32(STD)
     side = jnp.arange(pixels_BxIxIx3.shape[1])
     inside = [

@@ -1,7 +1,8 @@
-"""From the decoder's low-resolution masks back to the picture: undo SAM's resize and padding, on a canvas of static shape.
+"""From the decoder's low-resolution masks back to the picture: SAM's resize and padding undone, on a static canvas.
 
-The original upsamples, cuts and resizes with `F.interpolate(mode="bilinear", align_corners=False)`. Each of these is linear and
-separable, so the whole chain is one matrix per axis and example, built on device from the box and the size of the mask.
+The original upsamples, cuts and resizes with `F.interpolate(mode="bilinear", align_corners=False)`. Each of these is
+linear and separable, so the whole chain is one matrix per axis and example, built on device from the box and the size
+of the mask.
 """
 
 import jax.numpy as jnp
@@ -22,12 +23,14 @@ def resample_to_canvas(
 ) -> tuple[Array, Array]:
     """Mask logits at their original size, in the top-left corner of a canvas (I, J).
 
-    sam_box: (top, left, height, width) of the picture on the sam_size x sam_size canvas; mask_size: (height, width) of the
-    picture on the mask canvas. Returns float32 logits_BxMxIxJ, 0 outside mask_size, and bool canvas_mask_BxIxJ of the pixels that count.
+    sam_box: (top, left, height, width) of the picture on the sam_size x sam_size canvas; mask_size: (height, width) of
+    the picture on the mask canvas. Returns float32 logits_BxMxIxJ, 0 outside mask_size, and bool canvas_mask_BxIxJ of
+    the pixels that count.
 
     mode 'exact' scales the logits to SAM's canvas, cuts out the box and resizes. 'reference' reproduces the cut of the
-    original (MedPLIB.py `postprocess_masks`), which subtracts the box's size from the grid's, takes half of that (negative)
-    number as the start of a Python slice and so cuts one-sided or not at all; the released weights were trained with it.
+    original (MedPLIB.py `postprocess_masks`), which subtracts the box's size from the grid's, takes half of that
+    (negative) number as the start of a Python slice and so cuts one-sided or not at all; the released weights were
+    trained with it.
     """
     if mode not in ("exact", "reference"):
         raise ValueError(f"unpad mode {mode!r} is neither 'exact' nor 'reference'")
@@ -49,7 +52,7 @@ def resample_to_canvas(
 
 
 def _resize_weights(start, length, size, in_dim: int, out_dim: int, xp) -> Array:
-    """W[B, out_dim, in_dim]: bilinear resize (half-pixel centres, edges clamped) of in[start : start + length] to `size`.
+    """W[B, out_dim, in_dim]: bilinear resize (half-pixel centres, edges clamped) of in[start:start + length] to `size`.
 
     Rows beyond `size` are 0.
     """
@@ -61,7 +64,10 @@ def _resize_weights(start, length, size, in_dim: int, out_dim: int, xp) -> Array
 
 
 def _reference_slice(grid: int, length_B: Array) -> tuple[Array, Array]:
-    """(start, length) of `x[pad // 2 : pad // 2 + length]` on `grid` cells, pad = grid - length; a negative start counts from the end."""
+    """(start, length) of `x[pad // 2 : pad // 2 + length]` on `grid` cells, with pad = grid - length.
+
+    A negative start counts from the end.
+    """
     start = (grid - length_B) // 2
     stop = jnp.minimum(start + length_B, grid)
     start = jnp.where(start < 0, jnp.maximum(start + grid, 0), start)

@@ -1,7 +1,8 @@
-"""A region of the image becomes one token: CLIP features under its points, brought to the width of the language model."""
+"""A region of the image becomes one token: CLIP features under its points, at the width of the language model."""
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from medplib_jax.batch import Array
@@ -15,7 +16,7 @@ from medplib_jax.parallel.sharding import shard_rows
 def point_weights(points_BxRxSx2: Array, grid: int) -> Array:
     """Weights [B, R, S, P] of the patches in `grid_sample(2p - 1, align_corners=True)` at (x, y) points in [0, 1)."""
     columns, rows = (_axis_weights(points_BxRxSx2[..., axis], grid) for axis in (0, 1))
-    return (rows[..., :, None] * columns[..., None, :]).reshape(*rows.shape[:-1], -1)
+    return rearrange(rows[..., :, None] * columns[..., None, :], "... h w -> ... (h w)")
 
 
 def mean_weights(points_BxRxSx2: Array, valid_BxRxS: Array, grid: int) -> Array:
@@ -23,7 +24,7 @@ def mean_weights(points_BxRxSx2: Array, valid_BxRxS: Array, grid: int) -> Array:
     columns, rows = (_axis_weights(points_BxRxSx2[..., axis], grid) for axis in (0, 1))
     total = einsum("brsi,brsj->brij", rows * valid_BxRxS[..., None], columns)
     count = jnp.maximum(valid_BxRxS.sum(-1, keepdims=True), 1)
-    return total.reshape(*count.shape[:-1], -1) / count
+    return rearrange(total, "B R h w -> B R (h w)") / count
 
 
 def _axis_weights(coordinates: Array, size: int) -> Array:
@@ -31,11 +32,11 @@ def _axis_weights(coordinates: Array, size: int) -> Array:
 
 
 class RegionEncoder(nnx.Module):
-    """'mean' sampler: the mean of the adapted features at the region's points (medplib_arch.py `extract_region_feature`).
+    """'mean' sampler: the mean of the adapted features at the points (medplib_arch.py `extract_region_feature`).
 
-    Adapter, sampling and mean are linear and the weights of a point sum to 1, so the mean is taken first, as one product
-    over the patches, and the adapter runs once per region instead of once per patch. 'geometry' sampler: see `GeometrySampler`;
-    it reads the features directly, and the adapter stays for the checkpoints that hold both.
+    Adapter, sampling and mean are linear and the weights of a point sum to 1, so the mean is taken first, as one
+    product over the patches, and the adapter runs once per region instead of once per patch. 'geometry' sampler: see
+    `GeometrySampler`; it reads the features directly, and the adapter stays for the checkpoints that hold both.
     """
 
     def __init__(self, config: RegionConfig, clip: ClipConfig, llm_dim: int, rngs: Rngs):
@@ -47,9 +48,10 @@ class RegionEncoder(nnx.Module):
     def __call__(
         self, clip_features_BxNxPxC: Array, region_points_BxRxSx2: Array, valid_BxRxS: Array, region_image_BxR: Array
     ) -> tuple[Array, dict]:
-        """features, (x, y) points in [0, 1) and which of the N images they lie on -> region_BxRxD, 0 for a region without points.
+        """features, (x, y) points in [0, 1) and their image of the N -> region_BxRxD, 0 for a region without points.
 
-        Computed in float32. `out` has 'pooled' [B, R, C], the mean of the raw features (absent with the geometry-aware sampler).
+        Computed in float32. `out` has 'pooled' [B, R, C], the mean of the raw features (absent with the geometry-aware
+        sampler).
         """
         features = clip_features_BxNxPxC.astype(jnp.float32)
         on_image = jax.nn.one_hot(region_image_BxR, features.shape[1], dtype=jnp.float32)
@@ -69,6 +71,6 @@ class RegionEncoder(nnx.Module):
         chosen = repeat_points(valid_BxRxS, self.max_points)
         points = jnp.take_along_axis(points_BxRxSx2, chosen[..., None], axis=2)
         sampled = einsum("brsp,brpc->brsc", point_weights(points, self.grid), features_BxRxPxC)
-        batch, regions, *rest = sampled.shape
-        rows_columns = points[..., ::-1].reshape(batch * regions, self.max_points, 2)
-        return self.geometry(sampled.reshape(-1, *rest), rows_columns).reshape(batch, regions, -1)
+        rows_columns = rearrange(points[..., ::-1], "B R S two -> (B R) S two")
+        region = self.geometry(rearrange(sampled, "B R S C -> (B R) S C"), rows_columns)
+        return rearrange(region, "(B R) D -> B R D", B=len(points))

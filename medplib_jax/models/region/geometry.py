@@ -1,7 +1,8 @@
-"""Geometry-aware region sampler (You et al. 2023, Ferret, section 3.2; GeoSampler.py): a region's shape becomes one token."""
+"""Geometry-aware region sampler (Ferret, You et al. 2023, section 3.2; GeoSampler.py): a shape becomes one token."""
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from medplib_jax.batch import Array
@@ -12,14 +13,14 @@ NORM_EPS = 1e-5
 
 
 def repeat_points(valid: Array, count: int) -> Array:
-    """Indices [..., count] of the valid points of [..., S], over and over in order. The original repeats them at random."""
+    """Indices [..., count] of the valid points of [..., S], over and over in order. The original does so at random."""
     order = jnp.argsort(~valid, axis=-1, stable=True)
     available = jnp.maximum(valid.sum(-1, keepdims=True), 1)
     return jnp.take_along_axis(order, jnp.arange(count) % available, axis=-1)
 
 
 def farthest_points(points_GxSx2: Array, count: int, start_G: Array) -> Array:
-    """Indices [G, count]: the start, then each time the point farthest from all taken before (the first one on ties)."""
+    """Indices [G, count]: the start, then each time the point farthest from all taken before (the first on ties)."""
 
     def take(carry, _):
         distance, latest = carry
@@ -38,10 +39,10 @@ def nearest_points(points_GxSx2: Array, centres_GxQx2: Array, count: int) -> Arr
 
 
 class Aggregation(nnx.Module):
-    """Every centre gathers its neighbours: relative features and coordinates, and its own, through linear, ReLU, norm, then pooled.
+    """Every centre gathers its neighbours, relative to itself: linear, ReLU, norm, then pooled.
 
-    The original projects the difference to the centre, joins the centre's own features and projects again. Both are linear, so here every
-    point is projected once, before the gather, and differences are taken after it.
+    The original projects the difference to the centre, joins the centre's own features and projects again. Both are
+    linear, so here every point is projected once, before the gather, and differences are taken after it.
     """
 
     def __init__(self, width: int, pooling: str, rngs: Rngs):
@@ -84,7 +85,7 @@ class GeometrySampler(nnx.Module):
 
     def __call__(self, features_GxSxC: Array, points_GxSx2: Array) -> Array:
         """float32 features at (row, column) points in [0, 1), all of them valid -> [G, out_dim]."""
-        for stage, count, neighbours in zip(self.stages, self.centres, self.neighbours):
+        for stage, count, neighbours in zip(self.stages, self.centres, self.neighbours, strict=True):
             start = jnp.zeros(points_GxSx2.shape[0], jnp.int32)
             chosen = farthest_points(points_GxSx2, count, start)
             centres = jnp.take_along_axis(points_GxSx2, chosen[..., None], axis=1)
@@ -93,4 +94,4 @@ class GeometrySampler(nnx.Module):
         return self.readout(features_GxSxC)
 
     def readout(self, features_GxQxC: Array) -> Array:
-        return self.project(self.flatten(features_GxQxC.reshape(features_GxQxC.shape[0], -1)))
+        return self.project(self.flatten(rearrange(features_GxQxC, "G Q C -> G (Q C)")))

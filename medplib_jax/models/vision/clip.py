@@ -1,8 +1,9 @@
-"""CLIP's vision tower: pixels to patch features (Radford et al. 2021). The original takes hidden_states[-2] without the class token."""
+"""CLIP's vision tower: pixels to patch features (Radford et al. 2021), those of hidden_states[-2] in the original."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
 from medplib_jax.batch import Array
@@ -10,8 +11,9 @@ from medplib_jax.config.model import ClipConfig
 from medplib_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, param, quick_gelu, scan_layers, stack_layers
 from medplib_jax.models.vision.transformer import Conv, merge_heads, softmax_attention, split_heads
 
-# Initial values for a tower that starts from nothing: patches first keep to themselves, attention looks at few of them, and a patch's
-# place counts as much as its pixels. With all of these it learns what is visible from a third of the images.
+# Initial values for a tower that starts from nothing: patches first keep to themselves, attention looks at few of them,
+# and a patch's place counts as much as its pixels. With all of these it learns what is visible from a third of the
+# images.
 RESIDUAL_GAIN, QUERY_GAIN, PIXEL_GAIN = 0.1, 2.0, 0.3
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -67,7 +69,8 @@ class ClipVisionTower(nnx.Module):
             3, width, patch, stride=patch, bias=False, axes=(None, "vision"), gain=PIXEL_GAIN, rngs=rngs
         )
         self.class_embed = param(rngs, (width,), ("vision",), std=width**-0.5)
-        # As large as the patches' embeddings: pre_norm removes each patch's scale, and with it a small position and the brightness.
+        # As large as the patches' embeddings: pre_norm removes each patch's scale, and with it a small position and the
+        # brightness.
         self.position_embed = param(rngs, (1 + config.num_patches, width), (None, "vision"), std=0.5)
         self.pre_norm = LayerNorm(width, eps=config.layer_norm_eps, rngs=rngs)
         self.post_norm = LayerNorm(width, eps=config.layer_norm_eps, rngs=rngs)
@@ -80,7 +83,7 @@ class ClipVisionTower(nnx.Module):
         `out` has 'embeddings' [B, 1+P, C] (before the first layer) and 'class_token' [B, C].
         """
         batch = pixels_BxIxIx3.shape[0]
-        patches = self.patch_embed(pixels_BxIxIx3).reshape(batch, self.config.num_patches, -1)
+        patches = rearrange(self.patch_embed(pixels_BxIxIx3), "B h w C -> B (h w) C")
         class_token = jnp.broadcast_to(self.class_embed[...].astype(patches.dtype), (batch, 1, patches.shape[-1]))
         embeddings = jnp.concatenate([class_token, patches], axis=1) + self.position_embed[...].astype(patches.dtype)
         embeddings = self.pre_norm(embeddings)

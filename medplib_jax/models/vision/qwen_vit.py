@@ -1,4 +1,7 @@
-"""Qwen-VL's vision tower and resampler (Qwen-VL-Chat's visual.py): pixels to a fixed number of vectors as wide as the decoder."""
+"""Qwen-VL's vision tower and resampler (Qwen-VL-Chat's visual.py):
+
+Pixels to a fixed number of vectors as wide as the decoder.
+"""
 
 import dataclasses
 import math
@@ -71,7 +74,10 @@ class VitBlock(nnx.Module):
 
 
 class VitAttention(nnx.Module):
-    """Self-attention of all patches. One projection yields query, key and value of each head side by side, [head][q | k | v][width]."""
+    """Self-attention of all patches.
+
+    One projection yields query, key and value of each head side by side, [head][q | k | v][width].
+    """
 
     def __init__(self, width: int, heads: int, rngs: Rngs):
         self.qkv = Linear(width, 3 * width, axes=("vision", "heads"), rngs=rngs)
@@ -124,8 +130,11 @@ class Resampler(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class SinCos:
-    """The resampler's initial positions, float32 [grid^2, D]: half of the channels tell the column, half the row; of each half the first
-    half are sines and the rest cosines of position * 10000^(-i / (D / 4))."""
+    """The resampler's initial positions, float32 [grid^2, D]:
+
+    Half of the channels tell the column, half the row; of each half the first half are sines and the rest cosines of
+    position * 10000^(-i / (D / 4)).
+    """
 
     grid: int
     dim: int
@@ -139,8 +148,10 @@ class SinCos:
 
 
 def resize_table(table_SxC: Array, grid: int) -> Array:
-    """A square table of positions [s*s, C] at a grid of another side, float32 [grid*grid, C]: PyTorch's bicubic `interpolate` without
-    antialiasing (align_corners False)."""
+    """A square table of positions [s*s, C] at a grid of another side, float32 [grid*grid, C]:
+
+    PyTorch's bicubic `interpolate` without antialiasing (align_corners False).
+    """
     side = math.isqrt(len(table_SxC))
     table = table_SxC.astype(jnp.float32)
     if side == grid:

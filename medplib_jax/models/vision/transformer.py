@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from medplib_jax.batch import Array
@@ -39,11 +40,13 @@ class Conv(nnx.Module):
 
 
 class ConvTranspose(nnx.Module):
-    """2-D transposed convolution [..., h, w, in] -> [..., s*h, s*w, out]: y[s*i - p + k] += x[i] @ kernel[k], with p = (size - s) / 2.
+    """2-D transposed convolution [..., h, w, in] -> [..., s*h, s*w, out].
 
-    kernel is [k, k, in, out]; PyTorch's `ConvTranspose2d` keeps [in, out, k, k]. The size is a multiple of the stride s.
-    Each input pixel yields an s x s tile of outputs from `size / s` neighbours, so this is a plain convolution of stride 1 with s * s
-    times the channels, whose gradients XLA computes ten times faster on the CPU than those of a dilated one.
+    y[s*i - p + k] += x[i] @ kernel[k], with p = (size - s) / 2.
+    kernel is [k, k, in, out]; PyTorch's `ConvTranspose2d` keeps [in, out, k, k]. The size is a multiple of the stride
+    s. Each input pixel yields an s x s tile of outputs from `size / s` neighbours, so this is a plain convolution of
+    stride 1 with s * s times the channels, whose gradients XLA computes ten times faster on the CPU than those of a
+    dilated one.
     """
 
     def __init__(self, in_dim: int, out_dim: int, size: int, *, rngs: Rngs, stride: int, bias: bool = True):
@@ -56,27 +59,27 @@ class ConvTranspose(nnx.Module):
     def __call__(self, x: Array) -> Array:
         size, _, in_dim, out_dim = self.kernel.shape
         stride, taps = self.stride, size // self.stride
-        kernel = self.kernel[...].astype(x.dtype).reshape(taps, stride, taps, stride, in_dim, out_dim)
-        kernel = jnp.flip(kernel, (0, 2)).transpose(0, 2, 4, 1, 3, 5).reshape(taps, taps, in_dim, -1)
-        y = _convolve(x, kernel, 1, taps - 1)
-        *lead, rows, columns, _ = y.shape
-        y = y.reshape(*lead, rows, columns, stride, stride, out_dim).swapaxes(-4, -3)
-        y = y.reshape(*lead, rows * stride, columns * stride, out_dim)
+        kernel = rearrange(
+            self.kernel[...].astype(x.dtype), "(t s) (u r) i o -> t s u r i o", t=taps, s=stride, u=taps, r=stride
+        )
+        kernel = rearrange(jnp.flip(kernel, (0, 2)), "t s u r i o -> t u i (s r o)")
+        y = rearrange(_convolve(x, kernel, 1, taps - 1), "... h w (s r o) -> ... (h s) (w r) o", s=stride, r=stride)
         margin = (size - stride) // 2
-        y = y[..., margin : rows * stride - margin, margin : columns * stride - margin, :]
+        y = y[..., margin : y.shape[-3] - margin, margin : y.shape[-2] - margin, :]
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 def _convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     """x [..., h, w, in] with kernel [k, k, in, out]. Patches that do not overlap are a reshape and one product.
 
-    The padding is an operation of its own: given to the convolution, XLA computes the kernel's gradient ten times slower on the CPU.
+    The padding is an operation of its own: given to the convolution, XLA computes the kernel's gradient ten times
+    slower on the CPU.
     """
     *lead, height, width, channels = x.shape
-    size, out_dim = kernel.shape[0], kernel.shape[-1]
+    size = kernel.shape[0]
     if size == stride and not padding:
-        tiles = x.reshape(*lead, height // size, size, width // size, size, channels).swapaxes(-4, -3)
-        return product(tiles.reshape(*lead, height // size, width // size, -1), kernel.reshape(-1, out_dim))
+        tiles = rearrange(x, "... (h s) (w r) c -> ... h w (s r c)", s=size, r=size)
+        return product(tiles, rearrange(kernel, "s r c o -> (s r c) o"))
     x = jnp.pad(x.reshape(-1, height, width, channels), [(0, 0), (padding, padding), (padding, padding), (0, 0)])
     y = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision_of(x)
@@ -86,13 +89,12 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
 
 def split_heads(x: Array, heads: int) -> Array:
     """[..., T, H*K] -> [..., H, T, K]."""
-    return x.reshape(*x.shape[:-1], heads, -1).swapaxes(-3, -2)
+    return rearrange(x, "... T (H K) -> ... H T K", H=heads)
 
 
 def merge_heads(x: Array) -> Array:
     """[..., H, T, K] -> [..., T, H*K]."""
-    x = x.swapaxes(-3, -2)
-    return x.reshape(*x.shape[:-2], -1)
+    return rearrange(x, "... H T K -> ... T (H K)")
 
 
 def softmax_attention(q: Array, k: Array, v: Array) -> Array:

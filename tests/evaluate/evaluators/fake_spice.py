@@ -1,4 +1,6 @@
-"""SPICE without Java: a `java` that answers like the program, and the part of pycocoevalcap that starts it, reduced to what crosses the process boundary."""
+"""SPICE without Java: a `java` that answers like the program, and the part of pycocoevalcap that starts it, reduced to
+what crosses the process boundary.
+"""
 
 import contextlib
 import json
@@ -41,7 +43,9 @@ def score(answer: str, truth: str) -> float:
 
 @contextlib.contextmanager
 def installed(folder):
-    """Within, both are found first, in folders below this one; yields a function that returns what `java` was asked so far."""
+    """Within, both are found first, in folders below this one; yields a function that returns what `java` was asked so
+    far.
+    """
     java, package = folder / "bin" / "java", folder / "packages" / "pycocoevalcap" / "spice"
     for path, text in (
         (java, JAVA),

@@ -1,4 +1,6 @@
-"""The protocol `reference` against what the original program computed: its prompts, its answers, and the mask it draws in each case."""
+"""The protocol `reference` against what the original program computed: its prompts, its answers, and the mask it draws
+in each case.
+"""
 
 import numpy as np
 import pytest
@@ -40,7 +42,9 @@ def record(question, answer):
 
 
 def spliced(ids):
-    """Recorded ids with the picture's positions, and without the region's, which the original deletes when it gets no regions."""
+    """Recorded ids with the picture's positions, and without the region's, which the original deletes when it gets no
+    regions.
+    """
     return [token for i in ids for token in ([0] * CONFIG.clip.num_patches if i == -200 else [] if i == -300 else [i])]
 
 

@@ -1,4 +1,6 @@
-"""A data folder of a few drawn pictures and a tiny checkpoint with random weights, for tests of evaluation and prediction."""
+"""A data folder of a few drawn pictures and a tiny checkpoint with random weights, for tests of evaluation and
+prediction.
+"""
 
 import functools
 import json
@@ -20,7 +22,9 @@ FILES = ("grounding.json", "region.json", "vqa.json")
 
 
 def write_data(root):
-    """images/, masks/ and three annotation files under test/: grounding with one, two and no masks, region, closed and open questions."""
+    """images/, masks/ and three annotation files under test/: grounding with one, two and no masks, region, closed and
+    open questions.
+    """
     for folder in ("images", "masks", "test"):
         (root / folder).mkdir(parents=True)
     records = {file: [] for file in FILES}
@@ -70,10 +74,10 @@ def make_experiment(folder):
     return ExperimentConfig(model=model, data=data, eval=EvalConfig(batch_size=4, max_new_tokens=4))
 
 
-def write_checkpoint(workdir):
+def write_checkpoint(workdir, seed=0):
     """A finished checkpoint of random weights at step 3; returns the experiment."""
     experiment = make_experiment(workdir / "tokenizer")
-    params = draw_params(abstract_module(functools.partial(MedPLIB, experiment.model)), 0)
+    params = draw_params(abstract_module(functools.partial(MedPLIB, experiment.model)), seed)
     state = TrainState(step=jnp.asarray(3), trainable=params, frozen={}, opt_state={})
     with checkpoint.make_manager(str(workdir), keep=1) as manager:
         checkpoint.save(manager, state, experiment, total_steps=3, loss=1.0)

@@ -41,7 +41,9 @@ def test_normalisation_equals_golden(golden):
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: repr(pair["pred"]))
 def test_open_scores_equal_golden(pair):
     scores = metrics.open_scores(pair["pred"], pair["gt"], "reference")
-    expected = dict(zip(("f1", "precision", "recall"), pair["f1_precision_recall"]), exact_match=pair["exact_match"])
+    expected = dict(
+        zip(("f1", "precision", "recall"), pair["f1_precision_recall"], strict=True), exact_match=pair["exact_match"]
+    )
     expected |= {"bleu_4": pair["bleu"], "bleu_1": pair["bleu_1"], "bleu_2": pair["bleu_2"], "bleu_3": pair["bleu_3"]}
     for name, value in expected.items():
         assert scores[name] == pytest.approx(value, rel=1e-9, abs=1e-300), name

@@ -1,4 +1,5 @@
-"""A sweep as evaluation leaves it, without a model: answers of pretended checkpoints that get better with their step, on generated images.
+"""A sweep as evaluation leaves it, without a model: answers of pretended checkpoints that get better with their step,
+on generated images.
 
 To look at its report: python -m tests.evaluate.report.sweep_fixture FOLDER
 """
@@ -58,6 +59,7 @@ def write_sweep(workdir, test_examples=16, checkpoints=CHECKPOINTS, protocols=me
                 "root": str(data),
                 "records": len(records),
                 "source": "generated",
+                "generated": True,
             }
         )
         for checkpoint, _, _, skill in checkpoints:

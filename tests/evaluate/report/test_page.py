@@ -33,7 +33,7 @@ def full_report(folder):
     steps = np.arange(0, 200, 10)
     path = picture(folder)
     examples = [
-        report.Example(
+        report.ReportExample(
             path,
             "grounding",
             "ct",
@@ -44,7 +44,7 @@ def full_report(folder):
             [disc(), disc(shift=8)],
             [disc(shift=2), disc(shift=9)],
         ),
-        report.Example(
+        report.ReportExample(
             path,
             "grounding",
             "ct",
@@ -53,7 +53,7 @@ def full_report(folder):
             "No, the cyst is not present.",
             {"no target": 1.0},
         ),
-        report.Example(
+        report.ReportExample(
             path,
             "region",
             "mr",
@@ -63,7 +63,7 @@ def full_report(folder):
             {"accuracy": 0.0},
             region_masks=[disc()],
         ),
-        report.Example(path, "vqa", NASTY, NASTY, "Yes", "Yes", {"accuracy": float("nan")}),
+        report.ReportExample(path, "vqa", NASTY, NASTY, "Yes", "Yes", {"accuracy": float("nan")}),
     ]
     return report.ReportData(
         title=f"Run {NASTY}",
@@ -189,7 +189,7 @@ def test_wrong_input_is_named(tmp_path, wrong, message):
 
 
 def test_missing_image_is_named(tmp_path):
-    example = report.Example(tmp_path / "gone.png", "vqa", "ct", "?", "a", "a")
+    example = report.ReportExample(tmp_path / "gone.png", "vqa", "ct", "?", "a", "a")
     with pytest.raises(DataError, match="gone.png"):
         report.write_report(report.ReportData("x", examples=[example]), tmp_path)
 

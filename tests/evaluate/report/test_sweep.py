@@ -1,23 +1,27 @@
 """The report of a sweep: its figures are those of the rows, and the page shows all of them, safely."""
 
 import collections
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from medplib_jax.evaluate.report import published as elsewhere
-from medplib_jax.evaluate.report import sweep_gallery
+from medplib_jax.evaluate.report import sweep as report_sweep
+from medplib_jax.evaluate.report import sweep_gallery, sweep_tables
 from medplib_jax.evaluate.report.comparisons import FIELDS, Figure, compare
 from medplib_jax.evaluate.report.published import published
 from medplib_jax.evaluate.report.sweep import write_sweep_report
-from medplib_jax.evaluate.report.sweep_load import Task, load_sweep
-from medplib_jax.evaluate.report.sweep_tables import entry
+from medplib_jax.evaluate.report.sweep_load import load_sweep
+from medplib_jax.evaluate.report.sweep_tables import best_of, entry
+from medplib_jax.evaluate.result import TaskEntry
 from tests.evaluate.report.sweep_fixture import BASELINE, CHECKPOINTS, SKIPPED, write_sweep
 from tests.evaluate.report.tags import Tags
 
@@ -55,7 +59,9 @@ def report(folder):
 
 @pytest.fixture
 def small(folder, tmp_path):
-    """A copy with two checkpoints on one task, quickly reported; returns its folder and a function that changes its sweep.json."""
+    """A copy with two checkpoints on one task, quickly reported; returns its folder and a function that changes its
+    sweep.json.
+    """
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
 
@@ -128,6 +134,8 @@ def test_marks_of_significant_differences():
                 0.4,
                 0.6,
                 10,
+                10,
+                None,
                 "b",
                 delta,
                 delta - 0.1,
@@ -148,8 +156,8 @@ def test_marks_of_significant_differences():
     assert made("false_mask_rate", 0.2, 0.01).mark == "down"  # less is better
     assert (better.value, better.interval) == ("50.0", "40.0–60.0")
     assert (
-        better.hint
-        == "10 records; +20.00 to b on 9 common records; 95 % interval of the difference +10.00 to +30.00; p 0.0100, q 0.0100"
+        better.hint == "10 records, 10 pictures, patients not known; +20.00 to b on 9 common records; "
+        "95 % interval of the difference +10.00 to +30.00; p 0.0100, q 0.0100"
     )
 
 
@@ -225,7 +233,8 @@ def test_page_shows_runs_router_skipped_and_published(page):
     assert "currentColor" in page and "expert 1" in page
     for shown in (
         "images/ct_9.png",
-        "the published test set has 2,344 records",
+        "MeCoVQA grounding: not compared with MeCoVQA_Grounding_test: the published test set has 2,344 records",
+        "Drawings made by a program, not images of patients. All tasks.",
         "MedPLIB, re-run 1: an independent group",
         "79.90",
         "arXiv 2609.37283",
@@ -241,7 +250,9 @@ def test_markdown_is_aligned_and_narrow(folder):
     for table in tables:
         assert len({len(line) for line in table.splitlines()}) == 1
     assert max(map(len, text.splitlines())) <= 120
-    assert f"{BASELINE} (baseline)" in text and "(elsewhere) MedPLIB, paper" in text and "images/ct_9.png" not in text
+    assert f"{BASELINE} (baseline)" in text and "images/ct_9.png" not in text
+    assert "(elsewhere)" not in text and "Drawings made by a program" in text
+    assert "| records/pictures/patients" in text
 
 
 def test_rows_that_disagree_with_the_sweep_are_named(small):
@@ -259,11 +270,12 @@ def test_rows_that_disagree_with_the_sweep_are_named(small):
 
 def test_broken_input_is_named(small, tmp_path):
     empty = {"checkpoints": [], "tasks": [], "cells": []}
-    stray = {"checkpoint": "gone", "task": "rad"}
+    stray = {"checkpoint": "gone", "task": "rad", "protocol": "exact", "predictions": [], "records": 0, "metrics": {}}
     for broken, message in (
         ({"cells": []}, "checkpoints, tasks not found"),
         (empty | {"baseline": "x"}, "baseline 'x'"),
         (empty | {"cells": [stray]}, "'gone' on 'rad'"),
+        (empty | {"cells": [{"task": "rad"}]}, "sweep.json: CellEntry.* missing .*'protocol'"),
     ):
         (tmp_path / "sweep.json").write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=message):
@@ -349,33 +361,78 @@ def test_a_picture_that_is_gone_is_named(small, tmp_path):
     assert "file is missing: images/" in text and "<img" in text
 
 
-def test_published_figures_belong_to_tasks_of_their_name():
+def test_published_figures_bear_the_names_of_tasks():
     def found(name, kind, part=""):
-        return {
-            (figure.task, figure.label)
-            for figure in published()
-            if figure.belongs_to(Task(name, kind, "x.json", 10, part=part))
-        }
+        task = TaskEntry(name, kind, "x.json", 10, part=part)
+        return {(figure.task, figure.label) for figure in published() if figure.bears_name_of(task)}
 
     assert len(published()) == 30
-    assert {task for task, _ in found("MeCoVQA_Grounding_test", "grounding")} == {"MeCoVQA grounding"} and len(
-        found("MeCoVQA_Grounding_test", "grounding")
-    ) == 3
+    grounding = found("MeCoVQA_Grounding_test", "grounding")
+    assert {task for task, _ in grounding} == {"MeCoVQA grounding"} and len(grounding) == 3
     assert {task for task, _ in found("zeroshot4grounding-mr", "grounding")} == {"zero-shot MR"}
     assert {task for task, _ in found("xray", "grounding")} == {"zero-shot X-ray"}
-    assert found("medgrit", "refer_box", "ROC") == {("Med-GRIT ROC", "BiRD")} and found(
-        "medgrit", "refer_box", "VG"
-    ) == {("Med-GRIT VG", "BiRD")}
-    assert (
-        {task for task, _ in found("VQA_RAD-test", "vqa")} == {"VQA-RAD"}
-        and not found("my_mri", "grounding")
-        and not found("mr", "vqa")
-    )
-    paper = next(figure for figure in published() if figure.task == "MeCoVQA grounding")
-    assert "2,344 records, a has 10" in paper.caveat(Task("a", "grounding", "", 10)) and not paper.caveat(
-        Task("a", "grounding", "", 2344)
-    )
+    assert found("medgrit", "refer_box", "ROC") == {("Med-GRIT ROC", "BiRD")}
+    assert found("medgrit", "refer_box", "VG") == {("Med-GRIT VG", "BiRD")}
+    assert {task for task, _ in found("VQA_RAD-test", "vqa")} == {"VQA-RAD"}
+    assert not found("my_mri", "grounding") and not found("mr", "vqa")
     assert all(0 < value < 1 for figure in elsewhere.published() for value in figure.values.values())
+
+
+def test_published_figures_stand_beside_the_published_data_alone(small, monkeypatch):
+    known = [dataclasses.replace(one, content=frozenset(["cafe"])) for one in published()]
+    for module in (elsewhere, sweep_tables, report_sweep):
+        monkeypatch.setattr(module, "published", lambda: known)
+
+    def edit(content):
+        return lambda sweep: [task.update(content=content) for task in sweep["tasks"] if task["name"] == TASK]
+
+    path = small(edit("beef"))
+    write_sweep_report(path)
+    text = (path / "report.md").read_text()
+    assert "(elsewhere)" not in text and "not compared with MeCoVQA_Grounding_test" in text
+    path = small(edit("cafe"))
+    write_sweep_report(path)
+    text = (path / "report.md").read_text()
+    assert "(elsewhere) MedPLIB, paper" in text and "not compared" not in text
+
+
+def test_best_is_said_only_where_it_means_something():
+    def best(metric, values, drawing=("a", "b", "c")):
+        figures = [
+            Figure(name, name, None, "t", "grounding", "exact", metric, True, "all", value, None, None, 9, 9, None)
+            for name, value in values.items()
+        ]
+        return best_of(figures, {(name, "exact") for name in drawing})
+
+    assert best("mDice", {"a": 0.5, "b": 0.7}) == "b" and best("false_mask_rate", {"a": 0.5, "b": 0.7}) == "a"
+    assert best("mDice", {"a": 0.5}) is best("mDice", {"a": 0.7, "b": 0.7}) is best("mDice", {"a": 0, "b": 0}) is None
+    assert best("no_target_accuracy", {"a": 0.6, "b": 1.0, "c": 0.7}, drawing=("a", "c")) == "c"
+    assert best("false_mask_rate", {"a": 0.4, "b": 0.0}, drawing=("a",)) is None
+
+
+def test_patients_are_resampled_where_they_are_known(small):
+    """Of a single patient there is no interval; of few patients it is wider than of their images."""
+
+    def figures(path):
+        write_sweep_report(path)
+        return by_key(json.loads((path / "report.json").read_text()))[BASELINE, TASK, "exact", "gIoU", "all"]
+
+    def tell(path, patients):
+        for file in path.glob(f"predictions/*/exact/{TASK}.*.jsonl"):
+            header, *rows = map(json.loads, file.read_text().splitlines())
+            ordered = [row | {"patient": f"p{zlib.crc32(row['image'][0].encode()) % patients}"} for row in rows]
+            file.write_text("".join(json.dumps(line) + "\n" for line in (header, *ordered)))
+
+    path = small()
+    images = figures(path)
+    tell(path, 3)
+    few = figures(path)
+    tell(path, 1)
+    one = figures(path)
+    assert images["patients"] is None and (few["patients"], one["patients"]) == (3, 1)
+    assert few["value"] == pytest.approx(images["value"]) == one["value"] and images["images"] == few["images"] > 3
+    assert one["low"] is one["high"] is None is not images["low"]
+    assert few["low"] != images["low"]
 
 
 def test_needs_no_jax():

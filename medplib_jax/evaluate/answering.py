@@ -1,0 +1,178 @@
+"""Answers to the records of one cell: prompts in groups of one length, decoded in slots, each answer a line of
+predictions.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from medplib_jax.batch import Batch, Params
+from medplib_jax.checkpoint import load_params
+from medplib_jax.config.experiment import ExperimentConfig, ShardingConfig
+from medplib_jax.config.model import LoraConfig
+from medplib_jax.config.sweep import SweepConfig
+from medplib_jax.data.errors import DataError
+from medplib_jax.data.pipeline import Loader, eval_batches
+from medplib_jax.data.tokenizers import load_tokenizer
+from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.layout import lay_out
+from medplib_jax.decode.masks import mask_drawer
+from medplib_jax.decode.stream import lanes_for, stream_answers
+from medplib_jax.evaluate.checkpoints import SweepCheckpoint
+from medplib_jax.evaluate.evaluators import refer_box
+from medplib_jax.evaluate.evaluators.common import Evaluator
+from medplib_jax.evaluate.evaluators.grounding import GroundingEvaluator
+from medplib_jax.evaluate.evaluators.predictions import SKIPPED, PredictionRow, Shard
+from medplib_jax.evaluate.evaluators.reference import ReferenceLoader
+from medplib_jax.evaluate.evaluators.region import RegionVqaEvaluator
+from medplib_jax.evaluate.evaluators.vqa import VqaEvaluator
+from medplib_jax.evaluate.plan import PlannedCell, slots_of
+from medplib_jax.evaluate.tasks import SweepTask
+from medplib_jax.models.layers import model_shardings
+from medplib_jax.parallel.processes import wait_for_others
+from medplib_jax.train.step import abstract_model
+
+EVALUATORS: dict[str, type[Evaluator]] = {
+    "grounding": GroundingEvaluator,
+    "region": RegionVqaEvaluator,
+    "vqa": VqaEvaluator,
+}
+EVALUATORS |= refer_box.PARTS
+
+
+class LoadedModel:
+    """A checkpoint's parameters on this process's devices, with adapters merged, and its generators."""
+
+    def __init__(self, checkpoint: SweepCheckpoint, experiment: ExperimentConfig, mesh: Mesh, rules: ShardingConfig):
+        shardings = model_shardings(abstract_model(experiment.model, rules), mesh)
+        wait_for_others(f"load/{checkpoint.name}")
+        _, params, tokenizer = load_params(checkpoint.workdir, checkpoint.step, shardings)
+        self.experiment = dataclasses.replace(
+            experiment, model=dataclasses.replace(experiment.model, lora=LoraConfig())
+        )
+        self.params: Params = lay_out(experiment.model, params, mesh, rules, checkpoint.quantize)
+        self._quantize, self._rules = checkpoint.quantize, rules
+        self.tokenizer, self.mesh = load_tokenizer(tokenizer), mesh
+        self._generators: dict[tuple, Generator] = {}
+
+    def generator(
+        self, max_new_tokens: int, max_masks: int, original_masks: bool, stop_ids: tuple[int, ...]
+    ) -> Generator:
+        """The same one for the same arguments, because each compiles its own programs."""
+        key = (max_new_tokens, max_masks, original_masks, stop_ids)
+        if key not in self._generators:
+            self._generators[key] = Generator(
+                self.experiment.model,
+                self.params,
+                stop_ids=stop_ids,
+                seg_id=self.tokenizer.seg_id,
+                max_new_tokens=max_new_tokens,
+                max_masks=max_masks,
+                original_masks=original_masks,
+                mesh=self.mesh,
+                rules=self._rules,
+                quantize=self._quantize,
+            )
+        return self._generators[key]
+
+
+def answer_cell(cell: PlannedCell, loaded: LoadedModel, workdir: Path, turn: int, config: SweepConfig) -> None:
+    """Writes the lines of this process's shards.
+
+    `turn` says which process takes the first one. RuntimeError when a record got no line.
+    """
+    own = [
+        shard
+        for i, shard in enumerate(cell.shards().items())
+        if (turn + i) % jax.process_count() == jax.process_index()
+    ]
+    shards = [Shard(workdir / path, cell.header, records) for path, records in own]
+    shard_of = {record: shard for shard in shards for record in shard.missing}
+    total = sum(len(records) for _, records in own)
+    initial, hidden = total - len(shard_of), jax.process_index() > 0
+    with tqdm(total=total, initial=initial, desc=str(cell), unit="record", disable=hidden) as progress:
+        for line in _lines(cell, loaded, sorted(shard_of), config):
+            shard_of[line["record"]].add(line)
+            progress.update()
+    forgotten = sorted(record for shard in shards for record in shard.missing)
+    if forgotten:
+        raise RuntimeError(f"{cell}: {len(forgotten)} records got no answer, first record {forgotten[0]}")
+
+
+def _lines(
+    cell: PlannedCell, loaded: LoadedModel, records: Sequence[int], config: SweepConfig
+) -> Iterator[PredictionRow]:
+    """One line per record, as the answers come."""
+    task, settings, model = cell.task, cell.settings, loaded.experiment.model
+    is_reference, has_masks = settings.protocol == "reference", task.kind == "grounding"
+    data = dataclasses.replace(
+        loaded.experiment.data,
+        template=settings.template,
+        bucket_lengths=prompt_lengths(model.llm.max_positions),
+        on_error=config.on_error,
+        max_images=max(task.images, 1),
+        max_regions=task.regions,
+        max_masks=task.masks,
+    )
+    reads_as_original = is_reference and model.draws_masks
+    loader = (ReferenceLoader if reads_as_original else Loader)([task.source], loaded.tokenizer, data, model)
+    draw = None
+    if has_masks:
+        draw = mask_drawer(model.mask.image_size, settings.unpad, data.mask_canvas, settings.mask_threshold)
+    evaluator = EVALUATORS[task.config.part or task.kind](loader, protocol=settings.protocol, draw_masks=draw)
+    # one mask more than any answer should have, so that a mask too many is drawn and counted
+    drawn = (1 if is_reference else task.masks + 1) if has_masks else 0
+    generator = loaded.generator(settings.max_new_tokens, drawn, is_reference and has_masks, loader.stop_ids)
+    slots, refill = slots_of(config, loaded.experiment)
+    lanes = lanes_for(loaded.params, slots)
+    by_length, failed = group_by_length(loader, task, records, data.bucket_lengths, config.on_error)
+    for length in sorted(by_length):
+        batches = eval_batches(loader, by_length[length], refill, range(refill), question=True, workers=0)
+        prompts = _prompts(batches, failed)
+        for prompt, generation in stream_answers(generator, prompts, slots=slots, refill=refill, lanes=lanes):
+            try:
+                yield evaluator.row(prompt, generation)
+            except DataError as error:
+                if config.on_error == "raise":
+                    raise
+                failed[int(prompt.record[0])] = error
+    yield from ({"record": record, SKIPPED: error.as_dict()} for record, error in failed.items())
+
+
+def _prompts(batches: Iterable[tuple[dict, list[DataError]]], failed: dict[int, DataError]) -> Iterator[Batch]:
+    for arrays, errors in batches:
+        failed.update({error.record: error for error in errors if error.record is not None})
+        yield Batch(**arrays)
+
+
+def group_by_length(
+    loader: Loader, task: SweepTask, records: Sequence[int], lengths: Sequence[int], on_error: str
+) -> tuple[dict[int, list[int]], dict[int, DataError]]:
+    """Records by the length that their prompt is padded to, which depends on nothing else, and those that cannot be
+    asked.
+    """
+    groups: dict[int, list[int]] = {}
+    failed = {record: task.skipped[record] for record in records if record in task.skipped}
+    for record in records:
+        if record in failed:
+            continue
+        try:
+            length = len(loader.encode(loader.record(record), question=True))
+            groups.setdefault(next(padded for padded in lengths if padded >= length), []).append(record)
+        except DataError as error:
+            if on_error == "raise":
+                raise
+            failed[record] = error
+    return groups, failed
+
+
+def prompt_lengths(longest: int) -> tuple[int, ...]:
+    """What prompts are padded to: about 32 lengths, so that little is computed for nothing and few programs are
+    compiled. The last is `longest`.
+    """
+    step = max(32, longest // 32)
+    return (*range(step, longest, step), longest)
