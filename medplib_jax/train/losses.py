@@ -33,8 +33,9 @@ def token_cross_entropy(
 ) -> Pair:
     """Sum of weighted next-token cross-entropies and sum of weights, float32. Weights are data: they get no gradient.
 
-    Only positions with a weight meet the head: of a row that is mostly picture, few do. Logits exist for `chunk` such positions of each
-    row at a time, and once: the gradients are computed along with the value. `rules` say how a mesh keeps the head's gradient.
+    Only positions with a weight meet the head: of a row that is mostly picture, few do. Logits exist for `chunk` such
+    positions of each row at a time, and once: the gradients are computed along with the value. `rules` say how a mesh
+    keeps the head's gradient.
     """
     weights_BxL = jnp.asarray(weights_BxL, jnp.float32)
     arrays = (*map(jnp.asarray, (hidden_BxLxD, head_kernel_DxV, targets_BxL)), weights_BxL)
@@ -66,7 +67,8 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_
 def _on_mesh(hidden_BxLxD, kernel_DxV, targets_BxL, weights_BxL, chunk, rules, of_hidden, of_kernel):
     """`_cross_entropy_and_gradients` on a mesh: every device loops over its own rows only.
 
-    The sum and the head's gradient are added up over the devices once, after the loop. The compiler would do so in every trip.
+    The sum and the head's gradient are added up over the devices once, after the loop. The compiler would do so in
+    every trip.
     """
     mesh = jax.typeof(hidden_BxLxD).sharding.mesh
     rows = row_axes(len(hidden_BxLxD), mesh) if mesh.size > 1 else None
@@ -212,7 +214,8 @@ def total_loss(
     """ce * (CE + aux_loss_weight * aux) + dice * Dice + bce * BCE + focal * Focal + iou * IoU, and the unweighted
     terms.
 
-    `divide_by` are the `divisors` of the batch, or of the whole batch when `batch` is a micro-batch of it. `rules` are the model's.
+    `divide_by` are the `divisors` of the batch, or of the whole batch when `batch` is a micro-batch of it. `rules`
+    are the model's.
     """
     terms = {
         name: value / divide_by[name]
