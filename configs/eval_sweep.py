@@ -2,7 +2,8 @@
 
 COMMAND
     python -m medplib_jax.evaluate --config=configs/eval_sweep.py --workdir=runs/sweep \
-        --config.checkpoints='runs/7b/*' [--config.select='MeCoVQA*,SLAKE'] [--config.protocol=both] [--config.baseline=7b-stage4-3000]
+        --config.checkpoints='runs/7b/*' [--config.select='MeCoVQA*,SLAKE'] [--config.protocol=both] \
+        [--config.baseline=7b-stage4-3000]
 
 checkpoints: workdirs of training runs (their newest step, or --config.steps=all), single steps, or folders of PyTorch
 weights, which are converted once. protocol: `exact`, or `reference` to evaluate with the original program's quirks,
@@ -12,7 +13,8 @@ whether it says <SEG> or not, un-padding slip. `both` for both.
 Where the data comes from, below data/ or --config=configs/eval_sweep.py:FOLDER. A task without its data is named and
 left out.
 
-    MeCoVQA-*, zeroshot-*   medplib_jax.datasets.assemble --annotations MeCoVQA --images SA-Med2D-20M --out data/assembled
+    MeCoVQA-*, zeroshot-*   medplib_jax.datasets.assemble --annotations MeCoVQA --images SA-Med2D-20M
+                            --out data/assembled
     VQA-RAD ... OmniMedVQA  medplib_jax.datasets.import_dataset --dataset NAME --source FOLDER --out data/NAME, NAME one
                             of vqa_rad, slake_en, path_vqa, pmc_vqa, vqa_med, omnimedvqa
     Med-GRIT-*              import_dataset --dataset med_grit --source FOLDER --out data/med_grit_VG, a task at a time

@@ -60,6 +60,11 @@ class Loader:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def starts(self) -> list[int]:
+        """The number of each source's first record, and that of all records."""
+        return self._starts.tolist()
+
     def record(self, index: int) -> Record:
         """The record of this number, counted through all sources."""
         source = int(np.searchsorted(self._starts, index, side="right")) - 1

@@ -1,7 +1,8 @@
 """Training.
 
 COMMAND
-    python -m medplib_jax.train --config=configs/stage3_grounding.py:tiny --workdir=runs/stage3 [--config.optim.lr=1e-4 ...]
+    python -m medplib_jax.train --config=configs/stage3_grounding.py:tiny --workdir=runs/stage3 \
+        [--config.optim.lr=1e-4 ...]
 
 The same command again resumes from the last checkpoint with the same losses, bit for bit. A finished workdir returns at
 once. On several hosts the same command runs on each with one workdir that all of them see.
@@ -28,6 +29,7 @@ from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.files import define_config
 from medplib_jax.parallel.compilation import Compilations, use_cache
 from medplib_jax.parallel.processes import RESTART, exit_code, initialize_distributed
+from medplib_jax.train.held_out import HeldOutLoss
 from medplib_jax.train.loop import train
 
 log = logging.getLogger("medplib_jax.train")
@@ -51,7 +53,7 @@ def main() -> None:
             return exit_code(error)
         try:
             experiment = epochs_asked_for(from_config_dict(config.value, ExperimentConfig), sys.argv)
-            result = train(experiment, workdir.value)
+            result = train(experiment, workdir.value, HeldOutLoss)
         except (ValueError, OSError, FloatingPointError) as error:
             log.debug("where it came from", exc_info=True)
             print(f"error: {error}", file=sys.stderr)

@@ -214,8 +214,8 @@ def total_loss(
     """ce * (CE + aux_loss_weight * aux) + dice * Dice + bce * BCE + focal * Focal + iou * IoU, and the unweighted
     terms.
 
-    `divide_by` are the `divisors` of the batch, or of the whole batch when `batch` is a micro-batch of it. `rules` are
-    the model's.
+    `divide_by` are the `divisors` of the batch, or of the whole batch when `batch` is a micro-batch of it. `rules`
+    are the model's.
     """
     terms = {
         name: value / divide_by[name]

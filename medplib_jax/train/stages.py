@@ -43,7 +43,8 @@ def check_stage(field: str, stage: int, found: int, allowed: Sequence[int]) -> N
     if found not in allowed:
         expected = " or ".join(f"{i} ({NAMES[i]})" for i in allowed)
         raise ValueError(
-            f"{field}: stage {stage} ({NAMES[stage]}) starts from a checkpoint of stage {expected}, found stage {found} ({NAMES[found]})"
+            f"{field}: stage {stage} ({NAMES[stage]}) starts from a checkpoint of stage {expected}, "
+            f"found stage {found} ({NAMES[found]})"
         )
 
 

@@ -21,7 +21,7 @@ from medplib_jax.models.whole import WholeModel
 from medplib_jax.parallel.compilation import compiler_options, release_memory
 from medplib_jax.parallel.processes import wait_for_others
 from medplib_jax.parallel.sharding import check_fits, optimizer_shardings, shard_param
-from medplib_jax.train.losses import divisors, total_loss
+from medplib_jax.train.losses import divisors, loss_sums, total_loss
 from medplib_jax.train.optim import partition
 from medplib_jax.train.state import TrainState
 
@@ -120,6 +120,19 @@ def make_train_step(
         return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
     return train_step
+
+
+def make_loss_sums(
+    model: MedPLIB, config: ExperimentConfig
+) -> Callable[[Params, Batch], tuple[dict[str, Array], dict[str, Array]]]:
+    """(parameters, batch) -> undivided sums of the loss terms, and what divides them; without dropout or gradients."""
+
+    def sums(params: Params, batch: Batch):
+        output, _ = bind(model, params)(batch)
+        head = params["llm"]["head"]["kernel"]
+        return loss_sums(output, head, batch, config.loss, config.model.mask, model.rules), divisors(batch)
+
+    return sums
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:

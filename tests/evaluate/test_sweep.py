@@ -243,7 +243,6 @@ def test_the_longest_prompt_has_a_length(longest):
 
 def test_what_cannot_be_evaluated_is_one_line(folder, tmp_path):
     wrong = [
-        ("configs/lost.py", "x", "lost.py"),
         ("configs/eval_folder.py:/lost", "x", "/lost: expected an annotation file or a folder"),
         (f"configs/eval_folder.py:{folder}", "/lost/run", "checkpoints '/lost/run': expected workdirs"),
     ]

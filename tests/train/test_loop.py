@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 from medplib_jax import checkpoint
-from medplib_jax.config.experiment import TrainConfig
+from medplib_jax.config.base import from_config_dict
+from medplib_jax.config.experiment import ExperimentConfig, TrainConfig
+from medplib_jax.config.files import load_config
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.data.tokenizers import ADDED_TOKENS, Tokenizer, train_tokenizer
 from medplib_jax.parallel.lock import FolderInUse, folder_lock
@@ -370,3 +372,20 @@ def test_the_parameters_are_listed_at_the_start(config, tmp_path, caplog):
         train(changed(config, train__steps=1), str(tmp_path / "run"))
     assert re.search(r"\nllm/head/kernel +16 x \d+ +float32 +yes +\(.*\) +[\d,]+\n", caplog.text)
     assert re.search(r"\nclip/class_embed +16 +float32 +no +\(.*\) +64\n", caplog.text)
+
+
+@pytest.mark.parametrize("recipe", ["finetune_folder", "finetune_lora"])
+def test_a_recipe_adapts_this_model_to_data_of_ones_own(recipe, folder, workdir, tmp_path):
+    """With the base's sizes and tokenizer, and masks, which the base never saw."""
+    shutil.copytree(folder / "phantom", tmp_path / "mine")
+    for file in (tmp_path / "mine/train").glob("*.json"):
+        if "Grounding" not in file.name:
+            file.unlink()
+    mine = from_config_dict(load_config(f"{recipe}:{tmp_path}/mine"), ExperimentConfig)
+    few = {"train__steps": 1, "data__batch_size": 2, "data__workers": 0, "data__mask_canvas": 32}
+    result = train(changed(mine, init__base=str(workdir), **few), str(tmp_path / "run"))
+    assert result["step"] == 1 and result["masks"] > 0
+    saved, _ = checkpoint.load_experiment(tmp_path / "run")
+    base, _ = checkpoint.load_experiment(workdir)
+    assert dataclasses.replace(saved.model, lora=base.model.lora, dtype="float32", remat="none") == base.model
+    assert saved.model.lora.rank == (8 if recipe == "finetune_lora" else 0)
