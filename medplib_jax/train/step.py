@@ -123,7 +123,7 @@ def make_train_step(
 
 
 def make_loss_sums(
-    model: MedPLIB, config: ExperimentConfig
+    model: WholeModel, config: ExperimentConfig
 ) -> Callable[[Params, Batch], tuple[dict[str, Array], dict[str, Array]]]:
     """(parameters, batch) -> undivided sums of the loss terms, and what divides them; without dropout or gradients."""
 
