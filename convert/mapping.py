@@ -229,7 +229,8 @@ MEDPLIB: Table = (
     *_norm("model.mask_encoder.norm", "icl/mask_encoder/norm"),
 )
 
-# Qwen's fused projection is [q | k | v], each with all heads; here each head's three lie side by side, so that heads can be shared out.
+# Qwen's fused projection is [q | k | v], each with all heads. Here each head's three lie side by side, so that heads
+# can be spread over devices.
 QKV = Regrouped(torch="(c heads k) d", jax="d (heads c k)", sizes=(("c", 3),))
 QKV_BIAS = Regrouped(torch="(c heads k)", jax="(heads c k)", sizes=(("c", 3),))
 POOL_QKV = Regrouped(torch="(c o) i", jax="c i o", sizes=(("c", 3),))  # torch's MultiheadAttention

@@ -23,7 +23,8 @@ def find_tokenizer(given: pathlib.Path | None, folders: list[pathlib.Path]) -> p
     if given is None:
         if not beside:
             raise FileNotFoundError(
-                f"no {MODEL_FILE} or {RANKS_FILE} beside the weights ({', '.join(map(str, folders))}); give its folder with --tokenizer"
+                f"no {MODEL_FILE} or {RANKS_FILE} beside the weights ({', '.join(map(str, folders))}); "
+                "give its folder with --tokenizer"
             )
         return beside[0]
     if not model_file(given):

@@ -19,7 +19,7 @@ from medplib_jax.batch import Array, Batch, Params
 from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.decode.layout import decoding_model, is_laid_out, lay_out
-from medplib_jax.decode.sampling import Draws, Sampling, answer_draws, draw_token
+from medplib_jax.decode.sampling import GREEDY, Draws, Sampling, answer_draws, draw_token
 from medplib_jax.decode.slots import (
     Generation,
     Slots,
@@ -163,7 +163,7 @@ class Generator:
 
     An answer ends before a token of `stop_ids`. `max_masks` is the number of masks drawn per answer; a `<SEG>` beyond
     it stays in the text without a mask. With `original_masks` one mask is drawn as the original does
-    (model/WholeModel.py evaluate): from the first `<SEG>` of prompt and answer, and where there is none from the second
+    (model/MedPLIB.py evaluate): from the first `<SEG>` of prompt and answer, and where there is none from the second
     last state. `params` are a checkpoint's, or laid out already (`lay_out`). `mesh`: devices of this process that share
     the work (its data and fsdp axes) and hold the parameters, spread over them by `rules`, which a mesh of several
     devices needs. `quantize`: see `layout.decoding_model`.
@@ -178,7 +178,7 @@ class Generator:
         seg_id: int,
         max_new_tokens: int,
         max_masks: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         original_masks: bool = False,
         mesh: Mesh | None = None,
         rules: ShardingConfig | None = None,

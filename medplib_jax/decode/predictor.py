@@ -33,7 +33,7 @@ from medplib_jax.data.records import REGION, Record
 from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.masks import MaskDrawer, mask_drawer
-from medplib_jax.decode.sampling import Sampling
+from medplib_jax.decode.sampling import GREEDY, Sampling
 from medplib_jax.decode.slots import Generation
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
@@ -84,7 +84,7 @@ class Predictor:
         *,
         max_new_tokens: int | None = None,
         mask_threshold: float | None = None,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         quantize: str = "",
     ):
         experiment, params, tokenizer_dir = load_params(str(checkpoint_dir))

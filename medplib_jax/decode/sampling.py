@@ -14,7 +14,10 @@ from medplib_jax.batch import Array
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. temperature 0 is greedy; top_p keeps the smallest set of tokens with that probability."""
+    """How the next token is drawn.
+
+    Temperature 0 is greedy; top_p keeps the smallest set of tokens with that probability.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -24,6 +27,9 @@ class Sampling:
             raise ValueError(f"temperature {self.temperature} is negative")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} is outside (0, 1]")
+
+
+GREEDY = Sampling()
 
 
 @flax.struct.dataclass

@@ -1,4 +1,7 @@
-"""The state of decoding: a fixed number of slots, each with an answer that is being made and its part of the KV cache."""
+"""The state of decoding:
+
+A fixed number of slots, each with an answer that is being made and its part of the KV cache.
+"""
 
 import flax.struct
 import jax

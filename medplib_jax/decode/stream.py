@@ -1,7 +1,7 @@
 """Answers to a stream of prompts, as they end (continuous batching).
 
-A slot whose answer has ended is refilled with the next prompt while the other slots go on. A lane is a thread with slots
-of its own; several lanes take prompts from the same stream.
+A slot whose answer has ended is refilled with the next prompt while the other slots go on. A lane is a thread with
+slots of its own; several lanes take prompts from the same stream.
 """
 
 import itertools
@@ -35,11 +35,11 @@ def stream_answers(
 ) -> Iterator[tuple[Batch, Generation]]:
     """Answers as they end: (prompt, generation) of one record each, with a batch axis of 1, on the host.
 
-    prompts: batches of one length; filler rows are left out. slots: answers in the making, and refill: prompts that are run together
-    once as many slots are free (`refill` = `slots` are static batches); both count per device of the data and fsdp axes. lanes: threads
-    that share these slots out, each filling and running its own (`lanes_for`). limits: most tokens of a record's answer where it is less
-    than the generator's `max_new_tokens`. ValueError unless 1 <= refill <= slots and 1 <= lanes <= slots: more prompts than slots would wait
-    for ever.
+    prompts: batches of one length; filler rows are left out. slots: answers in the making, and refill: prompts that are
+    run together once as many slots are free (`refill` = `slots` are static batches); both count per device of the data
+    and fsdp axes. lanes: threads that share these slots out, each filling and running its own (`lanes_for`). limits:
+    most tokens of a record's answer where it is less than the generator's `max_new_tokens`. ValueError unless 1 <=
+    refill <= slots and 1 <= lanes <= slots: more prompts than slots would wait for ever.
     """
     if not (1 <= refill <= slots and 1 <= lanes <= slots):
         raise ValueError(
@@ -51,8 +51,11 @@ def stream_answers(
 
 
 def lanes_for(params: Params, slots: int) -> int:
-    """How many lanes `slots` answers in the making are best spread over: one, but on a CPU several for a model so small that its steps keep
-    only one core busy. Not a matter of how many cores there are, so that every machine runs the same programs and gets the same answers."""
+    """How many lanes `slots` answers in the making are best spread over:
+
+    One, but on a CPU several for a model so small that its steps keep only one core busy. Not a matter of how many
+    cores there are, so that every machine runs the same programs and gets the same answers.
+    """
     small = sum(leaf.nbytes for leaf in jax.tree.leaves(params["llm"])) <= CACHED_WEIGHTS
     return max(1, slots // ROWS_PER_LANE) if small and jax.default_backend() == "cpu" else 1
 
@@ -102,8 +105,10 @@ class Lane:
         return len(chosen) == len(places)
 
     def _advance(self, keep: int) -> Iterator[tuple[Batch, Generation, np.ndarray]]:
-        """Draws tokens until no more than `keep` slots are active and empties those whose answer ended: its prompt, its answer without masks,
-        and the states [1, M, D] that prompt these."""
+        """Draws tokens until no more than `keep` slots are active and empties those whose answer ended:
+
+        Its prompt, its answer without masks, and the states [1, M, D] that prompt these.
+        """
         state, seg_hidden, mask_valid = self._generator.advance(self._state, keep)
         self._state = state
         fetched = jax.device_get((state.active, state.tokens, state.lengths, mask_valid, state.choices, seg_hidden))
@@ -132,7 +137,10 @@ class Lane:
 
 
 def merge(streams: Sequence[Iterator]) -> Iterator:
-    """The items of all streams as they come, each stream run in a thread of its own. The first error in one ends all."""
+    """The items of all streams as they come, each stream run in a thread of its own.
+
+    The first error in one ends all.
+    """
     ready, closed, end = queue.Queue(len(streams)), threading.Event(), object()
 
     def run(stream):
@@ -183,7 +191,10 @@ class _Shared:
 
 
 def _free_slots(asked: Sequence[Batch | None], parts: int, refill: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Where the next prefill may go: [parts, refill] slots within each device (beyond them: nowhere), and the (row, slot) pairs meant."""
+    """Where the next prefill may go:
+
+    [parts, refill] slots within each device (beyond them: nowhere), and the (row, slot) pairs meant.
+    """
     slots = len(asked) // parts
     index, places = np.full((parts, refill), slots, np.int32), []
     for part in range(parts):

@@ -61,7 +61,10 @@ class SweepTask:
 
 
 def _open(config: TaskConfig) -> Source:
-    """The records of a task: an annotation file, or FOLDER#SPLIT of an assembled dataset, which carries its pictures."""
+    """The records of a task:
+
+    An annotation file, or FOLDER#SPLIT of an assembled dataset, which carries its pictures.
+    """
     if is_dataset(config.file):
         return open_source(os.path.abspath(config.file))
     file = Path(config.file).resolve()

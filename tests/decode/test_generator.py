@@ -102,7 +102,7 @@ def test_greedy_answers_and_masks_equal_full_forward_passes(batch, generation, f
 def test_an_answer_does_not_depend_on_its_batch_or_its_padding(params, batch, generation):
     alone = Generator(MODEL, params, stop_ids=(EOS,), seg_id=SEG, max_new_tokens=NEW, max_masks=2)
     for row in (1, 4):
-        single = alone(widened(jax.tree.map(lambda x: x[row : row + 1], batch), LENGTH + 4))
+        single = alone(widened(jax.tree.map(lambda x, row=row: x[row : row + 1], batch), LENGTH + 4))
         np.testing.assert_array_equal(single.tokens[0], generation.tokens[row])
         np.testing.assert_allclose(single.mask_logits[0], generation.mask_logits[row], rtol=1e-3, atol=1e-3)
 

@@ -41,7 +41,7 @@ def test_stacked_layers_scan_like_a_loop_and_name_their_axes():
     scanned, _ = scan_layers(bind(module, params), lambda layer, carry, _: (carry + layer(carry), None), x)
     single = abstract_module(lambda r: Mlp(4, 8, 4, gelu, rngs=r))
     for i in range(3):
-        x = x + bind(single, jax.tree.map(lambda a: a[i], params))(x)
+        x = x + bind(single, jax.tree.map(lambda a, i=i: a[i], params))(x)
     np.testing.assert_allclose(scanned, x, rtol=1e-5)
     assert logical_axes(module)["fc1"]["kernel"] == ("layers", "embed", "mlp")
 

@@ -1,4 +1,7 @@
-"""Products with float32 factors say that they are computed in float32: a TPU would multiply them in bfloat16, a GPU in TF32."""
+"""Products with float32 factors say that they are computed in float32:
+
+A TPU would multiply them in bfloat16, a GPU in TF32.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -55,7 +58,9 @@ def traced(kind: str, **model):
 @pytest.mark.parametrize("sampler", ["mean", "geometry"])
 @pytest.mark.parametrize("kind", ["train", "eval", "decode"])
 def test_a_bfloat16_model_says_so_of_its_float32_products(kind, sampler):
-    """Router, load balancing, positions, relative positions, region pooling, geometry sampler, mask resampling in the loss."""
+    """Router, load balancing, positions, relative positions, region pooling, geometry sampler, mask resampling in the
+    loss.
+    """
     found = traced(kind, dtype="bfloat16", region=RegionConfig(sampler=sampler, max_points=128))
     assert_float32_is_highest(found, at_least=14)
     mixed = [types for types, highest in found if len(set(types)) == 2 and not highest]

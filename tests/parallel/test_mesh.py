@@ -116,7 +116,10 @@ def test_who_joins_other_processes(monkeypatch, variables, on_tpu, expected):
 
 
 def test_jax_finds_the_coordinator_of_a_slurm_step(monkeypatch):
-    """What `jax.distributed.initialize` makes of the variables that srun sets: the names above must stay those that it reads."""
+    """What `jax.distributed.initialize` makes of the variables that srun sets:
+
+    The names above must stay those that it reads.
+    """
     from jax._src.clusters import SlurmCluster
 
     for name, value in (SLURM | {"SLURM_NTASKS": "16"}).items():

@@ -1,4 +1,7 @@
-"""Several real processes on this machine: they agree, end together, stop and resume together, and train as one process would."""
+"""Several real processes on this machine:
+
+They agree, end together, stop and resume together, and train as one process would.
+"""
 
 import dataclasses
 import json
@@ -34,7 +37,8 @@ initialize_distributed()
 me = jax.process_index()
 agree = multihost.Agreement(make_mesh(MeshConfig(fsdp=2, data=2)))
 found = jax.device_get(agree(stop=15 * me, skipped=3 + me))
-print(multihost.of_process_0("a", f"from {me}"), multihost.of_every_process("b", f"of {me}"), found["stop"], found["skipped"], flush=True)
+first, every = multihost.of_process_0("a", f"from {me}"), multihost.of_every_process("b", f"of {me}")
+print(first, every, found["stop"], found["skipped"], flush=True)
 """
 
 
@@ -110,10 +114,13 @@ def train_alone(folder: Path, workdir: Path, monkeypatch, devices: int, **settin
 
 
 def assert_close(found: dict[int, tuple[float, float]], expected: dict[int, tuple[float, float]]) -> None:
-    """Equal but for the order of sums: between processes they are taken in another order than between devices of one process."""
+    """Equal but for the order of sums:
+
+    Between processes they are taken in another order than between devices of one process.
+    """
     print(
         "largest relative difference",
-        max(abs(a / b - 1) for step in expected for a, b in zip(found[step], expected[step])),
+        max(abs(a / b - 1) for step in expected for a, b in zip(found[step], expected[step], strict=True)),
     )
     assert found.keys() == expected.keys()
     for step, values in found.items():
@@ -133,7 +140,8 @@ def test_a_coordinator_alone_is_explained(monkeypatch, variables):
 def test_processes_agree_and_an_error_in_one_ends_all(folder):
     body = (
         TOGETHER
-        + "with multihost.abort_together():\n    if me == 1:\n        raise ValueError('bad record')\n    time.sleep(3600)"
+        + "with multihost.abort_together():\n    if me == 1:\n        raise ValueError('bad record')\n"
+        + "    time.sleep(3600)"
     )
     process = start(["-c", body], folder, processes=2, devices=2)
     said = process.communicate()[0]
@@ -223,7 +231,9 @@ def test_a_loss_that_is_not_finite_ends_all(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_notice_that_comes_to_jax_before_training_begins_is_heard(folder, tmp_path):
-    """Up to then the signal is the business of JAX's preemption service, which tells all processes at which step to stop."""
+    """Up to then the signal is the business of JAX's preemption service, which tells all processes at which step to
+    stop.
+    """
     process = start(
         training(folder, tmp_path / "run", train__steps=2000),
         folder,

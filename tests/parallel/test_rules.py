@@ -39,7 +39,7 @@ NAMES = tuple(name for name in ShardingConfig.names() if name != "layers")
 WHOLE = dict.fromkeys(NAMES, "")
 BASES = {"default": {}, "whole": WHOLE}
 CASES = [(base, name, axis) for base in BASES for name in NAMES for axis in (*MeshConfig.AXES, "")]
-# What once went wrong: sums over axes that carry rows, a rank that is contracted, heads that are spread unlike the keys.
+# What once went wrong: sums over axes that carry rows, a rank that is contracted, heads spread unlike the keys.
 SELECTED = [
     ("whole", "mlp", "fsdp"),
     ("whole", "expert", "fsdp"),

@@ -120,7 +120,8 @@ def test_every_parameter_of_the_full_size_models_lies_where_it_did(file):
         (
             (8, 1, 1, 1),
             {"optim": {"accumulate": 2}},
-            "data.batch_size / optim.accumulate 4 cannot be shared out evenly over the mesh's data=8 x fsdp=1 x expert=1",
+            "data.batch_size / optim.accumulate 4 cannot be shared out evenly over the mesh's data=8 x fsdp=1 x "
+            "expert=1",
         ),
         ((1, 1, 1, 8), {}, "model.llm.num_heads 2 cannot be shared out evenly over the mesh's tensor=8"),
         ((1, 1, 8, 1), {}, "model.moe.num_experts 2 cannot be shared out evenly over the mesh's expert=8"),

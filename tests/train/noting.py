@@ -1,5 +1,8 @@
-"""`medplib_jax.train` as tests start it in several processes: it notes which records each process reads, in $NOTES/<process>.jsonl, and
-sends itself the signal $EARLY_SIGNAL before training begins."""
+"""`medplib_jax.train` as tests start it in several processes:
+
+It notes which records each process reads, in $NOTES/<process>.jsonl, and sends itself the signal $EARLY_SIGNAL before
+training begins.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""One training step on every mesh of eight devices: the losses and gradients of one device, for what each stage trains."""
+"""One training step on every mesh of eight devices:
+
+The losses and gradients of one device, for what each stage trains.
+"""
 
 import dataclasses
 import functools
@@ -49,7 +52,9 @@ def small(stage: str, dispatch: str) -> ExperimentConfig:
 
 
 def step(config: ExperimentConfig, sizes: tuple[int, ...]):
-    """(metrics, gradients); plain SGD at a high rate shows the gradients themselves, not lost in the parameters' last digits."""
+    """(metrics, gradients); plain SGD at a high rate shows the gradients themselves, not lost in the parameters' last
+    digits.
+    """
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     model, tx = abstract_model(config.model, config.sharding), optax.sgd(RATE)
     shardings = state_shardings(model, config, tx, mesh)

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def test_exact_schedule_rises_from_zero_and_falls_to_zero():
     schedule = make_schedule(OptimConfig(lr=1.0, warmup=0.1), total_steps=20, epoch_steps=40)
     rates = [float(schedule(step)) for step in range(21)]
     np.testing.assert_allclose(rates[:5], [0, 0.25, 0.5, 0.75, 1.0])
-    assert rates[20] == 0 and all(a > b for a, b in zip(rates[4:], rates[5:]))
+    assert rates[20] == 0 and all(a > b for a, b in itertools.pairwise(rates[4:]))
 
 
 def test_warmup_is_a_share_of_one_epoch_and_at_least_two_steps():
@@ -79,7 +80,9 @@ def test_rate_factors_take_the_first_match():
 
 
 def test_updates_equal_torch():
-    """AdamW with decay, clipping and a per-group rate against torch.optim, 6 steps with gradients that are clipped and not."""
+    """AdamW with decay, clipping and a per-group rate against torch.optim, 6 steps with gradients that are clipped and
+    not.
+    """
     rng = np.random.default_rng(0)
     start = {"a": rng.normal(size=(4, 3)).astype(np.float32), "b": rng.normal(size=5).astype(np.float32)}
     gradients = [
@@ -98,7 +101,7 @@ def test_updates_equal_torch():
     for step, gradient in enumerate(gradients):
         updates, state = tx.update(gradient, state, ours)
         ours = optax.apply_updates(ours, updates)
-        for group, factor in zip(optimizer.param_groups, (1.0, 0.5)):
+        for group, factor in zip(optimizer.param_groups, (1.0, 0.5), strict=True):
             group["lr"] = float(schedule(step)) * factor
         for key, parameter in theirs.items():
             parameter.grad = torch.tensor(gradient[key])

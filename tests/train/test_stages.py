@@ -1,4 +1,4 @@
-"""Hand-over between stages on the real parameter trees of a tiny model, with every kernel telling where it came from."""
+"""Hand-over between stages on the parameter trees of a tiny model, with every kernel telling where it came from."""
 
 import dataclasses
 

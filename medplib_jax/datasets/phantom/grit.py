@@ -59,7 +59,7 @@ def write_grit(data: str | Path, seed: int = 0) -> dict[str, int]:
 
 
 def make_turns(facts: ImageFacts, rng: np.random.Generator) -> dict[str, list[grit.Turn]]:
-    """By task: VG for each name, ROC and RC for each name's first instance, MIA one closed question about the modality."""
+    """By task: VG for each name, ROC and RC for each name's first instance, MIA one question about the modality."""
     turns, label = {task: [] for task in grit.TASKS}, LABELS[facts.modality]
     for target in facts.targets:
         turns["VG"].append(grit.find_turn(facts, target, rng))

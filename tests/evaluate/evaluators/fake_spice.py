@@ -19,7 +19,8 @@ class Spice:
             asked, answered = f"{folder}/in.json", f"{folder}/out.json"
             with open(asked, "w") as file:
                 json.dump([{"image_id": i, "test": res[i][0], "refs": gts[i]} for i in ids], file)
-            subprocess.check_call(["java", "-jar", "-Xmx8G", "spice-1.0.jar", asked, "-out", answered, "-subset", "-silent"])
+            command = ["java", "-jar", "-Xmx8G", "spice-1.0.jar", asked, "-out", answered, "-subset", "-silent"]
+            subprocess.check_call(command)
             with open(answered) as file:
                 found = {item["image_id"]: item["scores"] for item in json.load(file)}
         return sum(found[i]["All"]["f"] for i in ids) / len(ids), [found[i] for i in ids]
@@ -31,7 +32,10 @@ from tests.evaluate.evaluators.fake_spice import score
 asked = json.load(open(sys.argv[4]))
 with open(sys.argv[0] + ".calls", "a") as file:
     file.write(json.dumps(asked) + "\\n")
-scores = [{{"image_id": item["image_id"], "scores": {{"All": {{"f": score(item["test"], *item["refs"])}}}}}} for item in asked]
+scores = [
+    {{"image_id": item["image_id"], "scores": {{"All": {{"f": score(item["test"], *item["refs"])}}}}}}
+    for item in asked
+]
 json.dump(scores, open(sys.argv[sys.argv.index("-out") + 1], "w"))
 """
 

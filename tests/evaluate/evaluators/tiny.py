@@ -54,7 +54,8 @@ def write_data(root):
 
 
 def make_tokenizer(folder):
-    words = "Where is the lung? It is the left lung. They are No, there is no tumor or heart. What organ? Yes USER: ASSISTANT:"
+    words = "Where is the lung? It is the left lung. They are No, there is no tumor or heart. What organ? Yes"
+    words += " USER: ASSISTANT:"
     return train_tokenizer([words] * 4, str(folder), 300)
 
 

@@ -18,7 +18,8 @@ PACKED = np.where(PADDED, 1 + (np.arange(200) >= 60) + (np.arange(200) >= 90), 0
 
 def random_qkv(heads=4, kv_heads=2):
     keys = jax.random.split(jax.random.key(0), 3)
-    return tuple(jax.random.normal(key, (2, 200, count, 128)) for key, count in zip(keys, (heads, kv_heads, kv_heads)))
+    counts = zip(keys, (heads, kv_heads, kv_heads), strict=True)
+    return tuple(jax.random.normal(key, (2, 200, count, 128)) for key, count in counts)
 
 
 def value_and_gradients(function, q, k, v):
@@ -38,7 +39,7 @@ def test_splash_attention(segments):
     expected = value_and_gradients(lambda q, k, v: attend_within(q, k, v, PADDED, segments), q, k, v)
     kernel_segments = jnp.asarray(PADDED.astype(np.int32) if segments is None else segments)
     actual = value_and_gradients(lambda q, k, v: attention._splash(q, k, v, kernel_segments, None), q, k, v)
-    for ours, theirs in zip(actual, expected):
+    for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
@@ -72,7 +73,7 @@ def test_fused_attention_needs_no_mask_of_padding():
     q, k, v = random_qkv()
     expected = value_and_gradients(lambda q, k, v: attend_within(q, k, v, PADDED), q, k, v)
     actual = value_and_gradients(lambda q, k, v: fused_attention(q, k, v, "xla"), q, k, v)
-    for ours, theirs in zip(actual, expected):
+    for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 

@@ -1,4 +1,6 @@
-"""The decoder against transformers' LLaMA and the original's MoE decoder; cache, scan and remat against the plain forward pass."""
+"""The decoder against transformers' LLaMA and the original's MoE decoder; cache, scan and remat against the plain
+forward pass.
+"""
 
 import dataclasses
 import typing
@@ -174,7 +176,10 @@ MOE_CONFIGS = {
 
 @pytest.mark.parametrize("kind", MOE_CONFIGS)
 def test_cached_decoding_equals_the_full_pass(kind):
-    """Prompts of different length, padded on the right, then single tokens: each row as if it were alone and unpadded."""
+    """Prompts of different length, padded on the right, then single tokens:
+
+    Each row as if it were alone and unpadded.
+    """
     config = ModelConfig(llm=TINY, moe=MOE_CONFIGS[kind])
     module, params = random_model(config)
     tokens = np.random.default_rng(0).integers(0, 61, (3, 14))

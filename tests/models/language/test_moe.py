@@ -62,8 +62,8 @@ def torch_tree(prefix: str, moe: MoeConfig) -> dict:
     return tree
 
 
-def make(moe: MoeConfig, lora=LoraConfig(), llm=None, rules=None):
-    return abstract_module(lambda rngs: MoeMlp(llm or llm_config(), moe, lora, rngs, rules))
+def make(moe: MoeConfig, lora=None, llm=None, rules=None):
+    return abstract_module(lambda rngs: MoeMlp(llm or llm_config(), moe, lora or LoraConfig(), rngs, rules))
 
 
 def run(module, params, x, **kwargs):
@@ -221,7 +221,7 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
     del recv_sizes
     me, row = jax.lax.axis_index(axis_name), jnp.arange(len(output))
     everyone = [jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)]
-    for rows, begin, size, target in zip(*everyone):
+    for rows, begin, size, target in zip(*everyone, strict=True):
         inside = (row >= target[me]) & (row < target[me] + size[me])
         output = jnp.where(inside[:, None], rows[(row - target[me] + begin[me]).clip(0, len(rows) - 1)], output)
     return output

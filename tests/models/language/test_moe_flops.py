@@ -120,7 +120,10 @@ def _run_scan(params, inputs):
 
 
 def programs(tokens: int, width: int, mlp: int, num_experts: int) -> dict[str, tuple[Callable, dict]]:
-    """{name: (function(params, x), abstract parameters)}: one MLP and a top-1 mixture, forward and with all gradients."""
+    """{name: (function(params, x), abstract parameters)}:
+
+    One MLP and a top-1 mixture, forward and with all gradients.
+    """
     llm = LlmConfig(hidden_size=width, mlp_dim=mlp, num_layers=1, num_heads=1, num_kv_heads=1)
     valid = jnp.ones((1, tokens), bool)
     mlp_module = abstract_module(lambda rngs: SwiGlu(llm, LoraConfig(), rngs))
