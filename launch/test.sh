@@ -6,5 +6,6 @@ set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."
 source launch/venv.sh launch/requirements-test.txt
-ruff format --quiet --check . && ruff check --quiet .
+ruff format --quiet --check .
+ruff check --quiet .
 exec python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile "$@"
