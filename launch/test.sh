@@ -8,4 +8,5 @@ cd "$(dirname "$0")/.."
 source launch/venv.sh launch/requirements-test.txt
 ruff format --quiet --check .
 ruff check --quiet .
+pyright
 exec python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile "$@"

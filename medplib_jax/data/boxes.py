@@ -27,7 +27,10 @@ class Box:
 
     def pixels(self, width: int, height: int) -> tuple[int, int, int, int]:
         """(x1, y1, x2, y2) on a picture of this size, cut down to whole pixels as the original draws them."""
-        return tuple(int(value / GRID * side) for value, side in zip(self.corners, (width, height) * 2, strict=True))
+        x1, y1, x2, y2 = (
+            int(value / GRID * side) for value, side in zip(self.corners, (width, height) * 2, strict=True)
+        )
+        return x1, y1, x2, y2
 
     @property
     def corners(self) -> tuple[int, int, int, int]:
@@ -43,7 +46,8 @@ def from_pixels(box: tuple[float, float, float, float], width: int, height: int,
     if not (0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height):
         raise ValueError(f"box {box}: expected 0 <= x1 <= x2 <= {width} and 0 <= y1 <= y2 <= {height}")
     shares = (value / side for value, side in zip(box, (width, height) * 2, strict=True))
-    return Box(*(min(GRID - 1, int(GRID * share)) for share in shares), label)
+    x1, y1, x2, y2 = (min(GRID - 1, int(GRID * share)) for share in shares)
+    return Box(x1, y1, x2, y2, label)
 
 
 def region_text(region: str, width: int, height: int) -> str:
@@ -58,7 +62,8 @@ def region_text(region: str, width: int, height: int) -> str:
         values = ()
     if (kind, len(values)) not in (("box", 4), ("point", 2)):
         raise ValueError(f"region {region!r}: this model's questions take box:x1,y1,x2,y2 or point:x,y")
-    return f"<ref>this region</ref>{from_pixels((*values, *values)[:4], width, height)}"
+    x1, y1, x2, y2 = (*values, *values)[:4]
+    return f"<ref>this region</ref>{from_pixels((x1, y1, x2, y2), width, height)}"
 
 
 def parse(text: str) -> list[Box]:
@@ -108,5 +113,6 @@ def read(text: str) -> list[Box]:
         for inside in re.findall(r"<box>([^<>]*)</box>", match[2]):
             numbers = re.sub(r"[()\s]", "", inside).split(",")
             if len(numbers) == 4 and all(number.isdecimal() for number in numbers):
-                found.append(Box(*map(int, numbers), (match[1] or "").strip()))
+                x1, y1, x2, y2 = map(int, numbers)
+                found.append(Box(x1, y1, x2, y2, (match[1] or "").strip()))
     return found

@@ -74,7 +74,7 @@ class Loader:
         """The record's text: the whole conversation, or the question only."""
         check_images(record)
         form = chatml if self._data.template in chatml.TEMPLATES else prompts
-        encode = form.encode_question if question else form.encode_conversation
+        encode: Callable[..., Encoded] = form.encode_question if question else form.encode_conversation
         encoded = encode(
             record,
             self.tokenizer,

@@ -37,6 +37,7 @@ class QwenTokenizer:
     """
 
     seg_id = -1  # it speaks of no masks
+    region_ids = (-1, -1)  # its regions are boxes in the text
 
     def __init__(self, ranks: bytes, image_span: int = 256):
         self._ranks, self.image_span = ranks, image_span

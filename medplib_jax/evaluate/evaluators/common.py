@@ -68,7 +68,7 @@ class Evaluator(abc.ABC):
                     round(float(value), 4) for value in generation.predicted_iou[0, generation.mask_valid[0]]
                 ],
             }
-        text = self._loader.read_answer(generation.tokens[0, : generation.lengths[0]])
+        text = self._loader.read_answer(generation.tokens[0, : generation.lengths[0]].tolist())
         answer = Answer(
             text, self._loader.encode(record, question=True).answer.strip(), record.answer_type, masks, true_masks
         )
