@@ -8,5 +8,5 @@ cd "$(dirname "$0")/.."
 source launch/venv.sh launch/requirements-test.txt
 ruff format --quiet --check .
 ruff check --quiet .
-pyright
+if command -v node > /dev/null; then pyright; else echo "Types are not checked: pyright needs Node.js." >&2; fi
 exec python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile "$@"
