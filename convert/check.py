@@ -167,7 +167,7 @@ def picture(image: pathlib.Path, config: ModelConfig) -> Batch:
         targets=none,
         loss_weights=none.astype(np.float32),
         feature_index=none,
-        clip_pixels=clip_pixels(pixels, config.clip.image_size)[0][None, None],
+        clip_pixels=clip_pixels(pixels, config.clip.image_size)[None, None],
         sam_pixels=sam_canvas[None],
         sam_box=np.asarray(box, np.int32)[None],
         region_points=np.zeros((1, 0, 0, 2), np.float32),

@@ -89,7 +89,7 @@ def test_all_four_tasks_are_swept_in_both_protocols(folder, workdir, tmp_path):
         checkpoints=str(workdir), tasks=tasks, protocol="both", limit=2, max_new_tokens=6, slots=2, on_error="raise"
     )
     result = run_sweep(config, tmp_path)
-    found = {(cell["task"], cell["protocol"]): cell["metrics"] for cell in result["cells"]}
+    found = {(cell.task, cell.protocol): cell.metrics for cell in result.cells}
     assert len(found) == 8
     assert {"recall_at_0.5", "box_iou"} <= found["VG", "exact"].keys() and "box_iou" not in found["VG", "reference"]
     assert {"exact_match", "mBMR"} <= found["MIA", "exact"].keys()

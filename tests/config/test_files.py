@@ -13,7 +13,9 @@ def test_a_bare_name_is_the_packages_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config("stage4_moe") == ROOT / "configs" / "stage4_moe.py"
     assert load_config("stage4_moe:tiny") == load_config(f"{ROOT}/configs/stage4_moe.py:tiny")
-    with pytest.raises(ValueError, match="stage5: expected the path of a file, or one of common, eval_folder, "):
+    with pytest.raises(
+        ValueError, match="stage5: expected the path of a file, or one of bird_grit, common, eval_folder, "
+    ):
         find_config("stage5")
 
 

@@ -52,7 +52,7 @@ class Slices:
         (root / self.metadata).write_text('{"liver": 1}')
 
     def run(self, root, out, changed=False):
-        slices.make_slices(str(root), str(out), slices.SliceOptions("CT", window=(100, 50) if changed else None))
+        slices.make_slices(str(root), str(out), slices.SliceOptions("CT", window="100,50" if changed else ""))
 
     def change_picture(self, root):
         write_nifti(root / self.picture, np.random.default_rng(1).integers(0, 400, (8, 9, 3)).astype(np.int16))
@@ -64,7 +64,8 @@ class Slices:
         (root / self.metadata).write_text('{"lungs": 1, "cyst": 2}')
 
     def change_code(self, monkeypatch):
-        monkeypatch.setattr(slices, "_axial", lambda plane: plane.T)
+        real = slices.pictures
+        monkeypatch.setattr(slices, "pictures", lambda volume, plane, windows: real(volume, "coronal", windows))
 
 
 class WriteQa:

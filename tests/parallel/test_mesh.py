@@ -32,7 +32,7 @@ def test_sizes_that_do_not_fit_are_refused():
         resolve(MeshConfig(data=1, dcn_data=3), 8)
     with pytest.raises(ValueError, match="mesh.dcn_data 0"):
         MeshConfig(dcn_data=0)
-    with pytest.raises(ValueError, match="at most one -1"):
+    with pytest.raises(ValueError, match="at most one of them -1"):
         MeshConfig(data=-1, fsdp=-1)
 
 
