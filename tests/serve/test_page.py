@@ -37,6 +37,7 @@ def browser():
 def page(browser, server, request):
     width, height = request.param
     page = browser.new_page(viewport={"width": width, "height": height})
+    page.set_default_timeout(120_000)  # a busy machine answers late
     page.problems = []
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" else None)
