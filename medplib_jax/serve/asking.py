@@ -14,6 +14,8 @@ from medplib_jax.serve.pictures import describe_mask
 from medplib_jax.serve.questions import Message, Region
 from medplib_jax.serve.refusals import Refused
 
+GRACE_SECONDS = 10.0  # beyond the time of an answer, after which the engine itself gives it up
+
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
@@ -69,7 +71,7 @@ class Asker:
         text = AnswerText(self.model.tokenizer.decode, wish.stops)
         try:
             while True:
-                new = await news.get()
+                new = await self._next(news)
                 if isinstance(new, Ended):
                     yield await asyncio.to_thread(self._last, new, text, prompt)
                     return
@@ -81,6 +83,13 @@ class Asker:
                     yield Piece(shown)
         finally:
             question.cancel()
+
+    async def _next(self, news: asyncio.Queue) -> "list[int] | Ended":
+        """What the engine reports. An engine that reports nothing for so long has failed."""
+        try:
+            return await asyncio.wait_for(news.get(), self._seconds + GRACE_SECONDS)
+        except TimeoutError:
+            return Ended("timeout")
 
     def _last(self, end: Ended, text: AnswerText, prompt) -> Piece:
         if end.reason not in ("stop", "length"):

@@ -17,7 +17,9 @@ from medplib_jax.serve.questions import Message, Region
 from medplib_jax.serve.refusals import Refused
 
 MAX_STOPS, MAX_STOP = 4, 64
-# Fields of OpenAI's interface that change nothing at these values.
+# Fields that change no answer.
+HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+# Fields of OpenAI's interface and of other servers that change nothing at these values.
 NEUTRAL = {
     "n": (1,),
     "presence_penalty": (0,),
@@ -26,6 +28,13 @@ NEUTRAL = {
     "logit_bias": ({},),
     "tools": ([],),
     "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "top_logprobs": (0,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "best_of": (1,),
+    "modalities": (["text"],),
 }
 
 
@@ -56,7 +65,11 @@ def wish_of(request: ChatRequest, model: str) -> Wish:
     if request.model not in ("", model):
         raise Refused(404, f"the model is called {model!r}, not {request.model!r}", "model")
     for name, value in (request.model_extra or {}).items():
-        if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
+        if value is None or name in HARMLESS:
+            continue
+        if name not in NEUTRAL:
+            raise Refused(400, f"{name} is not known here", name)
+        if value not in NEUTRAL[name]:
             raise Refused(400, f"{name} is served at {NEUTRAL[name][0]!r} only", name)
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP for stop in stops):

@@ -45,7 +45,6 @@ class Question:
     deadline: float  # of time.monotonic()
     arrived: float = dataclasses.field(default_factory=time.monotonic)
     cancelled: bool = False
-    started: bool = False
     shown: int = 0  # tokens that were reported
 
     def cancel(self) -> None:
@@ -102,8 +101,8 @@ class Engine:
         self._thread.start()
 
     def submit(self, question: Question) -> bool:
-        """False when the queue is full or the engine is closing."""
-        return not self._closing.is_set() and self.waiting.put(question)
+        """False when the queue is full, or when the engine is closing or has failed."""
+        return not self._closing.is_set() and self._thread.is_alive() and self.waiting.put(question)
 
     def close(self, seconds: float) -> None:
         """Takes no more questions and waits until those in the slots are answered, at most that long."""
@@ -135,10 +134,9 @@ class Engine:
     def _warm_up(self) -> None:
         """Runs one question as far as its first token, and draws a mask."""
         question = Question("", self._example, 1, Sampling(), 0, lambda new: None, deadline=float("inf"))
-        self._prefill([question], [0])
+        self._prefill([(question, 0)])
         self._state, seg_hidden, _ = self.generator.advance(self._state, keep=0, steps=self._chunk)
         jax.block_until_ready(self.generator.masks(seg_hidden[:1], self._example, self.generator.view(self._example)))
-        self._asked[0] = None
 
     def _give_back(self, message: str) -> None:
         """Ends everything in the slots, whose state on the device may be lost."""
@@ -174,19 +172,20 @@ class Engine:
                 question.report(Ended("cancelled" if question.cancelled else "timeout"))
             else:
                 questions.append(question)
+        placed = list(zip(questions, free, strict=False))
+        for question, slot in placed:  # before anything can fail, so that each of them is given back then
+            self._asked[slot] = question
+            self.metrics.admitted(question)
         for length in sorted({question.prompt.tokens.shape[1] for question in questions}):
-            group = [question for question in questions if question.prompt.tokens.shape[1] == length]
-            slots, free = free[: len(group)], free[len(group) :]
-            self._prefill(group, slots)
+            self._prefill([(question, slot) for question, slot in placed if question.prompt.tokens.shape[1] == length])
 
-    def _prefill(self, questions: Sequence[Question], slots: Sequence[int]) -> None:
+    def _prefill(self, placed: Sequence[tuple[Question, int]]) -> None:
+        questions, slots = zip(*placed, strict=True)
         fillers = [None] * (self._refill - len(questions))
         index = np.array([*slots, *[len(self._asked)] * len(fillers)], np.int32)[None]
         rows = stack_rows([*[question.prompt for question in questions], *fillers])
         features = [self._clip_features(question.prompt) for question in questions]
         features += [features[0]] * len(fillers)
-        for question, slot in zip(questions, slots, strict=True):
-            self._asked[slot] = question
         self._state = self.generator.start(
             self._state,
             rows,

@@ -99,6 +99,8 @@ def load_model(path: str | os.PathLike, quantize: str, max_new_tokens: int, thre
     )
     lengths = prompt_lengths(model.clip.num_patches, longest)
     maker = PromptMaker(experiment.data, model, tokenizer, lengths, max(1, experiment.data.max_images), MAX_REGIONS)
-    drawer = Drawer(model.mask.image_size, model.mask.unpad, threshold or experiment.eval.mask_threshold)
+    drawer = Drawer(
+        model.mask.image_size, model.mask.unpad, experiment.eval.mask_threshold if threshold is None else threshold
+    )
     name = os.path.basename(os.path.normpath(path))
     return ServedModel(name, generator, tokenizer, maker, longest, drawer)

@@ -148,6 +148,8 @@ def test_stop_strings_and_limits_end_an_answer(client, model):
         ({"temperature": "hot"}, 400),
         ({"top_p": 0}, 400),
         ({"n": 2}, 400),
+        ({"temprature": 1.0}, 400),
+        ({"repetition_penalty": 1.2}, 400),
         ({"tools": [{"type": "function"}]}, 400),
         ({"max_tokens": 0}, 400),
         ({"stop": [""]}, 400),
