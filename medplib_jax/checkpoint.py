@@ -9,6 +9,7 @@ found when it is read: the experiment lists a sum over the bits of every array.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -375,3 +376,26 @@ def _restore_args(tree, shardings):
     if shardings is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(sharding=shardings)
+
+
+def step_digest(workdir: str | os.PathLike, step: int) -> str:
+    """16 hex digits of what a step is, wherever it lies: its experiment, its tokenizer and the bit sums of its arrays.
+
+    A converted checkpoint has no bit sums. There the files of arrays tell, whose names Orbax draws at random for each
+    save.
+    """
+    folder, total = epath.Path(workdir) / FOLDER / str(step), hashlib.sha256()
+    for item in ("experiment", "tokenizer"):
+        for name, file in _files(folder / item):
+            total.update(repr((item, name, hashlib.sha256(file.read_bytes()).hexdigest())).encode())
+    total.update(repr([(name, file.stat().length) for name, file in _files(folder / "state")]).encode())
+    return total.hexdigest()[:16]
+
+
+def _files(folder: epath.Path, name: str = "") -> list[tuple[str, epath.Path]]:
+    """Every file below a folder, by its path there."""
+    found = []
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        inner = f"{name}/{path.name}"
+        found += _files(path, inner) if path.is_dir() else [(inner, path)]
+    return found

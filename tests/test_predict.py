@@ -1,5 +1,6 @@
 """One picture, one question: the prompt that the model gets, the files that are written, and what is refused."""
 
+import shutil
 import sys
 
 import chex
@@ -11,7 +12,7 @@ from PIL import Image
 from medplib_jax import predict
 from medplib_jax.data.errors import DataError
 from medplib_jax.decode import generator as decode
-from medplib_jax.decode.predictor import place_region, read_question
+from medplib_jax.decode.predictor import Predictor, place_region, read_question
 from tests.evaluate.evaluators import tiny
 
 
@@ -137,3 +138,13 @@ def test_command_line_says_what_is_wrong_before_it_loads_the_model(call, monkeyp
     with pytest.raises(SystemExit, match=f"error: .*{message}") as caught:
         call(*arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_answers_belong_to_what_a_checkpoint_holds(tmp_path):
+    tiny.write_checkpoint(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    identity = Predictor(tmp_path / "run").identity
+    assert Predictor(tmp_path / "copy" / "checkpoints" / "3").identity == identity
+    shutil.rmtree(tmp_path / "run")
+    tiny.write_checkpoint(tmp_path / "run", seed=1)
+    assert Predictor(tmp_path / "run").identity != identity

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from medplib_jax.batch import Batch, Params
-from medplib_jax.checkpoint import load_params
+from medplib_jax.checkpoint import find_step, load_params, step_digest
 from medplib_jax.data import boxes, regions
 from medplib_jax.data.boxes import Box
 from medplib_jax.data.errors import DataError, Notice
@@ -87,16 +87,9 @@ class Predictor:
         sampling: Sampling = GREEDY,
         quantize: str = "",
     ):
-        experiment, params, tokenizer_dir = load_params(str(checkpoint_dir))
-        saved = sorted(os.listdir(checkpoint_dir))  # of a workdir or of one of its steps
-        self.identity = [
-            os.path.abspath(checkpoint_dir),
-            saved,
-            max_new_tokens,
-            mask_threshold,
-            str(sampling),
-            quantize,
-        ]
+        workdir, step = find_step(checkpoint_dir)
+        experiment, params, tokenizer_dir = load_params(workdir, step)
+        self.identity = [step_digest(workdir, step), max_new_tokens, mask_threshold, str(sampling), quantize]
         given = {"max_new_tokens": max_new_tokens, "mask_threshold": mask_threshold}
         self._eval = dataclasses.replace(
             experiment.eval, **{name: value for name, value in given.items() if value is not None}

@@ -16,7 +16,7 @@ import jax
 from etils import epath
 
 import medplib_jax
-from medplib_jax.checkpoint import FOLDER, complete_steps, make_manager, read_experiment
+from medplib_jax.checkpoint import FOLDER, complete_steps, make_manager, read_experiment, step_digest
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.evaluate.result import CheckpointEntry, LeftOut
 from medplib_jax.parallel.processes import of_process_0
@@ -51,17 +51,8 @@ class SweepCheckpoint:
 
     @property
     def digest(self) -> str:
-        """16 hex digits of what it is, wherever it lies: its experiment, its tokenizer and the bit sums of its arrays.
-
-        A converted checkpoint has no bit sums. There the files of arrays tell, whose names Orbax draws at random for
-        each save.
-        """
-        folder, total = epath.Path(self.workdir) / FOLDER / str(self.step), hashlib.sha256()
-        for item in ("experiment", "tokenizer"):
-            for name, file in _files(folder / item):
-                total.update(repr((item, name, hashlib.sha256(file.read_bytes()).hexdigest())).encode())
-        total.update(repr([(name, file.stat().length) for name, file in _files(folder / "state")]).encode())
-        return total.hexdigest()[:16]
+        """What it is, wherever it lies; see `checkpoint.step_digest`."""
+        return step_digest(self.workdir, self.step)
 
     def experiment(self) -> ExperimentConfig:
         with make_manager(self.workdir, read_only=True) as manager:
@@ -107,15 +98,6 @@ def _named(found: dict[tuple[str, int], tuple[str, str]], quantize: str) -> list
             raise ValueError(f"{both} would both be called {name!r}; rename one, or take two workdirs")
         named[name] = SweepCheckpoint(name, path, workdir, step, kind, quantize)
     return list(named.values())
-
-
-def _files(folder: epath.Path, name: str = "") -> list[tuple[str, epath.Path]]:
-    """Every file below a folder, by its path there."""
-    found = []
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        inner = f"{name}/{path.name}"
-        found += _files(path, inner) if path.is_dir() else [(inner, path)]
-    return found
 
 
 def _glob(pattern: str) -> list[epath.Path]:
