@@ -9,9 +9,10 @@ from pathlib import Path
 
 from medplib_jax.config.base import to_config_dict
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, OptimConfig, TrainConfig
-from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig
+from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, ModelConfig
 from medplib_jax.data.tokenizers import Tokenizer, train_tokenizer
 from medplib_jax.datasets.phantom.generate import generate
+from tests.helpers import MODEL
 
 LENGTH = 384
 
@@ -42,21 +43,7 @@ def experiment(folder: str) -> ExperimentConfig:
             mlp_dim=32,
             max_positions=512,
         ),
-        mask=MaskConfig(
-            image_size=32,
-            patch_size=8,
-            hidden_size=16,
-            num_layers=1,
-            num_heads=2,
-            window_size=3,
-            global_layers=(),
-            out_dim=16,
-            mask_in_dim=4,
-            decoder_layers=1,
-            decoder_mlp_dim=16,
-            decoder_heads=2,
-            iou_head_dim=16,
-        ),
+        mask=MODEL.mask,
         lora=LoraConfig(rank=2, alpha=4.0, dropout=0.1, targets=("gate", "up", "down", "q")),
     )
     data = DataConfig(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from medplib_jax.data.qwen_tokenizer import QwenTokenizer
 from tests.convert import qwen_vl_checks as checks
+from tests.convert import qwen_vl_text_checks as text_checks
 from tests.convert.checks import Row
 from tests.convert.golden_folder import ELSEWHERE, Golden, compares
 from tests.convert.qwen_vl_checks import SPAN, Fixture
@@ -61,13 +62,13 @@ def pictures(golden: Golden, file: str) -> Iterator[Row]:
 def conversation(golden: Golden, file: str) -> Iterator[Row]:
     cases, folder = golden.json(file), str(golden.path("ckpt_q16"))
     for name, span in (("span_16", SPAN), ("span_256", 256)):
-        yield from checks.check_text(cases[name], QwenTokenizer.load(folder, span))
-    yield from checks.check_boxes(cases["boxes"])
+        yield from text_checks.check_text(cases[name], QwenTokenizer.load(folder, span))
+    yield from text_checks.check_boxes(cases["boxes"])
 
 
 @compares("bird/bird.json")
 def training_examples(golden: Golden, file: str) -> Iterator[Row]:
-    yield from checks.check_examples(golden.json(file), QwenTokenizer.load(str(golden.path("ckpt_q16")), SPAN))
+    yield from text_checks.check_examples(golden.json(file), QwenTokenizer.load(str(golden.path("ckpt_q16")), SPAN))
 
 
 @compares("opt.json")

@@ -13,7 +13,7 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.data.qwen_tokenizer import QwenTokenizer
 from medplib_jax.data.records import parse_record
 from medplib_jax.data.tokenizers import load_tokenizer
-from tests.convert import qwen_vl_checks as checks
+from tests.convert import qwen_vl_text_checks as text_checks
 from tests.paths import GOLDEN
 
 FOLDER = GOLDEN / "qwen_vl"
@@ -35,15 +35,15 @@ def within_bars(rows):
 
 @pytest.mark.parametrize("span", [16, 256])
 def test_ids_labels_and_prompts_are_the_originals(span):
-    within_bars(checks.check_text(read("conversation")[f"span_{span}"], QwenTokenizer.load(str(FOLDER), span)))
+    within_bars(text_checks.check_text(read("conversation")[f"span_{span}"], QwenTokenizer.load(str(FOLDER), span)))
 
 
 def test_training_examples_are_those_of_birds_own_code(tokenizer):
-    within_bars(checks.check_examples(read("bird"), tokenizer))
+    within_bars(text_checks.check_examples(read("bird"), tokenizer))
 
 
 def test_boxes_of_answers_and_their_pixels_are_the_originals():
-    within_bars(checks.check_boxes(read("conversation")["boxes"]))
+    within_bars(text_checks.check_boxes(read("conversation")["boxes"]))
 
 
 def test_what_is_scored_of_a_raw_response_is_what_birds_scripts_score():
@@ -84,7 +84,7 @@ def test_a_med_grit_record_is_read_as_it_is(tokenizer):
     assert record.images == ("images/ct_1.png",) and record.modality == "ct"
     encoded = chatml.encode_conversation(record, tokenizer, **LIMITS)
     as_original = [("user", QUESTION), ("assistant", ANSWER), ("user", "And <ref>it</ref>?"), ("assistant", "Gone.")]
-    ids, counts = checks.as_finetune(as_original, tokenizer)
+    ids, counts = text_checks.as_finetune(as_original, tokenizer)
     seen = encoded.feature_index < 0
     np.testing.assert_array_equal(encoded.tokens[seen], np.array(ids)[seen])
     np.testing.assert_array_equal(encoded.feature_index[~seen], np.arange(16))
