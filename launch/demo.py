@@ -32,7 +32,9 @@ from medplib_jax.datasets.phantom import generate as phantom
 from medplib_jax.datasets.train_tokenizer import build_tokenizer
 from medplib_jax.evaluate import report
 from medplib_jax.evaluate.evaluators.predictions import read_rows
+from medplib_jax.evaluate.provenance import note_run
 from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.rescore import rescore
 from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.train.loop import train
 from medplib_jax.train.metrics_log import read_metrics
@@ -219,6 +221,8 @@ def sweep(demo: Demo) -> int:
     checkpoints = ",".join(str(demo.workdir(stage)) for stage in SWEPT)
     tasks = tuple(demo.task(name) for name in (*phantom.FILES["test"], "absent"))
     run_sweep(SweepConfig(checkpoints=checkpoints, tasks=tasks, on_error="raise"), demo.evaluation)
+    note_run(demo.evaluation, jax.devices()[0].device_kind)
+    rescore(demo.evaluation)
     print(f"\nReport of the sweep: {write_sweep_report(demo.evaluation)}")
     return 0
 

@@ -13,14 +13,20 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+
 from configs import bird_grit
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.config.sweep import TASK_PARTS, SweepConfig, TaskConfig
+from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.sources import open_source
 from medplib_jax.datasets.phantom import generate as phantom
 from medplib_jax.datasets.phantom import grit
 from medplib_jax.datasets.train_ranks import conversation_texts, train_ranks
+from medplib_jax.evaluate.kinds import refer_box
+from medplib_jax.evaluate.provenance import note_run
 from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.rescore import rescore
+from medplib_jax.evaluate.result import SweepResult
 from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.train.loop import train
 
@@ -76,7 +82,7 @@ class BirdDemo:
                 part=part,
                 about="generated pictures",
             )
-            for part in TASK_PARTS
+            for part in refer_box.PARTS
         ]
         return SweepConfig(checkpoints=str(self.model), tasks=tuple(tasks), on_error="raise")
 
@@ -100,18 +106,20 @@ def run(demo: BirdDemo) -> int:
             return 130 if outcome["interrupted"] == signal.SIGINT else 143
         found = headline(run_sweep(demo.sweep(), demo.evaluation))
         found["seconds"] = time.perf_counter() - began
+        note_run(demo.evaluation, jax.devices()[0].device_kind)
+        rescore(demo.evaluation)
         write_sweep_report(demo.evaluation)
         metrics.write_text(json.dumps(found, indent=1) + "\n")
     print_summary(json.loads(metrics.read_text()), demo.evaluation / "report.html")
     return 0
 
 
-def headline(result: dict) -> dict[str, float]:
+def headline(result: SweepResult) -> dict[str, float]:
     """{task.metric: value} of the figures that have a bar, and how many records each task asked."""
     found = {}
-    for cell in result["cells"]:
-        found |= {f"{cell['task']}.{name}": value for name, value in cell["metrics"].items()}
-        found[f"{cell['task']}.records"] = cell["records"]
+    for cell in result.cells:
+        found |= {f"{cell.task}.{name}": value for name, value in cell.metrics.items()}
+        found[f"{cell.task}.records"] = cell.records
     return {name: value for name, value in found.items() if name in BARS or name.endswith(".records")}
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from medplib_jax import checkpoint, predict
 from medplib_jax.config.experiment import DataConfig, OptimConfig, TrainConfig
-from medplib_jax.config.sweep import TASK_PARTS, SweepConfig, TaskConfig
+from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.boxes import Box
 from medplib_jax.data.records import parse_record
 from medplib_jax.data.sources import open_source
@@ -22,6 +22,7 @@ from medplib_jax.datasets.phantom import grit
 from medplib_jax.datasets.phantom.generate import generate
 from medplib_jax.datasets.train_ranks import conversation_texts, train_ranks
 from medplib_jax.decode.predictor import Predictor
+from medplib_jax.evaluate.kinds import refer_box
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.train.loop import train
@@ -83,7 +84,7 @@ def test_a_resumed_run_is_the_run_at_a_stretch(folder, workdir, tmp_path):
 def test_all_four_tasks_are_swept_in_both_protocols(folder, workdir, tmp_path):
     tasks = tuple(
         TaskConfig(part, str(folder / grit.file_of("test", part)), root=str(folder), kind="refer_box", part=part)
-        for part in TASK_PARTS
+        for part in refer_box.PARTS
     )
     config = SweepConfig(
         checkpoints=str(workdir), tasks=tasks, protocol="both", limit=2, max_new_tokens=6, slots=2, on_error="raise"

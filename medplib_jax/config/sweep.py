@@ -7,9 +7,6 @@ from typing import Literal
 from medplib_jax.config.base import NotNegative, Positive, Section, Share, from_dict, require
 from medplib_jax.config.experiment import MeshConfig, ShardingConfig
 
-TASK_KINDS = ("grounding", "region", "vqa", "refer_box")
-TASK_PARTS = ("VG", "ROC", "RC", "MIA")  # of Med-GRIT, whose tasks are scored each in its own way
-
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig(Section):
@@ -18,14 +15,13 @@ class TaskConfig(Section):
     name: str
     file: str
     root: str = ""  # folder where the paths inside start; empty: found from where `images` lies
-    kind: str = ""  # of TASK_KINDS; empty: found from the records
-    part: str = ""  # of TASK_PARTS, for refer_box
+    kind: str = ""  # of `evaluate.kinds`; empty: found from the records
+    part: str = ""  # of a kind that has parts, as VG of refer_box
     about: str = ""  # where the data is from
+    train: str = ""  # annotation file of the training set, for comparisons with its majority and its mean box
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.kind in ("", *TASK_KINDS), f"task {self.name}: kind {self.kind!r} is not one of {TASK_KINDS}")
-        require(self.part in ("", *TASK_PARTS), f"task {self.name}: part {self.part!r} is not one of {TASK_PARTS}")
         require(
             "/" not in self.name and self.name not in ("", ".", ".."), f"task name {self.name!r} is not a file name"
         )
@@ -53,6 +49,7 @@ class SweepConfig(Section):
     shard: Positive[int] = 128  # records per file of predictions
     on_error: Literal["skip", "raise"] = "skip"  # at a record that cannot be used
     missing: Literal["skip", "raise"] = "skip"  # at a task whose file is not there
+    metrics: str = ""  # of one's own: comma-separated files and entry points, see `evaluate.own`
     quantize: Literal["", "int8"] = ""  # int8: weights of 8 bits
     mesh: MeshConfig = MeshConfig()
     sharding: ShardingConfig = ShardingConfig()  # of the parameters on this mesh

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from medplib_jax.data.errors import DataError
@@ -16,6 +16,7 @@ from medplib_jax.data.regions import is_shape
 
 MASK = re.compile(r"<mask>(.*?)</mask>")
 REGION = re.compile(r"<region>(.*?)</region>")
+REF = re.compile(r"<ref>(.*?)</ref>")
 ROLES = ("human", "gpt")
 ANSWER_TYPES = {  # as people write them, without case, spaces, hyphens and underscores -> as a `Record` has them
     **dict.fromkeys(("", "unknown", "none"), ""),
@@ -40,6 +41,7 @@ class Record:
     turns: tuple[tuple[str, str], ...]  # (role, text); roles alternate, the first is human
     answer_type: str = ""  # open, closed or empty
     patient: str = ""  # whose images these are, where the file says it
+    structure: str = ""  # what is asked about: what the file says, else the only <ref> of the last question
     contents: Mapping[str, bytes] | None = dataclasses.field(
         default=None, repr=False
     )  # of the references, where they are no files
@@ -158,7 +160,14 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
     if answer_type is None and written is not None:
         fail("unknown answer type", "open, closed, or another name of them", repr(written))
     patient = "" if raw.get("patient") is None else str(raw["patient"])
-    return Record(file, index, root, images, tuple(turns), answer_type or "", patient)
+    structure = raw.get("structure") if isinstance(raw.get("structure"), str) else _named(turns)
+    return Record(file, index, root, images, tuple(turns), answer_type or "", patient, structure.strip())
+
+
+def _named(turns: Sequence[tuple[str, str]]) -> str:
+    questions = [text for role, text in turns if role == "human"]
+    names = REF.findall(questions[-1]) if questions else []
+    return names[0] if len(names) == 1 else ""
 
 
 def _from_pairs(raw: dict) -> dict:

@@ -14,6 +14,7 @@ Ends with 1 when a checkpoint or task that is there could not be used, or when a
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import absl.logging
@@ -24,8 +25,11 @@ from medplib_jax.config.base import flags_parser, from_config_dict
 from medplib_jax.config.files import define_config
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.errors import DataError
+from medplib_jax.evaluate.own import OwnMetric, load_metrics
 from medplib_jax.evaluate.plan import SweepPlan, plan_sweep
+from medplib_jax.evaluate.provenance import note_run
 from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.rescore import rescore
 from medplib_jax.evaluate.result import SweepResult
 from medplib_jax.evaluate.sweep import IncompleteSweep, answer_plan
 from medplib_jax.parallel.compilation import use_cache
@@ -44,11 +48,12 @@ def print_summary(result: SweepResult) -> None:
         print(f"\n{left}")
 
 
-def evaluate(plan: SweepPlan) -> int:
-    """Answers a plan and writes the report; returns the exit code."""
+def evaluate(plan: SweepPlan, own: Sequence[OwnMetric]) -> int:
+    """Answers a plan, scores with the user's own metrics and writes the report; returns the exit code."""
     result = answer_plan(plan)
     if jax.process_index() == 0:
-        print_summary(result)
+        note_run(plan.workdir, f"{jax.device_count()} {jax.devices()[0].device_kind}")
+        print_summary(rescore(plan.workdir, own))
         print(f"\nReport: {write_sweep_report(plan.workdir)}")
     wait_for_others("reported")  # for one that leaves, the others must follow in minutes
     return int(any(left.failed and left.what in plan.asked for left in result.left_out))
@@ -79,12 +84,14 @@ def main() -> None:
                 folder = Path(workdir.value).absolute()
                 folder.mkdir(parents=True, exist_ok=True)
                 require_shared(folder)
-                plan = plan_sweep(from_config_dict(config.value, SweepConfig), folder)
+                settings = from_config_dict(config.value, SweepConfig)
+                own = load_metrics(settings.metrics)
+                plan = plan_sweep(settings, folder)
             except (ValueError, OSError) as error:  # what was given cannot be used
                 return refuse(error)
             try:
-                return evaluate(plan)
-            except (DataError, IncompleteSweep) as error:
+                return evaluate(plan, own)
+            except (DataError, IncompleteSweep, ValueError) as error:
                 return refuse(error)
 
     app.run(run, flags_parser=parse_flags)

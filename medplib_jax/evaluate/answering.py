@@ -23,25 +23,15 @@ from medplib_jax.decode.layout import lay_out
 from medplib_jax.decode.masks import mask_drawer
 from medplib_jax.decode.stream import lanes_for, stream_answers
 from medplib_jax.evaluate.checkpoints import SweepCheckpoint
-from medplib_jax.evaluate.evaluators import refer_box
 from medplib_jax.evaluate.evaluators.common import Evaluator
-from medplib_jax.evaluate.evaluators.grounding import GroundingEvaluator
 from medplib_jax.evaluate.evaluators.predictions import SKIPPED, PredictionRow, Shard
 from medplib_jax.evaluate.evaluators.reference import ReferenceLoader
-from medplib_jax.evaluate.evaluators.region import RegionVqaEvaluator
-from medplib_jax.evaluate.evaluators.vqa import VqaEvaluator
+from medplib_jax.evaluate.kinds import find_kind
 from medplib_jax.evaluate.plan import PlannedCell, slots_of
 from medplib_jax.evaluate.tasks import SweepTask
 from medplib_jax.models.layers import model_shardings
 from medplib_jax.parallel.processes import wait_for_others
 from medplib_jax.train.step import abstract_model
-
-EVALUATORS: dict[str, type[Evaluator]] = {
-    "grounding": GroundingEvaluator,
-    "region": RegionVqaEvaluator,
-    "vqa": VqaEvaluator,
-}
-EVALUATORS |= refer_box.PARTS
 
 
 class LoadedModel:
@@ -108,7 +98,8 @@ def _lines(
 ) -> Iterator[PredictionRow]:
     """One line per record, as the answers come."""
     task, settings, model = cell.task, cell.settings, loaded.experiment.model
-    is_reference, has_masks = settings.protocol == "reference", task.kind == "grounding"
+    kind = find_kind(task.kind, task.config.part)
+    is_reference, has_masks = settings.protocol == "reference", kind.draws_masks
     data = dataclasses.replace(
         loaded.experiment.data,
         template=settings.template,
@@ -123,7 +114,7 @@ def _lines(
     draw = None
     if has_masks:
         draw = mask_drawer(model.mask.image_size, settings.unpad, data.mask_canvas, settings.mask_threshold)
-    evaluator = EVALUATORS[task.config.part or task.kind](loader, protocol=settings.protocol, draw_masks=draw)
+    evaluator = Evaluator(kind, loader, protocol=settings.protocol, draw_masks=draw)
     # one mask more than any answer should have, so that a mask too many is drawn and counted
     drawn = (1 if is_reference else task.masks + 1) if has_masks else 0
     generator = loaded.generator(settings.max_new_tokens, drawn, is_reference and has_masks, loader.stop_ids)

@@ -59,7 +59,7 @@ class SweepCheckpoint:
             return read_experiment(manager, self.step)[0]
 
     def entry(self) -> CheckpointEntry:
-        return CheckpointEntry(self.name, self.path, self.run, self.step, self.kind, self.quantize)
+        return CheckpointEntry(self.name, self.path, self.run, self.step, self.kind, self.quantize, self.digest)
 
 
 def find_checkpoints(

@@ -20,8 +20,9 @@ class CheckpointEntry:
     path: str = ""  # as it was asked for
     run: str = ""
     step: int | None = None
-    kind: str = "jax"  # or torch: converted PyTorch weights
+    kind: str = "jax"  # torch: converted PyTorch weights, naive: an answer without a model (`kinds.naive`)
     quantize: str = ""  # int8: it answered with weights of 8 bits
+    weights: str = ""  # what it is by its content (`checkpoint.step_digest`)
 
     @property
     def key(self) -> str:
@@ -33,13 +34,14 @@ class TaskEntry:
     """An annotation file that was asked."""
 
     name: str
-    kind: str  # grounding, region, vqa or refer_box
+    kind: str  # of `evaluate.kinds`
     file: str
     records: int
     root: str = ""  # folder where the paths of images and masks start
-    part: str = ""  # of refer_box: VG, ROC, RC or MIA
+    part: str = ""  # of a kind that has parts
     source: str = ""  # where the data are from, if known
     content: str = ""  # SHA-256 of the annotation file
+    examples: str = ""  # the training file whose majority and mean box the answers without a model are
     generated: bool = False  # its pictures are drawings, not images of patients
 
     @property
@@ -87,7 +89,41 @@ class LeftOut:
         return f"{self.what} is left out: {self.why}"
 
 
-AnyEntry = TypeVar("AnyEntry", CheckpointEntry, TaskEntry, CellEntry, LeftOut)
+@dataclasses.dataclass(frozen=True)
+class MetricEntry:
+    """A metric of the user's (`own.metric`), as reports explain it; `file` and `content` (SHA-256): where from."""
+
+    name: str
+    label: str
+    meaning: str
+    better: str = "higher"
+    by_modality: bool = True
+    unit: str = "%"
+    file: str = ""
+    content: str = ""
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class RunEntry:
+    """One command that evaluated: when, by what and on what."""
+
+    date: str
+    command: str
+    commit: str
+    versions: dict[str, str]
+    machine: str
+    devices: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.date} {self.command}"
+
+
+AnyEntry = TypeVar("AnyEntry", CheckpointEntry, TaskEntry, CellEntry, LeftOut, MetricEntry, RunEntry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +135,8 @@ class SweepResult:
     tasks: tuple[TaskEntry, ...] = ()
     cells: tuple[CellEntry, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    metrics: tuple[MetricEntry, ...] = ()  # of the user's
+    runs: tuple[RunEntry, ...] = ()
 
 
 def read_result(workdir: Path) -> SweepResult:
@@ -119,6 +157,8 @@ def read_result(workdir: Path) -> SweepResult:
             tuple(_entry(TaskEntry, entry) for entry in raw["tasks"]),
             tuple(_entry(CellEntry, entry) for entry in raw["cells"]),
             tuple(_entry(LeftOut, entry) for entry in raw.get("left_out", ())),
+            tuple(_entry(MetricEntry, entry) for entry in raw.get("metrics", ())),
+            tuple(_entry(RunEntry, entry) for entry in raw.get("runs", ())),
         )
     except TypeError as error:  # says which field is missing
         raise ValueError(f"{file}: {error}") from error

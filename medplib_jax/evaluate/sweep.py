@@ -23,6 +23,7 @@ from medplib_jax.evaluate.answering import LoadedModel, answer_cell
 from medplib_jax.evaluate.checkpoints import SweepCheckpoint
 from medplib_jax.evaluate.evaluators import router, spice
 from medplib_jax.evaluate.evaluators.predictions import SKIPPED, PredictionRow
+from medplib_jax.evaluate.kinds import find_kind
 from medplib_jax.evaluate.plan import PlannedCell, SweepPlan, plan_sweep
 from medplib_jax.evaluate.result import CellEntry, LeftOut, SweepResult, merge, read_result, update_result
 from medplib_jax.parallel.lock import FolderInUse, folder_lock
@@ -189,6 +190,8 @@ class Ledger:
                 merge(before.tasks, tasks, list(self._tasks)),
                 merge(before.cells, cells, [cell.key for cell in self._plan.cells]),
                 merge([left for left in before.left_out if left.key not in asked], self._left_out, asked),
+                before.metrics,
+                before.runs,
             )
 
         update_result(self._plan.workdir, change)
@@ -207,7 +210,7 @@ def summarise(
             rows, files = scored, [*files, cell.spice_file]
     values = {}
     if rows:
-        found = metrics.statistics(rows, cell.settings.protocol)
+        found = find_kind(cell.task.kind, cell.task.config.part).statistics(rows, cell.settings.protocol)
         values = metrics.by_modality(found, [row["modality"] for row in rows])
     return CellEntry(
         cell.checkpoint.name,

@@ -3,23 +3,25 @@
 COMMAND
     python -m medplib_jax.evaluate.table --workdir runs/sweep --tasks 'MeCoVQA*' --metrics mDice,mIoU --format latex
 
-Rows are checkpoints, columns are tasks and metrics, in percent with their 95 % intervals. The CSV has one line per
-figure with all that report.json knows of it, unrounded.
+Rows are checkpoints, columns are tasks, metrics and modalities, in percent with their 95 % intervals. The CSV has one
+line per figure with all that report.json knows of it, unrounded. `--seeds` makes one row of the checkpoints whose names
+differ in nothing but what a pattern finds, for instance `--seeds='-seed\\d+'`: the mean over them and its standard
+deviation.
 """
 
 import argparse
-import csv
 import fnmatch
-import io
+import re
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from medplib_jax.evaluate.metrics.catalogue import describe, in_order
-from medplib_jax.evaluate.report.comparisons import ALL, FIELDS, Figure, compare
+from medplib_jax.evaluate.report.comparisons import ALL, MEAN, Figure, compare, to_csv
 from medplib_jax.evaluate.report.pictures import DRAWINGS
 from medplib_jax.evaluate.report.sweep_load import Sweep, load_sweep
-from medplib_jax.evaluate.report.sweep_tables import Tables, counts_of, percent
+from medplib_jax.evaluate.report.sweep_tables import MODALITY_TITLES, Tables, counts_of, entry
 
 _LATEX = {char: f"\\{char}" for char in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -47,7 +49,8 @@ def select(
         if wanted(figure.task, tasks)
         and wanted(figure.checkpoint, checkpoints)
         and (wanted(figure.metric, metrics) if metrics else figure.main)
-        and (figure.protocol, figure.modality) == (protocol, modality)
+        and figure.protocol == protocol
+        and wanted(figure.modality, modality)
     ]
     if not found:
         there = {
@@ -58,56 +61,73 @@ def select(
     return found
 
 
-def to_csv(figures: Sequence[Figure]) -> str:
-    """One line per figure, its fields as in report.json, unrounded."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(FIELDS), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(figure.as_dict() for figure in figures)
-    return file.getvalue()
+Place = tuple[str, str, str]  # task, metric and modality of a column
 
 
 class PaperTable:
-    """Rows (checkpoints) and columns (task, metric) of selected figures of one protocol and modality."""
+    """Rows (checkpoints, or groups of seeds) and columns (task, metric, modality) of figures of one protocol."""
 
-    def __init__(self, sweep: Sweep, tables: Tables, figures: Sequence[Figure]):
-        self._tables = tables
-        self._figures = {(figure.checkpoint, figure.task, figure.metric): figure for figure in figures}
-        of_task = {task.name: {figure.metric for figure in figures if figure.task == task.name} for task in sweep.tasks}
-        self.columns = [(task, metric) for task, metrics in of_task.items() for metric in in_order(metrics)]
+    def __init__(self, sweep: Sweep, tables: Tables, figures: Sequence[Figure], seeds: str = ""):
+        self._tables, self._seeds, self._baseline = tables, seeds, sweep.baseline
+        self.columns: list[Place] = []
+        for task in sweep.tasks:
+            found = {(one.metric, one.modality) for one in figures if one.task == task.name}
+            modalities = sorted({name for _, name in found}, key=lambda name: (name != ALL, name != MEAN, name))
+            for metric in in_order({name for name, _ in found}):
+                self.columns += [(task.name, metric, name) for name in modalities if (metric, name) in found]
+        self._many = len({modality for *_, modality in self.columns}) > 1
+        self._figures = {(one.checkpoint, one.task, one.metric, one.modality): one for one in figures}
         named = {figure.checkpoint for figure in figures}
-        self.checkpoints = [checkpoint.name for checkpoint in sweep.checkpoints if checkpoint.name in named]
+        self.rows: dict[str, list[str]] = {}  # name: its checkpoints
+        for name in (checkpoint.name for checkpoint in sweep.checkpoints):
+            if name in named:
+                self.rows.setdefault(re.sub(seeds, "", name) if seeds else name, []).append(name)
         self.notes = self._notes(sweep)
 
     def _notes(self, sweep: Sweep) -> list[str]:
         """What the figures are about, a line for each task."""
         drawn = {task.name for task in sweep.tasks if task.generated}
         notes = ["Percent, with 95 % bootstrap intervals (patients resampled where they are known, else images)."]
-        for task in dict.fromkeys(task for task, _ in self.columns):
+        if self._seeds:
+            notes = ["Percent: mean over seeds and their standard deviation; in brackets how many seeds."]
+        if sweep.baseline and not self._seeds:
+            notes.append(
+                f"*: differs from {sweep.baseline}, false discovery rate below 5 % (paired permutation tests, "
+                "Benjamini and Hochberg)."
+            )
+        if guesses := ", ".join(name for name in self.rows if name in sweep.naive):
+            notes.append(f"Answers without a model: {guesses}.")
+        for task in dict.fromkeys(task for task, *_ in self.columns):
             counts = dict.fromkeys(counts_of(one) for one in self._figures.values() if one.task == task)
             notes.append(f"{task}: {' or '.join(counts)}.{f' {DRAWINGS}' if task in drawn else ''}")
         return notes
 
-    def cells(self, checkpoint: str) -> list[tuple[str, str, bool]]:
-        """(value, interval, whether it is the best of its column) of a row, dashes where nothing was measured."""
-        found = []
-        for task, metric in self.columns:
-            figure = self._figures.get((checkpoint, task, metric))
-            if figure is None:
-                found.append(("–", "", False))
-                continue
-            interval = ""
-            if figure.low is not None and figure.high is not None:
-                interval = f"{percent(figure.low)}–{percent(figure.high)}"
-            found.append((percent(figure.value), interval, self._tables.is_best(figure)))
-        return found
+    def title(self, place: Place) -> str:
+        _, metric, modality = place
+        titles = [describe(metric).title, MODALITY_TITLES.get(modality, modality)] if self._many else []
+        return ", ".join(titles) or describe(metric).title
+
+    def cells(self, row: str) -> list[tuple[str, str, bool]]:
+        """(value, interval or deviation, whether it is the best of its column) of a row, dashes where nothing is."""
+        return [self._cell([self._figures.get((name, *place)) for name in self.rows[row]]) for place in self.columns]
+
+    def _cell(self, figures: Sequence[Figure | None]) -> tuple[str, str, bool]:
+        known = [figure for figure in figures if figure]
+        if not known:
+            return "–", "", False
+        if not self._seeds:
+            shown = entry(known[0], self._tables.is_best(known[0]))
+            return shown.value + ("*" if known[0].significant else ""), shown.interval, shown.best
+        values, metric = [figure.value for figure in known], describe(known[0].metric)
+        spread = f" ± {metric.show(statistics.stdev(values))}" if len(values) > 1 else ""
+        return metric.show(statistics.fmean(values)) + spread, str(len(values)), False
 
     def to_markdown(self) -> str:
-        names = [f"{task} {describe(metric).label}" for task, metric in self.columns]
+        names = [f"{place[0]} {self.title(place)}" for place in self.columns]
         rows = [["checkpoint", *names], ["---", *["---:"] * len(names)]]
-        for checkpoint in self.checkpoints:
+        for checkpoint in self.rows:
             cells = [
-                (f"**{value}**" if best else value) + (f" ({interval})" if interval else "")
+                (f"**{value}**" if best else value.replace("*", r"\*")) + (f" ({interval})" if interval else "")
                 for value, interval, best in self.cells(checkpoint)
             ]
             rows.append([checkpoint, *cells])
@@ -116,14 +136,14 @@ class PaperTable:
 
     def to_latex(self) -> str:
         """A tabular of the package booktabs; the notes stand below as comments."""
-        tasks = list(dict.fromkeys(task for task, _ in self.columns))
-        widths = [sum(task == name for name, _ in self.columns) for task in tasks]
+        tasks = list(dict.fromkeys(task for task, *_ in self.columns))
+        widths = [sum(task == name for name, *_ in self.columns) for task in tasks]
         ends = [1 + sum(widths[: i + 1]) for i in range(len(widths))]
         spans = zip(tasks, widths, strict=True)
         heads = [rf"\multicolumn{{{width}}}{{c}}{{{escape(task)}}}" for task, width in spans]
         rules = [rf"\cmidrule(lr){{{end - width + 1}-{end}}}" for end, width in zip(ends, widths, strict=True)]
-        rows = [["", *heads], ["Checkpoint", *(escape(describe(metric).label) for _, metric in self.columns)]]
-        body = [[escape(name), *(_latex_cell(*cell) for cell in self.cells(name))] for name in self.checkpoints]
+        rows = [["", *heads], ["Checkpoint", *(escape(self.title(place)) for place in self.columns)]]
+        body = [[escape(name), *(_latex_cell(*cell) for cell in self.cells(name))] for name in self.rows]
         lines = [rf"\begin{{tabular}}{{l{'r' * len(self.columns)}}}", r"\toprule", _latex_row(rows[0]), "".join(rules)]
         lines += [_latex_row(rows[1]), r"\midrule", *map(_latex_row, body), r"\bottomrule", r"\end{tabular}"]
         return "\n".join([*lines, *(f"% {note}" for note in self.notes)]) + "\n"
@@ -135,7 +155,8 @@ def escape(text: str) -> str:
 
 
 def _latex_cell(value: str, interval: str, best: bool) -> str:
-    shown = rf"\textbf{{{value}}}" if best else value.replace("–", "--")
+    shown = value.replace("–", "--").replace("±", r"$\pm$").replace("*", r"$^{*}$")
+    shown = rf"\textbf{{{shown}}}" if best else shown
     return shown + (rf" {{\scriptsize ({interval.replace('–', '--')})}}" if interval else "")
 
 
@@ -143,15 +164,21 @@ def _latex_row(cells: Sequence[str]) -> str:
     return " & ".join(cells) + r" \\"
 
 
-def make_table(workdir: str | Path, kind: str, **selection: str) -> str:
-    """The table of a sweep's folder. `selection`: see `select`; an empty protocol is the first that was run."""
+def make_table(workdir: str | Path, kind: str, seeds: str = "", **selection: str) -> str:
+    """The table of a sweep's folder. `selection`: see `select`; an empty protocol is the first that was run.
+
+    seeds: a pattern, see above; ValueError for one that cannot be read. The CSV has every figure.
+    """
     sweep = load_sweep(workdir)
     figures = compare(sweep)
     selection["protocol"] = selection["protocol"] or next(iter(sweep.protocols), "")
     chosen = select(figures, **selection)
     if kind == "csv":
         return to_csv(chosen)
-    table = PaperTable(sweep, Tables(sweep, figures), chosen)
+    try:
+        table = PaperTable(sweep, Tables(sweep, figures), chosen, seeds)
+    except re.error as error:
+        raise ValueError(f"--seeds {seeds!r}: {error}") from error
     return table.to_latex() if kind == "latex" else table.to_markdown()
 
 
@@ -163,7 +190,8 @@ def main() -> None:
     parser.add_argument("--metrics", default="", help="patterns, as in report.json; without: each task's main metric")
     parser.add_argument("--checkpoints", default="*", help="patterns of names")
     parser.add_argument("--protocol", default="", help="exact or reference; without: the first that was run")
-    parser.add_argument("--modality", default=ALL, help="all, modality_mean, or a modality")
+    parser.add_argument("--modality", default=ALL, help="patterns: all, modality_mean, ct, 'structure: liver', *")
+    parser.add_argument("--seeds", default="", help="pattern (regular expression) of what tells seeds apart in names")
     parser.add_argument("--out", type=Path, help="file; without: the terminal")
     arguments = vars(parser.parse_args())
     out, kind = arguments.pop("out"), arguments.pop("format")

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import jax
 
-from medplib_jax.config.sweep import TASK_PARTS, TaskConfig
+from medplib_jax.config.sweep import TaskConfig
 from medplib_jax.data import splits
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import MASK, REGION
 from medplib_jax.data.sources import Source, digest, is_dataset, is_there, open_source
 from medplib_jax.data.splits import is_held_out
 from medplib_jax.datasets.phantom.generate import is_phantom
+from medplib_jax.evaluate.kinds import Contents, best_fit, find_kind
 from medplib_jax.evaluate.result import LeftOut, TaskEntry
 from medplib_jax.parallel.processes import of_process_0
 
@@ -57,7 +58,17 @@ class SweepTask:
             config.about,
             content,
             is_phantom(source.root),
+            _training_file(config),
         )
+
+
+def _training_file(config: TaskConfig) -> str:
+    """The file of the training set, where it is said or named like the test set with train for test; else empty."""
+    if config.train:
+        return os.path.abspath(config.train)
+    path = Path(config.file).absolute()
+    beside = path.parent.with_name(path.parent.name.replace("test", "train")) / path.name.replace("test", "train")
+    return str(beside) if beside != path and is_there(str(beside)) else ""
 
 
 def _open(config: TaskConfig) -> Source:
@@ -79,11 +90,11 @@ def read_task(config: TaskConfig, limit: int, on_error: str) -> SweepTask:
     """Reads every record of a task's file once. An unusable one is raised or, with `on_error` skip, kept with its
     reason.
 
-    kind, unless given: grounding when any answer has a mask, region when any question has a region, else vqa. limit:
-    usable records, 0 for all. UnusableTask when there is none.
+    kind, unless given: what claims the file's contents most (grounding when any answer has a mask, region when any
+    question has a region, else vqa). limit: usable records, 0 for all. UnusableTask when there is none.
     """
-    if config.kind == "refer_box" and not config.part:
-        raise ValueError(f"task {config.name}: kind refer_box needs a part, one of {TASK_PARTS}")
+    if config.kind:
+        _check_kind(config)
     source = _open(config)
     records, skipped, usable = [], {}, 0
     images = regions = masks = 0
@@ -107,10 +118,17 @@ def read_task(config: TaskConfig, limit: int, on_error: str) -> SweepTask:
     if not usable:
         first = f", the first because of {next(iter(skipped.values()))}" if skipped else ""
         raise UnusableTask(f"{source.file}: no usable record, {len(skipped)} skipped{first}")
-    found = "grounding" if masks else "region" if regions else "vqa"
+    kind = config.kind or best_fit(Contents(images, regions, masks))
     mine = digest(source, range(len(source))) if jax.process_index() == 0 else ""
     shared = of_process_0(f"digest/{config.name}", mine)  # reads every picture: once is enough
-    return SweepTask(config, config.kind or found, source, shared, tuple(records), skipped, images, regions, masks)
+    return SweepTask(config, kind, source, shared, tuple(records), skipped, images, regions, masks)
+
+
+def _check_kind(config: TaskConfig) -> None:
+    try:
+        find_kind(config.kind, config.part)
+    except ValueError as error:
+        raise ValueError(f"task {config.name}: {error}") from error
 
 
 def find_tasks(

@@ -14,6 +14,7 @@ import pytest
 
 from launch import local_multiprocess
 from medplib_jax.config.sweep import SweepConfig
+from medplib_jax.evaluate.rescore import rescore
 from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.evaluate.tasks import folder_tasks
 from tests.evaluate.evaluators import tiny
@@ -56,17 +57,20 @@ def command(folder, run, workdir):
 
 
 def files(workdir):
-    return {
+    """All but the reports, and when and by which command what stands in sweep.json was made."""
+    found = {
         str(path.relative_to(workdir)): path.read_bytes()
         for path in sorted(workdir.rglob("*.json*"))
         if path.name != "report.json"
     }
+    return found | {"sweep.json": json.loads(found["sweep.json"]) | {"runs": []}}
 
 
 @pytest.fixture(scope="module")
 def alone(folder, run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
     run_sweep(SweepConfig(checkpoints=str(run), tasks=folder_tasks(folder), **SETTINGS), workdir)
+    rescore(workdir)
     return files(workdir)
 
 

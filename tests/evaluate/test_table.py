@@ -4,8 +4,11 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from medplib_jax.evaluate import table
@@ -71,6 +74,48 @@ def test_latex_is_balanced_and_escaped(folder):
         table.escape(r"a\b~c^d<e>f")
         == r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\textless{}e\textgreater{}f"
     )
+
+
+def test_report_csv_is_every_figure(folder, figures):
+    rows = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text())))
+    assert len(rows) == len(figures) and [float(row["value"]) for row in rows] == [one["value"] for one in figures]
+
+
+def test_seeds_are_a_row_with_mean_and_deviation(folder, figures):
+    text = make(folder, "markdown", seeds=r"_I\w+-\d+$", **GROUNDING)
+    values = [
+        100 * one["value"]
+        for one in figures
+        if (one["metric"], one["task"], one["modality"]) == ("mDice", "MeCoVQA_Grounding_test", "all")
+    ]
+    (row,) = (line for line in text.splitlines() if line.startswith("| stage "))
+    assert row.split("|")[2].strip() == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} (2)"
+    assert r"$\pm$" in make(folder, "latex", seeds=r"_I\w+-\d+$", **GROUNDING)
+    with pytest.raises(ValueError, match=r"--seeds '\('"):
+        make(folder, "latex", seeds="(", **GROUNDING)
+
+
+def test_modalities_are_columns(folder, figures):
+    text = make(folder, "markdown", tasks="MeCoVQA_Grounding*", modality="all,ct,mr")
+    head = text.splitlines()[0]
+    assert "mDice, all records" in head and "mDice, ct" in head and "mDice, mr" in head
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex here (Debian: texlive-latex-recommended)")
+def test_latex_compiles(folder, tmp_path):
+    tables = [make(folder, "latex", metrics="*", modality="*"), make(folder, "latex", seeds=r"_I\w+-\d+$")]
+    head = r"\documentclass{article}\usepackage[utf8]{inputenc}\usepackage[T1]{fontenc}\usepackage{booktabs,textcomp}"
+    text = "\n\n".join([head, r"\begin{document}\tiny", *tables, r"\end{document}"])
+    (tmp_path / "paper.tex").write_text(text)
+    done = subprocess.run(
+        ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "paper.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and (tmp_path / "paper.pdf").exists(), done.stdout[-2000:]
 
 
 def test_what_is_not_there_is_one_line(folder, tmp_path, monkeypatch, capsys):

@@ -1,60 +1,35 @@
-"""What every evaluator does: make a line of an answered record and score it.
+"""From an answered prompt to the scored line of its record.
 
 `metrics.statistics` sums the scores up.
 """
 
-import abc
-import dataclasses
-
-import numpy as np
-
 from medplib_jax.batch import Batch
 from medplib_jax.data.pipeline import Loader
-from medplib_jax.data.records import Record
 from medplib_jax.data.rle import encode_rle
 from medplib_jax.decode.masks import MaskDrawer
 from medplib_jax.decode.slots import Generation
-from medplib_jax.evaluate import metrics
 from medplib_jax.evaluate.evaluators.predictions import PredictionRow
+from medplib_jax.evaluate.kinds import Answer, TaskKind
+from medplib_jax.evaluate.metrics import check_protocol
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """A generated answer beside the expected one.
-
-    Masks are bool [height, width] of the picture (shrunk, if it exceeds the mask canvas).
-    """
-
-    text: str
-    expected: str
-    answer_type: str
-    masks: tuple[np.ndarray, ...] = ()
-    true_masks: tuple[np.ndarray, ...] = ()
-
-
-class Evaluator(abc.ABC):
-    """Scores the answers to the questions of one file. Subclasses say how one answer is scored.
+class Evaluator:
+    """Scores the answers to the questions of one file, as its kind says.
 
     `draw_masks` (see `mask_drawer`) is for questions with masks.
     """
 
-    def __init__(self, loader: Loader, *, protocol: str = "exact", draw_masks: MaskDrawer | None = None):
-        metrics.check_protocol(protocol)
-        self.protocol = protocol
+    def __init__(
+        self, kind: TaskKind, loader: Loader, *, protocol: str = "exact", draw_masks: MaskDrawer | None = None
+    ):
+        check_protocol(protocol)
+        self._kind, self._protocol = kind, protocol
         self._loader, self._draw_masks = loader, draw_masks
-
-    @abc.abstractmethod
-    def score(self, answer: Answer) -> PredictionRow:
-        """The scores of one answer, under "scores", and what else its line is to hold."""
-
-    def check(self, prompt: Batch, record: Record) -> None:
-        """Raises DataError for a prompt that lacks what the question is about."""
-        return  # most questions are about the picture, which every prompt has
 
     def row(self, prompt: Batch, generation: Generation) -> PredictionRow:
         """The line of one record, from a prompt and its answer with a batch axis of 1."""
         record = self._loader.record(int(prompt.record[0]))
-        self.check(prompt, record)
+        self._kind.check(prompt, record, self._loader, self._protocol)
         drawn = {}
         masks = true_masks = ()
         if self._draw_masks is not None and generation.predicted_iou is not None:
@@ -81,6 +56,7 @@ class Evaluator(abc.ABC):
             "expected": answer.expected,
             "answer_type": record.answer_type,
         }
-        row |= {"patient": record.patient} if record.patient else {}
-        row |= self.score(answer) | drawn
+        known = {"patient": record.patient, "structure": record.structure}
+        row |= {name: value for name, value in known.items() if value}
+        row |= self._kind.score(answer, self._protocol) | drawn
         return row if generation.choices is None else row | {"router": generation.choices[0].tolist()}

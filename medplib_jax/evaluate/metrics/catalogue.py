@@ -1,15 +1,30 @@
-"""What each metric is called, what it means and which one stands for a task; for reports."""
+"""What each metric is called, what it means and which are shown by modality; for reports."""
 
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """`meaning` completes "NAME: ..."; `better` is "higher" or "lower". All lie in [0, 1]."""
+    """`meaning` completes "NAME: ..."; `better` is "higher" or "lower".
+
+    `by_modality`: the report has a table of it by modality. `unit`: "%" for values in [0, 1], which are shown in
+    percent; others are shown as they are.
+    """
 
     label: str
     meaning: str
     better: str = "higher"
+    by_modality: bool = False
+    unit: str = "%"
+
+    def show(self, value: float, digits: int = 1, sign: str = "") -> str:
+        """A value of it as reports print it, without the unit."""
+        return f"{100 * value if self.unit == '%' else value:{sign}.{digits}f}"
+
+    @property
+    def title(self) -> str:
+        return self.label if self.unit == "%" else f"{self.label} ({self.unit})"
 
 
 METRICS = {
@@ -21,13 +36,24 @@ METRICS = {
         "surface Dice", "share of both outlines within 1 % of the picture's diagonal of the other one"
     ),
     "precision_at_0.5": Metric("P@0.5", "share of questions with a target whose IoU exceeds 0.5"),
-    "hit_rate": Metric("hit rate", "share of questions with a target for which anything is drawn"),
+    "hit_rate": Metric(
+        "hit rate", "share of questions with a target for which anything is drawn: sensitivity of existence"
+    ),
     "no_target_accuracy": Metric(
         "no-target accuracy", "share of questions without a target that are answered without a mask"
     ),
     "false_mask_rate": Metric(
         "false-mask rate", "share of questions without a target for which anything is drawn", "lower"
     ),
+    "existence_specificity": Metric(
+        "existence specificity", "share of questions without a target for which nothing is drawn"
+    ),
+    "existence_precision": Metric(
+        "existence precision", "share of questions with a target among those for which anything is drawn"
+    ),
+    "yes_sensitivity": Metric("yes sensitivity", "share of the questions to be answered yes that are"),
+    "yes_specificity": Metric("yes specificity", "share of the questions to be answered no that are not answered yes"),
+    "yes_precision": Metric("yes precision", "share of the answers yes that are right"),
     "accuracy": Metric(
         "accuracy",
         "closed answers that are right and open ones that match exactly; reference: word precision of the open ones",
@@ -67,22 +93,41 @@ METRICS = {
     "rouge_l": Metric("ROUGE-L", "mean ROUGE-L with recall weighing 1.2 times precision"),
     "spice": Metric("SPICE", "mean SPICE"),
 }
-# Which stand for a task, the first that it has; and which are shown by modality.
-MAIN = ("mDice", "recall_at_0.5", "roc_accuracy", "mBMR", "spice", "accuracy", "no_target_accuracy")
-BY_MODALITY = (*MAIN, "mIoU", "surface_dice", "false_mask_rate", "closed_accuracy", "open_f1")
+
+for _name in (
+    *("mDice", "recall_at_0.5", "roc_accuracy", "mBMR", "spice", "accuracy", "no_target_accuracy"),
+    *("mIoU", "surface_dice", "false_mask_rate", "closed_accuracy", "open_f1"),
+):
+    METRICS[_name] = dataclasses.replace(METRICS[_name], by_modality=True)
+
+
+def register(name: str, metric: Metric) -> None:
+    """Makes a metric known to reports. ValueError for a name that means something else already."""
+    if METRICS.setdefault(name, metric) != metric:
+        raise ValueError(f"metric {name!r} is known already: {METRICS[name].meaning}")
+
+
+_OWN: dict[str, Metric] = {}  # of the users', as the folders say that were read
+
+
+def register_own(name: str, metric: Metric) -> None:
+    """Makes a metric of a user's known to reports; the last one of a name counts."""
+    if name in METRICS:
+        raise ValueError(f"metric {name!r} is known already: {METRICS[name].meaning}")
+    _OWN[name] = metric
 
 
 def describe(name: str) -> Metric:
     """The metric of that name; one that is not listed stands for itself, higher being better."""
-    return METRICS.get(name, Metric(name, "mean over the records that have it"))
+    return METRICS.get(name) or _OWN.get(name) or (Metric(name, "mean over the records that have it"))
 
 
-def main_metric(names: list[str]) -> str:
-    """The metric that stands for a task which has these."""
-    return next((name for name in MAIN if name in names), names[0])
+def main_metric(names: Sequence[str], preferred: Sequence[str]) -> str:
+    """The metric that stands for a task which has these: the first of the preferred ones, else its first."""
+    return next((name for name in preferred if name in names), names[0])
 
 
 def in_order(names) -> list[str]:
     """The names, those listed first in the list's order."""
-    known = list(METRICS)
-    return sorted(names, key=lambda name: (known.index(name) if name in METRICS else len(known), name))
+    known = [*METRICS, *_OWN]
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))

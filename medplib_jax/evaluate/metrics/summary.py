@@ -11,7 +11,7 @@ import numpy as np
 
 from medplib_jax.evaluate.metrics.captions import BLEU_COUNTS, ORDERS, corpus_bleu
 from medplib_jax.evaluate.metrics.protocol import check_protocol
-from medplib_jax.evaluate.metrics.text import candidate_hits
+from medplib_jax.evaluate.metrics.text import candidate_hits, normalise_answer
 
 MASK_SCORES = frozenset({"iou", "dice", "surface_dice", "intersection", "union", "target", "drawn", "masks"})
 BOX_SCORES = frozenset({"boxes_found", "boxes", "iou_sum"})
@@ -75,6 +75,8 @@ def statistics(rows: Sequence[Mapping[str, Any]], protocol: str = "exact") -> di
         found["accuracy"] = _mean_statistic(
             [score.get("closed_accuracy", score.get("open_exact_match")) for score in scores]
         )
+    if "closed_accuracy" in names:
+        found |= yes_no_statistics(rows)
     if "open_exact_match" in names:
         is_open = [i for i, score in enumerate(scores) if "open_exact_match" in score]
         answers, expected = ([rows[i][key] for i in is_open] for key in ("answer", "expected"))
@@ -94,8 +96,9 @@ def mask_statistics(scores: Sequence[Mapping[str, float]], protocol: str = "exac
     mDice, mIoU, surface_dice: means over questions with a target (`reference`: over all). gIoU: mean IoU over all
     questions, where a rightly empty answer counts 1. cIoU: all intersections over all unions (LISA, Lai et al. 2024,
     and utils/utils.py of the original). precision_at_0.5: questions with a target whose IoU exceeds 0.5. hit_rate:
-    those where any pixel was drawn. no_target_accuracy: questions without a target whose answer holds no mask.
-    false_mask_rate: those where a pixel was drawn.
+    those where any pixel was drawn, the sensitivity of existence. no_target_accuracy: questions without a target whose
+    answer holds no mask. false_mask_rate: those where a pixel was drawn; existence_specificity: those where none was.
+    existence_precision: questions with a target among those for which anything was drawn.
     """
     target, drawn, masks, iou, dice = _columns(scores, ("target", "drawn", "masks", "iou", "dice")).T
     intersection, union = _columns(scores, ("intersection", "union")).T
@@ -111,10 +114,33 @@ def mask_statistics(scores: Sequence[Mapping[str, float]], protocol: str = "exac
         "hit_rate": (drawn * target, target),
         "no_target_accuracy": ((masks == 0) * empty, empty),
         "false_mask_rate": (drawn * empty, empty),
+        "existence_specificity": ((1 - drawn) * empty, empty),
+        "existence_precision": (drawn * target, drawn),
     }
     if any("surface_dice" in score for score in scores):
         measured = counted * np.array(["surface_dice" in score for score in scores])
         pairs["surface_dice"] = (_columns(scores, ("surface_dice",))[:, 0] * measured, measured)
+    return {name: Statistic(np.stack(pair, axis=1)) for name, pair in pairs.items()}
+
+
+def yes_no_statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Statistic]:
+    """yes_sensitivity, yes_specificity and yes_precision of the closed questions that expect yes or no; none without
+    any. An answer that is neither is no yes.
+    """
+    asked, said = (
+        [normalise_answer(row[side].lower()) if "closed_accuracy" in row["scores"] else "" for row in rows]
+        for side in ("expected", "answer")
+    )
+    counted = np.array([text in ("yes", "no") for text in asked], float)
+    if not counted.any():
+        return {}
+    yes, said_yes = (np.array([text == "yes" for text in texts], float) * counted for texts in (asked, said))
+    no = counted - yes
+    pairs = {
+        "yes_sensitivity": (yes * said_yes, yes),
+        "yes_specificity": (no * (1 - said_yes), no),
+        "yes_precision": (yes * said_yes, said_yes),
+    }
     return {name: Statistic(np.stack(pair, axis=1)) for name, pair in pairs.items()}
 
 

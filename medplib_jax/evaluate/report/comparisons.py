@@ -1,6 +1,8 @@
 """The figures of a sweep, one flat row each: value, interval, and the difference to the baseline with its test."""
 
+import csv
 import dataclasses
+import io
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +11,11 @@ import numpy as np
 from scipy.stats import false_discovery_control
 from tqdm import tqdm
 
+from medplib_jax.evaluate.kinds import find_kind
 from medplib_jax.evaluate.metrics import Statistic, values
-from medplib_jax.evaluate.metrics.catalogue import in_order, main_metric
+from medplib_jax.evaluate.metrics.catalogue import describe, in_order, main_metric
 from medplib_jax.evaluate.metrics.resampling import bootstrap, grouped, intervals, paired_p_values
-from medplib_jax.evaluate.report.sweep_load import ScoredCell, Sweep
+from medplib_jax.evaluate.report.sweep_load import STRUCTURE, ScoredCell, Sweep
 from medplib_jax.evaluate.result import TaskEntry
 
 ALL, MEAN = "all", "modality_mean"  # beside the modalities' names
@@ -22,11 +25,12 @@ FIELDS = {
     "run": "the training run that it belongs to",
     "step": "its training step, or null",
     "task": "name of the task (annotation file)",
-    "kind": "grounding, region, vqa or refer_box",
+    "kind": "grounding, region, vqa, refer_box or another of evaluate/kinds",
     "protocol": "exact or reference: how the questions were asked and the answers scored",
     "metric": "name of the metric, see `metrics`",
     "main": "whether this metric stands for the task in the overview",
-    "modality": f"{ALL}: over all records; {MEAN}: mean over modalities; else of that modality alone",
+    "modality": f"{ALL}: over all records; {MEAN}: mean over modalities; else of that modality alone, or "
+    f"of what is asked about ({STRUCTURE}NAME)",
     "value": "the metric, in [0, 1]",
     "low": "lower end of its 95 % bootstrap interval (patients resampled where they are known, else images), or null "
     "where there is only one",
@@ -40,9 +44,9 @@ FIELDS = {
     "delta_high": "upper end",
     "paired": "how many records both have",
     "p": "two-sided p of a permutation test that exchanges the two answers patient by patient (image by image where "
-    "they are not known); main metrics only",
-    "q": "p after Benjamini and Hochberg (false discovery rate) over all tests of the protocol in this report; "
-    "those by modality are a family of their own",
+    "they are not known): of all metrics over all records, of main metrics by modality, too",
+    "q": "p after Benjamini and Hochberg (false discovery rate) over all tests of its family in this report: the main "
+    "metrics of the protocol over all records, its other metrics, and those by modality",
 }
 
 
@@ -78,6 +82,11 @@ class Figure:
         return self.metric, self.modality
 
     @property
+    def family(self) -> tuple[str, str]:
+        """Which tests are corrected together."""
+        return self.protocol, "modality" if self.modality != ALL else "main" if self.main else "other"
+
+    @property
     def significant(self) -> bool:
         return self.q is not None and self.q < 0.05
 
@@ -93,18 +102,23 @@ def compare(sweep: Sweep) -> list[Figure]:
     figures = []
     for task, protocol, cells in tqdm(sweep.columns, desc="comparing", unit="task"):
         figures += _Column(sweep, task, protocol, cells).figures()
-    for protocol in sweep.protocols:
-        for overall in (True, False):
-            tested = [
-                figure
-                for figure in figures
-                if figure.p is not None and figure.protocol == protocol and (figure.modality == ALL) == overall
-            ]
-            for figure, q in zip(
-                tested, false_discovery_control([figure.p for figure in tested]) if tested else (), strict=True
-            ):
-                figure.q = float(q)
+    families: dict[tuple[str, str], list[Figure]] = {}
+    for figure in figures:
+        if figure.p is not None:
+            families.setdefault(figure.family, []).append(figure)
+    for tested in families.values():
+        for figure, q in zip(tested, false_discovery_control([figure.p for figure in tested]), strict=True):
+            figure.q = float(q)
     return figures
+
+
+def to_csv(figures: Sequence[Figure]) -> str:
+    """One line per figure, its fields as in report.json, unrounded."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(FIELDS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(figure.as_dict() for figure in figures)
+    return file.getvalue()
 
 
 Key = tuple[str, str]  # (metric, modality)
@@ -136,18 +150,20 @@ class _Column:
         self.task, self.protocol, self.cells = task, protocol, cells
         self.checkpoints = {checkpoint.name: checkpoint for checkpoint in sweep.checkpoints}
         self.baseline = next((cell for cell in cells if cell.checkpoint == sweep.baseline), None)
+        self.naive = sweep.naive  # beside which the others stand; no question that a test answers
         self.seed = zlib.crc32(f"{task.name}/{protocol}".encode())
-        self.main = main_metric(in_order({name for cell in cells for name in values(cell.statistics)}))
+        names = in_order({name for cell in cells for name in values(cell.statistics)})
+        self.main = main_metric(names, find_kind(task.kind, task.part).main)
         groups = {ALL: sorted({group for cell in cells for group in cell.groups})}
         for cell in cells:
-            for modality in sorted(set(cell.modalities.tolist())):
-                of_modality = np.flatnonzero(cell.modalities == modality)
-                groups.setdefault(modality, []).extend(cell.groups[n] for n in of_modality)
+            for part in cell.parts:
+                groups.setdefault(part, []).extend(cell.groups[n] for n in np.flatnonzero(cell.part(part)))
         self.group_of = {group: number for number, group in enumerate(groups[ALL])}
         self.members = {
             modality: np.unique([self.group_of[group] for group in groups[modality]])
             for modality in (ALL, *sorted(groups.keys() - {ALL}))
         }
+        self.modalities = [name for name in self.members if name != ALL and not name.startswith(STRUCTURE)]
 
     def figures(self) -> list[Figure]:
         measured = {cell.checkpoint: self._measure(cell) for cell in self.cells}
@@ -183,6 +199,10 @@ class _Column:
             self._add_deltas(self.baseline, figures, measured, resampled)
         return figures
 
+    @staticmethod
+    def _tested(figure: Figure) -> bool:
+        return figure.modality == ALL or (figure.main and figure.modality != MEAN)
+
     def _measure(self, cell: ScoredCell, records: np.ndarray | None = None) -> dict[Key, Statistic]:
         """Statistics by group (patient or image), of all and of each modality; those that count nothing are left out.
 
@@ -192,8 +212,10 @@ class _Column:
         chosen_N = np.ones(len(group_N), bool) if records is None else records
         measured = {}
         for modality, members in self.members.items():
-            rows = chosen_N if modality == ALL else chosen_N & (cell.modalities == modality)
+            rows = chosen_N if modality == ALL else chosen_N & cell.part(modality)
             for name in in_order(cell.statistics):
+                if modality.startswith(STRUCTURE) and not describe(name).by_modality:
+                    continue
                 by_group = grouped(cell.statistics[name][rows], group_N[rows], len(self.group_of))
                 measured[name, modality] = by_group[members]
         return {key: statistic for key, statistic in measured.items() if not np.isnan(statistic.value())}
@@ -204,11 +226,11 @@ class _Column:
         for name, statistic in cell.statistics.items():
             weighs_N = statistic.parts[:, -1] != 0  # the last part is a weight
             for modality in self.members:
-                rows = weighs_N if modality == ALL else weighs_N & (cell.modalities == modality)
+                rows = weighs_N if modality == ALL else weighs_N & cell.part(modality)
                 pattern = rows.tobytes()
                 known[pattern] = known.get(pattern) or Count.of(cell, np.flatnonzero(rows))
                 counted[name, modality] = known[pattern]
-            each = [counted[name, modality].records for modality in self.members if modality != ALL]
+            each = [counted[name, modality].records for modality in self.modalities]
             counted[name, MEAN] = dataclasses.replace(counted[name, ALL], records=sum(count > 0 for count in each))
         return counted
 
@@ -218,7 +240,7 @@ class _Column:
         for metric, at_least in [
             (metric, statistic.modalities) for (metric, modality), statistic in measured.items() if modality == ALL
         ]:
-            each = [found[metric, name] for name in self.members if name != ALL and (metric, name) in found]
+            each = [found[metric, name] for name in self.modalities if (metric, name) in found]
             found[metric, MEAN] = sum(each) / max(len(each), at_least)
         return found
 
@@ -239,11 +261,7 @@ class _Column:
                 (metric, statistic.modalities) for (metric, modality), statistic in found.items() if modality == ALL
             ]:
                 each = np.stack(
-                    [
-                        resampled[name][metric, modality]
-                        for modality in self.members
-                        if modality != ALL and (metric, modality) in found
-                    ]
+                    [resampled[name][metric, modality] for modality in self.modalities if (metric, modality) in found]
                 )
                 resampled[name][metric, MEAN] = np.nansum(each, axis=0) / np.maximum(
                     (~np.isnan(each)).sum(0), max(at_least, 1)
@@ -283,7 +301,7 @@ class _Column:
                     ours[figure.key] - theirs[figure.key],
                 )
                 figure.delta_low, figure.delta_high = _known(low), _known(high)
-                if figure.main and figure.modality != MEAN:
+                if cell.checkpoint not in self.naive and self._tested(figure):
                     tests[figure.modality].append((figure, (pair[0][figure.key], pair[1][figure.key])))
         tests = {modality: found for modality, found in tests.items() if found}
         blocks = [(self.members[modality], [pair for _, pair in found]) for modality, found in tests.items()]

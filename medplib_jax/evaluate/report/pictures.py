@@ -58,6 +58,12 @@ def marked_regions(question: str, find: Callable[[str], str | images.Blob], size
     return found
 
 
+def plain_text(text: str) -> str:
+    """What people read of a turn: without `<image>` and the paths of masks; regions are [region]."""
+    plain = re.sub(r"<mask>.*?</mask>", "", text.replace("<image>", "").replace("\n", " "))
+    return re.sub(r"<region>.*?</region>", "[region]", plain).strip()
+
+
 def mark_tokens(text: str) -> markupsafe.Markup:
     """Escaped text for the page: `<image>` and mask paths are dropped, regions and <SEG> become labels, the latter in
     their mask's colour.

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import markupsafe
@@ -18,6 +19,7 @@ _INK = "#010203"  # stands for the page's text colour
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,  # as journals want it
     "svg.hashsalt": "medplib_jax",
     "text.parse_math": False,
     "font.family": "sans-serif",
@@ -45,6 +47,21 @@ def as_svg(figure: Figure) -> markupsafe.Markup:
     return markupsafe.Markup(
         re.sub(r' id="[a-z.]+[0-9]*_[0-9]+"', "", text)
     )  # ids of parts, which repeat from figure to figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Charts:
+    """The charts of a report, which stand in its page and, for a paper, as PDF and SVG in a folder."""
+
+    folder: Path
+
+    def show(self, figure: Figure, name: str) -> markupsafe.Markup:
+        """Saves a figure, drawn under `style`, as NAME.pdf and NAME.svg; returns the element of the page."""
+        self.folder.mkdir(exist_ok=True)
+        stem = str(self.folder / re.sub(r"[^\w.-]", "_", name))
+        figure.savefig(f"{stem}.pdf", bbox_inches="tight", metadata={"CreationDate": None})
+        figure.savefig(f"{stem}.svg", bbox_inches="tight", metadata={"Date": None})
+        return as_svg(figure)
 
 
 @dataclasses.dataclass(frozen=True)

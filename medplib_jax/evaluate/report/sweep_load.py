@@ -9,15 +9,26 @@ import numpy as np
 from tqdm import tqdm
 
 from medplib_jax.evaluate.evaluators.predictions import PredictionRow, read_rows
-from medplib_jax.evaluate.metrics import PROTOCOLS, Statistic, statistics, values
-from medplib_jax.evaluate.metrics.catalogue import describe
-from medplib_jax.evaluate.result import CellEntry, CheckpointEntry, LeftOut, TaskEntry, read_result
+from medplib_jax.evaluate.kinds import TaskKind, find_kind
+from medplib_jax.evaluate.metrics import PROTOCOLS, Statistic, values
+from medplib_jax.evaluate.metrics.catalogue import Metric, describe, register_own
+from medplib_jax.evaluate.result import (
+    CellEntry,
+    CheckpointEntry,
+    LeftOut,
+    MetricEntry,
+    RunEntry,
+    TaskEntry,
+    read_result,
+)
 
+STRUCTURE = "structure: "  # begins the names of parts that are no modality
 _FIELDS = (
     "record",
     "image",
     "modality",
     "patient",
+    "structure",
     "answer",
     "expected",
     "scores",
@@ -37,6 +48,7 @@ class ScoredCell:
     images: tuple[str, ...]
     modalities: np.ndarray
     patients: tuple[str, ...]  # "" where not known
+    structures: np.ndarray  # what each question is about, "" where not known
     statistics: dict[str, Statistic]
     notes: tuple[str, ...]  # what was left out, and where rows and sweep.json disagree
 
@@ -45,6 +57,18 @@ class ScoredCell:
         """What is resampled: each row's patient where known, else its image. Answers about one are not independent."""
         rows = zip(self.patients, self.images, strict=True)
         return tuple(f"patient {patient}" if patient else image for patient, image in rows)
+
+    def part(self, name: str) -> np.ndarray:
+        """bool [N], the rows of a modality, or of a structure where `name` begins with STRUCTURE."""
+        if name.startswith(STRUCTURE):
+            return self.structures == name.removeprefix(STRUCTURE)
+        return self.modalities == name
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of all modalities and structures of its rows."""
+        structures = [f"{STRUCTURE}{name}" for name in sorted(set(self.structures.tolist()) - {""})]
+        return sorted(set(self.modalities.tolist())) + structures
 
     @property
     def checkpoint(self) -> str:
@@ -69,6 +93,13 @@ class Sweep:
     tasks: tuple[TaskEntry, ...]
     cells: tuple[ScoredCell, ...]
     left_out: tuple[LeftOut, ...] = ()
+    own_metrics: tuple[MetricEntry, ...] = ()
+    runs: tuple[RunEntry, ...] = ()
+
+    @functools.cached_property
+    def naive(self) -> frozenset[str]:
+        """The names of those that answer without a model."""
+        return frozenset(entry.name for entry in self.checkpoints if entry.kind == "naive")
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -96,15 +127,23 @@ def load_sweep(workdir: str | Path) -> Sweep:
     """Everything in a sweep's folder. Raises what `read_result` raises, and ValueError when a line cannot be read."""
     workdir = Path(workdir)
     result = read_result(workdir)
-    cells = tuple(_load_cell(workdir, entry) for entry in tqdm(result.cells, desc="reading predictions", unit="cell"))
-    scored = tuple(cell for cell in cells if cell.statistics)
-    return Sweep(workdir, result.baseline, result.checkpoints, result.tasks, scored, result.left_out)
+    for own in result.metrics:
+        register_own(own.name, Metric(own.label, own.meaning, own.better, own.by_modality, own.unit))
+    kinds = {task.name: find_kind(task.kind, task.part) for task in result.tasks}
+    cells = tuple(
+        _load_cell(workdir, entry, kinds[entry.task])
+        for entry in tqdm(result.cells, desc="reading predictions", unit="cell")
+    )
+    scored = tuple(cell for cell in cells if values(cell.statistics))
+    return Sweep(
+        workdir, result.baseline, result.checkpoints, result.tasks, scored, result.left_out, result.metrics, result.runs
+    )
 
 
-def _load_cell(workdir: Path, entry: CellEntry) -> ScoredCell:
+def _load_cell(workdir: Path, entry: CellEntry, kind: TaskKind) -> ScoredCell:
     paths = tuple(workdir / name for name in entry.predictions)
     rows = read_rows(*paths, fields=_FIELDS)
-    found = statistics(rows, entry.protocol) if rows else {}
+    found = kind.statistics(rows, entry.protocol) if rows else {}
     return ScoredCell(
         entry,
         paths,
@@ -112,6 +151,7 @@ def _load_cell(workdir: Path, entry: CellEntry) -> ScoredCell:
         images=tuple("|".join(row["image"]) or f"record {row['record']}" for row in rows),
         modalities=np.array([row["modality"] or "none" for row in rows]),
         patients=tuple(row["patient"] or "" for row in rows),
+        structures=np.array([row["structure"] or "" for row in rows]),
         statistics=found,
         notes=(*_left_out(entry), *_disagreements(entry, rows, values(found))),
     )

@@ -5,8 +5,10 @@ import unicodedata
 from collections.abc import Sequence
 
 from medplib_jax.evaluate.report.comparisons import MEAN
+from medplib_jax.evaluate.report.paths import shorten
 from medplib_jax.evaluate.report.pictures import DRAWINGS
 from medplib_jax.evaluate.report.protocols import SUMMARY, settings
+from medplib_jax.evaluate.report.reproduction import reproduction
 from medplib_jax.evaluate.report.sweep_load import Sweep
 from medplib_jax.evaluate.report.sweep_tables import ReportTable, TableRow, Tables
 
@@ -44,7 +46,7 @@ def to_markdown(sweep: Sweep, tables: Tables, notes: Sequence[str]) -> str:
         protocols = [protocol for protocol in sweep.protocols if sweep.column(task.name, protocol)]
         if not protocols:
             continue
-        lines += ["", f"## {task.name}", "", f"{task.kind}, {task.records:,} records, `{task.file}`"]
+        lines += ["", f"## {task.name}", "", f"{task.kind}, {task.records:,} records, `{shorten(task.file)}`"]
         lines += ["", f"**{DRAWINGS}**"] if task.generated else []
         by_modality = tables.modalities(task)[:1]
         for protocol in protocols:
@@ -59,9 +61,12 @@ def to_markdown(sweep: Sweep, tables: Tables, notes: Sequence[str]) -> str:
     if skipped:
         lines += ["", "## Skipped records", ""]
         named = dict.fromkeys(
-            f"- {cell.task}: {error['file']}, record {error['record']}: {error['what']}" for cell, error in skipped
+            f"- {cell.task}: {shorten(error['file'])}, record {error['record']}: {error['what']}"
+            for cell, error in skipped
         )
         lines += [line for name in named for line in _wrapped(name)]
+    lines += ["", "## Reproduction", ""]
+    lines += [line for fact in reproduction(sweep) for line in _wrapped(f"- {': '.join(filter(None, fact))}")]
     return "\n".join(lines) + "\n"
 
 
@@ -83,6 +88,7 @@ def _only(table: ReportTable, protocol: str, wanted) -> ReportTable:
         elsewhere,
         table.notes,
         next(iter(pick([table.counts])), None) if table.counts else None,
+        pick(table.naive),
     )
 
 
@@ -90,6 +96,7 @@ def _table(table: ReportTable, metric: bool = False) -> list[str]:
     head = [[column.title, column.metric] if metric else [column.title] for column in table.columns]
     titles = ["checkpoint", *(" ".join(filter(None, words)) for words in head)]
     body = [[_name(row), *(_text(entry) for entry in row.entries)] for row in table.rows]
+    body += [[f"(no model) {row.name}", *(_text(entry) for entry in row.entries)] for row in table.naive]
     body += [[f"(elsewhere) {row.name}", *(_text(entry) for entry in row.entries)] for row in table.elsewhere]
     if table.counts:
         body.append([table.counts.name, *(_text(entry) for entry in table.counts.entries)])

@@ -5,13 +5,13 @@ modalities.
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from medplib_jax.evaluate.metrics.catalogue import BY_MODALITY, describe, in_order
+from medplib_jax.evaluate.metrics.catalogue import describe, in_order
 from medplib_jax.evaluate.report.comparisons import ALL, MEAN, Figure
 from medplib_jax.evaluate.report.published import Published, published
-from medplib_jax.evaluate.report.sweep_load import Sweep
+from medplib_jax.evaluate.report.sweep_load import STRUCTURE, Sweep
 from medplib_jax.evaluate.result import TaskEntry
 
-REWARD_SILENCE = ("no_target_accuracy", "false_mask_rate", "gIoU")
+REWARD_SILENCE = ("no_target_accuracy", "false_mask_rate", "existence_specificity", "gIoU")
 MODALITY_TITLES = {ALL: "all records", MEAN: "mean over modalities"}
 
 
@@ -66,6 +66,7 @@ class ReportTable:
     elsewhere: tuple[TableRow, ...] = ()
     notes: tuple[str, ...] = ()
     counts: TableRow | None = None  # how many records, pictures and patients each column is about
+    naive: tuple[TableRow, ...] = ()  # answers without a model
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -80,30 +81,35 @@ def counts_of(figure: Figure) -> str:
 
 
 def entry(figure: Figure, best: bool) -> TableEntry:
-    lower_is_better = describe(figure.metric).better == "lower"
-    interval = "" if figure.low is None or figure.high is None else f"{percent(figure.low)}–{percent(figure.high)}"
+    metric = describe(figure.metric)
+    lower_is_better = metric.better == "lower"
+    interval = ""
+    if figure.low is not None and figure.high is not None:
+        interval = f"{metric.show(figure.low)}–{metric.show(figure.high)}"
     delta, mark = "", ""
     hint = [counts_of(figure)]
     if figure.delta is not None:
-        delta = f"{100 * figure.delta:+.1f}" + ("*" if figure.significant else "")
+        delta = metric.show(figure.delta, sign="+") + ("*" if figure.significant else "")
         if figure.significant:
             mark = "up" if (figure.delta > 0) != lower_is_better else "down"
-        hint.append(f"{100 * figure.delta:+.2f} to {figure.baseline} on {figure.paired:,} common records")
+        hint.append(f"{metric.show(figure.delta, 2, '+')} to {figure.baseline} on {figure.paired:,} common records")
         if figure.delta_low is not None and figure.delta_high is not None:
             hint.append(
-                f"95 % interval of the difference {100 * figure.delta_low:+.2f} to {100 * figure.delta_high:+.2f}"
+                f"95 % interval of the difference {metric.show(figure.delta_low, 2, '+')} to "
+                f"{metric.show(figure.delta_high, 2, '+')}"
             )
         if figure.p is not None:
             hint.append(f"p {figure.p:.4f}, q {figure.q:.4f}")
-    return TableEntry(figure.value, percent(figure.value), interval, delta, mark, best, "; ".join(hint))
+    return TableEntry(figure.value, metric.show(figure.value), interval, delta, mark, best, "; ".join(hint))
 
 
-def best_of(figures: Sequence[Figure], drawing: set[tuple[str, str]]) -> str | None:
+def best_of(figures: Sequence[Figure], drawing: set[tuple[str, str]], naive: Sequence[Figure] = ()) -> str | None:
     """The checkpoint whose figure is the best of a column; None where that means nothing.
 
     That is where there is nothing to compare, where several share the best value, and where the best of a metric to
     maximise is 0. A model that never draws a mask draws no false one: where metrics reward that, only checkpoints that
-    draw some (`drawing`, pairs with their protocol) can be the best.
+    draw some (`drawing`, pairs with their protocol) can be the best. For other metrics the best has to be better than
+    each answer without a model (`naive`).
     """
     lower_is_better = describe(figures[0].metric).better == "lower"
     if figures[0].metric in REWARD_SILENCE:
@@ -113,6 +119,9 @@ def best_of(figures: Sequence[Figure], drawing: set[tuple[str, str]]) -> str | N
     ordered = sorted(figures, key=lambda figure: figure.value, reverse=not lower_is_better)
     best, second = ordered[:2]
     is_nothing = best.value == 0 and not lower_is_better
+    if figures[0].metric not in REWARD_SILENCE:
+        sign = -1 if lower_is_better else 1
+        is_nothing |= any(sign * one.value >= sign * best.value for one in naive)
     return None if is_nothing or best.value == second.value else best.checkpoint
 
 
@@ -129,8 +138,10 @@ class Tables:
         self.main = {(figure.task, figure.protocol): figure.metric for figure in figures if figure.main}
         self._seen: dict[tuple[str, str], dict[str, set[str]]] = {}  # protocols and modalities of each (task, metric)
         columns: dict[tuple[str, str, str, str], list[Figure]] = {}
+        naive: dict[tuple[str, str, str, str], list[Figure]] = {}
         for (_, task, protocol, metric, modality), figure in self.figures.items():
-            columns.setdefault((task, protocol, metric, modality), []).append(figure)
+            of = naive if figure.checkpoint in sweep.naive else columns
+            of.setdefault((task, protocol, metric, modality), []).append(figure)
             seen = self._seen.setdefault((task, metric), {"protocols": set(), "modalities": set()})
             seen["protocols"].add(protocol)
             seen["modalities"].add(modality)
@@ -139,11 +150,14 @@ class Tables:
             for figure in figures
             if figure.metric == "hit_rate" and figure.value > 0
         }
-        self._best = {column: best_of(found, drawing) for column, found in columns.items()}  # the checkpoint's name
+        self._best = {  # the checkpoint's name
+            column: best_of(found, drawing, naive.get(column, ())) for column, found in columns.items()
+        }
 
     def is_best(self, figure: Figure) -> bool:
         """Whether it is the best of its column in a sense that means something (`best_of`)."""
-        return self._best[figure.task, figure.protocol, figure.metric, figure.modality] == figure.checkpoint
+        best = self._best.get((figure.task, figure.protocol, figure.metric, figure.modality))
+        return best == figure.checkpoint
 
     def overview(self) -> ReportTable:
         """Checkpoints x tasks, each task by its main metric."""
@@ -152,10 +166,12 @@ class Tables:
             metric = self.main[task.name, protocol]
             for scope in (ALL, MEAN):
                 columns.append(
-                    Column(task.name, describe(metric).label, protocol, scope, task.name, describe(metric).meaning)
+                    Column(task.name, describe(metric).title, protocol, scope, task.name, describe(metric).meaning)
                 )
                 keys.append((task.name, protocol, metric, scope))
-        return ReportTable("Overview", tuple(columns), self._rows(keys), counts=self._counts(keys))
+        return ReportTable(
+            "Overview", tuple(columns), self._rows(keys), counts=self._counts(keys), naive=self._rows(keys, True)
+        )
 
     def metrics(self, task: TaskEntry) -> ReportTable:
         """Checkpoints x every metric of one task, over all records."""
@@ -165,36 +181,58 @@ class Tables:
             for protocol in self._protocols(task, metric)
         ]
         columns = [
-            Column(describe(metric).label, "", protocol, explained=describe(metric).meaning)
+            Column(describe(metric).title, "", protocol, explained=describe(metric).meaning)
             for _, protocol, metric, _ in keys
         ]
-        return ReportTable("All metrics, all records", tuple(columns), self._rows(keys), counts=self._counts(keys))
+        return ReportTable(
+            "All metrics, all records",
+            tuple(columns),
+            self._rows(keys),
+            counts=self._counts(keys),
+            naive=self._rows(keys, True),
+        )
 
     def modalities(self, task: TaskEntry) -> list[ReportTable]:
         """Checkpoints x modalities, one table for each of the metrics that are worth it, the main one first."""
-        names = [metric for metric in self._metrics(task) if metric in BY_MODALITY]
+        names = [metric for metric in self._metrics(task) if describe(metric).by_modality]
         main = {self.main.get((task.name, protocol)) for protocol in self.sweep.protocols}
         names.sort(key=lambda metric: metric not in main)
         return [self._by_modality(task, metric) for metric in names]
 
+    def structures(self, task: TaskEntry) -> ReportTable | None:
+        """Checkpoints x what is asked about, of the main metric; None where no record says it."""
+        for metric in self._metrics(task):
+            named = sorted(name for name in self._seen[task.name, metric]["modalities"] if name.startswith(STRUCTURE))
+            if named and metric in {self.main.get((task.name, protocol)) for protocol in self.sweep.protocols}:
+                return self._by_part(task, metric, named)
+        return None
+
     def _by_modality(self, task: TaskEntry, metric: str) -> ReportTable:
-        modalities = [ALL, MEAN, *sorted(self._seen[task.name, metric]["modalities"] - {ALL, MEAN})]
+        seen = self._seen[task.name, metric]["modalities"] - {ALL, MEAN}
+        modalities = [ALL, MEAN, *sorted(name for name in seen if not name.startswith(STRUCTURE))]
+        return self._by_part(task, metric, modalities)
+
+    def _by_part(self, task: TaskEntry, metric: str, modalities: Sequence[str]) -> ReportTable:
         keys = [
             (task.name, protocol, metric, modality)
             for modality in modalities
             for protocol in self._protocols(task, metric)
         ]
-        columns = [Column(MODALITY_TITLES.get(modality, modality), "", protocol) for _, protocol, _, modality in keys]
+        columns = [
+            Column(MODALITY_TITLES.get(modality, modality.removeprefix(STRUCTURE)), "", protocol)
+            for _, protocol, _, modality in keys
+        ]
         named = [figure for figure in published() if figure.metric == metric and figure.bears_name_of(task)]
         others = [figure for figure in named if figure.belongs_to(task)]
         notes = [*(figure.origin for figure in others), *(f"{one.label}: {one.caveat(task)}" for one in named)]
         return ReportTable(
-            describe(metric).label,
+            describe(metric).title,
             tuple(columns),
             self._rows(keys),
             tuple(self._elsewhere(figure, keys) for figure in others),
             tuple(dict.fromkeys(note for note in notes if not note.endswith(": "))),
             self._counts(keys),
+            self._rows(keys, True),
         )
 
     def beside_published(self) -> list[ReportTable]:
@@ -251,17 +289,30 @@ class Tables:
             figure.label, "", tuple(None if value is None else TableEntry(value, percent(value, 2)) for value in values)
         )
 
-    def _rows(self, keys: Iterable[tuple[str, str, str, str]]) -> tuple[TableRow, ...]:
+    def _rows(self, keys: Iterable[tuple[str, str, str, str]], naive: bool = False) -> tuple[TableRow, ...]:
+        """A row for each checkpoint that has a figure; `naive`: for each way of answering without a model instead."""
         keys = list(keys)
         rows = []
         for checkpoint in self.sweep.checkpoints:
+            if (checkpoint.name in self.sweep.naive) != naive:
+                continue
             figures = [self.figures.get((checkpoint.name, *key)) for key in keys]
             if not any(figures):
                 continue
             entries = tuple(figure and entry(figure, self.is_best(figure)) for figure in figures)
             steps = "" if checkpoint.step is None else f"step {checkpoint.step:,}"
             weights = f"{checkpoint.quantize} weights" if checkpoint.quantize else ""
-            note = ", ".join(filter(None, [steps, checkpoint.kind if checkpoint.kind != "jax" else "", weights]))
+            note = ", ".join(
+                filter(
+                    None,
+                    [
+                        steps,
+                        checkpoint.kind if checkpoint.kind == "torch" else "",
+                        "no model" if naive else "",
+                        weights,
+                    ],
+                )
+            )
             rows.append(
                 TableRow(checkpoint.name, note, entries, checkpoint.run, checkpoint.name == self.sweep.baseline)
             )

@@ -18,12 +18,12 @@ from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode.masks import mask_drawer
 from medplib_jax.decode.slots import Generation
 from medplib_jax.evaluate import metrics
-from medplib_jax.evaluate.evaluators.grounding import GroundingEvaluator
-from medplib_jax.evaluate.evaluators.region import RegionVqaEvaluator
-from medplib_jax.evaluate.evaluators.vqa import VqaEvaluator, is_closed
+from medplib_jax.evaluate.evaluators.common import Evaluator
+from medplib_jax.evaluate.kinds import find_kind
+from medplib_jax.evaluate.kinds.vqa import is_closed
 from tests.evaluate.evaluators import tiny
 
-KINDS = {"grounding": GroundingEvaluator, "region": RegionVqaEvaluator, "vqa": VqaEvaluator}
+KINDS = ("grounding", "region", "vqa")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def answered(folder, experiment):
         tokenizer = Tokenizer.load(experiment.data.tokenizer)
         loader = Loader([source], tokenizer, experiment.data, experiment.model)
         draw = (lambda prompt, generation: prompt.gt_masks > 0) if kind == "grounding" else None
-        evaluator, rows = KINDS[kind](loader, draw_masks=draw), []
+        evaluator, rows = Evaluator(find_kind(kind), loader, draw_masks=draw), []
         for index in range(len(source)):
             prompt = change(Batch(**loader.load_eval([index], [0], question=True)[0]))
             ids = tokenizer.encode(say(loader.record(index), prompt))

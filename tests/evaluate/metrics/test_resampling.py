@@ -92,3 +92,40 @@ def test_p_values_at_the_ends():
         [(everyone(20), [(same, same), (same, other), (same, nothing)])], 20, seed=0
     )
     assert equal == 1 and far <= 2 / (1 + resampling.PERMUTATIONS) and np.isnan(unknown)
+
+
+def test_intervals_by_patient_cover_what_they_say():
+    """500 drawn studies of 100 patients with 4 answers each that depend on the patient."""
+    studies, patients, answers, rng = 500, 100, 4, np.random.default_rng(4)
+    of_patient = rng.normal(0.5, 0.2, (studies, patients, 1))
+    values = of_patient + rng.normal(0, 0.1, (studies, patients, answers))
+    by_patient = [Statistic(np.stack([one.sum(1), np.full(patients, answers)], axis=1)) for one in values]
+    (resampled,) = bootstrap([(everyone(patients), by_patient)], patients, seed=0)
+    low, high = intervals(resampled)
+    assert 0.93 <= np.mean((low <= 0.5) & (high >= 0.5)) <= 0.97
+    closed_form = 2 * stats.norm.ppf(0.975) * values.mean(2).std(1, ddof=1) / patients**0.5
+    np.testing.assert_allclose(high - low, closed_form, rtol=0.12)
+    assert np.mean(high - low) == pytest.approx(np.mean(closed_form), rel=0.02)
+    by_answer = [mean(one.ravel()) for one in values[:100]]
+    (resampled,) = bootstrap([(everyone(patients * answers), by_answer)], patients * answers, seed=0)
+    low, high = intervals(resampled)
+    assert np.mean((low <= 0.5) & (high >= 0.5)) < 0.8  # answers about one patient are not independent
+
+
+def test_p_value_of_right_and_wrong_is_mcnemars():
+    rng = np.random.default_rng(1)
+    for shift in (0.0, 0.1, 0.2):
+        a, b = (rng.random(120) < 0.6).astype(float), (rng.random(120) < 0.6 + shift).astype(float)
+        ((p,),) = paired_p_values([(everyone(120), [(mean(a), mean(b))])], 120, seed=2)
+        only_a, only_b = int(np.sum(a > b)), int(np.sum(b > a))
+        exact = stats.binomtest(only_a, only_a + only_b).pvalue
+        assert p == pytest.approx(exact, abs=0.015)
+
+
+def test_p_value_of_signed_ranks_is_wilcoxons():
+    rng = np.random.default_rng(2)
+    for shift in (0.0, 0.3, 0.6):
+        difference = rng.normal(shift, 1, 40)
+        ranks = np.sign(difference) * stats.rankdata(np.abs(difference))
+        ((p,),) = paired_p_values([(everyone(40), [(mean(ranks), mean(np.zeros(40)))])], 40, seed=3)
+        assert p == pytest.approx(stats.wilcoxon(difference, method="exact").pvalue, abs=0.015)

@@ -224,7 +224,8 @@ def test_no_target_questions_count_apart():
     assert summary["mIoU"] == 0.5 and summary["mDice"] == pytest.approx(2 / 3)
     assert summary["gIoU"] == pytest.approx((0.5 + 1 + 0 + 1) / 4) and summary["cIoU"] == pytest.approx(10 / 30)
     assert summary["no_target_accuracy"] == pytest.approx(1 / 3) and summary["false_mask_rate"] == pytest.approx(1 / 3)
-    assert set(summarise([silent])) == {"gIoU", "no_target_accuracy", "false_mask_rate"}
+    assert set(summarise([silent])) == {"gIoU", "no_target_accuracy", "false_mask_rate", "existence_specificity"}
+    assert summary["existence_specificity"] == pytest.approx(2 / 3) and summary["existence_precision"] == 0.5
 
 
 def test_hits_and_false_masks():
@@ -327,6 +328,16 @@ def test_a_part_of_the_records_has_the_metrics_of_its_own_rows(protocol):
     assert metrics.values({name: statistic[chosen] for name, statistic in whole.items()}) == pytest.approx(
         metrics.values(part)
     )
+
+
+def test_yes_and_no_are_told_apart():
+    pairs = [("Yes.", "yes"), ("no", "yes"), ("maybe", "yes"), ("yes", "no"), ("No", "no"), ("no idea", "no")]
+    rows = [answer_row(answer, expected, "ct") for answer, expected in pairs]
+    rows.append({"answer": "left", "expected": "left", "modality": "ct", "scores": {"closed_accuracy": 1.0}})
+    found = metrics.values(metrics.statistics(rows))
+    assert found["yes_sensitivity"] == pytest.approx(1 / 3) and found["yes_specificity"] == pytest.approx(2 / 3)
+    assert found["yes_precision"] == 0.5 and found["closed_accuracy"] == pytest.approx(3 / 7)
+    assert "yes_precision" not in metrics.values(metrics.statistics(rows[-1:]))
 
 
 def test_bad_input_is_named():

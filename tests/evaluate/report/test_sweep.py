@@ -1,7 +1,8 @@
 """The report of a sweep: its figures are those of the rows, and the page shows all of them, safely."""
 
-import collections
+import base64
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medplib_jax.evaluate.evaluators.predictions import read_rows
 from medplib_jax.evaluate.report import published as elsewhere
 from medplib_jax.evaluate.report import sweep as report_sweep
-from medplib_jax.evaluate.report import sweep_gallery, sweep_tables
+from medplib_jax.evaluate.report import sweep_cases, sweep_tables
 from medplib_jax.evaluate.report.comparisons import FIELDS, Figure, compare
+from medplib_jax.evaluate.report.paths import shorten
 from medplib_jax.evaluate.report.published import published
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.report.sweep_load import load_sweep
@@ -98,8 +101,10 @@ def test_intervals_and_differences(report):
     found = by_key(report)
     tested = [figure for figure in report["figures"] if figure["p"] is not None]
     assert tested and all(
-        figure["main"] and figure["modality"] != "modality_mean" and figure["q"] >= figure["p"] for figure in tested
+        figure["modality"] != "modality_mean" and figure["q"] >= figure["p"] - 1e-12 for figure in tested
     )
+    compared = [figure for figure in report["figures"] if figure["delta"] is not None and figure["modality"] == "all"]
+    assert {figure["p"] is not None for figure in compared} == {True}  # of every metric, not of the main ones alone
     for key, figure in found.items():
         if (
             figure["low"] is not None and figure["records"] > 10 and "bleu" not in key[3] and key[3] != "mBMR"
@@ -194,18 +199,41 @@ def test_the_same_answers_give_the_same_figures(folder, small):
     )  # whatever stands beside it
 
 
-def test_every_picture_is_there_and_no_network_is_needed(folder, page):
-    sources = [attributes["src"] for tag, attributes in Tags(page).found if tag == "img"]
-    assert len(sources) == len(set(sources)) >= 4 * 9
-    for source in sources:
-        with Image.open(folder / source) as image:
-            assert max(image.size) == 224
-    assert {path.name for path in (folder / sweep_gallery.FOLDER).iterdir()} == {
-        source.split("/")[1] for source in sources
+def read_script(path):
+    """(what, task's number, record, content) that a file of the page hands over."""
+    what, number, record, content = re.fullmatch(
+        r"loaded\((.*?),(.*?),(.*?),(.*)\);\n", path.read_text(), re.S
+    ).groups()
+    return json.loads(what), json.loads(number), json.loads(record), json.loads(content)
+
+
+def test_every_case_is_in_the_index_and_no_network_is_needed(folder, page):
+    number = dict(re.findall(r'data-number="(\d+)" data-task="([^"]+)"', page))
+    number = {task: number for number, task in number.items()}[TASK]
+    what, _, _, index = read_script(folder / sweep_cases.FOLDER / f"{number}.js")
+    rows = read_rows(*folder.glob(f"predictions/stage_IV-1600/exact/{TASK}.*.jsonl"))
+    assert what == "index" and index["shown"][:2] == ["stage_IV-1600", BASELINE]
+    assert [line[0] for line in index["records"]] == [row["record"] for row in rows]
+    percents = {line[0]: line[5] for line in index["records"]}
+    assert percents == {
+        row["record"]: round(100 * row["scores"]["dice"]) if row["scores"]["target"] else None for row in rows
     }
-    assert not re.search(
-        r'(src|href)="(https?:)?//|@import|<link|url\(', re.sub(r'url\(#\w+\)|xlink:href="#\w+"', "", page)
-    )
+    flagged = {line[0]: line[3] for line in index["records"]}
+    assert all((flags == ["false mask"]) == (not row["scores"]["target"] and row["scores"]["drawn"]) for row, flags in
+               zip(rows, flagged.values(), strict=True))  # fmt: off
+    bare = re.sub(r'url\(#[\w-]+\)|xlink:href="#\w+"|http://www.w3.org/\S*', "", page)
+    assert not re.search(r'(src|href)="(https?:)?//|@import|<link|url\(', bare)
+
+
+def test_a_case_holds_picture_outlines_and_answers(folder, page):
+    files = {path.stem: read_script(path) for path in (folder / sweep_cases.FOLDER).glob("*-*.js")}
+    assert len(files) > 40 and all(what == "case" for what, *_ in files.values())
+    case = next(case for _, _, _, case in files.values() if case["truth"])
+    header, data = case["picture"].split(",", 1)
+    with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+        assert header == "data:image/webp;base64" and list(picture.size) == case["size"] and max(picture.size) <= 512
+    assert all(path.startswith("M") and path.endswith("z") for path in case["truth"])
+    assert len(case["answers"]) == 4 and {"text", "scores", "shapes"} == case["answers"][BASELINE].keys()
 
 
 def test_untrusted_text_is_escaped_everywhere(page):
@@ -213,7 +241,7 @@ def test_untrusted_text_is_escaped_everywhere(page):
     assert [tag for tag, _ in found].count("script") == 1 and not [
         name for _, attributes in found for name in attributes if name.startswith("on")
     ]
-    assert page.count("alert(&#39;x&#39;)") >= 4 and "<script>alert" not in page
+    assert page.count("alert(&#39;x&#39;)") >= 3 and "<script>alert" not in page
 
 
 def test_every_table_of_figures_names_its_protocols(page):
@@ -327,38 +355,23 @@ def test_one_answer_without_baseline_or_steps(tmp_path):
     assert {figure["modality"] for figure in figures} == {"all", "none", "modality_mean"}
 
 
-def rows(dice, target=1, drawn=1):
-    return {i: {"scores": {"dice": value, "target": target, "drawn": drawn}} for i, value in enumerate(dice)}
-
-
-def test_chosen_answers():
-    found = rows(np.linspace(0, 1, 20)) | {
-        20: {"scores": {"dice": 0, "target": 0, "drawn": 1}},
-        21: {"scores": {"dice": 1, "target": 0, "drawn": 0}},
-    }
-    chosen = sweep_gallery.choose(found)
-    assert (chosen["best"], chosen["median"], chosen["worst"], chosen["false mask"]) == (
-        [19, 18, 17],
-        [9, 10, 11],
-        [0, 1, 2],
-        [20],
-    )
-    baseline = rows(np.linspace(0, 1, 20)) | {
-        5: {"scores": {"dice": 0.9, "target": 1, "drawn": 1}},
-        15: {"scores": {"dice": 0, "target": 1, "drawn": 1}},
-    }
-    chosen = sweep_gallery.choose(found, baseline)
-    assert (chosen["gained"], chosen["lost"]) == ([15], [5])
-    few = collections.Counter(record for group in sweep_gallery.choose(rows([0.1, 0.5])).values() for record in group)
-    assert few == {0: 1, 1: 1}
+def test_cases_with_pictures_are_the_worst_the_flagged_and_those_that_changed():
+    scores = {record: record / 40 for record in range(40)}
+    before = scores | {25: 1.0, 30: 0.0}
+    chosen = sweep_cases.choose([scores, before], {33: ("false mask",)}, 10)
+    assert len(chosen) == 10 and {0, 33, 25, 30, 39} <= chosen
+    assert sweep_cases.choose([scores, before], {}, 100) == set(range(40))
+    assert sweep_cases.choose([{0: None, 1: 0.5}], {}, 5) == {0, 1}
 
 
 def test_a_picture_that_is_gone_is_named(small, tmp_path):
     def edit(sweep):
         sweep["tasks"] = [task | {"root": str(tmp_path / "nowhere")} for task in sweep["tasks"]]
 
-    text = write_sweep_report(small(edit)).read_text()
-    assert "file is missing: images/" in text and "<img" in text
+    path = small(edit)
+    write_sweep_report(path)
+    case = read_script(next((path / sweep_cases.FOLDER).glob("*-*.js")))[3]
+    assert case["problem"].startswith("file is missing: images/") and case["picture"]
 
 
 def test_published_figures_bear_the_names_of_tasks():
@@ -433,6 +446,23 @@ def test_patients_are_resampled_where_they_are_known(small):
     assert few["value"] == pytest.approx(images["value"]) == one["value"] and images["images"] == few["images"] > 3
     assert one["low"] is one["high"] is None is not images["low"]
     assert few["low"] != images["low"]
+
+
+def test_a_report_says_how_it_was_made_and_not_whose_it_is(folder, page, report):
+    facts = {(fact["what"], fact["which"]): fact["value"] for fact in report["reproduction"]}
+    assert "2,000 bootstrap resamples" in facts["statistics", ""] and "SHA-256" in facts["data", TASK]
+    assert facts["weights", BASELINE] == "not known" and 'id="reproduction"' in page
+    texts = [(folder / name).read_text() for name in ("report.html", "report.md", "report.json", "report.csv")]
+    assert not [text for text in texts if str(folder) in text]
+    assert shorten("see /home/me/runs/a/data/test/x.json, https://a.b/c/d/e/f and ../b/c/d/e") == (
+        "see …/data/test/x.json, https://a.b/c/d/e/f and ../b/c/d/e"
+    )
+
+
+def test_charts_stand_beside_the_page_as_pdf_and_svg(folder):
+    names = {path.name for path in (folder / report_sweep.FIGURES).iterdir()}
+    assert {f"{TASK}-steps.pdf", f"{TASK}-steps.svg", "router-stage_IV-1600-0.pdf"} <= names
+    assert (folder / report_sweep.FIGURES / f"{TASK}-steps.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_needs_no_jax():

@@ -1,0 +1,228 @@
+"""What a sweep's lines tell without the model: the user's own metrics, and answers without a model to compare with.
+
+COMMAND
+    python -m medplib_jax.evaluate.rescore --workdir runs/sweep --metrics my_metrics.py
+
+Works on the folder of any sweep, also where checkpoints and pictures are gone, and writes its report anew. Scores of
+own metrics stand in `<task>.own.jsonl` beside the answers and are made again each time.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from medplib_jax.data import images
+from medplib_jax.data.errors import DataError
+from medplib_jax.data.records import MASK
+from medplib_jax.data.rle import decode_rle, encode_rle
+from medplib_jax.data.sources import open_source
+from medplib_jax.evaluate import metrics
+from medplib_jax.evaluate.evaluators.predictions import PredictionRow, read_lines, read_rows
+from medplib_jax.evaluate.kinds import Answer, TaskKind, find_kind
+from medplib_jax.evaluate.kinds.naive import Example, Guess, box_of
+from medplib_jax.evaluate.kinds.refer_box import BOX_GRID
+from medplib_jax.evaluate.own import OwnMetric, load_metrics
+from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.result import (
+    CellEntry,
+    CheckpointEntry,
+    SweepResult,
+    TaskEntry,
+    merge,
+    read_result,
+    update_result,
+)
+
+NAIVE = "naive"  # the kind of their checkpoints
+OWN_SUFFIX, EXAMPLES = ".own.jsonl", 2_000
+_KEPT = ("record", "image", "modality", "patient", "structure", "question", "expected", "answer_type")
+
+
+def rescore(workdir: str | Path, own: Sequence[OwnMetric] = ()) -> SweepResult:
+    """Adds the answers without a model, and the scores of own metrics, to a sweep's folder; returns its result.
+
+    Raises what `read_result` raises, and ValueError for a line that cannot be read and for a metric that fails.
+    """
+    workdir = Path(workdir)
+    found = _add_own(workdir, _add_naive(workdir, read_result(workdir)), own)  # minutes: others may write meanwhile
+    naive = [entry for entry in found.checkpoints if entry.kind == NAIVE]
+
+    def change(before: SweepResult) -> SweepResult:
+        models = [entry for entry in before.checkpoints if entry.kind != NAIVE]
+        cells = [cell for cell in before.cells if not _is_naive(before, cell)]
+        return dataclasses.replace(
+            before,
+            checkpoints=(*models, *naive),
+            cells=_in_place(cells, found.cells),
+            metrics=merge(before.metrics, found.metrics, [entry.key for entry in found.metrics]),
+        )
+
+    return update_result(workdir, change)
+
+
+def _in_place(before: Sequence[CellEntry], new: Sequence[CellEntry]) -> tuple[CellEntry, ...]:
+    """The cells with the new ones of their keys in their places, and behind them those that are only new."""
+    cells = {cell.key: cell for cell in before} | {cell.key: cell for cell in new}
+    return tuple(cells.values())
+
+
+def _add_own(workdir: Path, result: SweepResult, own: Sequence[OwnMetric]) -> SweepResult:
+    if not own:
+        return result
+    tasks = {task.name: task for task in result.tasks}
+    cells = tuple(
+        _own_cell(workdir, cell, tasks[cell.task], own) for cell in tqdm(result.cells, desc="own metrics", unit="cell")
+    )
+    entries = [metric.entry() for metric in own]
+    found = merge(result.metrics, entries, [entry.key for entry in entries])
+    return dataclasses.replace(result, cells=cells, metrics=found)
+
+
+def _own_cell(workdir: Path, cell: CellEntry, task: TaskEntry, own: Sequence[OwnMetric]) -> CellEntry:
+    """The cell with a file of own scores beside its answers, those of earlier own metrics kept."""
+    answers = tuple(name for name in cell.predictions if not name.endswith(OWN_SUFFIX))
+    path = workdir / Path(answers[0]).parent / f"{cell.task}{OWN_SUFFIX}" if answers else None
+    wanted = [metric for metric in own if not metric.kinds or task.kind in metric.kinds]
+    if path is None or not wanted:
+        return cell
+    place = {"checkpoint": cell.checkpoint, "task": cell.task, "kind": task.kind, "protocol": cell.protocol}
+    rows = read_rows(*(workdir / name for name in answers))
+    _check_free([metric.name for metric in wanted], rows)
+    earlier = {line["record"]: line["scores"] for line in read_lines(path)}
+    lines = []
+    for row in rows:
+        scores = {metric.name: metric(row, place) for metric in wanted}
+        kept = {name: value for name, value in earlier.get(row["record"], {}).items() if name not in scores}
+        lines.append({"record": row["record"], "scores": kept | {k: v for k, v in scores.items() if v is not None}})
+    _write(path, {"own": [metric.name for metric in wanted]}, lines)
+    names = (*answers, str(path.relative_to(workdir)))
+    scored = [row | {"scores": row["scores"] | line["scores"]} for row, line in zip(rows, lines, strict=True)]
+    return dataclasses.replace(cell, predictions=names, metrics=cell.metrics | _metrics(scored, task, cell.protocol))
+
+
+def _check_free(names: Sequence[str], rows: Sequence[PredictionRow]) -> None:
+    taken = {name for row in rows for name in row["scores"]}.intersection(names)
+    if taken:
+        raise ValueError(f"metric {min(taken)}: the answers have a score of that name; give yours another name")
+
+
+def _metrics(rows: Sequence[PredictionRow], task: TaskEntry, protocol: str) -> dict[str, float]:
+    found = find_kind(task.kind, task.part).statistics(rows, protocol)
+    return metrics.by_modality(found, [row["modality"] for row in rows])
+
+
+def _add_naive(workdir: Path, result: SweepResult) -> SweepResult:
+    """One more checkpoint for each way of answering without a model; made again where the answered records changed."""
+    answered: dict[tuple[str, str], CellEntry] = {}  # for each task and protocol the cell with the most records
+    for cell in result.cells:
+        most = answered.get((cell.task, cell.protocol))
+        if cell.records and not _is_naive(result, cell) and (most is None or cell.records > most.records):
+            answered[cell.task, cell.protocol] = cell
+    checkpoints: dict[str, CheckpointEntry] = {}
+    cells, tasks = [], {task.name: task for task in result.tasks}
+    for (name, protocol), cell in tqdm(answered.items(), desc="answers without a model", unit="task"):
+        rows = read_rows(*(workdir / path for path in cell.predictions if not path.endswith(OWN_SUFFIX)))
+        kind, task = find_kind(tasks[name].kind, tasks[name].part), tasks[name]
+        for guess_name, guess in kind.naive(_examples(task, rows)).items():
+            checkpoints[guess_name] = CheckpointEntry(guess_name, run="no model", kind=NAIVE)
+            cells.append(_naive_cell(workdir, guess_name, guess, rows, task, kind, protocol))
+    before = [cell for cell in result.cells if not _is_naive(result, cell)]
+    models = [entry for entry in result.checkpoints if entry.kind != NAIVE]
+    return dataclasses.replace(result, checkpoints=(*models, *checkpoints.values()), cells=(*before, *cells))
+
+
+def _is_naive(result: SweepResult, cell: CellEntry) -> bool:
+    return any(entry.kind == NAIVE and entry.name == cell.checkpoint for entry in result.checkpoints)
+
+
+def _naive_cell(
+    workdir: Path,
+    name: str,
+    guess: Guess,
+    rows: Sequence[PredictionRow],
+    task: TaskEntry,
+    kind: TaskKind,
+    protocol: str,
+) -> CellEntry:
+    facts = [[row["record"], row["expected"], row.get("true_masks")] for row in rows]
+    made_from = hashlib.sha256(json.dumps([facts, _content(task.examples)]).encode()).hexdigest()
+    path = Path("predictions", re.sub(r"\W", "_", name), protocol, f"{task.name}.jsonl")
+    header = {"naive": name, "task": task.name, "protocol": protocol, "made_from": made_from}
+    with contextlib.suppress(ValueError):  # lines made from something else are made again
+        known = read_lines(workdir / path, header)
+        if len(known) == len(rows):
+            return CellEntry(name, task.name, protocol, (str(path),), len(rows), _metrics(known, task, protocol))
+    lines = [_naive_row(row, guess, kind, protocol) for row in rows]
+    _write(workdir / path, header, lines)
+    return CellEntry(name, task.name, protocol, (str(path),), len(rows), _metrics(lines, task, protocol))
+
+
+def _content(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else file
+
+
+def _naive_row(row: PredictionRow, guess: Guess, kind: TaskKind, protocol: str) -> PredictionRow:
+    true = tuple(decode_rle(rle) for rle in row.get("true_masks", ()))
+    answer = guess(row, Answer("", row["expected"], row["answer_type"], (), true))
+    kept = {name: row[name] for name in _KEPT if name in row} | {"answer": answer.text}
+    masks = {"masks": [encode_rle(mask) for mask in answer.masks], "true_masks": row.get("true_masks", [])}
+    return kept | kind.score(answer, protocol) | (masks if kind.draws_masks else {})
+
+
+def _write(path: Path, header: PredictionRow, lines: Iterable[PredictionRow]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *lines))
+    partial.replace(path)
+
+
+def _examples(task: TaskEntry, rows: Sequence[PredictionRow]) -> list[Example]:
+    """The truth of training records (at most EXAMPLES, evenly spread), or of the answered ones where none are known."""
+    if not task.examples:
+        return [Example(row["expected"], _row_boxes(row)) for row in rows]
+    source = open_source(task.examples, task.root)
+    found = []
+    for index in range(0, len(source), max(1, len(source) // EXAMPLES)):
+        with contextlib.suppress(DataError):  # a record that cannot be used is no example
+            record = source[index]
+            text, boxes = record.turns[-1][1], [_text_boxes(record.turns[-1][1])]
+            if names := MASK.findall(text):
+                size = images.load_image(record.find(record.images[0])).shape[:2]
+                boxes += [box_of(images.load_mask(record.find(name), size) > 0) for name in names]
+            found.append(Example(MASK.sub("", text).strip(), np.concatenate(boxes)))
+    return found
+
+
+def _row_boxes(row: PredictionRow) -> np.ndarray:
+    masks = [box_of(decode_rle(rle)) for rle in row.get("true_masks", ())]
+    return np.concatenate([_text_boxes(row["expected"]), *masks])
+
+
+def _text_boxes(text: str) -> np.ndarray:
+    return metrics.parse_boxes(text) / BOX_GRID
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workdir", required=True, help="folder of a sweep, with its sweep.json")
+    parser.add_argument("--metrics", default="", help="comma-separated files and entry points, see evaluate/own.py")
+    arguments = parser.parse_args()
+    try:
+        rescore(arguments.workdir, load_metrics(arguments.metrics))
+        print(write_sweep_report(arguments.workdir))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
