@@ -1,6 +1,8 @@
 """One picture, one question: the prompt that the model gets, the files that are written, and what is refused."""
 
+import ast
 import shutil
+import subprocess
 import sys
 
 import chex
@@ -148,3 +150,13 @@ def test_answers_belong_to_what_a_checkpoint_holds(tmp_path):
     shutil.rmtree(tmp_path / "run")
     tiny.write_checkpoint(tmp_path / "run", seed=1)
     assert Predictor(tmp_path / "run").identity != identity
+
+
+def test_asking_reads_no_code_of_reports_and_datasets():
+    """So that it starts fast and says nothing of its own."""
+    program = "import sys, medplib_jax.predict; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"matplotlib", "tensorflow_datasets", "jinja2", "nltk", "contourpy"} & set(
+        ast.literal_eval(found.stdout)
+    )
+    assert found.stderr == ""
