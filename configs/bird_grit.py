@@ -1,6 +1,8 @@
 """BiRD: refers and grounds with boxes, on Med-GRIT's four tasks.
 
 COMMAND
+    python -m convert.from_torch --source Qwen-VL-Chat --out checkpoints/qwen-vl-chat
+    python -m medplib_jax.datasets.import_dataset --dataset med_grit --source Med-GRIT
     python -m medplib_jax.train --config=configs/bird_grit.py:9b --workdir=runs/bird/9b
     python -m medplib_jax.train --config=configs/bird_grit.py:lora --workdir=runs/bird/lora
     python -m medplib_jax.train --config=configs/bird_grit.py:tiny --workdir=runs/bird/tiny
@@ -10,8 +12,12 @@ resampler train, the ViT and what follows the resampler do not. Packed rows of 2
 cosine, weight decay 0.1 on all but biases. The authors' batch is 4 rows x 8 accumulated per device, their number of
 devices is not stated: here 256 rows in all. Packed conversations see themselves only, which the original meant but did
 not do. lora: Qwen-VL's own LoRA recipe (finetune.py) on the same data: rank 64 on c_attn, attn.c_proj, w1 and w2. tiny:
-everything trains from nothing, on the generated pictures of `medplib_jax.datasets.phantom` asked in Med-GRIT's form
-(`medplib_jax.datasets.phantom.grit`).
+everything trains from nothing, on what `bash launch/demo.sh --bird` generates: pictures of
+`medplib_jax.datasets.phantom` asked in Med-GRIT's form (`medplib_jax.datasets.phantom.grit`).
+
+Other conversations join by weight, as long as they hold neither masks nor regions: MeCoVQA-Complex and public VQA do.
+    --config.data.sources="('data/med_grit/med_grit_train.json','data/slake_en/slake_en_train.json')" \
+    --config.data.weights="(3,1)"
 """
 
 import dataclasses
@@ -57,6 +63,7 @@ TINY = ModelConfig(
         trained_length=512,
     ),
 )
+DEMO = f"{common.DEMO}/bird"  # where `bash launch/demo.sh --bird` leaves data and model
 DECODER_AND_RESAMPLER = (common.LLM, "^resampler/")
 
 
@@ -66,8 +73,7 @@ def get_config(size: str = "9b"):
 
 def large() -> ExperimentConfig:
     data = DataConfig(
-        sources=("data/med_grit/train.json",),
-        root="data/med_grit",
+        sources=("data/med_grit/med_grit_train.json",),
         tokenizer=f"{QWEN_VL_CHAT}/tokenizer",
         template="chatml",
         bucket_lengths=(2048,),
@@ -114,8 +120,9 @@ def lora() -> ExperimentConfig:
 def tiny() -> ExperimentConfig:
     data = dataclasses.replace(
         common.phantom(bucket_lengths=(160, 224, 288, 448), max_regions=0, max_masks=0),
-        sources=("data/phantom/grit/train/mixed.json",),
-        tokenizer="data/phantom/qwen_tokenizer",
+        sources=(f"{DEMO}/phantom/grit/train/mixed.json",),
+        root=f"{DEMO}/phantom",
+        tokenizer=f"{DEMO}/tokenizer",
         template="chatml",
         batch_size=16,
     )

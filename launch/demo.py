@@ -10,10 +10,8 @@ import dataclasses
 import json
 import logging
 import math
-import resource
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +21,7 @@ import numpy as np
 
 from configs import stage1_align, stage2_vqa, stage3_grounding, stage4_moe
 from launch import demo_bird
+from launch.demo_common import Stopwatch, announce, print_summary
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.images import load_image
@@ -52,7 +51,6 @@ TESTS = {
     "III grounding": ("grounding",),
     "IV mixture": ("complex", "region", "grounding"),
 }
-MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
 SWEPT = ("II visual-language", "III grounding", "IV mixture")  # put to all tasks by --sweep
 GALLERY_SCORES = ("dice", "iou", "closed_accuracy", "open_exact_match", "open_f1")
 CURVES = ("loss", "ce", "dice", "bce")
@@ -113,25 +111,6 @@ class Demo:
         )
 
 
-class Stopwatch:
-    """Seconds of the main job and its memory peak, summed over interrupted runs in a file."""
-
-    def __init__(self, file: Path):
-        self._file = file
-        self._before = json.loads(file.read_text()) if file.exists() else {"seconds": 0.0, "peak_rss_gb": 0.0}
-        self._start = time.perf_counter()
-
-    def read(self) -> dict[str, float]:
-        peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return {
-            "seconds": self._before["seconds"] + time.perf_counter() - self._start,
-            "peak_rss_gb": max(self._before["peak_rss_gb"], peak * MAXRSS_BYTES / 2**30),
-        }
-
-    def save(self) -> None:
-        self._file.write_text(json.dumps(self.read()))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="launch/demo.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -156,12 +135,13 @@ def main() -> int:
     demo = Demo(**arguments)
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
     logging.getLogger("medplib_jax").setLevel(logging.INFO)
-    demo.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((demo.out / "compiled").resolve()))
-    watch = Stopwatch(demo.out / "stopwatch.json")
+    out = demo.out / "bird" if with_bird else demo.out
+    out.mkdir(parents=True, exist_ok=True)
+    watch = Stopwatch(out / "stopwatch.json")
     try:
         if with_bird:
-            return demo_bird.run(demo_bird.BirdDemo(demo.out / "bird", demo.examples, demo.seed))
+            return demo_bird.run(demo_bird.BirdDemo(out, demo.examples, demo.seed), watch)
         code = run(demo, watch)
         return sweep(demo) if with_sweep and code == 0 else code
     except KeyboardInterrupt:
@@ -189,7 +169,9 @@ def run(demo: Demo, watch: Stopwatch) -> int:
         announce("Report")
         metrics = flat_metrics(results)
         write(demo, results, metrics, watch)
-    print_summary(json.loads((demo.out / "metrics.json").read_text()), demo.out / "report.html")
+    metrics = json.loads((demo.out / "metrics.json").read_text())
+    final = {name: value for name, value in metrics.items() if not name.startswith("stage_")}
+    print_summary("Held-out phantom examples, final model:", final, demo.out / "report.html")
     return 0
 
 
@@ -225,10 +207,6 @@ def sweep(demo: Demo) -> int:
     rescore(demo.evaluation)
     print(f"\nReport of the sweep: {write_sweep_report(demo.evaluation)}")
     return 0
-
-
-def announce(title: str) -> None:
-    print(f"\n=== {title}", file=sys.stderr, flush=True)
 
 
 def make_tokenizer(demo: Demo) -> None:
@@ -285,9 +263,7 @@ def write(demo: Demo, results: dict[str, dict], metrics: dict[str, float], watch
         ),
         demo.out,
     )
-    used = watch.read()
-    metrics |= {"wall_seconds": used["seconds"], "peak_rss_gb": used["peak_rss_gb"]}
-    (demo.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    (demo.out / "metrics.json").write_text(json.dumps(metrics | watch.read(), indent=1) + "\n")
 
 
 def curve(rows: list[dict[str, float]]) -> dict[str, list[float]]:
@@ -354,19 +330,11 @@ def facts(demo: Demo, watch: Stopwatch) -> dict[str, object]:
         "training images": demo.examples,
         "held-out images": demo.test_examples,
         "seed": demo.seed,
-        "minutes": f"{used['seconds'] / 60:.1f}",
+        "minutes": f"{used['wall_seconds'] / 60:.1f}",
         "memory peak": f"{used['peak_rss_gb']:.1f} GB",
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
-
-
-def print_summary(metrics: dict[str, float], page: Path) -> None:
-    print("\nHeld-out phantom examples, final model:")
-    for name, value in metrics.items():
-        if not name.startswith("stage_"):
-            print(f"  {name:28} {value:10.3f}")
-    print(f"\nReport: {page}")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ import dataclasses
 import json
 import signal
 import sys
-import time
 from pathlib import Path
 
 import jax
 
 from configs import bird_grit
+from launch.demo_common import Stopwatch, announce, print_summary
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.sources import open_source
@@ -87,45 +87,44 @@ class BirdDemo:
         return SweepConfig(checkpoints=str(self.model), tasks=tuple(tasks), on_error="raise")
 
 
-def run(demo: BirdDemo) -> int:
+def run(demo: BirdDemo, watch: Stopwatch) -> int:
     """0 when done, 130 or 143 when interrupted."""
     metrics = demo.out / "metrics.json"
     if metrics.exists():
         print(f"{demo.out} is finished; remove it to start anew.")
     else:
-        began = time.perf_counter()
+        announce("Phantom dataset in Med-GRIT's form")
         phantom.generate(demo.data, demo.examples, TEST_IMAGES, demo.seed)
         grit.write_grit(demo.data, demo.seed)
-        if not (demo.tokenizer / "qwen.tiktoken").exists():
-            train_ranks(
-                conversation_texts(open_source(str(demo.data / grit.MIXED), str(demo.data))), str(demo.tokenizer)
-            )
+        make_tokenizer(demo)
+        announce("Training")
         with contextlib.redirect_stdout(sys.stderr):
             outcome = train(demo.experiment(), str(demo.model))
         if outcome["interrupted"]:
             return 130 if outcome["interrupted"] == signal.SIGINT else 143
+        announce("Evaluation")
         found = headline(run_sweep(demo.sweep(), demo.evaluation))
-        found["seconds"] = time.perf_counter() - began
         note_run(demo.evaluation, jax.devices()[0].device_kind)
         rescore(demo.evaluation)
         write_sweep_report(demo.evaluation)
-        metrics.write_text(json.dumps(found, indent=1) + "\n")
-    print_summary(json.loads(metrics.read_text()), demo.evaluation / "report.html")
+        metrics.write_text(json.dumps(found | watch.read(), indent=1) + "\n")
+    found = {with_bar(name): value for name, value in json.loads(metrics.read_text()).items()}
+    print_summary("Held-out phantom questions in Med-GRIT's form:", found, demo.evaluation / "report.html")
     return 0
+
+
+def make_tokenizer(demo: BirdDemo) -> None:
+    if not (demo.tokenizer / "qwen.tiktoken").exists():
+        records = open_source(str(demo.data / grit.MIXED), str(demo.data))
+        train_ranks(conversation_texts(records), str(demo.tokenizer))
 
 
 def headline(result: SweepResult) -> dict[str, float]:
     """{task.metric: value} of the figures that have a bar, and how many records each task asked."""
-    found = {}
-    for cell in result.cells:
-        found |= {f"{cell.task}.{name}": value for name, value in cell.metrics.items()}
-        found[f"{cell.task}.records"] = cell.records
-    return {name: value for name, value in found.items() if name in BARS or name.endswith(".records")}
+    found = {f"{cell.task}.{name}": value for cell in result.cells for name, value in cell.metrics.items()}
+    records = {f"{cell.task}.records": cell.records for cell in result.cells}
+    return {name: found[name] for name in BARS} | records
 
 
-def print_summary(metrics: dict[str, float], page: Path) -> None:
-    print("\nHeld-out phantom questions in Med-GRIT's form:")
-    for name, value in metrics.items():
-        bar = f"   (to reach: {BARS[name]:.2f})" if name in BARS else ""
-        print(f"  {name:28} {value:10.3f}{bar}")
-    print(f"\nReport: {page}")
+def with_bar(name: str) -> str:
+    return f"{name} (>= {BARS[name]:.2f})" if name in BARS else name

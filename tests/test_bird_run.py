@@ -11,59 +11,34 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from launch import demo_bird
 from medplib_jax import checkpoint, predict
-from medplib_jax.config.experiment import DataConfig, OptimConfig, TrainConfig
 from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.boxes import Box
+from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.records import parse_record
 from medplib_jax.data.sources import open_source
+from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.datasets.phantom import grit
-from medplib_jax.datasets.phantom.generate import generate
-from medplib_jax.datasets.train_ranks import conversation_texts, train_ranks
-from medplib_jax.decode.predictor import Predictor
+from medplib_jax.datasets.phantom.generate import FILES
+from medplib_jax.decode.predictor import Prediction, Predictor
 from medplib_jax.evaluate.kinds import refer_box
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.train.loop import train
-from tests import bird_tiny
-
-LENGTH = 512
+from tests.evaluate.evaluators import tiny
+from tests.tiny_bird_run import experiment, prepare
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
-    generate(data, 8, 2, processes=1)
-    counts = grit.write_grit(data)
-    assert grit.write_grit(data) == counts and counts[grit.MIXED] == 16
-    texts = conversation_texts(open_source(str(data / grit.MIXED), str(data)))
-    assert train_ranks(texts, str(data / "tokenizer"), merges=60).vocab_size == 640
+    prepare(data)
+    assert grit.write_grit(data)[grit.MIXED] == 16
+    assert load_tokenizer(str(data / "tokenizer")).vocab_size == 640
     return data
-
-
-def experiment(folder, **changes):
-    llm = dataclasses.replace(bird_tiny.MODEL.llm, max_positions=LENGTH, trained_length=256)
-    data = DataConfig(
-        sources=(str(folder / grit.MIXED),),
-        root=str(folder),
-        tokenizer=str(folder / "tokenizer"),
-        template="chatml",
-        bucket_lengths=(LENGTH,),
-        batch_size=8,
-        pack=True,
-        max_images=3,
-        max_regions=0,
-        max_masks=0,
-        workers=0,
-    )
-    config = bird_tiny.experiment(
-        model=dataclasses.replace(bird_tiny.MODEL, llm=llm),
-        data=data,
-        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup=0.1, weight_decay=0.1, no_decay=("/bias$",)),
-        train=TrainConfig(steps=4, checkpoint_every=2, log_every=1),
-    )
-    return dataclasses.replace(config, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +56,22 @@ def test_a_resumed_run_is_the_run_at_a_stretch(folder, workdir, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
 
 
+def test_conversations_of_other_datasets_join_by_weight(folder):
+    """MeCoVQA's form and Med-GRIT's in one mixture; what speaks of masks or regions is named and left out."""
+    names = (grit.MIXED, FILES["train"]["complex"], FILES["train"]["region"])
+    config = experiment(folder)
+    files = tuple(str(folder / name) for name in names)
+    data = dataclasses.replace(config.data, sources=files, pack=False, on_error="skip", weights=(3.0, 1.0, 0.0))
+    sources = [open_source(file, str(folder)) for file in files]
+    loader = Loader(sources, load_tokenizer(str(folder / "tokenizer")), data, config.model)
+    plan, problems = loader.plan(0)
+    assert len(problems) == len(sources[2]) and {one.what for one in problems} == {"region or mask in the text"}
+    drawn = np.concatenate([plan.batch(step)[1] for step in range(plan.steps_per_epoch)])
+    of_source = np.searchsorted(loader.starts[1:], drawn[drawn >= 0], side="right")
+    counts = np.bincount(of_source, minlength=3)
+    assert counts[0] == pytest.approx(3 * counts[1], abs=3) and counts[2] == 0
+
+
 def test_all_four_tasks_are_swept_in_both_protocols(folder, workdir, tmp_path):
     tasks = tuple(
         TaskConfig(part, str(folder / grit.file_of("test", part)), root=str(folder), kind="refer_box", part=part)
@@ -94,6 +85,11 @@ def test_all_four_tasks_are_swept_in_both_protocols(folder, workdir, tmp_path):
     assert len(found) == 8
     assert {"recall_at_0.5", "box_iou"} <= found["VG", "exact"].keys() and "box_iou" not in found["VG", "reference"]
     assert {"exact_match", "mBMR"} <= found["MIA", "exact"].keys()
+    exact = dataclasses.replace(result, cells=tuple(cell for cell in result.cells if cell.protocol == "exact"))
+    shown = demo_bird.headline(exact)
+    assert (
+        list(shown) == [*demo_bird.BARS, *(f"{part}.records" for part in refer_box.PARTS)] and shown["VG.records"] == 2
+    )
     assert write_sweep_report(tmp_path).exists()
 
 
@@ -107,6 +103,45 @@ def test_predict_prints_the_answer_and_writes_its_boxes(folder, workdir, tmp_pat
     monkeypatch.setattr(sys, "argv", ["predict", *arguments[:-6], "--scribble", "1,1 2,2", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="take box:x1,y1,x2,y2 or point:x,y"):
         predict.main()
+
+
+@pytest.mark.parametrize(
+    ("image", "question", "message"),
+    [
+        ("", "What is <ref>it</ref><box>(1,2),(3,1000)</box>?", "error: .*expected numbers from 0 to 999"),
+        ("", "What is <ref>it</ref><box>(1,2),(3,4)?", "error: .*<box> is not closed"),
+        ("gone.png", "What is it?", "error: .*gone.png: file is missing"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_one_line(folder, workdir, tmp_path, monkeypatch, image, question, message):
+    image = image or next((folder / "images").iterdir())
+    arguments = ["--checkpoint", str(workdir), "--image", str(image), "--question", question, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["predict", *arguments])
+    with pytest.raises(SystemExit, match=message):
+        predict.main()
+
+
+def test_each_box_of_an_answer_becomes_a_mask(folder, workdir, tmp_path, monkeypatch, capsys):
+    tiny.write_checkpoint(tmp_path / "medplib")
+    image = next((folder / "images").iterdir())
+    arguments = ["--checkpoint", str(workdir), "--image", str(image), "--question", "Where?", "--max-new-tokens", "2"]
+    masks = ["--masks", "sam", "--sam-checkpoint", str(tmp_path / "medplib"), "--out", str(tmp_path / "out")]
+    said = (Box(100, 200, 500, 999, "the liver"), Box(0, 0, 300, 300))
+    monkeypatch.setattr(predict.Predictor, "answer", lambda self, picture, *_: Prediction("", (), (), picture, said))
+    monkeypatch.setattr(sys, "argv", ["predict", *arguments, *masks])
+    predict.main()
+    drawn = [np.asarray(Image.open(tmp_path / "out" / f"mask_{k}.png")) for k in range(2)]
+    assert {mask.shape for mask in drawn} == {Image.open(image).size[::-1]}
+    assert len(json.loads((tmp_path / "out/boxes.json").read_text())) == 2
+    for wrong, message in (
+        (["--masks", "sam"], "expected both or neither"),
+        ([*masks, "--checkpoint", str(tmp_path / "medplib")], "draws its masks itself"),
+        (["--masks", "sam", "--sam-checkpoint", str(workdir)], "expected a model with the part 'sam'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["predict", *arguments, "--out", str(tmp_path / "out"), *wrong])
+        with pytest.raises(SystemExit) as end:
+            predict.main()
+        assert message in f"{end.value.code}{capsys.readouterr().err}"
 
 
 def test_drawn_boxes_are_those_of_the_answer(folder, workdir, tmp_path):

@@ -134,6 +134,16 @@ def test_a_folder_becomes_an_experiment(tmp_path):
     assert experiment("finetune_folder", str(tmp_path)).data.sources == (str(tmp_path / "slake_train.json"),)
 
 
+def test_a_folder_of_boxes_becomes_an_experiment(tmp_path):
+    for name in ("train/VG", "grit/train/VG", "grit/test/VG"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.json").write_text("[]")
+    written = experiment("bird_folder", str(tmp_path))  # by `write_qa`, whose own train/ holds masks
+    assert written.data.sources == (str(tmp_path / "grit/train/VG.json"),) and written.data.root == str(tmp_path)
+    imported = experiment("bird_folder", str(tmp_path / "grit"))
+    assert imported.data.root == str(tmp_path / "grit") and imported.init.sizes == "base"
+
+
 def fields(cls):
     for field in dataclasses.fields(cls):
         yield from fields(field.type) if dataclasses.is_dataclass(field.type) else [(cls.__name__, field.name)]

@@ -14,7 +14,7 @@ def test_a_bare_name_is_the_packages_from_any_folder(tmp_path, monkeypatch):
     assert find_config("stage4_moe") == ROOT / "configs" / "stage4_moe.py"
     assert load_config("stage4_moe:tiny") == load_config(f"{ROOT}/configs/stage4_moe.py:tiny")
     with pytest.raises(
-        ValueError, match="stage5: expected the path of a file, or one of bird_grit, common, eval_folder, "
+        ValueError, match="stage5: expected the path of a file, or one of bird_folder, bird_grit, common, eval_folder, "
     ):
         find_config("stage5")
 
