@@ -59,8 +59,6 @@ def detect_config(shapes: Shapes, foreign: Foreign, alpha: Callable[[int], float
             "Qwen-VL's numbers of heads are in no tensor; give the folder with its config.json, which has "
             "'num_attention_heads' and 'visual' (--config)"
         )
-    if written.get("use_dynamic_ntk", True) != written.get("use_logn_attn", True):
-        raise ValueError("config.json: use_dynamic_ntk and use_logn_attn: expected both or neither")
     return ModelConfig(
         family="bird",
         vit=_vision(shapes, written),
@@ -94,6 +92,7 @@ def _llm(shapes: Shapes, written: Json) -> LlmConfig:
     found = {"hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocab, "intermediate_size": 2 * mlp}
     check_agree("Qwen-VL", written, found)
     heads = written["num_attention_heads"]
+    ntk, log_n = written.get("use_dynamic_ntk", True), written.get("use_logn_attn", True)
     return LlmConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -105,7 +104,9 @@ def _llm(shapes: Shapes, written: Json) -> LlmConfig:
         rms_norm_eps=written.get("layer_norm_epsilon", 1e-6),
         max_positions=written.get("max_position_embeddings", 8192),
         fused_qkv=True,
-        trained_length=written.get("seq_length", 2048) if written.get("use_dynamic_ntk", True) else 0,
+        trained_length=written.get("seq_length", 2048) if ntk or log_n else 0,
+        ntk=ntk,
+        log_n=log_n,
     )
 
 
@@ -141,8 +142,8 @@ def model_json(config: ModelConfig, carried: Json, dtype: np.dtype, image_start_
         "rotary_emb_base": int(llm.rope_theta) if llm.rope_theta.is_integer() else llm.rope_theta,
         "seq_length": llm.trained_length or carried.get("seq_length", 2048),
         "torch_dtype": str(dtype),
-        "use_dynamic_ntk": bool(llm.trained_length),
-        "use_logn_attn": bool(llm.trained_length),
+        "use_dynamic_ntk": llm.ntk and bool(llm.trained_length),
+        "use_logn_attn": llm.log_n and bool(llm.trained_length),
         "vocab_size": llm.vocab_size,
     }
     visual = {

@@ -73,11 +73,11 @@ class QwenReference(TorchReference):
         """Embeddings of one sequence without padding [1, L, D] -> hidden states after the final norm."""
         llm, length = self.config.llm, x.shape[1]
         K, trained = llm.head_dim, llm.trained_length
-        alpha = max(2 ** math.ceil(math.log2(length / trained) + 1) - 1, 1) if trained else 1
+        alpha = max(2 ** math.ceil(math.log2(length / trained) + 1) - 1, 1) if trained and llm.ntk else 1
         base = llm.rope_theta * alpha ** (K / (K - 2))
         angles = (torch.arange(length).float()[:, None] / base ** (torch.arange(0, K, 2).float() / K)).repeat(1, 2)
         numbers = torch.arange(1, length + 1).float().clamp(min=trained or length)
-        scale = torch.log(numbers) / math.log(trained) if trained else torch.ones(length)
+        scale = torch.log(numbers) / math.log(trained) if trained and llm.log_n else torch.ones(length)
         mask = torch.full((length, length), -torch.inf).triu(1)
         for i in range(llm.num_layers):
             name = f"transformer.h.{i}."

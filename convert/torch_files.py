@@ -1,5 +1,5 @@
 """PyTorch checkpoint files as named tensors, read and written one at a time: safetensors natively, `.bin`/`.pth`
-through torch.
+through torch. Paddle's (`paddle_files`) are read, too.
 
 Nothing is unpickled but tensors (`weights_only=True`). numpy arrays come out, bfloat16 as `ml_dtypes.bfloat16`.
 """
@@ -25,6 +25,8 @@ import numpy as np
 import safetensors
 from tqdm import tqdm
 
+from . import paddle_files
+
 Shape = tuple[int, ...]
 T = TypeVar("T")
 
@@ -37,7 +39,7 @@ FLOATS = {
 _INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 _TYPES = FLOATS | {name: np.dtype(kind) for name, kind in _INTEGERS.items()}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
-_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", paddle_files.SUFFIX)
 _NOT_WEIGHTS = re.compile(
     r"^(training_args|optimizer|scheduler|rng_state|random_states|mp_rank_|zero_pp_|bf16_zero_pp_)"
 )
@@ -86,6 +88,8 @@ def equal(one: Tensor, other: Tensor) -> bool:
 def read_file(file: pathlib.Path) -> dict[str, Tensor]:
     """Name -> tensor of one file. ValueError when it is truncated, not a checkpoint, or a pickle with more than
     tensors."""
+    if file.suffix == paddle_files.SUFFIX:
+        return _read_paddle(file)
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
 
 
@@ -176,6 +180,11 @@ def _read_pickle(file: pathlib.Path) -> dict[str, Tensor]:
         )
         tensors[name] = Tensor(file, tuple(value.shape), dtype, _torch_reader(torch, value))
     return tensors
+
+
+def _read_paddle(file: pathlib.Path) -> dict[str, Tensor]:
+    arrays = paddle_files.read_arrays(file)
+    return {name: Tensor(file, x.shape, x.dtype, functools.partial(np.asarray, x)) for name, x in arrays.items()}
 
 
 def _torch_reader(torch, value) -> Callable[[], np.ndarray]:

@@ -103,7 +103,11 @@ class LlmConfig(Section, name="llm"):
     rms_norm_eps: Positive[float] = 1e-5
     max_positions: Positive[int] = 4096
     fused_qkv: bool = False  # one projection with a bias yields query, key and value of each head side by side
-    trained_length: NotNegative[int] = 0  # longer prompts get Qwen's NTK and log-n scaling; 0: none
+    trained_length: NotNegative[int] = (
+        0  # longer prompts get Qwen's scaling, see `models/language/long_context.py`; 0: none
+    )
+    ntk: bool = True  # whether it stretches the rotary base
+    log_n: bool = True  # whether it sharpens the queries
 
     def __post_init__(self):
         super().__post_init__()

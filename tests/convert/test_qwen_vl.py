@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import pickle
 import shutil
 
 import ml_dtypes
@@ -64,6 +65,64 @@ def test_there_and_back_is_bit_exact(dtype, file_format, tmp_path):
     assert experiment.data.template == "chatml" and tokenizer.endswith("tokenizer")
 
 
+def paddle_name(key):
+    """The name in BiRD's checkpoints."""
+    for old, new in (("transformer.visual.", "visual."), ("transformer.", "transformer.llm.")):
+        if key.startswith(old):
+            inside = key.removeprefix(old)
+            vit = old.endswith("visual.") and not inside.startswith(("attn_pool.", "ln_post.", "proj"))
+            return new + ("vit." if vit else "") + inside
+    return key
+
+
+def write_paddle(file, tensors, head_is_table=False):
+    """As `paddle.save` writes a state: NumPy arrays, weights of linear layers (in, out), bfloat16 as bits."""
+    named = {}
+    for key, tensor in tensors.items():
+        linear = tensor.ndim == 2 and key.endswith("weight") and not key.endswith("wte.weight")
+        turned = tensor.T.copy() if linear and not (head_is_table and key == "lm_head.weight") else tensor
+        named[paddle_name(key)] = turned.view(np.uint16) if tensor.dtype == TYPES["bf16"] else turned
+    file.write_bytes(pickle.dumps(named | {"StructuredToParameterName@@": {}}, protocol=4))
+
+
+@pytest.mark.parametrize(("dtype", "head_is_table"), [("bf16", False), ("fp32", True)])
+def test_birds_own_checkpoints_are_read(dtype, head_is_table, tmp_path):
+    tensors = source(tmp_path / "torch", TYPES[dtype])
+    names = json.loads(gzip.decompress((TEXT / "keys_qwen_vl_7b.json.gz").read_bytes()))["paddle_names"]
+    assert {key: paddle_name(key) for key in names} == names
+    for file in (tmp_path / "torch").glob("*.safetensors*"):
+        file.unlink()
+    write_paddle(tmp_path / "model_state.pdparams", tensors, head_is_table)
+    options = from_torch.Options((tmp_path / "model_state.pdparams",), tmp_path / "jax", config=tmp_path / "torch")
+    from_torch.convert(options)
+    to_torch.convert(tmp_path / "jax", tmp_path / "back", "safetensors")
+    back = torch_files.read_folder(tmp_path / "back")
+    assert back.keys() == tensors.keys()
+    assert not [key for key, tensor in tensors.items() if back[key].read().tobytes() != tensor.tobytes()]
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("loaded",)
+
+
+def test_a_pickle_that_holds_more_than_arrays_is_refused(tmp_path, capsys):
+    file = tmp_path / "model_state.pdparams"
+    file.write_bytes(pickle.dumps({"lm_head.weight": Harmful()}, protocol=4))
+    with pytest.raises(ValueError, match="the pickle asks for builtins.print, which could run code"):
+        torch_files.read_file(file)
+    assert not capsys.readouterr().out
+    for content, what in (
+        (pickle.dumps({"x": np.zeros(3)})[:-40], "damaged"),
+        (pickle.dumps([np.zeros(3)]), "expected a dictionary of arrays, found list"),
+        (pickle.dumps({"x": "words"}), "'x': expected an array of numbers, found str"),
+        (pickle.dumps({"UnpackBigParamInfor@@": {}}), "save it anew with paddle.save"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=what):
+            torch_files.read_file(file)
+
+
 def test_every_name_of_the_released_model_has_its_place_both_ways():
     keys = json.loads(gzip.decompress((TEXT / "keys_qwen_vl_7b.json.gz").read_bytes()))
     assert not [row for row in checks.check_names(keys) if row.error]
@@ -91,6 +150,17 @@ def test_sizes_that_disagree_are_refused():
         kinds.detect_config(shapes, foreign(keys["config"] | {"hidden_size": 2048}))
     with pytest.raises(ValueError, match="numbers of heads are in no tensor"):
         kinds.detect_config(shapes, foreign({}))
+
+
+@pytest.mark.parametrize("scaling", [{"use_dynamic_ntk": False}, {"use_logn_attn": False}, {}])
+def test_each_way_to_scale_long_prompts_comes_from_the_configuration_and_goes_back(scaling):
+    keys = json.loads(gzip.decompress((TEXT / "keys_qwen_vl_7b.json.gz").read_bytes()))
+    shapes = {key: tuple(shape) for key, shape in keys["shapes"].items()}
+    config = kinds.detect_config(shapes, foreign(keys["config"] | scaling))
+    written = qwen_vl.model_json(config, {}, TYPES["bf16"], 151857, {})
+    for name in ("use_dynamic_ntk", "use_logn_attn"):
+        assert written[name] == scaling.get(name, True)
+    assert (config.llm.ntk, config.llm.log_n) == (written["use_dynamic_ntk"], written["use_logn_attn"])
 
 
 def test_plain_pytorch_says_the_same(tmp_path, monkeypatch, capsys):

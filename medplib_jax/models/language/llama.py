@@ -137,7 +137,8 @@ class Llama(nnx.Module):
         if ntk_B is None:
             return Positions(rotary_tables(positions_BxL, rotary_frequencies(llm.head_dim, llm.rope_theta)))
         frequencies = jnp.asarray(ntk_frequencies(llm))[ntk_B][:, None]
-        return Positions(rotary_tables(positions_BxL, frequencies), log_n(index_BxL, llm.trained_length))
+        query_scale_BxL = log_n(index_BxL, llm.trained_length) if llm.log_n else None
+        return Positions(rotary_tables(positions_BxL, frequencies), query_scale_BxL)
 
     def _scan(
         self, step: "_LayerStep", x_BxLxD: Array, inputs, router_noise: Array | None

@@ -30,12 +30,12 @@ def ntk_index(length_B: Array, llm: LlmConfig) -> Array:
 
 def ntk_frequencies(llm: LlmConfig) -> np.ndarray:
     """Rotary frequencies of every stretch, float32 [steps, K/2]: base theta * alpha^(K / (K - 2)), alpha = 1, 3, 7, 15,
-    ...
+    ..., or always 1 without `llm.ntk`.
 
     Rounded to float32 where the original does: at position 4000 a last digit of a frequency is 2e-4 of an angle.
     """
     K = llm.head_dim
-    alpha = 2.0 ** (1 + np.arange(ntk_steps(llm))) - 1
+    alpha = 2.0 ** (1 + np.arange(ntk_steps(llm)) * llm.ntk) - 1
     base = llm.rope_theta * alpha ** (K / (K - 2))
     exponent = np.arange(0, K, 2, dtype=np.float32) / np.float32(K)
     return np.float32(1) / (base[:, None] ** exponent.astype(np.float64)).astype(np.float32)
