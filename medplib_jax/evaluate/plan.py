@@ -10,6 +10,7 @@ from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.evaluate.checkpoints import SweepCheckpoint, find_checkpoints
 from medplib_jax.evaluate.evaluators import reference, spice
 from medplib_jax.evaluate.evaluators.predictions import PredictionRow, read_lines
+from medplib_jax.evaluate.kinds import find_kind
 from medplib_jax.evaluate.result import RESULT, LeftOut, read_result
 from medplib_jax.evaluate.tasks import SweepTask, find_tasks
 
@@ -65,7 +66,9 @@ class PlannedCell:
             "shard": self.shard_size,
         }
         quantize = {"quantize": self.checkpoint.quantize} if self.checkpoint.quantize else {}
-        return made_from | quantize | dataclasses.asdict(self.settings)
+        kind = find_kind(self.task.kind, self.task.config.part)
+        scoring = {"scoring": kind.scoring} if kind.scoring > 1 else {}
+        return made_from | quantize | scoring | dataclasses.asdict(self.settings)
 
     @property
     def folder(self) -> Path:

@@ -16,7 +16,7 @@ from medplib_jax.data.records import MASK, REGION
 from medplib_jax.data.sources import Source, digest, is_dataset, is_there, open_source
 from medplib_jax.data.splits import is_held_out
 from medplib_jax.datasets.phantom.generate import is_phantom
-from medplib_jax.evaluate.kinds import Contents, best_fit, find_kind
+from medplib_jax.evaluate.kinds import Contents, best_fit, find_kind, kinds
 from medplib_jax.evaluate.result import LeftOut, TaskEntry
 from medplib_jax.parallel.processes import of_process_0
 
@@ -162,7 +162,8 @@ def find_tasks(
 
 def folder_tasks(*sources: str | os.PathLike) -> tuple[TaskConfig, ...]:
     """A task for each annotation file, given alone or in a data folder (see `annotation_files`), called by its name;
-    with the data folder's name before it where names repeat.
+    with the data folder's name before it where names repeat. A file called like a part of a kind (VG, ROC, RC, MIA) is
+    that part.
     """
     files = [file for source in sources for file in annotation_files(source)]
     stems = [file.stem for file in files]
@@ -170,7 +171,13 @@ def folder_tasks(*sources: str | os.PathLike) -> tuple[TaskConfig, ...]:
         stem if stems.count(stem) == 1 else f"{data_root(file).name}-{stem}"
         for stem, file in zip(stems, files, strict=True)
     ]
-    return tuple(TaskConfig(name, str(file)) for name, file in zip(names, files, strict=True))
+    return tuple(_task(name, file) for name, file in zip(names, files, strict=True))
+
+
+def _task(name: str, file: Path) -> TaskConfig:
+    parts = {kind.part: kind.name for kind in kinds().values() if kind.part}
+    part = file.stem if file.stem in parts else ""
+    return TaskConfig(name, str(file), kind=parts.get(part, ""), part=part)
 
 
 def annotation_files(path: str | os.PathLike) -> list[Path]:
@@ -199,8 +206,8 @@ def _records_in(folder: Path) -> list[Path]:
 
 
 def data_root(file: Path) -> Path:
-    """Where a file's paths start: its folder, or the one above when only that holds `images`, as in MeCoVQA's train and
-    test folders.
+    """Where a file's paths start: its folder, or the nearest of the two above that holds `images`, as for MeCoVQA's
+    test/*.json and for grit/test/*.json of `write_qa`.
     """
     folder = file.resolve().parent
-    return folder.parent if (folder.parent / "images").is_dir() and not (folder / "images").is_dir() else folder
+    return next((one for one in (folder, *folder.parents[:2]) if (one / "images").is_dir()), folder)

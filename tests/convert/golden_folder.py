@@ -4,6 +4,7 @@ A module `tests/convert/parity_*.py` adds checks with `@compares(...)`, and says
 for. `tests.convert.parity` imports these modules and runs the checks whose files a folder holds."""
 
 import dataclasses
+import fnmatch
 import functools
 import json
 import pathlib
@@ -12,6 +13,21 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from tests.convert.checks import Arrays, Converted, Row
+
+
+class Recorded(dict):
+    """The arrays of a file, which remember in `unread` those that no one looked at."""
+
+    def __init__(self, arrays: Arrays):
+        super().__init__(arrays)
+        self.unread = set(arrays)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.unread.discard(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default=None):
+        return self[name] if name in self else default
 
 
 class MissingFixture(Exception):
@@ -23,6 +39,7 @@ class Golden:
     """The folder. Its methods raise MissingFixture for what it lacks."""
 
     folder: pathlib.Path
+    opened: dict[str, Recorded] = dataclasses.field(default_factory=dict, compare=False)  # by file
 
     def path(self, name: str) -> pathlib.Path:
         found = self.folder / name
@@ -31,7 +48,15 @@ class Golden:
         return found
 
     def arrays(self, name: str) -> Arrays:
-        return dict(np.load(self.path(name)))
+        if name not in self.opened:
+            self.opened[name] = Recorded(dict(np.load(self.path(name))))
+        return self.opened[name]
+
+    def unread(self, name: str) -> list[str]:
+        """The arrays of a file that its check did not look at, and that `NOT_COMPARED` gives no reason for."""
+        reasons = [pattern for file, pattern in NOT_COMPARED if fnmatch.fnmatch(name, file)]
+        left = self.opened[name].unread if name in self.opened else ()
+        return sorted(one for one in left if not any(fnmatch.fnmatch(one, pattern) for pattern in reasons))
 
     def json(self, name: str):
         return json.loads(self.path(name).read_text())
@@ -49,6 +74,7 @@ def _converted(sources: tuple[pathlib.Path, ...], config: pathlib.Path | None) -
 
 Check = Callable[[Golden, str], Iterator[Row]]
 CHECKS: dict[str, Check] = {}
+NOT_COMPARED: dict[tuple[str, str], str] = {}  # (pattern of files, of their arrays) -> why they are not compared
 ELSEWHERE: dict[str, str] = {}  # pattern of files that have no check of their own -> where they count
 
 

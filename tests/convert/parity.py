@@ -13,12 +13,12 @@ import pkgutil
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 
 from tests.convert.checks import summarise
-from tests.convert.golden_folder import CHECKS, ELSEWHERE, Golden, MissingFixture
+from tests.convert.golden_folder import CHECKS, ELSEWHERE, NOT_COMPARED, Golden, MissingFixture
 
 
 def load_checks() -> None:
@@ -37,9 +37,22 @@ def run_check(golden: Golden, name: str) -> bool:
         passed &= row.error <= row.bar
         verdict = "ok" if row.error <= row.bar else "FAILED"
         print(f"| {name} | {row.what} | {row.error:.1e} | {row.bar:.0e} | {verdict} |", flush=True)
+    for line in not_compared(golden, name):
+        print(f"| {name} | {line} | | | |", flush=True)
     print(f"{name}: {time.time() - start:.0f} s", file=sys.stderr)
+    golden.opened.clear()
     jax.clear_caches()  # compiled programs of all fixtures together are gigabytes
     return passed
+
+
+def not_compared(golden: Golden, name: str) -> Iterator[str]:
+    """What a check left out of a file: with the reason, or by name where there is none."""
+    for (file, pattern), why in NOT_COMPARED.items():
+        known = fnmatch.filter(golden.opened[name].unread, pattern) if name in golden.opened else file == name
+        if known and fnmatch.fnmatch(name, file):
+            yield f"{pattern}: {why}"
+    if names := golden.unread(name):
+        yield f"not compared: {', '.join(names)}"
 
 
 def compare(folder: pathlib.Path, only: str = "") -> int:

@@ -4,23 +4,26 @@ One function per sort of fixture of `golden/qwen_vl`.
 """
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from configs import bird_grit
 from convert import from_torch, kinds, mapping
 from convert.foreign_config import Foreign
 from medplib_jax.batch import Batch, combine, flatten
 from medplib_jax.config.experiment import LossConfig, OptimConfig
-from medplib_jax.config.model import LlmConfig
-from medplib_jax.data import boxes, images
+from medplib_jax.config.model import LoraConfig
+from medplib_jax.data import images
 from medplib_jax.data.qwen_tokenizer import QwenTokenizer
 from medplib_jax.decode.generator import Generator
-from medplib_jax.models.language.attention import rotary_tables
-from medplib_jax.models.language.long_context import log_n, ntk_frequencies, ntk_index
+from medplib_jax.models.language.attention import Positions, attend_within, rotary_frequencies, rotary_tables
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import bind, layer_at, params_of
 from medplib_jax.models.vision.clip import normalise_clip
@@ -39,6 +42,7 @@ class Fixture:
     converted: Converted
     tokenizer: QwenTokenizer
     golden: pathlib.Path
+    generators: dict[tuple, Generator] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def load(cls, golden: pathlib.Path, *names: str, span: int = SPAN, **options) -> "Fixture":
@@ -95,15 +99,12 @@ class Fixture:
         return jax.jit(lambda params, *rest: function(bind(model, params), *rest))(self.converted.params, *arguments)
 
     def generate(self, batch: Batch, count: int, stop_ids=()) -> list[list[int]]:
-        generator = Generator(
-            self.converted.config,
-            self.converted.params,
-            stop_ids=stop_ids or (self.tokenizer.eos_id,),
-            seg_id=-1,
-            max_new_tokens=count,
-            max_masks=0,
-        )
-        made = jax.device_get(generator(batch))
+        key = count, tuple(stop_ids or (self.tokenizer.eos_id,))
+        if key not in self.generators:  # a program is compiled once for a generator
+            config, params = self.converted.config, self.converted.params
+            ends = {"stop_ids": key[1], "seg_id": -1}
+            self.generators[key] = Generator(config, params, **ends, max_new_tokens=count, max_masks=0)
+        made = jax.device_get(self.generators[key](batch))
         return [made.tokens[row, : made.lengths[row]].tolist() for row in range(len(made.lengths))]
 
 
@@ -190,18 +191,25 @@ def check_pictures(golden: pathlib.Path, z: Arrays) -> Iterator[Row]:
 
 
 def check_forward(fixture: Fixture, z: Arrays) -> Iterator[Row]:
-    """Embeddings, hidden states, logits, losses and gradients of a teacher-forced pass."""
+    """Embeddings, hidden states, attention, logits, losses and gradients of a teacher-forced pass."""
     batch = fixture.batch(z["input_ids"], z["attention_mask"], z["labels"])
     hidden, out = fixture.run(_forward, batch)
     stored = {"merged": out["embeddings"], "hidden_last": hidden, "logits": out["logits"]}
+    blocks, attention = fixture.run(_blocks, batch, out["embeddings"])
+    stored |= {f"hidden_{i}": block for i, block in enumerate(blocks, 1)}
     for name, ours in stored.items():
         for key in (name, name + "_at"):
             if key in z:
                 yield Row(name, at_valid(ours, z[key], batch.valid))
     if "logits_last40" in z:
         yield Row("logits", relative(np.asarray(out["logits"])[:, -40:], z["logits_last40"]))
-    terms = fixture.run(_loss, batch)
-    yield Row("loss", relative(terms["loss"], z["loss"]))
+    if "attn_row0_layer0_last_query" in z:
+        yield Row("attention weights", relative(attention, z["attn_row0_layer0_last_query"]))
+    if "token_loss" in z:
+        yield Row("losses of tokens", relative(token_losses(out["logits"], z["labels"]), z["token_loss"]))
+    for name, train in (("loss", False), ("lossgrad", True)):
+        if name in z:
+            yield Row("loss", relative(fixture.run(functools.partial(_loss, train=train), batch)["loss"], z[name]))
     if any(name.startswith("gradnorm/") for name in z):
         yield from _check_gradients(fixture, batch, z)
 
@@ -209,6 +217,31 @@ def check_forward(fixture: Fixture, z: Arrays) -> Iterator[Row]:
 def _forward(model, batch):
     output, out = model(batch)
     return output.hidden, out | {"logits": model.llm.logits(output.hidden)}
+
+
+def _blocks(model, batch, x):
+    """What each block but the last yields, and the first one's attention weights of the first row's last token."""
+    llm, states = model.llm, []
+    frequencies = rotary_frequencies(llm.config.llm.head_dim, llm.config.llm.rope_theta)
+    positions = Positions(rotary_tables(jnp.arange(x.shape[1])[None], frequencies))
+    for i in range(llm.config.llm.num_layers - 1):
+        layer, mlp = layer_at(llm.layers, i), layer_at(llm.mlp, i)
+        q, k, v = layer.attn.project(layer.input_norm(x), positions, None)
+        if not i:
+            last = batch.valid[0].sum() - 1
+            scores = jnp.einsum("hk,shk->hs", q[0, last], k[0]) / np.sqrt(q.shape[-1])
+            attention = jax.nn.softmax(jnp.where(jnp.arange(x.shape[1]) <= last, scores, -jnp.inf))
+        x = x + layer.attn.output(attend_within(q, k, v, batch.valid), None)
+        x = x + mlp(layer.post_norm(x), None)
+        states.append(x)
+    return states, attention
+
+
+def token_losses(logits_BxLxV, labels_BxL) -> np.ndarray:
+    """Cross entropy at each position but the last, 0 where the next label is -100."""
+    labels = np.asarray(labels_BxL)[:, 1:]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV[:, :-1], np.maximum(labels, 0))
+    return np.where(labels >= 0, losses, 0.0)
 
 
 def _loss(model, batch, train=True):
@@ -237,75 +270,6 @@ def _check_gradients(fixture: Fixture, batch: Batch, z: Arrays, prefix: str = ""
             yield Row("gradients", relative(ours, z[name]), GRADIENT_BAR)
 
 
-def check_long_context(fixture: Fixture, z: Arrays) -> Iterator[Row]:
-    """NTK and log-n of a model whose trained length is 64, and their tables at full size."""
-    long = fixture.with_llm(trained_length=64, max_positions=8192)
-    for length in (60, 64, 65, 128, 129, 197):
-        ids, places = z[f"ids_{length}"], z[f"pos_{length}"]
-        _, out = long.run(_forward, long.batch(ids))
-        yield Row("logits beyond the trained length", relative(out["logits"][0, places], z[f"logits_{length}"]))
-    ids, places = z["ids_129"], z["pos_129"]
-    logits = long.run(lambda model, batch: model.llm.logits(model(batch, train=True)[0].hidden), long.batch(ids))
-    yield Row("logits in training", relative(logits[0, places], z["logits_train_129"]))
-    for name in ("border", "beyond"):
-        ids, expected = z[f"gen_{name}_ids"], z[f"gen_{name}_sequences"][0]
-        made = long.generate(long.batch(ids), len(expected) - ids.shape[1])[0]
-        yield Row("ids generated beyond it", _differs_before_end(made, expected[ids.shape[1] :], fixture), 0.0)
-    for dim in (64, 128):
-        table = ntk_frequencies(
-            LlmConfig(hidden_size=dim, num_heads=1, num_kv_heads=1, trained_length=2048, max_positions=16384)
-        )
-        for index, alpha in enumerate((1, 3, 7, 15)):
-            yield Row("rotary frequencies", relative(table[index], z[f"inv_freq_{dim}_alpha{alpha}"]))
-    tables = rotary_tables(z["rope_pos"][None], jnp.asarray(table[1]))
-    yield Row("rotary tables", relative(tables[0][0], z["rope_cos_128_alpha3"][:, :64]))
-    yield Row("rotary tables", relative(tables[1][0], z["rope_sin_128_alpha3"][:, :64]))
-    yield Row("log-n", relative(log_n(z["logn_index_1based"][None] - 1, 2048)[0], z["logn_2048"]))
-    sizes = LlmConfig(trained_length=2048, max_positions=65536)
-    alphas = 2.0 ** (1 + np.asarray(ntk_index(jnp.asarray(z["alpha_table_len"]), sizes))) - 1
-    yield Row("NTK's alpha", relative(alphas, z["alpha_table_2048"]), 0.0)
-
-
-def _differs_before_end(made: list[int], expected: np.ndarray, fixture: Fixture) -> float:
-    """Ids up to the end of the text."""
-    ends = np.flatnonzero(expected == fixture.tokenizer.eos_id)
-    expected = expected[: ends[0]] if len(ends) else expected
-    return float(made[: len(expected)] != expected.tolist() or (len(ends) > 0 and len(made) != len(expected)))
-
-
-def check_generation(fixture: Fixture, z: Arrays) -> Iterator[Row]:
-    for name in ("chat", "history", "single_0", "single_1", "single_2"):
-        ids, expected = z[f"{name}_ids"], z[f"{name}_sequences"][0, z[f"{name}_ids"].shape[1] :]
-        made = fixture.generate(fixture.batch(ids), len(expected))[0]
-        yield Row("generated ids", _differs_before_end(made, expected, fixture), 0.0)
-        _, out = fixture.run(_forward, fixture.batch(ids))
-        scores = z[f"{name}_scores"][0, 0] if f"{name}_scores" in z else z[f"{name}_first_scores"][0]
-        yield Row("first scores", relative(out["logits"][0, -1], scores))
-    ids, stop = z["chat_ids"], int(z["stop_word"])
-    made = fixture.generate(fixture.batch(ids), 24, stop_ids=(stop,))[0]
-    expected = z["stop_sequences"][0, ids.shape[1] :].tolist()
-    yield Row("ids before a stop word", float(made != expected[: expected.index(stop)]), 0.0)
-
-
-def check_answers(fixture: Fixture, cases: dict) -> Iterator[Row]:
-    """Whole answers of the over-fitted model: prompt to ids, text and boxes, in ChatML and in BiRD's raw form."""
-    tokenizer = fixture.tokenizer
-    for item in cases["items"]:
-        chat, raw = item["chat_prompt_ids"], item["raw_prompt_ids"]
-        yield Row("prompt ids", float(tokenizer.encode(item["question"]) != raw), 0.0)
-        made = fixture.generate(fixture.batch(np.array([chat])), 100, tokenizer.stop_ids)[0]
-        yield Row("answers in ChatML", float(tokenizer.decode(made) != item["chat_text"]), 0.0)
-        found = [(list(box.corners), box.label) for box in boxes.read(tokenizer.decode(made))]
-        expected, label = [], ""
-        for box in item["chat_boxes"]:
-            label = box.get("ref", label)
-            expected.append((box["box"], label))
-        yield Row("boxes of answers", float(found != expected), 0.0)
-        made = fixture.generate(fixture.batch(np.array([raw])), 100)[0]
-        expected = item["raw_sequence"][len(raw) :]
-        yield Row("raw answers", _differs_before_end(made, np.array(expected), fixture), 0.0)
-
-
 def check_packed(fixture: Fixture, z: Arrays) -> Iterator[Row]:
     """A pack as BiRD trains on it (conversations see earlier ones), and each conversation as if alone."""
     batch = fixture.batch(z["input_ids"], z["attention_mask"], z["labels"])
@@ -315,10 +279,20 @@ def check_packed(fixture: Fixture, z: Arrays) -> Iterator[Row]:
     yield Row("packed logits of Paddle", at_valid(out["logits"], z["paddle_logits_at"], batch.valid))
     for name in ("loss", "paddle_loss"):
         yield Row("packed loss", relative(fixture.run(_loss, batch)["loss"], z[name]))
-    yield from _check_gradients(fixture, batch, z)
+    positions = gradients(fixture, batch)["resampler"]["position_embed"]
+    yield Row("gradients", relative(positions, z["grad_pos_embed"]), GRADIENT_BAR)
     segments = segments_of(batch, fixture.tokenizer)
-    terms = fixture.run(_loss, batch.replace(segment=segments, loss_weights=_within(batch, segments)))
-    yield Row("losses alone", relative(terms["loss"] * z["alone_tokens"].sum(), z["alone_loss_sum"].sum()))
+    labels = np.where(_within(batch, segments), batch.targets, -100)
+    packed = batch.replace(segment=segments)
+    _, out = fixture.run(_forward, packed)
+    losses = token_losses(out["logits"], np.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=-100))
+    alone = [
+        (losses[row][segments[row, :-1] == number].sum(), (labels[row][segments[row] == number] >= 0).sum())
+        for row in range(len(segments))
+        for number in range(1, segments[row].max() + 1)
+    ]
+    yield Row("losses alone", relative([loss for loss, _ in alone], z["alone_loss_sum"]))
+    yield Row("counted tokens alone", differing([count for _, count in alone], z["alone_tokens"]), 0.0)
 
 
 def segments_of(batch: Batch, tokenizer: QwenTokenizer) -> np.ndarray:
@@ -333,9 +307,9 @@ def segments_of(batch: Batch, tokenizer: QwenTokenizer) -> np.ndarray:
 
 
 def _within(batch: Batch, segments: np.ndarray) -> np.ndarray:
-    """Loss weights without targets that lie in the next conversation."""
+    """Where the next token counts, but not where it is the next conversation's."""
     follows = np.pad(segments[:, 1:], ((0, 0), (0, 1)))
-    return np.where(segments == follows, batch.loss_weights, 0.0)
+    return (segments == follows) & (batch.loss_weights > 0)
 
 
 # What trains in BiRD and with finetune.py's fix_vit.
@@ -381,12 +355,46 @@ def _thinned(ours: np.ndarray, stored: np.ndarray) -> np.ndarray:
     return ours if ours.shape == stored.shape else ours[:: len(ours) // len(stored)]
 
 
-def check_rates(cases: dict) -> Iterator[Row]:
+def check_settings(fixture: Fixture, cases: dict) -> Iterator[Row]:
+    """Rates of the schedule, the optimizer's numbers, and what weight decay shrinks."""
     for total, case in cases["cosine_rates_lr2e-5"].items():
         schedule = make_schedule(OptimConfig(lr=2e-5, warmup=0.01, schedule="cosine"), int(total), int(total))
         rates = case["rates"]
         for step, rate in rates.items() if isinstance(rates, dict) else enumerate(rates):
             yield Row("rates", abs(float(schedule(int(step))) - rate) / 2e-5)
+        rising = [step for step in range(int(total)) if float(schedule(step)) < 2e-5][: case["warmup_steps"]]
+        yield Row("warm-up", float(rising != list(range(case["warmup_steps"]))), 0.0)
+    default, adamw = OptimConfig(), cases["adamw"]
+    yield Row("AdamW", float([default.b1, default.b2, default.eps] != [*adamw["betas"], adamw["eps"]]), 0.0)
+    decayed = {group["weight_decay"]: group["names"] for group in cases["torch_trainer_groups"]}
+    yield Row("decayed by finetune.py", chosen_differ(fixture, NO_DECAY["torch"], decayed[0.0], decayed[0.1]), 0.0)
+    others = set(sum(decayed.values(), [])) - set(cases["paddle_decayed"])
+    yield Row("decayed by BiRD", chosen_differ(fixture, NO_DECAY["paddle"], others, cases["paddle_decayed"]), 0.0)
+
+
+def check_frozen(fixture: Fixture, cases: dict) -> Iterator[Row]:
+    """What BiRD trains and decays is what `configs/bird_grit.py` does."""
+    ours, freeze = bird_grit.large().optim, cases["freeze"]
+    wrong = chosen_differ(fixture, ours.trainable, freeze["trainable"], freeze["frozen"])
+    yield Row("what trains", wrong, 0.0)
+    decayed = cases["decayed_by_paddle_rule"]
+    others = set(freeze["trainable"]) - set(decayed)
+    yield Row("what is decayed", chosen_differ(fixture, ours.no_decay, others, decayed), 0.0)
+
+
+def check_trainable(fixture: Fixture, cases: dict) -> Iterator[Row]:
+    """What finetune.py's fix_vit trains is what BiRD trains."""
+    frozen = set(cases["all"]) - set(cases["trainable"])
+    wrong = chosen_differ(fixture, bird_grit.large().optim.trainable, cases["trainable"], frozen)
+    yield Row("what trains", wrong, 0.0)
+
+
+def chosen_differ(fixture: Fixture, patterns: Iterable[str], chosen: Collection[str], others: Collection[str]) -> float:
+    """Share of PyTorch's (or Paddle's) names that some pattern of paths chooses wrongly."""
+    places = fixture.converted.places()
+    paths = {name: places[mapping.canonical(name)].path for name in (*chosen, *others)}
+    found = {name for name, path in paths.items() if any(re.search(pattern, path) for pattern in patterns)}
+    return len(found ^ set(chosen)) / len(paths)
 
 
 def check_adapters(golden: pathlib.Path, z: Arrays) -> Iterator[Row]:
@@ -398,11 +406,14 @@ def check_adapters(golden: pathlib.Path, z: Arrays) -> Iterator[Row]:
         yield Row("logits with adapters", at_valid(out["logits"], z["chat_logits_at"], batch.valid))
         yield Row("loss with adapters", relative(fixture.run(_loss, batch)["loss"], z["chat_loss"]))
     yield from _check_gradients(fixture, batch, z, "chat_")
-    merged = merged_tensors(fixture)
+    merged = _merged(fixture)
     for name in z:
         kind, _, key = name.partition("/")
         if kind == "chat_merged":
-            yield Row("merged weights", relative(merged(key)[::16], z[name]))
+            ours = as_torch(merged.converted.params, merged.converted.places(), key)
+            yield Row("merged weights", relative(ours[::16], z[name]))
+    _, out = merged.run(_forward, batch)
+    yield Row("logits of merged weights", at_valid(out["logits"], z["chat_merged_logits_at"], batch.valid))
     full = Fixture.load(golden, "lora/base", "ckpt_q256", span=256)
     forward = dict(np.load(golden / "forward_q256.npz"))
     batch = full.batch(forward["input_ids"], forward["attention_mask"], forward["labels"])
@@ -411,9 +422,10 @@ def check_adapters(golden: pathlib.Path, z: Arrays) -> Iterator[Row]:
     yield Row("its logits", relative(np.asarray(out["logits"])[:, -20:], z["base_logits_last20"]))
 
 
-def merged_tensors(fixture: Fixture) -> Callable[[str], np.ndarray]:
-    params, places = merge_lora(fixture.converted.params, fixture.converted.config.lora), fixture.converted.places()
-    return lambda key: as_torch(params, places, key)
+def _merged(fixture: Fixture) -> Fixture:
+    config = fixture.converted.config
+    params, plain = merge_lora(fixture.converted.params, config.lora), dataclasses.replace(config, lora=LoraConfig())
+    return dataclasses.replace(fixture, converted=dataclasses.replace(fixture.converted, config=plain, params=params))
 
 
 def check_names(keys: dict) -> Iterator[Row]:
@@ -430,6 +442,16 @@ def check_names(keys: dict) -> Iterator[Row]:
 
 
 def check_adapter_names(keys: dict) -> Iterator[Row]:
-    """An adapter's names, saved or while training, are the table's."""
+    """An adapter's names, saved or while training, are the table's; finetune.py loses what is no adapter."""
     for saved, training in zip(keys["chat"], keys["trainable_chat"], strict=True):
         yield Row("adapters' names", float(mapping.canonical(saved) != mapping.canonical(training)), 0.0)
+    names = {
+        kind: {name for name in map(mapping.canonical, keys[kind]) if not mapping.ignored(name)}
+        for kind in ("trainable_base", "base_by_peft", "base_by_finetune")
+    }
+    yield Row("adapters' names", float(names["trainable_base"] != names["base_by_peft"]), 0.0)
+    lost = names["base_by_peft"] - names["base_by_finetune"]
+    yield Row("adapters' names", float(lost != {"transformer.wte.weight", "lm_head.weight"}), 0.0)
+    ours, default = bird_grit.lora().model.lora, keys["defaults"]
+    same = (ours.rank, ours.alpha, ours.dropout) == (default["r"], default["alpha"], default["dropout"])
+    yield Row("adapters' settings", float(not same or default["bias"] != "none"), 0.0)

@@ -7,7 +7,7 @@ import pytest
 from medplib_jax.config.sweep import TaskConfig
 from medplib_jax.data.errors import DataError
 from medplib_jax.datasets.assemble.dataset import assemble
-from medplib_jax.evaluate.report import sweep_gallery
+from medplib_jax.evaluate.report import sweep_cases
 from medplib_jax.evaluate.tasks import annotation_files, data_root, find_tasks, folder_tasks, read_task
 from tests.evaluate.evaluators import tiny
 
@@ -55,6 +55,21 @@ def test_files_of_a_folder(folder, tmp_path):
     assert [file.name for file in annotation_files(tmp_path)] == ["slake_test.json"]
 
 
+def test_files_called_like_med_grits_tasks_are_those(tmp_path):
+    for name in ("VG", "MIA", "vqa"):
+        path = tmp_path / "grit" / "test" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("[]")
+    (tmp_path / "images").mkdir()
+    tasks = folder_tasks(tmp_path / "grit")
+    assert [(task.name, task.kind, task.part) for task in tasks] == [
+        ("MIA", "refer_box", "MIA"),
+        ("VG", "refer_box", "VG"),
+        ("vqa", "", ""),
+    ]
+    assert data_root(path) == tmp_path.resolve()  # whose images/ `write_qa` fills
+
+
 def test_names_are_distinct(tmp_path):
     paths = [tmp_path / "rad" / "test.json", tmp_path / "slake" / "test.json", tmp_path / "other.json"]
     for path in paths:
@@ -84,5 +99,5 @@ def test_a_split_of_an_assembled_dataset_is_a_task(folder, tmp_path):
     assert (task.kind, task.masks, len(task.records)) == (file.kind, file.masks, len(file.records))
     assert len(left_out) == 1 and task.entry().file == name
     row = {"record": 0, "image": list(task.source[0].images), "question": task.source[0].turns[0][1]}
-    picture, problem = sweep_gallery._picture(task.entry(), row)
+    picture, _, problem = sweep_cases._picture(task.entry(), row)
     assert picture is not None and not problem

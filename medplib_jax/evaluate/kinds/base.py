@@ -54,6 +54,7 @@ class TaskKind(abc.ABC):
     part: str = ""
     draws_masks: ClassVar[bool] = False  # whether the masks of an answer are drawn
     metrics: ClassVar[Mapping[str, Metric]] = {}  # those that `metrics.catalogue` does not name
+    scoring: ClassVar[int] = 1  # raised when the same answer gets other scores: files of predictions hold them
     main: ClassVar[Sequence[str]] = ()  # which of its metrics stands for a task: the first that it has
 
     @abc.abstractmethod

@@ -22,9 +22,10 @@ class GroundBox(TaskKind):
 
     name, part = "refer_box", "VG"
     main = ("recall_at_0.5",)
+    scoring = 2
 
     def score(self, answer: Answer, protocol: str) -> PredictionRow:
-        found, true = (metrics.parse_boxes(text) for text in (answer.text, answer.expected))
+        found, true = (metrics.parse_boxes(text, protocol) for text in (answer.text, answer.expected))
         score = metrics.match_boxes if protocol == "exact" else metrics.recall_at_iou
         return {"scores": score(found, true), "boxes": found.tolist(), "true_boxes": true.tolist()}
 
@@ -33,7 +34,10 @@ class GroundBox(TaskKind):
         return {name: say(_as_text(box)) for name, box in boxes.items()}
 
     def shown_score(self, scores: Mapping[str, float]) -> tuple[str, float] | None:
-        return ("boxes met", scores["boxes_found"] / scores["boxes"]) if scores.get("boxes") else None
+        if not scores.get("boxes"):
+            return None
+        name, summed = ("IoU", "iou_sum") if "iou_sum" in scores else ("boxes met", "boxes_found")
+        return name, scores[summed] / scores["boxes"]
 
 
 class ReferClass(TaskKind):
@@ -60,12 +64,13 @@ class Caption(TaskKind):
 
     name = "refer_box"
     main = ("mBMR", "spice")
+    scoring = 2
 
     def __init__(self, part: str):
         self.part = part
 
     def score(self, answer: Answer, protocol: str) -> PredictionRow:
-        scores = metrics.mia_scores(answer.text, answer.expected)
+        scores = metrics.mia_scores(answer.text, answer.expected, protocol)
         if protocol == "exact":
             same = metrics.normalise_answer(answer.text) == metrics.normalise_answer(answer.expected)
             scores |= {"exact_match": float(same)}

@@ -10,18 +10,31 @@ from medplib_jax.evaluate.metrics.text import space_ideographs
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _BOX = re.compile(rf"\({_NUMBER},{_NUMBER}\),?\s*\({_NUMBER},{_NUMBER}\)")
 _TAGGED = re.compile(r"<box>(.*?)</box>")
+_BARE = re.compile(r"\(\d+,\d+\),\(\d+,\d+\)")  # as the original looks for it
+UNREADABLE = [0.0] * 4  # a box that meets no other
 
 
-def parse_boxes(text: str) -> np.ndarray:
+def parse_boxes(text: str, protocol: str = "exact") -> np.ndarray:
     """float64 [n, 4], x1 y1 x2 y2 in the text's own units, of every `<box>(x1,y1),(x2,y2)</box>`.
 
-    In a text without the tags, as in the original, of every bare `(x1,y1),(x2,y2)`. A tagged box that cannot be read
-    counts as one of zeros, which meets no other.
+    In a text without the tags, of every bare `(x1,y1),(x2,y2)`. A tagged box that cannot be read counts as one of
+    zeros, which meets no other. reference: any four numbers between the tags, however they are bracketed, are a box,
+    and bare ones hold no spaces.
     """
-    found = [_BOX.search(inside) for inside in _TAGGED.findall(text)] or list(_BOX.finditer(text))
-    return np.array([[float(number) for number in match.groups()] if match else [0.0] * 4 for match in found]).reshape(
-        -1, 4
-    )
+    if protocol == "reference":
+        found = [_four_numbers(inside) for inside in _TAGGED.findall(text) or _BARE.findall(text)]
+    else:
+        matches = [_BOX.search(inside) for inside in _TAGGED.findall(text)] or list(_BOX.finditer(text))
+        found = [[float(number) for number in match.groups()] if match else UNREADABLE for match in matches]
+    return np.array(found).reshape(-1, 4)
+
+
+def _four_numbers(inside: str) -> list[float]:
+    try:
+        numbers = [float(number) for number in re.sub(r"[()]", "", inside).split(",")]
+    except ValueError:
+        numbers = []
+    return numbers if len(numbers) == 4 else UNREADABLE
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Scores of longer answers, as captions are scored: BiRD's mBMR (its MIA task) and SPICE (its RC task).
 
 The original takes both from pycocoevalcap, whose tokenizer, METEOR 1.5 and SPICE are Java programs. Here BLEU and
-ROUGE-L have its arithmetic; words come from nltk's Treebank tokenizer, and METEOR is `text.meteor`, without synonyms
-and paraphrases (so it is lower).
+ROUGE-L have its arithmetic, on words of nltk's Treebank tokenizer that are brought to the form of Stanford's. METEOR is
+`text.meteor`, with other weights than METEOR 1.5 and without its synonyms and paraphrases, so it is another number: on
+BiRD's recorded responses it is 0.13 to 0.16 higher.
 """
 
 import re
@@ -22,6 +23,11 @@ BLEU_COUNTS = ("words", "words_true", *(f"ngrams_{n}{suffix}" for n in ORDERS fo
 _PUNCTUATION = frozenset(
     ["''", "'", "``", "`", "(", ")", "{", "}", "[", "]", "<", ">", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_BRACKET = re.compile(r"[()\[\]{}]")
+_TAG = re.compile(r"(</?[a-z]+>)")
+# Words that keep their full stop in Stanford's tokenizer, as far as reports and captions hold them.
+_ABBREVIATION = re.compile(r"(?:[a-z]\.)+|(?:dr|mr|mrs|ms|prof|vs|etc|fig|figs|no|nos|st|jr|sr|inc)\.")
 _COCO_BETA = 1.2  # of ROUGE-L in pycocoevalcap
 
 
@@ -29,20 +35,32 @@ class MissingExtra(RuntimeError):
     """A metric needs something that is not installed; the message says what."""
 
 
-def caption_words(text: str) -> list[str]:
-    """Lower-case words without punctuation; ideographs are words of their own."""
-    return [
-        word for word in TreebankWordTokenizer().tokenize(space_ideographs(text).lower()) if word not in _PUNCTUATION
-    ]
+def caption_words(text: str, protocol: str = "exact") -> list[str]:
+    """Lower-case words without punctuation; ideographs are words of their own.
+
+    reference: brackets are words and tags are whole, as pycocoevalcap's list of punctuation leaves them.
+    """
+    pieces = [space_ideographs(text).lower()]
+    if protocol == "reference":
+        pieces = _TAG.split(_BRACKET.sub(lambda found: f" {_BRACKETS[found.group()]} ", pieces[0]))
+    words = []
+    for i, piece in enumerate(pieces):
+        words += [piece] if i % 2 else map(_without_stop, TreebankWordTokenizer().tokenize(piece))
+    return [word for word in words if word not in _PUNCTUATION]
 
 
-def mia_scores(answer: str, truth: str) -> dict[str, float]:
+def _without_stop(word: str) -> str:
+    """Without the full stop that ends a sentence within a text, which nltk's tokenizer leaves at the word."""
+    return word if word in _PUNCTUATION or _ABBREVIATION.fullmatch(word) else word.removesuffix(".")
+
+
+def mia_scores(answer: str, truth: str, protocol: str = "exact") -> dict[str, float]:
     """What `statistics` sums to BLEU-1..4 of the whole corpus, and this answer's METEOR and ROUGE-L.
 
     `ngrams_n`: n-grams of the answer, `ngrams_n_found`: those that the truth has, too (each as often as there, at
     most).
     """
-    predicted, true = caption_words(answer), caption_words(truth)
+    predicted, true = caption_words(answer, protocol), caption_words(truth, protocol)
     counts = {"words": len(predicted), "words_true": len(true)}
     for n in ORDERS:
         there, wanted = Counter(ngrams(predicted, n)), Counter(ngrams(true, n))

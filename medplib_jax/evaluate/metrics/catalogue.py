@@ -88,7 +88,7 @@ METRICS = {
     "mBMR": Metric("mBMR", "mean of BLEU-1 to BLEU-4, METEOR and ROUGE-L"),
     **{f"bleu_{n}": Metric(f"BLEU-{n}", f"BLEU-{n} of the corpus") for n in (1, 2, 3, 4)},
     "meteor": Metric(
-        "METEOR", "mean METEOR, exact and stem stages (no synonyms; the originals' Java METEOR 1.5 gives higher values)"
+        "METEOR", "mean METEOR, exact and stem stages (no synonyms; METEOR 1.5, as in BiRD's mBMR, gives other values)"
     ),
     "rouge_l": Metric("ROUGE-L", "mean ROUGE-L with recall weighing 1.2 times precision"),
     "spice": Metric("SPICE", "mean SPICE"),

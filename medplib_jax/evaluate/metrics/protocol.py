@@ -24,6 +24,12 @@ kept so that published figures can be compared. Where they differ:
     IoU, Dice
         exact: an empty union is 1, and questions without a target stay out of mIoU and mDice
         reference: it is 0 and stays in
+    boxes in text
+        exact: (x1,y1),(x2,y2), bare ones with spaces, too; each serves one true box
+        reference: any four numbers between the tags, bare ones without spaces; each serves every true box it meets
+    words of captions
+        exact: brackets are punctuation
+        reference: they are words ("-lrb-"), as pycocoevalcap leaves them
     surplus masks
         exact: a drawn mask beyond the true ones counts as a pair with IoU 0
         reference: it is ignored

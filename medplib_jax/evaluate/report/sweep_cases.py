@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from medplib_jax.data import boxes
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.images import Blob, load_image
 from medplib_jax.data.records import find_file
@@ -126,7 +127,8 @@ class _TaskCases:
             "name": first["image"][-1] if first["image"] else "",
             "question": plain_text(first["question"]),
             "expected": plain_text(first["expected"]),
-            "regions": [outlines(mask, size) for mask in regions],
+            "regions": [outlines(mask, size) for mask in regions]
+            + [box_path(box.corners, BOX_GRID, size) for box in boxes.read(first["question"])],
             "truth": _shapes(first, "true_", size) if draws else None,
             "answers": {name: self._answer(row, size) for name, row in answers.items()},
         }

@@ -1,5 +1,7 @@
 """Boxes in text, captions, SPICE: against definitions, nltk and BiRD's rules."""
 
+import gzip
+import json
 import shutil
 import sys
 import warnings
@@ -12,6 +14,8 @@ from nltk.translate.bleu_score import corpus_bleu
 
 from medplib_jax.evaluate import metrics
 from medplib_jax.evaluate.metrics.captions import caption_words
+from tests.convert.qwen_vl_metric_checks import check_scores
+from tests.paths import GOLDEN
 
 BOX = st.tuples(*[st.integers(0, 20)] * 4).map(
     lambda b: [min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3])]
@@ -77,6 +81,17 @@ def test_caption_scores_by_hand():
     assert metrics.mia_scores("a b", "a b c d")["rouge_l"] == pytest.approx(
         (1 + 1.44) * 0.5 / (0.5 + 1.44)
     )  # P 1, R 0.5, beta 1.2
+
+
+def test_a_sentence_that_ends_within_a_text_leaves_its_stop():
+    assert caption_words("A liver. U.S. No. 5 vs. 6, e.g. here.") == "a liver u.s. no. 5 vs. 6 e.g. here".split()
+    assert metrics.mia_scores("One lung. A mass.", "One lung! A mass")["ngrams_4_found"] == 1
+
+
+def test_scores_are_those_of_birds_scripts():
+    recorded = json.loads(gzip.decompress((GOLDEN / "qwen_vl" / "metrics.json.gz").read_bytes()))
+    rows = list(check_scores(recorded))
+    assert len(rows) > 100 and not [row for row in rows if row.error > row.bar]
 
 
 def test_meteor_by_hand():
