@@ -348,22 +348,28 @@ def load_experiment(path: str | os.PathLike) -> tuple[ExperimentConfig, str]:
 
 
 def load_params(
-    path: str | os.PathLike, step: int | None = None, shardings: Params | None = None
+    path: str | os.PathLike, step: int | None = None, shardings: Params | None = None, part: str = ""
 ) -> tuple[ExperimentConfig, Params, str]:
     """(experiment, parameters, tokenizer folder) of a complete checkpoint: `step` of a workdir, or what `path` names
     (see `named_step`).
 
     Parameters are trainable and frozen together, a nested dict in the dtypes they were saved in: numpy arrays, or jax
-    arrays placed by `shardings` (same nesting). Optimizer state is not read. Raises FileNotFoundError when there is
+    arrays placed by `shardings` (same nesting). Only those of one `part` of the model where it is named, such as "sam".
+    Optimizer state is not read. Raises FileNotFoundError when there is
     no such complete checkpoint (half-written ones do not count), ValueError when its parameters are not those that
-    were saved.
+    were saved, or there is no such part.
     """
     workdir, step = find_step(path if step is None else epath.Path(path) / FOLDER / str(step))
     folder = workdir / FOLDER / str(step)
     with make_manager(str(workdir), read_only=True) as manager:
         config, _ = read_experiment(manager, step)
         saved = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
-        parts = {name: _restore_args(saved.get(name) or {}, shardings) for name in ("trainable", "frozen")}
+        trees = {name: saved.get(name) or {} for name in ("trainable", "frozen")}
+        if part:
+            trees = {name: {part: tree[part]} if part in tree else {} for name, tree in trees.items()}
+            if not any(trees.values()):
+                raise ValueError(f"{folder}: expected a model with the part {part!r}, found none")
+        parts = {name: _restore_args(tree, shardings) for name, tree in trees.items()}
         args = ocp.args.PyTreeRestore(item=jax.tree.map(lambda _: 0, parts), restore_args=parts, partial_restore=True)
         state = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
     check_bits(folder, state)

@@ -10,10 +10,12 @@ COMMAND
 A SCAN is a DICOM folder or file, NIfTI, NRRD or MetaImage; see medplib_jax/volumes/README.md for what is written.
 Of a picture it prints the answer; writes `mask_<k>.png` (0/255, the picture's size) and `overlay.png`.
 A model that answers with boxes takes --box or --point, draws each box of its answer with its phrase on the overlay, and
-writes `boxes.json`, in pixels.
+writes `boxes.json`, in pixels. With `--masks sam --sam-checkpoint WORKDIR` the SAM-Med2D of a MedPLIB checkpoint draws
+what lies in each of these boxes.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -26,6 +28,7 @@ from PIL import Image
 
 from medplib_jax.checkpoint import find_step
 from medplib_jax.data.overlay import PALETTE, draw_boxes, overlay
+from medplib_jax.decode.box_masks import BoxDrawer
 from medplib_jax.decode.jobs import answer_jobs, read_jobs
 from medplib_jax.decode.layout import QUANTIZE
 from medplib_jax.decode.predictor import Prediction, Predictor, read_question
@@ -60,6 +63,26 @@ def write_prediction(prediction: Prediction, out_dir: str | os.PathLike) -> list
         names.append("boxes.json")
         (out / "boxes.json").write_text(json.dumps(boxes, indent=1) + "\n")
     return [out / name for name in names]
+
+
+def box_drawer(predictor: Predictor, arguments: argparse.Namespace) -> BoxDrawer | None:
+    """What draws masks from the answer's boxes, None where it is not asked for.
+
+    ValueError for a model whose answers hold no boxes, and as `BoxDrawer`.
+    """
+    if not arguments.masks:
+        return None
+    if predictor.draws_masks:
+        raise ValueError(f"--masks {arguments.masks}: {arguments.checkpoint} draws its masks itself")
+    return BoxDrawer(arguments.sam_checkpoint)
+
+
+def with_masks(prediction: Prediction, drawer: BoxDrawer) -> Prediction:
+    """The prediction with a mask for each of its boxes."""
+    height, width = prediction.picture.shape[:2]
+    boxes = [box.pixels(width, height) for box in prediction.boxes or ()]
+    masks, predicted_iou = drawer(prediction.picture, boxes)
+    return dataclasses.replace(prediction, masks=masks, predicted_iou=predicted_iou)
 
 
 def make_folder(out: Path) -> None:
@@ -115,6 +138,8 @@ def parse_arguments() -> tuple[argparse.Namespace, bool]:
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--max-new-tokens", type=int)
     parser.add_argument("--mask-threshold", type=float)
+    parser.add_argument("--masks", choices=("sam",), help="of an answer with boxes: what draws a mask from each")
+    parser.add_argument("--sam-checkpoint", metavar="WORKDIR", help="the MedPLIB checkpoint of --masks sam")
     parser.add_argument(
         "--quantize", choices=QUANTIZE[1:], default="", help="weights of 8 bits: half the memory of bfloat16"
     )
@@ -123,6 +148,10 @@ def parse_arguments() -> tuple[argparse.Namespace, bool]:
     scan = bool(arguments.jobs) or is_scan(arguments.image)
     if not (arguments.question or arguments.jobs or (scan and arguments.structures)):
         parser.error("expected --question, or --structures for a scan")
+    if bool(arguments.masks) != bool(arguments.sam_checkpoint):
+        parser.error("--masks sam and --sam-checkpoint WORKDIR: expected both or neither")
+    if scan and arguments.masks:
+        parser.error("--masks is of the boxes of an answer about a picture: expected none with a scan or with jobs")
     if scan and region_of(arguments):
         parser.error("a region is of a picture: expected none with a scan or with jobs, which name their own")
     return arguments, scan
@@ -155,12 +184,15 @@ def main():
             print(Path(arguments.out, "table.tsv").read_text(encoding="utf-8"), end="")
             return print(*(Path(arguments.out, name) for name in names), sep="\n", file=sys.stderr)
         picture, prompt = predictor.prompt(arguments.image, arguments.question, region_of(arguments))
+        drawer = box_drawer(predictor, arguments)
     except (
         ValueError,
         OSError,
     ) as error:  # what was given cannot be used; an error in answering is ours and keeps its traceback
         sys.exit(f"error: {error}")
     prediction = predictor.answer(picture, prompt, arguments.seed)
+    if drawer:
+        prediction = with_masks(prediction, drawer)
     print(prediction.answer)
     for path in write_prediction(prediction, arguments.out):
         print(path, file=sys.stderr)

@@ -14,7 +14,7 @@ import numpy as np
 from medplib_jax.data import boxes
 from medplib_jax.data.encoded import Encoded
 from medplib_jax.data.qwen_tokenizer import SPECIALS, QwenTokenizer
-from medplib_jax.data.records import Record
+from medplib_jax.data.records import MASK, REGION, Record
 from medplib_jax.data.tokenizers import Tokenizer
 
 TEMPLATES = ("chatml", "qwen_raw")  # qwen_raw: BiRD's released inference, where the question stands alone
@@ -31,7 +31,8 @@ def encode_conversation(
     """The whole conversation, for training. What counts is finetune.py's: every mark of ChatML with the line break
     behind it, and the answers.
 
-    DataError as `prompts.encode_conversation`, and for boxes that cannot be read or that no picture belongs to.
+    DataError as `prompts.encode_conversation`, for boxes that cannot be read or that no picture belongs to, and for
+    references to masks and regions.
     """
     if record.turns[-1][0] != "gpt":
         raise record.error("conversation without an answer", "a gpt turn at the end", record.turns[-1][1])
@@ -122,6 +123,8 @@ def _check_turns(record: Record, turns: Sequence[tuple[str, str]]) -> None:
             raise record.error("unknown special token", "one of Qwen's, or none", unknown[0])
         if "<img>" in text or "</img>" in text:
             raise record.error("picture that is not one of the record's", "<image>", text)
+        if REGION.search(text) or MASK.search(text):
+            raise record.error("region or mask in the text", "boxes, as in Med-GRIT's form (`write_qa`)", text)
         try:
             found = boxes.parse(text) if role == "gpt" else boxes.parse(_without_open_box(text))
         except ValueError as error:

@@ -109,6 +109,11 @@ class Predictor:
         )
 
     @property
+    def draws_masks(self) -> bool:
+        """Whether its answers hold masks; else they hold boxes."""
+        return self._model.draws_masks
+
+    @property
     def slots(self) -> int:
         """Answers in the making at once."""
         return self._eval.batch_size

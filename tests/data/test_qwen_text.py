@@ -128,6 +128,8 @@ def test_marks_that_someone_typed_are_plain_text(tokenizer):
         ("What is <box>(1,2),(3,4)</box>?", "Liver.", "box without a picture"),
         (QUESTION + " <|im_stop|>", ANSWER, "unknown special token"),
         (QUESTION + " <img>", ANSWER, "picture that is not one of the record's"),
+        (QUESTION + " <region>box:1,1,5,5</region>", ANSWER, "region or mask in the text"),
+        (QUESTION, "<SEG><mask>masks/a.png</mask>", "region or mask in the text"),
     ],
 )
 def test_what_would_teach_a_broken_form_is_named(question, answer, what, tokenizer):

@@ -1,4 +1,4 @@
-"""SAM-Med2D as MedPLIB uses it: encode an image once, then decode one mask per text prompt."""
+"""SAM-Med2D as MedPLIB uses it: encode an image once, then decode one mask per prompt."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +42,12 @@ class SamMed2d(nnx.Module):
 
     def decode(self, embedding_BxhxwxC: Array, text_prompt_BxMxC: Array) -> tuple[Array, Array]:
         """One mask per text prompt: (mask_logits_BxMxhxw at four times the embedding's grid, predicted_iou_BxM)."""
+        return self._decode(embedding_BxhxwxC, text_prompt_BxMxC[:, :, None])
+
+    def decode_boxes(self, embedding_1xhxwxC: Array, boxes_Mx4: Array) -> tuple[Array, Array]:
+        """`decode` of one picture with boxes for prompts, (x0, y0, x1, y1) in pixels of the encoder's canvas."""
+        return self._decode(embedding_1xhxwxC, self.prompt_encoder.boxes(boxes_Mx4)[None])
+
+    def _decode(self, embedding_BxhxwxC: Array, sparse_BxMxQxC: Array) -> tuple[Array, Array]:
         dense = self.prompt_encoder.dense()
-        return self.mask_decoder(
-            embedding_BxhxwxC, self.prompt_encoder.grid_position(), text_prompt_BxMxC[:, :, None], dense
-        )
+        return self.mask_decoder(embedding_BxhxwxC, self.prompt_encoder.grid_position(), sparse_BxMxQxC, dense)

@@ -1,0 +1,64 @@
+"""Masks from boxes: drawn by a MedPLIB checkpoint's SAM-Med2D, prompted as SAM is."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medplib_jax.checkpoint import load_params
+from medplib_jax.data import images
+from medplib_jax.decode.box_masks import BoxDrawer
+from medplib_jax.models.layers import abstract_module, bind
+from medplib_jax.models.masks.sam import SamMed2d, normalise_sam
+from medplib_jax.models.masks.unpad import resample_to_canvas
+from tests.evaluate.evaluators import tiny
+
+HEIGHT, WIDTH = 20, 40
+PICTURE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    tiny.write_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def drawer(workdir):
+    return BoxDrawer(workdir)
+
+
+def test_a_box_prompts_the_decoder_where_it_lies_on_the_padded_canvas(workdir, drawer):
+    experiment, params, _ = load_params(str(workdir))
+    config = experiment.model.mask
+    side = config.image_size
+    sam = bind(abstract_module(lambda rngs: SamMed2d(config, rngs)), params["sam"])
+    pixels, (top, left, height, width) = images.sam_pixels(PICTURE, side)
+    assert (left, width, height) == (0, side, side // 2) and top == side // 4
+    embedding = sam.encode(normalise_sam(pixels[None], np.array([[top, left, height, width]])))
+    scale = side / WIDTH
+    box = jnp.array([[4 * scale, top + 2 * scale, 24 * scale, top + 12 * scale]])
+    prompt = sam.prompt_encoder.sparse(boxes=box)[None]
+    dense = sam.prompt_encoder.dense()
+    logits, iou = sam.mask_decoder(embedding, sam.prompt_encoder.grid_position(), prompt, dense)
+    drawn, _ = resample_to_canvas(
+        logits, np.array([[top, left, height, width]]), np.array([[HEIGHT, WIDTH]]),
+        canvas=(HEIGHT, WIDTH), sam_size=side, mode=config.unpad,
+    )  # fmt: skip
+    (mask,), (found,) = drawer(PICTURE, [(4, 2, 24, 12)])
+    assert mask.shape == (HEIGHT, WIDTH) and found == pytest.approx(float(iou[0, 0]), abs=1e-4)
+    certain = np.abs(np.asarray(drawn[0, 0])) > 1e-3
+    np.testing.assert_array_equal(mask[certain], np.asarray(drawn[0, 0])[certain] > 0)
+
+
+def test_boxes_that_leave_the_picture_or_lie_upside_down_are_put_right(drawer):
+    masks, _ = drawer(PICTURE, [(4, 2, 40, 20), (44, 25, 4, 2), (0, 0, 40, 20)])
+    np.testing.assert_array_equal(masks[0], masks[1])
+    assert drawer(PICTURE, []) == ((), ())
+
+
+def test_of_the_checkpoint_only_the_mask_part_is_read(workdir):
+    _, params, _ = load_params(str(workdir), part="sam")
+    assert params.keys() == {"sam"}
+    with pytest.raises(ValueError, match="expected a model with the part 'ear', found none"):
+        load_params(str(workdir), part="ear")
