@@ -3,6 +3,7 @@
     python -m medplib_jax.benchmarks --suite cpu --against torch --json cpu.json
 
 cpu      a training step, a mixture beside one MLP, parts of the step, peak memory, start-up
+bird     a training step of BiRD and its answers at batch 1
 decode   time to the first token and tokens per second at batch 1 and 16, also with weights of 8 bits; answers in slots
 gpu      the kernels beside the CPU's numbers, memory, stages IV and III at 7B's width with as many layers as fit
          (--layers), MFU, answers, mixture beside one MLP, parts, input at the steps' rate; needs one accelerator
@@ -32,7 +33,7 @@ import jax
 import numpy as np
 import psutil
 
-from configs import common, stage3_grounding, stage4_moe
+from configs import bird_grit, common, stage3_grounding, stage4_moe
 from convert import benchmark, mapping
 from medplib_jax.batch import Params, flatten
 from medplib_jax.benchmarks import (
@@ -107,6 +108,17 @@ def decode(options: argparse.Namespace) -> Parts:
     return {f"batch_{rows}": functools.partial(answers, rows) for rows in sizes} | {"slots": in_slots}
 
 
+def bird(options: argparse.Namespace) -> Parts:
+    def config(rows: int) -> ExperimentConfig:
+        return workload.bird_experiment(bird_grit.large(), options.size, rows)
+
+    other, rounds = rival(options), options.rounds
+    return {
+        "train_step": lambda: [training.compare(config(options.batch or 2), other, rounds, "bird_step")],
+        "batch_1": lambda: decoding.compare(config(1), other, rounds, options.new_tokens),
+    }
+
+
 def gpu(options: argparse.Namespace) -> Parts:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs its share of the memory
     rows, rounds = options.batch or 8, options.rounds
@@ -175,7 +187,7 @@ def _conversion(layers: int) -> Table:
     return Table(found.title, benchmark.COLUMNS, found.rows(), flat | {"convert.tensors_changed": found.changed})
 
 
-SUITES = {suite.__name__: suite for suite in (cpu, decode, gpu, tpu, data, convert)}
+SUITES = {suite.__name__: suite for suite in (cpu, bird, decode, gpu, tpu, data, convert)}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -190,7 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7, help="interleaved runs, of which the median counts")
     parser.add_argument("--size", choices=workload.SIZES, help="default: small, 7b for gpu")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (gpu, convert)")
-    parser.add_argument("--batch", type=int, help="rows (cpu: 2, gpu: 8, decode: 1 and 16)")
+    parser.add_argument("--batch", type=int, help="rows (cpu, bird: 2, gpu: 8, decode: 1 and 16)")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
     parser.add_argument("--device", default="cuda", help="where PyTorch runs in the suite gpu")

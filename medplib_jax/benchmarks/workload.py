@@ -4,14 +4,25 @@ Sizes follow the original's own measurements on a CPU, and MedPLIB-7B on an acce
 """
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from medplib_jax.batch import Batch, Params
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, LossConfig
-from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
+from medplib_jax.config.model import (
+    ClipConfig,
+    LlmConfig,
+    LoraConfig,
+    MaskConfig,
+    ModelConfig,
+    MoeConfig,
+    QwenVisionConfig,
+    RegionConfig,
+)
 from medplib_jax.models.layers import draw_params
 from medplib_jax.train.step import abstract_model
 
@@ -44,7 +55,23 @@ TINY = ModelConfig(
 )
 
 
+SMALL_BIRD = ModelConfig(
+    family="bird",
+    vit=QwenVisionConfig(hidden_size=256, num_layers=6, num_heads=4, mlp_dim=1024, num_queries=64),
+    llm=dataclasses.replace(SMALL.llm, fused_qkv=True, trained_length=2048, rms_norm_eps=1e-6),
+    scan_unroll=8,
+)
+TINY_BIRD = ModelConfig(
+    family="bird",
+    vit=QwenVisionConfig(
+        image_size=56, hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64, num_queries=16, resampler_head_dim=32
+    ),
+    llm=dataclasses.replace(TINY.llm, fused_qkv=True, trained_length=256, rms_norm_eps=1e-6),
+)
+BIRD_LENGTHS = {"small": 640, "tiny": 64}  # positions of a row
+
 MODELS = {"small": SMALL, "tiny": TINY}
+BIRDS = {"small": SMALL_BIRD, "tiny": TINY_BIRD}
 SIZES = (*MODELS, "7b")
 
 
@@ -73,6 +100,16 @@ def experiment(recipe: ExperimentConfig, model: ModelConfig, batch_size: int) ->
     return dataclasses.replace(recipe, model=model, data=data, optim=optim, loss=loss, init=type(recipe.init)())
 
 
+def bird_experiment(recipe: ExperimentConfig, size: str, batch_size: int) -> ExperimentConfig:
+    """BiRD's published recipe with the sizes of BIRDS."""
+    data = DataConfig(
+        template="chatml", bucket_lengths=(BIRD_LENGTHS[size],), batch_size=batch_size, max_regions=0, max_masks=0
+    )
+    model, loss = BIRDS[size], dataclasses.replace(recipe.loss, ce_chunk=LossConfig.ce_chunk)
+    optim = dataclasses.replace(recipe.optim, frozen_dtype=model.dtype)
+    return dataclasses.replace(recipe, model=model, data=data, optim=optim, loss=loss, init=type(recipe.init)())
+
+
 def dense(config: ExperimentConfig) -> ExperimentConfig:
     """The same with one MLP in place of each mixture: as many active parameters."""
     trainable = tuple(pattern for pattern in config.optim.trainable if "router" not in pattern)
@@ -86,23 +123,27 @@ def merged(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def example_batch(config: ExperimentConfig, seed: int = 0) -> Batch:
-    """Full rows: 8 positions of prompt, the picture, a question with a region, 32 tokens of answer with one <SEG>."""
+    """Full rows: 8 positions of prompt, the picture, a question, which may have a region, and an answer.
+
+    The answer has 32 tokens with one <SEG>, of a model without masks half of the row.
+    """
     rng = np.random.default_rng(seed)
     model, data = config.model, config.data
-    B, L, patches = data.batch_size, data.bucket_lengths[-1], model.clip.num_patches
+    B, L, patches = data.batch_size, data.bucket_lengths[-1], model.image_tokens
     feature_index = np.full((B, L), -1, np.int32)
     feature_index[:, 8 : 8 + patches] = np.arange(patches)
-    feature_index[:, 16 + patches] = patches  # the region
+    if data.max_regions:
+        feature_index[:, 16 + patches] = patches
     tokens = rng.integers(3, model.llm.vocab_size, (B, L)).astype(np.int32) * (feature_index < 0)
-    answer = (np.arange(L) >= L - 33) & (np.arange(L) < L - 1)
-    side, canvas = model.mask.image_size, data.mask_canvas
+    answer = (np.arange(L) >= L - (33 if model.draws_masks else L // 2)) & (np.arange(L) < L - 1)
+    side, canvas = model.mask_image_size, data.mask_canvas
     return Batch(
         tokens=tokens,
         valid=np.ones((B, L), bool),
         targets=np.roll(tokens, -1, axis=1),
         loss_weights=np.tile(answer.astype(np.float32), (B, 1)),
         feature_index=feature_index,
-        clip_pixels=rng.integers(0, 256, (B, 1, model.clip.image_size, model.clip.image_size, 3)).astype(np.uint8),
+        clip_pixels=rng.integers(0, 256, (B, 1, model.image_size, model.image_size, 3)).astype(np.uint8),
         sam_pixels=rng.integers(0, 256, (B, side, side, 3)).astype(np.uint8),
         sam_box=np.tile(np.array([0, 0, side, side], np.int32), (B, 1)),
         region_points=rng.random((B, data.max_regions, model.region.max_points, 2)).astype(np.float32),
@@ -118,7 +159,7 @@ def example_batch(config: ExperimentConfig, seed: int = 0) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
-    """The PyTorch program of `torch_peer.py`, with the parameters and the batch that ours has.
+    """The PyTorch program of `torch_peer.py` or `bird_peer.py`, with the parameters and the batch that ours has.
 
     `tensors(config, params)` yields (the original's tensor name, path in our tree, values) of every parameter. With
     `compiled`, `torch.compile` is measured as well.
@@ -133,21 +174,24 @@ class Rival:
         return ("torch eager", "torch compile") if self.compiled else ("torch eager",)
 
     def model(self, config: ModelConfig, trainable: Sequence[str] = ()):
-        """A `torch_peer.Peer` on the device, all in the config's type.
+        """A `Peer` on the device, all in the config's type.
 
         `trainable`: patterns of the paths that have gradients.
         """
         import torch
 
-        from medplib_jax.benchmarks.torch_peer import loaded
-
         tensors = self.tensors(config, draw_params(abstract_model(config), 0))
-        return loaded(config, tensors, trainable).to(self.device, getattr(torch, config.dtype))
+        return _peers(config).loaded(config, tensors, trainable).to(self.device, getattr(torch, config.dtype))
 
     def inputs(self, config: ExperimentConfig) -> Mapping[str, Any]:
         """`example_batch` as the peer takes it."""
         import torch
 
-        from medplib_jax.benchmarks.torch_peer import to_torch
+        batch = example_batch(config)
+        return _peers(config.model).to_torch(batch, self.device, getattr(torch, config.model.dtype))
 
-        return to_torch(example_batch(config), self.device, getattr(torch, config.model.dtype))
+
+def _peers(config: ModelConfig) -> ModuleType:
+    """The PyTorch program of this whole model. Imported when it is used: PyTorch is an extra."""
+    name = {"medplib": "torch_peer", "bird": "bird_peer"}[config.family]
+    return importlib.import_module(f"medplib_jax.benchmarks.{name}")

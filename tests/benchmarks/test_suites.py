@@ -44,6 +44,12 @@ def test_answers(tmp_path):
     assert flat["decode.batch_2.ours.per_second"] == pytest.approx(3 * 2 / flat["decode.batch_2.ours.seconds"])
 
 
+def test_bird_beside_pytorch(tmp_path):
+    arguments = ("--size", "tiny", "--against", "torch", "--no-compile", "--new-tokens", "3")
+    flat = figures(tmp_path, "--suite", "bird", *arguments)
+    assert flat["bird_step.speedup"] > 0 and flat["decode.batch_1.speedup"] > 0
+
+
 SMALL = ("--device", "cpu", "--size", "tiny", "--batch", "1", "--new-tokens", "24", "--workers", "1", "--seconds", "2")
 
 

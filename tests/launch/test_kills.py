@@ -1,11 +1,12 @@
 """Runs that are killed at random moments go on, bit for bit, as if nothing had happened.
 
-Every trial starts the smallest run (`tests.tiny_run`) by launch/local_multiprocess.py, sends SIGKILL to one process or
-to all of them, while it starts, trains or writes a checkpoint, and lets the launcher start it again. Half a minute
-each.
+Every trial starts a smallest run (`tests.tiny_run`, `tests.tiny_bird_run`) by launch/local_multiprocess.py, sends
+SIGKILL to one process or to all of them, while it starts, trains or writes a checkpoint, and lets the launcher start it
+again. Half a minute each.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -14,35 +15,42 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
 
 from medplib_jax.train.metrics_log import read_metrics
-from tests import tiny_run
+from tests import tiny_bird_run, tiny_run
 from tests.paths import ROOT
 
-TRIALS, PROCESSES, STEPS = 20, 2, 18
+TRIALS, PROCESSES, STEPS = {tiny_run: 20, tiny_bird_run: 4}, 2, 18
 COMPILE_FAST = "--xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> tuple[Path, tuple]:
-    """A folder with the data, and what a run comes to that nobody kills."""
-    folder = tmp_path_factory.mktemp("kills")
-    tiny_run.prepare(str(folder))
-    assert start(folder, folder / "alone").wait() == 0, (folder / "alone.log").read_text()
-    return folder, outcome(folder / "alone")
+def alone(tmp_path_factory) -> Callable[[ModuleType], tuple[Path, tuple]]:
+    """Of a run: a folder with its data, and what it comes to when nobody kills it."""
+
+    @functools.cache
+    def prepared(run: ModuleType) -> tuple[Path, tuple]:
+        folder = tmp_path_factory.mktemp("kills")
+        run.prepare(str(folder))
+        assert start(run, folder, folder / "alone").wait() == 0, (folder / "alone.log").read_text()
+        return folder, outcome(folder / "alone")
+
+    return prepared
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(TRIALS))
-def test_a_killed_run_goes_on_bit_for_bit(alone, seed):
+@pytest.mark.parametrize(("run", "seed"), [(run, seed) for run, trials in TRIALS.items() for seed in range(trials)])
+def test_a_killed_run_goes_on_bit_for_bit(alone, run, seed):
     """Loss and gradient norm of every step and every array of the last checkpoint; no step is resumed from that was not
     whole."""
-    (folder, expected), rng, number = alone, random.Random(seed), 0
-    while (found := trial(folder, f"trial{seed}_{number}", expected, rng)) is None:
+    (folder, expected), rng, number = alone(run), random.Random(seed), 0
+    while (found := trial(run, folder, f"trial{seed}_{number}", expected, rng)) is None:
         number += 1
     assert found.good, found
 
@@ -67,7 +75,7 @@ class Trial:
         return self.same and set(self.resumed[:1]) <= set(usable)
 
 
-def start(folder: Path, workdir: Path) -> subprocess.Popen:
+def start(run: ModuleType, folder: Path, workdir: Path) -> subprocess.Popen:
     variables = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -85,7 +93,7 @@ def start(folder: Path, workdir: Path) -> subprocess.Popen:
         "10",
         "--",
     ]
-    config = f"--config={tiny_run.__file__}:{folder}"
+    config = f"--config={run.__file__}:{folder}"
     command = [
         sys.executable,
         "-m",
@@ -132,12 +140,12 @@ def wait_until(moment: str, process: subprocess.Popen, workdir: Path, rng: rando
     time.sleep(rng.uniform(0, 10 if moment == "starting" else 0.1))
 
 
-def trial(folder: Path, name: str, expected: tuple, rng: random.Random) -> Trial | None:
+def trial(run: ModuleType, folder: Path, name: str, expected: tuple, rng: random.Random) -> Trial | None:
     """One run that is killed once; None when it was over before it could be."""
     victim, moment = rng.choice(["one", "all"]), rng.choice(["starting", "training", "training", "saving", "saving"])
     workdir = folder / name
     began = time.perf_counter()
-    process = start(folder, workdir)
+    process = start(run, folder, workdir)
     wait_until(moment, process, workdir, rng)
     victims = psutil.Process(process.pid).children() if process.poll() is None else []
     for child in victims if victim == "all" else rng.sample(victims, min(1, len(victims))):

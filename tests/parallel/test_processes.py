@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import psutil
@@ -22,7 +23,7 @@ from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import RESTART, initialize_distributed
 from medplib_jax.train import loop as train_module
 from medplib_jax.train.metrics_log import read_metrics
-from tests import tiny_run
+from tests import tiny_bird_run, tiny_run
 from tests.paths import ROOT
 
 TOGETHER = """
@@ -74,13 +75,13 @@ def start(
     )
 
 
-def training(folder: Path, workdir: Path, **flags) -> list[str]:
+def training(folder: Path, workdir: Path, run: ModuleType = tiny_run, **flags) -> list[str]:
     """The command of a run in which every process has one row of `fsdp`; `flags` are fields, with __ for the dots."""
     fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in flags.items()]
     return [
         "-m",
         "tests.train.noting",
-        f"--config={tiny_run.__file__}:{folder}",
+        f"--config={run.__file__}:{folder}",
         f"--workdir={workdir}",
         "--config.mesh.fsdp=2",
         *fields,
@@ -104,9 +105,11 @@ def one_of(process: subprocess.Popen, number: int) -> psutil.Process:
     )
 
 
-def train_alone(folder: Path, workdir: Path, monkeypatch, devices: int, **settings) -> dict[int, tuple[float, float]]:
+def train_alone(
+    folder: Path, workdir: Path, monkeypatch, devices: int, run: ModuleType = tiny_run, **settings
+) -> dict[int, tuple[float, float]]:
     """The losses of the same run in this process."""
-    config = tiny_run.experiment(str(folder))
+    config = run.experiment(str(folder))
     config = dataclasses.replace(config, mesh=MeshConfig(fsdp=2), train=dataclasses.replace(config.train, **settings))
     monkeypatch.setattr(train_module, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices]))
     train_module.train(config, str(workdir))
@@ -181,6 +184,17 @@ def test_any_number_of_processes_gives_the_same_losses(folder, tmp_path, monkeyp
     said = process.communicate()[0]
     assert process.returncode == 0, said
     assert_close(losses(tmp_path / "run"), train_alone(folder, tmp_path / "one", monkeypatch, devices=4))
+
+
+@pytest.mark.slow
+def test_two_processes_train_bird_as_one(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    tiny_bird_run.prepare(data)
+    process = start(training(data, tmp_path / "two", tiny_bird_run, train__steps=6), data, processes=2)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    expected = train_alone(data, tmp_path / "one", monkeypatch, devices=2, run=tiny_bird_run, steps=6)
+    assert_close(losses(tmp_path / "two"), expected)
 
 
 @pytest.mark.slow
