@@ -23,6 +23,7 @@ from PIL import Image
 from medplib_jax import checkpoint
 from medplib_jax.batch import Batch
 from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConfig
+from medplib_jax.data import hub
 from medplib_jax.data.images import clip_pixels, load_image, sam_pixels
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode.generator import Generator
@@ -326,9 +327,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--torch", required=True, action="append", type=pathlib.Path, help="folder or file; may be given several times"
-    )
+    parser.add_argument("--torch", required=True, action="append", type=hub.argument, help="as --source of from_torch")
     parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="workdir, or WORKDIR/checkpoints/STEP")
     parser.add_argument("--images", type=pathlib.Path, help="folder of pictures")
     parser.add_argument("--config", type=pathlib.Path, help="folder with PyTorch's config.json, where --torch has none")

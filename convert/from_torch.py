@@ -40,6 +40,7 @@ from medplib_jax.config.experiment import (
 )
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.config.versions import VERSION
+from medplib_jax.data import hub
 from medplib_jax.models.families import build_model
 from medplib_jax.models.layers import Mlp, abstract_module, gelu, logical_axes, params_of
 from medplib_jax.models.region.encoder import RegionEncoder
@@ -255,7 +256,11 @@ def parse_mesh(text: str) -> MeshConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--source", action="append", required=True, type=pathlib.Path, help="folder or file; may be given several times"
+        "--source",
+        action="append",
+        required=True,
+        type=hub.argument,
+        help="folder, file or hf://OWNER/NAME@REVISION; may be given several times",
     )
     parser.add_argument("--out", required=True, type=pathlib.Path, help="workdir to create")
     parser.add_argument("--kind", choices=("auto", *kinds.KINDS), default="auto")

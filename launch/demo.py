@@ -7,6 +7,7 @@ the run stand in metrics.json, everything else in report.html.
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import logging
 import math
@@ -31,8 +32,11 @@ from medplib_jax.datasets.phantom import generate as phantom
 from medplib_jax.datasets.train_tokenizer import build_tokenizer
 from medplib_jax.evaluate import report
 from medplib_jax.evaluate.evaluators.predictions import read_rows
-from medplib_jax.evaluate.provenance import note_run
+from medplib_jax.evaluate.provenance import commit, note_run
+from medplib_jax.evaluate.report.comparisons import ALL, compare
 from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.report.sweep_load import load_sweep
+from medplib_jax.evaluate.report.sweep_tables import entry
 from medplib_jax.evaluate.rescore import rescore
 from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.train.loop import train
@@ -52,9 +56,21 @@ TESTS = {
     "IV mixture": ("complex", "region", "grounding"),
 }
 SWEPT = ("II visual-language", "III grounding", "IV mixture")  # put to all tasks by --sweep
-GALLERY_SCORES = ("dice", "iou", "closed_accuracy", "open_exact_match", "open_f1")
+GALLERY_SCORES = {  # score: how the page calls it
+    "dice": "Dice",
+    "iou": "IoU",
+    "closed_accuracy": "right",
+    "open_exact_match": "word for word",
+    "open_f1": "F1 of words",
+}
 CURVES = ("loss", "ce", "dice", "bce")
-BARS = ("grounding.mdice", "no_target.accuracy", "region_vqa.accuracy", "closed_vqa.accuracy", "open_vqa.accuracy")
+BARS = {  # figure: how the page calls it, its task, its metric
+    "grounding.mdice": ("masks, mDice", "grounding", "mDice"),
+    "no_target.accuracy": ("nothing is there: no mask", "grounding", "no_target_accuracy"),
+    "region_vqa.accuracy": ("questions about a region", "region", "accuracy"),
+    "closed_vqa.accuracy": ("closed questions", "complex", "closed_accuracy"),
+    "open_vqa.accuracy": ("open questions, word for word", "complex", "open_exact_match"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +103,9 @@ class Demo:
     def task(self, name: str) -> TaskConfig:
         file = self.absent if name == "absent" else self.data / phantom.FILES["test"][name]
         kind = {"complex": "vqa", "absent": "grounding"}.get(name, name)
-        return TaskConfig(name, str(file), root=str(self.data), kind=kind, about="generated pictures")
+        train = self.data / phantom.FILES["train"]["grounding" if name == "absent" else name]
+        about = "generated pictures"
+        return TaskConfig(name, str(file), root=str(self.data), kind=kind, about=about, train=str(train))
 
     def workdir(self, stage: str) -> Path:
         return self.out / f"stage_{stage.split()[0]}"
@@ -255,7 +273,7 @@ def write(demo: Demo, results: dict[str, dict], metrics: dict[str, float], watch
             curves=curves,
             tables={
                 "Final model, by modality": by_modality(final),
-                "All stages": {stage: headline(result) for stage, result in results.items()},
+                "All stages: percent, with 95 % intervals": in_words(demo, results),
             },
             stages=comparisons(results),
             router=router(final["grounding"]["router"]),
@@ -293,7 +311,7 @@ def examples(demo: Demo, name: str, cell: dict, count: int) -> Iterator[report.R
             question=row["question"],
             answer=row["answer"],
             expected=row["expected"],
-            scores={score: row["scores"][score] for score in GALLERY_SCORES if score in row["scores"]},
+            scores={name: row["scores"][score] for score, name in GALLERY_SCORES.items() if score in row["scores"]},
             true_masks=[decode_rle(rle) for rle in row.get("true_masks", ())],
             masks=[decode_rle(rle) for rle in row.get("masks", ())],
             region_masks=report.region_masks(record, load_image(path).shape[:2]),
@@ -321,12 +339,37 @@ def by_modality(cells: dict[str, dict]) -> dict[str, dict[str, float]]:
 def comparisons(results: dict[str, dict]) -> dict[str, dict[str, float]]:
     """{metric: {stage: value}} for the bars that show what each stage brought; NaN where a stage is not asked."""
     found = {stage: headline(result) for stage, result in results.items()}
-    return {name: {stage: values.get(name, math.nan) for stage, values in found.items()} for name in BARS}
+    return {
+        words: {stage: values.get(name, math.nan) for stage, values in found.items()}
+        for name, (words, *_) in BARS.items()
+    }
+
+
+def in_words(demo: Demo, results: dict[str, dict]) -> dict[str, dict[str, str]]:
+    """{stage: {figure: "percent (interval)"}} of the figures that have a bar; those of a stage that is not asked are
+    left out.
+    """
+    found = {
+        (figure.checkpoint, figure.task, figure.metric): figure
+        for figure in compare(load_sweep(demo.evaluation))
+        if figure.modality == ALL
+    }
+    table: dict[str, dict[str, str]] = {}
+    for stage, cells in results.items():
+        for words, task, metric in BARS.values():
+            figure = found.get((cells[task]["checkpoint"], task, metric)) if task in cells else None
+            if figure is not None:
+                shown = entry(figure, best=False)
+                spread = f" ({shown.interval})" if shown.interval else ""
+                table.setdefault(stage, {})[words] = f"{shown.value}{spread}, n = {figure.records}"
+    return table
 
 
 def facts(demo: Demo, watch: Stopwatch) -> dict[str, object]:
     used = watch.read()
     return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit() or "not known",
         "training images": demo.examples,
         "held-out images": demo.test_examples,
         "seed": demo.seed,

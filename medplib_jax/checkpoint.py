@@ -26,6 +26,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from medplib_jax.batch import Params, combine
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.versions import VERSION, read_versioned
+from medplib_jax.data import hub
 from medplib_jax.parallel.processes import of_every_process, wait_for_others
 from medplib_jax.parallel.quiet import without_orbax_remarks
 
@@ -315,8 +316,9 @@ def _read_json(folder: epath.Path) -> dict[str, Any]:
 
 def named_step(path: str | os.PathLike) -> tuple[str, int | None]:
     """(workdir, step) that a path names: WORKDIR/checkpoints/STEP, or a WORKDIR alone, whose step is None for the
-    newest.
+    newest; hf://OWNER/NAME@REVISION is a workdir that is fetched (`data.hub`).
     """
+    path = hub.local(path)
     place = epath.Path(path)
     if place.name.isdigit() and place.parent.name == FOLDER:
         return str(place.parent.parent), int(place.name)

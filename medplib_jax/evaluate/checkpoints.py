@@ -18,6 +18,7 @@ from etils import epath
 import medplib_jax
 from medplib_jax.checkpoint import FOLDER, complete_steps, make_manager, read_experiment, step_digest
 from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.data import hub
 from medplib_jax.evaluate.result import CheckpointEntry, LeftOut
 from medplib_jax.parallel.processes import of_process_0
 
@@ -71,11 +72,13 @@ def find_checkpoints(
     steps: newest or all of a workdir. converted: folder that keeps converted PyTorch weights for the next time, under a
     name made from the folder and the names, sizes and times of its files. FileNotFoundError for a pattern without a
     checkpoint, ValueError for two of one name.
+
+    hf://OWNER/NAME@REVISION is a folder that is fetched (`data.hub`).
     """
     found: dict[tuple[str, int], tuple[str, str]] = {}
     unusable: list[LeftOut] = []
     for pattern in filter(None, map(str.strip, patterns.split(","))):
-        paths = _glob(pattern)
+        paths = _glob(hub.local(pattern))
         places = [(str(path), *place) for path in paths for place in _steps(path, steps, converted, unusable)]
         if not places:
             why = next((left.why for left in unusable if left.what in map(str, paths)), "found none")

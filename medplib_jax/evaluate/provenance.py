@@ -19,7 +19,7 @@ def note_run(workdir: str | Path, devices: str) -> None:
     run = RunEntry(
         datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         _command(),
-        _commit(),
+        commit(),
         {"python": platform.python_version()} | {name: v for name in PACKAGES if (v := _version(name))},
         f"{platform.system()} {platform.machine()}",
         devices,
@@ -47,7 +47,7 @@ def _version(name: str) -> str:
         return ""
 
 
-def _commit() -> str:
+def commit() -> str:
     """Of the checkout that runs, with "-dirty" where files were changed; empty for an installed package."""
     folder = Path(medplib_jax.__file__).parents[1]
     if not (folder / ".git").exists():
