@@ -8,6 +8,7 @@ COMMAND
 The same command again goes on where it stood, and with one more task or checkpoint it runs only what is new. On several
 hosts the same command runs on each with one workdir that all of them see. Commands with other checkpoints or tasks may
 run side by side in one workdir. It then holds predictions/, sweep.json (every figure) and report.html.
+--config.metrics=my_metrics.py scores with metrics of your own (`own.py`).
 
 Ends with 1 when a checkpoint or task that is there could not be used, or when a cell is not complete.
 """

@@ -49,16 +49,16 @@ class SweepTask:
         file = Path(source.file)  # a dataset's is none
         content = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
         return TaskEntry(
-            self.name,
-            self.kind,
-            source.file,
-            len(self.records),
-            source.root,
-            config.part,
-            config.about,
-            content,
-            is_phantom(source.root),
-            _training_file(config),
+            name=self.name,
+            kind=self.kind,
+            file=source.file,
+            records=len(self.records),
+            root=source.root,
+            part=config.part,
+            source=config.about,
+            content=content,
+            examples=_training_file(config),
+            generated=is_phantom(source.root),
         )
 
 

@@ -1,17 +1,24 @@
 """What lines tell without the model: the user's own metrics, and answers without a model beside every figure."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from medplib_jax.data.records import MASK
 from medplib_jax.data.rle import decode_rle
+from medplib_jax.datasets.phantom import generate as phantom
 from medplib_jax.evaluate import own
 from medplib_jax.evaluate.evaluators.predictions import read_rows
 from medplib_jax.evaluate.own import load_metrics
+from medplib_jax.evaluate.report.reproduction import reproduction
 from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.report.sweep_load import load_sweep
 from medplib_jax.evaluate.rescore import rescore
 from tests.evaluate.report.sweep_fixture import CHECKPOINTS, write_sweep
 
@@ -138,6 +145,32 @@ def test_answers_without_a_model_stand_in_every_table(folder, cells):
     }
     figures = json.loads((folder / "report.json").read_text())["figures"]
     assert all(figure["p"] is None for figure in figures if figure["run"] == "no model")
+
+
+def test_guesses_come_from_the_training_file_where_it_is_known(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    sweep = json.loads((tmp_path / "copy/sweep.json").read_text())
+    data = Path(sweep["tasks"][0]["root"])
+    for task in sweep["tasks"]:
+        task["examples"] = str(data / phantom.FILES["train"]["grounding"]) if task["name"] == GROUNDING else ""
+    (tmp_path / "copy/sweep.json").write_text(json.dumps(sweep))
+    rescore(tmp_path / "copy")
+    boxes = []
+    for record in json.loads((data / phantom.FILES["train"]["grounding"]).read_text()):
+        for name in MASK.findall(record["conversations"][-1]["value"]):
+            rows, columns = np.nonzero(np.asarray(Image.open(data / name)))
+            height, width = np.asarray(Image.open(data / name)).shape[:2]
+            ends = columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height
+            boxes.append(ends)
+    lines = read_rows(tmp_path / f"copy/predictions/mean_box/exact/{GROUNDING}.jsonl")
+    drawn = decode_rle(next(line["masks"][0] for line in lines if line["true_masks"]))
+    height, width = drawn.shape
+    rows, columns = np.nonzero(drawn)
+    found = columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height
+    np.testing.assert_allclose(found, np.mean(boxes, axis=0), atol=1 / min(drawn.shape))
+    facts = {(what, which): value for what, which, value in reproduction(load_sweep(tmp_path / "copy"))}
+    assert facts["guesses from", GROUNDING].endswith(Path(phantom.FILES["train"]["grounding"]).name)
+    assert "the task itself" in facts["guesses from", VQA]
 
 
 def test_lines_of_an_old_folder_are_rescored_by_one_command_without_jax(folder):

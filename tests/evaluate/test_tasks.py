@@ -1,6 +1,8 @@
 """What annotation files hold, which are found, and how they are called."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -27,6 +29,19 @@ def test_kind_and_slots_are_found(folder):
     assert (found["region"].masks, found["region"].regions, found["region"].images) == (0, 1, 1)
     assert read_task(TaskConfig("a", str(folder / "test" / "vqa.json"), kind="grounding"), 2, "raise").records == (0, 1)
     assert len({task.digest for task in found.values()}) == 3
+
+
+def test_the_training_file_is_the_one_of_the_same_name_or_the_one_that_is_said(folder, tmp_path):
+    for name in ("test", "train"):
+        shutil.copytree(folder / "test", tmp_path / name)
+    for part in ("images", "masks"):
+        (tmp_path / part).symlink_to(folder / part)
+    task = TaskConfig("vqa", str(tmp_path / "test/vqa.json"))
+    assert read_task(task, 0, "raise").entry().examples == str(tmp_path / "train/vqa.json")
+    said = dataclasses.replace(task, train=str(tmp_path / "train/region.json"))
+    assert read_task(said, 0, "raise").entry().examples == said.train
+    alone = read_task(TaskConfig("vqa", str(folder / "test/vqa.json"), about="mine"), 0, "raise").entry()
+    assert (alone.examples, alone.generated, alone.source) == ("", False, "mine")
 
 
 def test_question_without_answer_is_named(folder, tmp_path):
@@ -100,4 +115,4 @@ def test_a_split_of_an_assembled_dataset_is_a_task(folder, tmp_path):
     assert len(left_out) == 1 and task.entry().file == name
     row = {"record": 0, "image": list(task.source[0].images), "question": task.source[0].turns[0][1]}
     picture, _, problem = sweep_cases._picture(task.entry(), row)
-    assert picture is not None and not problem
+    assert picture.any() and not problem

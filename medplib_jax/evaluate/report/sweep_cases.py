@@ -149,15 +149,13 @@ def choose(scores: Sequence[Mapping[int, float | None]], flags: Mapping[int, Seq
         others = [other for each in scores[1:] if (other := each.get(record)) is not None]
         change[record] = first[record] - max(others, default=first[record])
     changed = sorted(ordered, key=lambda record: (change[record], record))
-    middle = len(ordered) // 2
+    from_the_middle = sorted(range(len(ordered)), key=lambda place: abs(place - len(ordered) // 2))
     queues = [
         ordered,
         [record for record, found in flags.items() if found],
         [record for record in changed if change[record] < 0],
         [record for record in changed[::-1] if change[record] > 0],
-        sorted(ordered, key=lambda record: abs(ordered.index(record) - middle))
-        if len(ordered) <= count
-        else ordered[max(0, middle - count // 2) :],
+        [ordered[place] for place in from_the_middle],
         ordered[::-1],
         sorted(scores[0]),
     ]

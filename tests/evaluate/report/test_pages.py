@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 
+from medplib_jax.evaluate.report import write_report
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.rescore import rescore
 from tests.evaluate.report.sweep_fixture import CHECKPOINTS, write_sweep
+from tests.evaluate.report.test_page import full_report
 
 sync_api = pytest.importorskip("playwright.sync_api")
 BROWSER = shutil.which("chromium")
@@ -76,6 +78,12 @@ def test_nothing_is_cut_off(open_page, address, width):
     for number in range(page.locator(".tabs a").count()):
         page.evaluate("number => document.querySelectorAll('.tabs a')[number].click()", number)
         assert page.evaluate(CUT_OFF) == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_cut_off_of_the_page_of_a_run(open_page, tmp_path, width):
+    page = open_page(write_report(full_report(tmp_path), tmp_path).as_uri(), width)
+    assert page.evaluate(CUT_OFF) == []
 
 
 def test_a_sent_address_opens_its_case_and_keys_go_on_from_there(open_page, address):
