@@ -61,6 +61,7 @@ def select(
     return found
 
 
+COLUMNS = 12  # of a tabular; TeX itself ends at 256
 Place = tuple[str, str, str]  # task, metric and modality of a column
 
 
@@ -135,18 +136,30 @@ class PaperTable:
         return "\n".join([*lines, "", *self.notes]) + "\n"
 
     def to_latex(self) -> str:
-        """A tabular of the package booktabs; the notes stand below as comments."""
-        tasks = list(dict.fromkeys(task for task, *_ in self.columns))
-        widths = [sum(task == name for name, *_ in self.columns) for task in tasks]
+        """A tabular of the package booktabs, several below each other where there are more than COLUMNS columns; the
+        notes stand below as comments.
+        """
+        parts = [self._tabular(range(start, end)) for start, end in _spans(len(self.columns))]
+        return "\n\n".join(parts) + "\n" + "".join(f"% {note}\n" for note in self.notes)
+
+    def _tabular(self, places: range) -> str:
+        columns = [self.columns[place] for place in places]
+        tasks = list(dict.fromkeys(task for task, *_ in columns))
+        widths = [sum(task == name for name, *_ in columns) for task in tasks]
         ends = [1 + sum(widths[: i + 1]) for i in range(len(widths))]
         spans = zip(tasks, widths, strict=True)
         heads = [rf"\multicolumn{{{width}}}{{c}}{{{escape(task)}}}" for task, width in spans]
         rules = [rf"\cmidrule(lr){{{end - width + 1}-{end}}}" for end, width in zip(ends, widths, strict=True)]
-        rows = [["", *heads], ["Checkpoint", *(escape(self.title(place)) for place in self.columns)]]
-        body = [[escape(name), *(_latex_cell(*cell) for cell in self.cells(name))] for name in self.rows]
-        lines = [rf"\begin{{tabular}}{{l{'r' * len(self.columns)}}}", r"\toprule", _latex_row(rows[0]), "".join(rules)]
-        lines += [_latex_row(rows[1]), r"\midrule", *map(_latex_row, body), r"\bottomrule", r"\end{tabular}"]
-        return "\n".join([*lines, *(f"% {note}" for note in self.notes)]) + "\n"
+        titles = ["Checkpoint", *(escape(self.title(place)) for place in columns)]
+        cells = {name: self.cells(name) for name in self.rows}
+        body = [[escape(name), *(_latex_cell(*row[place]) for place in places)] for name, row in cells.items()]
+        lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule", _latex_row(["", *heads]), "".join(rules)]
+        lines += [_latex_row(titles), r"\midrule", *map(_latex_row, body), r"\bottomrule", r"\end{tabular}"]
+        return "\n".join(lines)
+
+
+def _spans(count: int) -> list[tuple[int, int]]:
+    return [(start, min(start + COLUMNS, count)) for start in range(0, count, COLUMNS)]
 
 
 def escape(text: str) -> str:

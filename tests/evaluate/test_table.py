@@ -64,6 +64,7 @@ def test_latex_and_markdown_show_the_same_figures(folder, figures):
 
 def test_latex_is_balanced_and_escaped(folder):
     latex = make(folder, "latex", metrics="*")
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") > 2  # of twelve columns at most
     body = latex[: latex.index(r"\end{tabular}")]
     plain = re.sub(r"\\[{}]", "", body)
     assert plain.count("{") == plain.count("}")
