@@ -15,10 +15,15 @@ def outlines(mask: np.ndarray, size: tuple[int, int]) -> str:
     Holes are outlines, too, to be filled by the rule evenodd.
     """
     step = max(1, -(-max(mask.shape) // GRID))
-    thinned = np.pad(np.asarray(mask[::step, ::step], float), 1)
-    lines: Sequence[np.ndarray] = contourpy.contour_generator(z=thinned).lines(0.5)
+    thinned = np.asarray(mask[::step, ::step], bool)
+    rows, columns = np.flatnonzero(thinned.any(1)), np.flatnonzero(thinned.any(0))
+    if not len(rows):
+        return ""
+    inside = np.pad(thinned[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(float), 1)
+    lines: Sequence[np.ndarray] = contourpy.contour_generator(z=inside).lines(0.5)
     scale = np.array([size[1] / mask.shape[1], size[0] / mask.shape[0]]) * step
-    return "".join(_path((line - 0.5) * scale) for line in lines)
+    start = np.array([columns[0], rows[0]]) - 0.5  # the rim is a pixel wide, and a pixel's middle is its place
+    return "".join(_path((line + start) * scale) for line in lines)
 
 
 def _path(points_Nx2: np.ndarray) -> str:
