@@ -227,3 +227,14 @@ def test_missing_files_are_named(root):
 )
 def test_modality_comes_from_the_file_name(image, expected):
     assert modality(image) == expected
+
+
+def test_what_a_question_is_about_is_said_or_named_once():
+    def structure(question, **fields):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Yes."}]
+        return parse_record({"conversations": turns} | fields, "f", 0, "").structure
+
+    assert structure("Where is <ref>the liver</ref>?") == "the liver" and structure("Where is it?") == ""
+    assert structure("Are <ref>liver</ref> and <ref>spleen</ref> there?") == ""
+    assert structure("Where is <ref>it</ref>?", structure=" left kidney ") == "left kidney"
+    assert structure("Where is it?", structure=3) == ""

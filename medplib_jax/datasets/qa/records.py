@@ -17,12 +17,15 @@ YES_NO = ("Yes", "No")
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One question and its answer. `candidates`: the answers to choose from, of a closed question."""
+    """One question and its answer. `candidates`: the answers to choose from, of a closed question. `structure`: what
+    alone it is about, for figures by structure.
+    """
 
     kind: str
     question: str
     answer: str
     candidates: tuple[str, ...] = ()
+    structure: str = ""
 
     @property
     def answer_type(self) -> str:
@@ -83,7 +86,7 @@ def test_records(facts: ImageFacts, turns: Sequence[Turn]) -> dict[str, list[dic
 
 
 def record(facts: ImageFacts, turns: Sequence[Turn]) -> dict[str, Any]:
-    """One record; `answer_type` and `candidates` are those of its only turn."""
+    """One record; `answer_type`, `candidates` and `structure` are those of its only turn."""
     messages = []
     for turn in turns:
         messages.append({"from": "human", "value": turn.question if messages else f"<image>\n{turn.question}"})
@@ -93,6 +96,7 @@ def record(facts: ImageFacts, turns: Sequence[Turn]) -> dict[str, Any]:
         extra = {
             "answer_type": turns[0].answer_type,
             **({"candidates": list(turns[0].candidates)} if turns[0].candidates else {}),
+            **({"structure": turns[0].structure} if turns[0].structure else {}),
         }
     return {
         "image": facts.image,

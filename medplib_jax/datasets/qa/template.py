@@ -169,7 +169,7 @@ def region_turns(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
                 f"Which structure is marked by {region}?",
             ),
         )
-        made.append(Turn("region", question, target.name))
+        made.append(Turn("region", question, target.name, structure=target.name))
     for pair in sample(rng, facts.pairs_apart(), (len(facts.targets) + 1) // 2):
         shown, other = sample(rng, pair)
         yes = rng.random() < 0.5
@@ -186,7 +186,12 @@ def region_turns(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
 def grounding_turns(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
     """A mask of each name, one pair in one answer, and, where names are known to be absent, one that is not there."""
     made = [
-        Turn("grounding", _request(facts, rng, target.name), f"{_the(target.name)} <SEG>.<mask>{target.merged}</mask>")
+        Turn(
+            "grounding",
+            _request(facts, rng, target.name),
+            f"{_the(target.name)} <SEG>.<mask>{target.merged}</mask>",
+            structure=target.name,
+        )
         for target in facts.targets
     ]
     for first, second in sample(rng, facts.pairs_apart(), 1):
@@ -200,7 +205,12 @@ def grounding_turns(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
 def absent_turns(facts: ImageFacts, rng: np.random.Generator) -> list[Turn]:
     """A request for a mask of something that is known not to be there; none where nothing is."""
     return [
-        Turn("grounding", _request(facts, rng, name), f"The {name} {verb(name)} not visible in this image.")
+        Turn(
+            "grounding",
+            _request(facts, rng, name),
+            f"The {name} {verb(name)} not visible in this image.",
+            structure=name,
+        )
         for name in sample(rng, facts.absent, 1)
     ]
 

@@ -58,6 +58,13 @@ def test_every_kind_is_written_and_found_clean(made):
     assert report["records"] == report["usable"] and report["finding_counts"] == {}
 
 
+def test_records_say_what_they_are_about(made):
+    found = [record for record in records(made[0], "grounding") if record.structure]
+    assert found and all(record.structure in record.turns[0][1] for record in found)
+    assert all(record.structure in record.turns[1][1] for record in records(made[0], "region") if record.structure)
+    assert not [record for record in records(made[0], "grounding_pairs") if record.structure]
+
+
 def test_the_same_seed_gives_the_same_files(made, tmp_path):
     pairs = make_pairs(tmp_path / "pairs", 12)
     run(pairs, tmp_path / "same")

@@ -466,6 +466,24 @@ def test_charts_stand_beside_the_page_as_pdf_and_svg(folder):
     assert (folder / report_sweep.FIGURES / f"{TASK}-steps.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_figures_by_structure_where_records_name_it(small):
+    path = small()
+    for file in path.glob(f"predictions/*/exact/{TASK}.*.jsonl"):
+        header, *rows = map(json.loads, file.read_text().splitlines())
+        named = [row | {"structure": ("liver", "spleen", "")[row["record"] % 3]} for row in rows]
+        file.write_text("".join(json.dumps(line) + "\n" for line in (header, *named)))
+    page = write_sweep_report(path).read_text()
+    found = by_key(json.loads((path / "report.json").read_text()))
+    lines = [row for file in path.glob(f"predictions/{BASELINE}/exact/{TASK}.*.jsonl") for row in read_rows(file)]
+    wanted = [row["scores"]["dice"] for row in lines if row["structure"] == "liver" and row["scores"]["target"]]
+    figure = found[BASELINE, TASK, "exact", "mDice", "structure: liver"]
+    assert figure["value"] == pytest.approx(np.mean(wanted)) and figure["records"] == len(wanted)
+    mean = found[BASELINE, TASK, "exact", "mDice", "modality_mean"]
+    assert mean["records"] == len({row["modality"] for row in lines if row["scores"]["target"]})  # not structures
+    assert "By structure: mDice" in page and ">spleen<" in page
+    assert not [key for key in found if key[3] == "hit_rate" and key[4].startswith("structure")]
+
+
 def test_needs_no_jax():
     code = "import sys, medplib_jax.evaluate.report.sweep; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
