@@ -57,6 +57,7 @@ PROJECTOR, REGION = "^projector/", "^region/"
 CLIP, LLM, SAM = "^clip/", "^llm/", "^sam/"
 MASK_DECODER, SEG_MLP = "^sam/mask_decoder/", "^seg_mlp/"
 ROUTER = "^llm/moe/router/"
+EXAMPLE_READERS = "^icl/"
 
 # Lengths with 576 positions for the image: texts up to 2048 and up to 1024 tokens.
 BUCKETS_2048, BUCKETS_1024 = (768, 1024, 1664, 2688), (768, 1024, 1664)

@@ -82,10 +82,10 @@ LANGUAGE = Keys(
         num_key_value_heads head_dim max_position_embeddings rms_norm_eps tie_word_embeddings rope_theta rope_scaling
         rope_parameters sliding_window use_sliding_window layer_types mm_vision_tower mm_vision_select_layer
         vision_feature_layer text_config vision_config image_token_index mask_unpad max_sample_point sampler_pooler_mode
-        moe
+        moe icl_mask_encoder mask_encoder_token_count mm_token_compress mm_compressed_token_count
         """.split()
     ),
-    # What was trained and how it was prompted; sizes that tensors tell; whether modules for several pictures are there.
+    # What was trained and how it was prompted; sizes that tensors tell.
     harmless=frozenset(
         """
         freeze_mm_mlp_adapter freeze_mm_vision_resampler tune_mm_mlp_adapter tune_mm_vision_resampler
@@ -93,7 +93,6 @@ LANGUAGE = Keys(
         mm_use_im_patch_token mm_use_im_start_end image_aspect_ratio tokenizer_model_max_length tokenizer_padding_side
         vision_tower mm_resampler_type train_mask_decoder ignore_index
         mm_hidden_size out_dim region_fea_adapter region_geo_sampler image_seq_length projection_dim
-        icl_mask_encoder mask_encoder_token_count mm_token_compress mm_compressed_token_count
         """.split()
     ),
     only={

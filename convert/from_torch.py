@@ -90,7 +90,7 @@ def convert(options: Options) -> ModelConfig:
     source = read_source(options.sources, options.config, options.lora_alpha, options.ignored_keys)
     config, shapes = source.config, source.shapes
     model = model_shapes(config)
-    params = target_shapes(config, model, shapes, required_parts(options, shapes))
+    params = target_shapes(model, required_parts(options, shapes))
     plan = mapping.strict_plan(config, params, shapes)
     rows, tokenizer = vocabulary.Rows(config.llm.vocab_size), None
     if "llm/embed/embedding" in params:
@@ -144,13 +144,9 @@ def model_shapes(config: ModelConfig) -> WholeModel:
     return abstract_module(lambda rngs: build_model(config, rngs, ShardingConfig()))
 
 
-def target_shapes(
-    config: ModelConfig, model: WholeModel, shapes: kinds.Shapes, parts: set[str]
-) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the parameters to fill: the model's under `parts`, and the in-context-learning modules' if the
-    source has them."""
-    held = {path: leaf.shape for path, leaf in flatten(params_of(model)).items() if path.split("/")[0] in parts}
-    return held | mapping.extra_parameters(config, shapes, ("icl/",))
+def target_shapes(model: WholeModel, parts: set[str]) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the parameters to fill: the model's under `parts`."""
+    return {path: leaf.shape for path, leaf in flatten(params_of(model)).items() if path.split("/")[0] in parts}
 
 
 def shard_counts(model: WholeModel, params: dict[str, tuple[int, ...]], mesh: MeshConfig) -> dict[str, tuple[int, ...]]:

@@ -24,6 +24,7 @@ _PARTS = {
     "moe": "llm",
     "mask": "sam",
     "region": "region",
+    "icl": "icl",
 }  # field -> part of the parameters
 
 # Settings of the released model that no size of ours decides (config.json of MedPLIB-7b-2e).
@@ -100,6 +101,10 @@ def model_json(config: ModelConfig, carried: Json, dtype: np.dtype, own: Json | 
         written.pop(newer, None)
     if llm.rope_theta != 10000.0 or "rope_theta" in carried:  # transformers 4.31 does not write it
         written["rope_theta"] = llm.rope_theta
+    if config.icl.compressed_tokens:
+        written |= {"mm_token_compress": True, "mm_compressed_token_count": config.icl.compressed_tokens}
+    if config.icl.mask_tokens:
+        written |= {"icl_mask_encoder": True, "mask_encoder_token_count": config.icl.mask_tokens}
     if moe_layers:
         written["moe"] = carried.get("moe", {}) | _moe_json(config)
     return dict(sorted(written.items())) | ({OWN: own} if own else {})
@@ -110,6 +115,8 @@ def own_json(experiment: ExperimentConfig, parts: set[str], adapters: bool) -> J
     that are there, and what prediction reads of data and evaluation."""
     model, data = dataclasses.asdict(experiment.model), dataclasses.asdict(experiment.data)
     held = [name for name, part in _PARTS.items() if part in parts]
+    if experiment.model.icl.masks == "separate" and "icl" not in held:  # no module shows it
+        held.append("icl")
     sizes = {name: model[name] for name in held} | {"dtype": model["dtype"]}
     if adapters:
         sizes["lora"] = {name: model["lora"][name] for name in ("alpha", "dropout")}

@@ -6,7 +6,16 @@ import math
 import re
 
 from medplib_jax.config.base import from_dict
-from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
+from medplib_jax.config.model import (
+    ClipConfig,
+    IclConfig,
+    LlmConfig,
+    LoraConfig,
+    MaskConfig,
+    ModelConfig,
+    MoeConfig,
+    RegionConfig,
+)
 
 from . import mapping, qwen_vl
 from .foreign_config import OWN, Foreign, Json
@@ -76,7 +85,7 @@ def detect_config(shapes: Shapes, foreign: Foreign, lora_alpha: float | None = N
         return qwen_vl.detect_config(shapes, foreign, alpha)
     parts = {part_of(key) for key in shapes}
     own = foreign.own.get("model", {})
-    sizes = {"region": _region(shapes, foreign)}
+    sizes = {"region": _region(shapes, foreign), "icl": _icl(shapes, foreign)}
     if "clip" in parts:
         sizes["clip"] = _clip(shapes, foreign)
     if "llm" in parts:
@@ -105,6 +114,26 @@ def _region(shapes: Shapes, foreign: Foreign) -> RegionConfig:
         "pooling": foreign.language.get("sampler_pooler_mode", "max"),
     }
     return _combined(RegionConfig, "region", foreign, {"sampler": "geometry" if geometry else "mean"}, told)
+
+
+def _icl(shapes: Shapes, foreign: Foreign) -> IclConfig:
+    """Which modules read examples, by their tensors; how many tokens they yield is in config.json alone.
+
+    Modules may come from a source of their own, so that config.json need not know of them.
+    """
+    switches = (
+        ("compressed_tokens", "model.mm_token_compressor.", "mm_token_compress", "mm_compressed_token_count", 256),
+        ("mask_tokens", "model.mask_encoder.", "icl_mask_encoder", "mask_encoder_token_count", 64),
+    )
+    told = {}
+    for field, prefix, switch, count_key, original in switches:
+        there = any(key.startswith(prefix) for key in shapes)
+        if foreign.language.get(switch) and not there:
+            raise ValueError(f"config.json: {switch} is true, but no source has a tensor {prefix}*")
+        told[field] = foreign.language.get(count_key, original) if there else 0
+    if told["mask_tokens"]:
+        told["masks"] = "separate"
+    return _combined(IclConfig, "icl", foreign, {}, told)
 
 
 def _clip(shapes: Shapes, foreign: Foreign) -> ClipConfig:

@@ -380,16 +380,6 @@ def entries(config: ModelConfig, paths: Iterable[str]) -> dict[str, Entry]:
     return found
 
 
-def extra_parameters(
-    config: ModelConfig, torch_shapes: Mapping[str, Shape], parts: tuple[str, ...]
-) -> dict[str, Shape]:
-    """Path -> shape of the parameters under `parts` that a source holds beyond the model's own modules."""
-    paths = [jax for _, jax, _ in _rows(config.family) if jax.startswith(parts) and "{" not in jax]
-    return {
-        e.path: e.param_shape(torch_shapes[e.key]) for e in entries(config, paths).values() if e.key in torch_shapes
-    }
-
-
 def strict_plan(
     config: ModelConfig, param_shapes: Mapping[str, Shape], torch_shapes: Mapping[str, Shape]
 ) -> dict[str, Entry]:

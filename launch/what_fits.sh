@@ -38,6 +38,7 @@ if [ "$kind" = tpu ]; then
   examine "stage IV, expert axis on v5e:8x8" v5e:8x8 stage4_moe --length=1024 --config.mesh.fsdp=32 --config.mesh.expert=2
   examine "stage IV, everything trains, AdamW on v5p:4x4x4" v5p:4x4x4 stage4_moe --length=1024 --config.mesh.data=4 --config.mesh.fsdp=16 \
     --config.optim.trainable='("",)' --config.model.lora.rank=0
+  examine "stage V, 4 pictures, on v5e:8x8" v5e:8x8 stage5_icl --length=4096
   generation v5e:2x4 32 --config.mesh.tensor=8
 else
   for gpus in h100:8 h200:8; do

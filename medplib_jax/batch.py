@@ -4,7 +4,8 @@ Axis letters (suffix of a tensor name, e.g. `hidden_BxLxD`; also the dimension n
 
     B batch       L sequence      D model width   H heads         K head width   F mlp width
     E experts     C capacity      V vocabulary    N images per example           P patches per image
-    T visual features per example (N*P image vectors, then R region vectors)
+    T visual features per example (N*P image vectors, then R region vectors, then X*Q vectors of examples' masks)
+    X masks of examples per example, read by the mask encoder         Q vectors per such mask
     R regions per example         S sampled points per region     M masks per example
     h w grid of a feature map or low-resolution mask              I J mask canvas (rows, columns)
 """
@@ -46,6 +47,7 @@ class Batch:
     segment: Int[Array, "B L"] | None = (
         None  # conversation of the row: 1, 2, ..., 0 at padding; None: one conversation a row
     )
+    example_masks: UInt8[Array, "B X Ie Ie"] | None = None  # 0/1, padded to a square; None: no mask encoder reads any
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -4,11 +4,15 @@ COMMAND
     python -m medplib_jax.predict --checkpoint WORKDIR --image a.png --out answer --question "Please segment the liver."
     python -m medplib_jax.predict --checkpoint WORKDIR --image a.png --out answer --question "What is <region>?" \\
         --box 40,60,90,120
+    python -m medplib_jax.predict --checkpoint WORKDIR --image a.png --out answer --example b.png=b_mask.png
+    python -m medplib_jax.predict --checkpoint WORKDIR --image a.png --out answer --examples INDEX --structure liver
     python -m medplib_jax.predict --checkpoint WORKDIR --image SCAN --out answer --structures "liver; spleen"
     python -m medplib_jax.predict --checkpoint WORKDIR --jobs jobs.jsonl --out answers
 
 A SCAN is a DICOM folder or file, NIfTI, NRRD or MetaImage; see medplib_jax/volumes/README.md for what is written.
 Of a picture it prints the answer; writes `mask_<k>.png` (0/255, the picture's size) and `overlay.png`.
+Up to three examples, pictures with masks, say what to draw instead of words: given by `--example`, or those of an index
+(medplib_jax.datasets.index) that are most similar to the image and have a mask of the structure.
 A model that answers with boxes takes --box or --point, draws each box of its answer with its phrase on the overlay, and
 writes `boxes.json`, in pixels. With `--masks sam --sam-checkpoint WORKDIR` the SAM-Med2D of a MedPLIB checkpoint draws
 what lies in each of these boxes.
@@ -27,7 +31,11 @@ import numpy as np
 from PIL import Image
 
 from medplib_jax.checkpoint import find_step
+from medplib_jax.data.errors import DataError
+from medplib_jax.data.icl_form import MAX_EXAMPLES
 from medplib_jax.data.overlay import PALETTE, draw_boxes, overlay
+from medplib_jax.datasets.image_index import ImageIndex
+from medplib_jax.datasets.index import Embedder
 from medplib_jax.decode.box_masks import BoxDrawer
 from medplib_jax.decode.jobs import answer_jobs, read_jobs
 from medplib_jax.decode.layout import QUANTIZE
@@ -100,6 +108,28 @@ def region_of(arguments: argparse.Namespace) -> str:
     return arguments.region_mask or ""
 
 
+def example_of(text: str) -> tuple[str, str]:
+    """Type of the option --example: "image.png=mask.png"."""
+    image, _, mask = text.rpartition("=")
+    if not image or not mask:
+        raise argparse.ArgumentTypeError(f"example without a mask: expected IMAGE=MASK, found {text!r}")
+    return image, mask
+
+
+def retrieved(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """The examples that `--examples` finds for the image, which are printed. DataError when there is none."""
+    embedder = Embedder(arguments.checkpoint)
+    index = ImageIndex(arguments.examples, embedder.digest)
+    name = arguments.structure
+    if name not in index.names:
+        raise DataError(arguments.examples, None, "no mask of this structure", ", ".join(index.names), repr(name))
+    query = embedder(embedder.read(arguments.image)[None])
+    (hits,) = index.search(query, arguments.top_k, name, pictures=[arguments.image])
+    for hit in hits:
+        print(f"example: {hit.image} (cosine {hit.score:.3f})", file=sys.stderr)
+    return [(hit.image, hit.masks[name]) for hit in hits]
+
+
 def join_negative(words: list[str]) -> list[str]:
     """`--box -5,3,20,20` as `--box=-5,3,20,20`: argparse takes what begins with "-" and is no single number for an
     option.
@@ -133,6 +163,11 @@ def parse_arguments() -> tuple[argparse.Namespace, bool]:
     region.add_argument(
         "--region-mask", metavar="FILE", help="mask of the picture's size; the region is where it is not 0"
     )
+    shown = parser.add_argument_group("examples")
+    shown.add_argument("--example", type=example_of, action="append", default=[], metavar="IMAGE=MASK")
+    shown.add_argument("--examples", metavar="INDEX", help="an index of pictures, of which the most similar are shown")
+    shown.add_argument("--structure", default="", metavar="NAME", help="whose masks are shown; with --examples")
+    shown.add_argument("--top-k", type=int, default=MAX_EXAMPLES, help="how many; with --examples")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
@@ -146,7 +181,9 @@ def parse_arguments() -> tuple[argparse.Namespace, bool]:
     add_scan_flags(parser)
     arguments = parser.parse_args(join_negative(sys.argv[1:]))
     scan = bool(arguments.jobs) or is_scan(arguments.image)
-    if not (arguments.question or arguments.jobs or (scan and arguments.structures)):
+    check_examples(parser, arguments, scan)
+    has_examples = arguments.example or arguments.examples
+    if not (arguments.question or has_examples or arguments.jobs or (scan and arguments.structures)):
         parser.error("expected --question, or --structures for a scan")
     if bool(arguments.masks) != bool(arguments.sam_checkpoint):
         parser.error("--masks sam and --sam-checkpoint WORKDIR: expected both or neither")
@@ -157,6 +194,18 @@ def parse_arguments() -> tuple[argparse.Namespace, bool]:
     return arguments, scan
 
 
+def check_examples(parser: argparse.ArgumentParser, arguments: argparse.Namespace, scan: bool) -> None:
+    """Ends with what is wrong about the options of examples."""
+    if (arguments.example or arguments.examples) and scan:
+        parser.error("examples are shown before a picture: expected none with a scan or with jobs")
+    if arguments.example and arguments.examples:
+        parser.error("expected --example or --examples, found both")
+    if arguments.examples and not arguments.structure:
+        parser.error("--examples needs --structure, the name of the masks to show")
+    if not 1 <= arguments.top_k <= MAX_EXAMPLES:
+        parser.error(f"--top-k {arguments.top_k}: expected 1 to {MAX_EXAMPLES}")
+
+
 def main():
     arguments, scan = parse_arguments()
     use_cache()
@@ -164,7 +213,9 @@ def main():
         options = scan_options(arguments) if scan else None
         sampling = Sampling(arguments.temperature, arguments.top_p)
         if not scan:  # what is wrong with a question is said before the model is loaded
-            asked = read_question(arguments.image, arguments.question, region_of(arguments))
+            examples = retrieved(arguments) if arguments.examples else arguments.example
+            question = arguments.question or ""
+            asked = read_question(arguments.image, question, region_of(arguments), examples)
             for notice in asked.notices:
                 print(f"notice: {notice}", file=sys.stderr)
             make_folder(Path(arguments.out))
@@ -183,7 +234,7 @@ def main():
             names = answer_scan(predictor, arguments.image, arguments.out, options)
             print(Path(arguments.out, "table.tsv").read_text(encoding="utf-8"), end="")
             return print(*(Path(arguments.out, name) for name in names), sep="\n", file=sys.stderr)
-        picture, prompt = predictor.prompt(arguments.image, arguments.question, region_of(arguments))
+        picture, prompt = predictor.prompt(arguments.image, question, region_of(arguments), examples)
         drawer = box_drawer(predictor, arguments)
     except (
         ValueError,

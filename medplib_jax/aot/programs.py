@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medplib_jax.batch import Batch, Params
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig
-from medplib_jax.config.model import LoraConfig, ModelConfig
+from medplib_jax.config.model import ENCODED_MASK_SIDE, LoraConfig, ModelConfig
 from medplib_jax.decode.generator import Decoder
 from medplib_jax.decode.layout import decoding_model
 from medplib_jax.models.layers import bind, model_shardings, params_of
@@ -129,6 +129,7 @@ def abstract_batch(data: DataConfig, model: ModelConfig, mesh: Mesh, rows: int, 
     """The shapes of the batches that `data.pipeline` makes."""
     images, regions, points, masks = data.max_images, data.max_regions, model.region.max_points, data.max_masks
     clip, sam, canvas = model.image_size, model.mask_image_size, data.mask_canvas
+    shown = (ENCODED_MASK_SIDE, ENCODED_MASK_SIDE)
     sharding = NamedSharding(mesh, PartitionSpec(row_axes(rows, mesh)))
 
     def array(*shape, dtype=jnp.int32):
@@ -152,4 +153,5 @@ def abstract_batch(data: DataConfig, model: ModelConfig, mesh: Mesh, rows: int, 
         mask_size=array(2),
         record=array(),
         segment=array(length) if data.pack else None,
+        example_masks=array(images - 1, *shown, dtype=jnp.uint8) if model.icl.mask_tokens and images > 1 else None,
     )

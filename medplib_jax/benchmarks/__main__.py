@@ -10,6 +10,7 @@ gpu      the kernels beside the CPU's numbers, memory, stages IV and III at 7B's
 tpu      bounds of stage IV at 7B on v5e, v5p and v6e by the TPU's compiler; needs libtpu, no TPU
 data     whether the input keeps up with a rate (--rate); with --data also time per record beside a PyTorch DataLoader
 convert  speed and memory of the conversion
+retrieve exact search among 100,000 pictures beside NumPy
 
 Prints a table after each part; `--json` writes their figures flat. `--against torch` measures a PyTorch program of the
 same sizes in the same run. `--only moe,memory` measures these parts of a suite. With `--budget SECONDS` it ends when
@@ -44,6 +45,7 @@ from medplib_jax.benchmarks import (
     kernels,
     memory,
     parts,
+    retrieval,
     roofline,
     slots,
     startup,
@@ -172,6 +174,10 @@ def _input(options: argparse.Namespace, rate: float) -> Table:
     return feeding.measure(RECIPES["IV"]().data.bucket_lengths, rate, options.workers, options.seconds)
 
 
+def retrieve(options: argparse.Namespace) -> Parts:
+    return {"search": lambda: [retrieval.measure(options.rounds)]}
+
+
 def convert(options: argparse.Namespace) -> Parts:
     return {"convert": lambda: [_conversion(options.layers)]}
 
@@ -187,7 +193,7 @@ def _conversion(layers: int) -> Table:
     return Table(found.title, benchmark.COLUMNS, found.rows(), flat | {"convert.tensors_changed": found.changed})
 
 
-SUITES = {suite.__name__: suite for suite in (cpu, bird, decode, gpu, tpu, data, convert)}
+SUITES = {suite.__name__: suite for suite in (cpu, bird, decode, gpu, tpu, data, convert, retrieve)}
 
 
 def make_parser() -> argparse.ArgumentParser:

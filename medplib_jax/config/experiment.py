@@ -167,14 +167,14 @@ class ShardingConfig(Section, name="sharding"):
 class InitConfig(Section, name="init"):
     """Where parameters come from. Each is a checkpoint directory (workdir of an earlier stage); empty: random."""
 
-    stage: int = 0  # 1 align, 2 visual-language expert, 3 grounding expert, 4 MoE; 0: a single fine-tuning
+    stage: int = 0  # 1 align, 2 visual-language expert, 3 grounding expert, 4 MoE, 5 in context; 0: a fine-tuning
     base: str = ""
     grounding: str = ""  # stage IV: expert 0, SEG MLP and mask head come from here
     sizes: Literal["config", "base"] = "config"  # base: the model's sizes are those of `base`, whatever `model` says
 
     def __post_init__(self):
         super().__post_init__()
-        require(0 <= self.stage <= 4, f"init.stage {self.stage} is outside [0, 4]")
+        require(0 <= self.stage <= 5, f"init.stage {self.stage} is outside [0, 5]")
         require(self.stage == 4 or not self.grounding, "init.grounding is read by stage 4 only")
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 from medplib_jax.config.base import NotNegative, Positive, Section, Share, require
 
 MOE_LAYER_SETS = ("dense", "sparse", "first_half", "second_half")
+ENCODED_MASK_SIDE = 336  # of the masks that the encoder of examples' masks reads, whatever CLIP reads
 LORA_TARGETS = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 
 
@@ -244,6 +245,36 @@ class RegionConfig(Section, name="region"):
 
 
 @dataclasses.dataclass(frozen=True)
+class IclConfig(Section, name="icl"):
+    """How example pictures and their masks come before the picture in question (MedPLIB-ICL).
+
+    `masks`: "overlay" paints an example's mask on its picture. "separate" shows it after the picture, as a picture of
+    its own or, with `mask_tokens`, through an encoder of masks.
+    """
+
+    masks: Literal["overlay", "separate"] = "overlay"
+    compressed_tokens: NotNegative[int] = 0  # positions that a picture takes, 256 in the original; 0: one per patch
+    mask_tokens: NotNegative[int] = 0  # positions that an encoded mask takes, 64 in the original; 0: no encoder
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            not self.mask_tokens or self.masks == "separate",
+            f"icl.mask_tokens {self.mask_tokens}: an encoder reads masks that are shown 'separate', not {self.masks!r}",
+        )
+
+    @property
+    def pictures(self) -> int:
+        """Pictures that an example takes: a mask is one, too, unless it is painted or encoded."""
+        return 2 if self.masks == "separate" and not self.mask_tokens else 1
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether the model has parameters of its own for examples."""
+        return bool(self.compressed_tokens or self.mask_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig(Section, name="lora"):
     """Low-rank adapters on the decoder's linear layers. rank 0: none. `targets` are some of LORA_TARGETS."""
 
@@ -273,8 +304,8 @@ class ModelConfig(Section, name="model"):
     `dtype` is the type of most products. Router, softmax, norms' statistics, coordinates, logits and losses are float32
     always, and a float32 product is computed as such (on a TPU in six passes). `remat`: see `models/remat.py`.
 
-    `family` says which whole model it is: "medplib" has `clip`, `llm`, `moe`, `region` and `mask`, "bird" `vit` and
-    `llm`. Code above `models/` asks for what the model can do (`image_tokens`, `draws_masks`, ...).
+    `family` says which whole model it is: "medplib" has `clip`, `llm`, `moe`, `region`, `icl` and `mask`, "bird" `vit`
+    and `llm`. Code above `models/` asks for what the model can do (`image_tokens`, `draws_masks`, ...).
     """
 
     family: Literal["medplib", "bird"] = "medplib"
@@ -284,6 +315,7 @@ class ModelConfig(Section, name="model"):
     moe: MoeConfig = MoeConfig()
     mask: MaskConfig = MaskConfig()
     region: RegionConfig = RegionConfig()
+    icl: IclConfig = IclConfig()
     lora: LoraConfig = LoraConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "outputs", "projections", "products", "dots", "dots_no_batch"] = "none"
@@ -292,6 +324,7 @@ class ModelConfig(Section, name="model"):
     def __post_init__(self):
         super().__post_init__()
         require(self.family == "medplib" or not self.moe.num_experts, "model.family 'bird' has no experts")
+        require(self.family == "medplib" or self.icl == IclConfig(), "model.family 'bird' reads no examples")
         heads = ("qkv",) if self.llm.fused_qkv else ("q", "k", "v")
         absent = ({"q", "k", "v", "qkv"} - set(heads)) & set(self.lora.targets)
         require(not absent, f"lora.targets {sorted(absent)}: the decoder has {' '.join(heads)}")
@@ -310,7 +343,9 @@ class ModelConfig(Section, name="model"):
     @property
     def image_tokens(self) -> int:
         """Positions of the decoder that one picture takes."""
-        return self.clip.num_patches if self.family == "medplib" else self.vit.num_queries
+        if self.family == "bird":
+            return self.vit.num_queries
+        return self.icl.compressed_tokens or self.clip.num_patches
 
     @property
     def stretches(self) -> bool:

@@ -17,6 +17,7 @@ class TaskConfig(Section):
     root: str = ""  # folder where the paths inside start; empty: found from where `images` lies
     kind: str = ""  # of `evaluate.kinds`; empty: found from the records
     part: str = ""  # of a kind that has parts, as VG of refer_box
+    shots: NotNegative[int] = 3  # most examples that are shown, for icl
     about: str = ""  # where the data is from
     train: str = ""  # annotation file of the training set, for comparisons with its majority and its mean box
 

@@ -14,7 +14,8 @@ class Encoded:
     loss_weights: np.ndarray  # float32 [n]; 1 where the target belongs to an answer (its </s> included)
     feature_index: (
         np.ndarray
-    )  # int32 [n]; image i, patch p: i * image_tokens + p; region r: max_images * image_tokens + r; else -1
+    )  # int32 [n]; image i, patch p: i * image_tokens + p; region r: max_images * image_tokens + r; token t of all
+    # examples' encoded masks: -2 - t; else -1
     seg_positions: tuple[int, ...]  # position that predicts the m-th <SEG> of the answers
     regions: tuple[str, ...]  # references in order of appearance
     region_images: tuple[int, ...]  # which image each region lies on: the last one named before it

@@ -279,6 +279,19 @@ def stretched(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(resized.convert("RGB"))
 
 
+def cropped(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The centre of the picture, its shortest side resized (bicubic) to `side`, uint8 [side, side, 3].
+
+    CLIPImageProcessor's own way, in which the original embeds pictures for retrieval.
+    """
+    height, width = pixels.shape[:2]
+    longest = int(side * max(height, width) / min(height, width))
+    size = (side, longest) if height >= width else (longest, side)
+    resized = np.asarray(Image.fromarray(pixels).convert("RGB").resize(size, Image.Resampling.BICUBIC))
+    top, left = (resized.shape[0] - side) // 2, (resized.shape[1] - side) // 2
+    return resized[top : top + side, left : left + side]
+
+
 sam_pixels = functools.partial(to_canvas, colour=(0, 0, 0))
 
 

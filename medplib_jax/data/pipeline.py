@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from medplib_jax.config.experiment import DataConfig
-from medplib_jax.config.model import ModelConfig
-from medplib_jax.data import chatml, images, prompts, regions
-from medplib_jax.data.cache import DiskCache, MemoryCache, fingerprint
+from medplib_jax.config.model import ENCODED_MASK_SIDE, IclConfig, ModelConfig
+from medplib_jax.data import chatml, images, prompts
+from medplib_jax.data.cache import DiskCache, MemoryCache
 from medplib_jax.data.encoded import Encoded
 from medplib_jax.data.errors import DataError, Notice, Notices
+from medplib_jax.data.icl import spelled_out, views
 from medplib_jax.data.packing import pack
 from medplib_jax.data.plan import BatchPlan
+from medplib_jax.data.prepared import PreparedFiles
 from medplib_jax.data.qwen_tokenizer import QwenTokenizer
 from medplib_jax.data.records import Record, check_images
 from medplib_jax.data.sources import Source, open_source
@@ -51,8 +53,8 @@ class Loader:
         self._arguments = sources, tokenizer, data, model, cache_bytes
         self._sources, self.tokenizer, self._data, self._model = sources, tokenizer, data, model
         self._starts = np.cumsum([0, *map(len, sources)])
-        self._memory = MemoryCache(cache_bytes)
         self._disk = DiskCache(data.cache) if data.cache else None
+        self._files = PreparedFiles(data, model, MemoryCache(cache_bytes), self._disk)
 
     def __reduce__(self):
         return Loader, self._arguments
@@ -75,14 +77,20 @@ class Loader:
         check_images(record)
         form = chatml if self._data.template in chatml.TEMPLATES else prompts
         encode: Callable[..., Encoded] = form.encode_question if question else form.encode_conversation
-        encoded = encode(
-            record,
-            self.tokenizer,
-            template=self._data.template,
-            image_tokens=self._model.image_tokens,
-            max_images=self._data.max_images,
-            max_length=self._data.bucket_lengths[-1],
-        )
+        settings = {
+            "template": self._data.template,
+            "image_tokens": self._model.image_tokens,
+            "max_images": self._data.max_images,
+            "max_length": self._data.bucket_lengths[-1],
+        }
+        if record.examples is not None:
+            if form is chatml:
+                raise record.error("record with examples", "a model that reads examples", self._model.family)
+            icl = self._model.icl
+            encoded_masks = tuple(view.kind == "encoded" for view in views(record, icl))
+            record = spelled_out(record, icl)
+            settings |= {"encoded_masks": encoded_masks, "mask_tokens": icl.mask_tokens}
+        encoded = encode(record, self.tokenizer, **settings)
         if len(encoded.regions) > self._data.max_regions:
             raise record.error("too many regions", f"at most {self._data.max_regions}", str(len(encoded.regions)))
         if len(encoded.masks) > self._data.max_masks:
@@ -122,7 +130,7 @@ class Loader:
         return BatchPlan(lengths, data.bucket_lengths, data.batch_size, seed, data.weights, groups), problems
 
     def _survey(self, number: int) -> tuple[np.ndarray, list[DataError]]:
-        """Positions, images, regions and masks of each record of a source, int64 [n, 4], and problems.
+        """Positions, pictures, regions and what keeps a row of each record of a source, int64 [n, 4], and problems.
 
         Zeros stand where a record's text cannot be used. Kept on disk for sources that are files, because it takes
         tokenizing everything.
@@ -135,7 +143,9 @@ class Loader:
                 try:
                     record = source[index]
                     encoded = self.encode(record)
-                    costs[index] = len(encoded), len(record.images), len(encoded.regions), len(encoded.masks)
+                    shown = sum(view.kind != "encoded" for view in views(record, self._model.icl))
+                    alone = len(encoded.masks) + (record.examples is not None)
+                    costs[index] = len(encoded), shown, len(encoded.regions), alone
                 except DataError as error:
                     problems.append(error.args)
             return {"costs": costs, "problems": np.frombuffer(json.dumps(problems).encode(), np.uint8)}
@@ -145,6 +155,7 @@ class Loader:
         else:
             settings = (data.template, data.bucket_lengths[-1], data.max_images, data.max_regions, data.max_masks)
             key = ("survey", source.fingerprint, self.tokenizer.fingerprint, self._model.image_tokens, *settings)
+            key += (self._model.icl,) if self._model.icl != IclConfig() else ()  # files of before stay
             found = self._disk.get(key, make)
         return found["costs"], [DataError(*arguments) for arguments in json.loads(found["problems"].tobytes())]
 
@@ -228,8 +239,9 @@ class Loader:
         return examples
 
     def _empty(self, batch: int, length: int) -> Arrays:
-        data, clip, sam = self._data, *self._sides()
-        points, canvas = self._model.region.max_points, data.mask_canvas
+        data, model = self._data, self._model
+        clip, sam, shown_masks = model.image_size, model.mask_image_size, data.max_images - 1
+        points, canvas = model.region.max_points, data.mask_canvas
         arrays = {
             "tokens": np.zeros((batch, length), np.int32),
             "valid": np.zeros((batch, length), bool),
@@ -248,6 +260,9 @@ class Loader:
             "mask_size": np.full((batch, 2), canvas, np.int32),
             "record": np.full(batch, -1, np.int32),
         } | ({"segment": np.zeros((batch, length), np.int32)} if data.pack else {})
+        if model.icl.mask_tokens and shown_masks:
+            side = ENCODED_MASK_SIDE
+            arrays["example_masks"] = np.zeros((batch, shown_masks, side, side), np.uint8)
         # one valid token, so that no row attends to nothing
         arrays["tokens"][:, 0], arrays["valid"][:, 0] = self.tokenizer.bos_id, True
         return arrays
@@ -256,79 +271,21 @@ class Loader:
         record, new = self.record(index), []
         try:
             encoded = self.encode(record, question)
-            pictures = [self._picture(record.find(image), new) for image in record.images]
+            shown = [self._files.view(record, view, new) for view in views(record, self._model.icl)]
+            pictures = [view for view in shown if "clip" in view]
             sizes = [tuple(picture["size"].tolist()) for picture in pictures]
             points = [
-                self._region(record, text, sizes[i], rng, new)
+                self._files.region(record, text, sizes[i], rng, new)
                 for text, i in zip(encoded.regions, encoded.region_images, strict=True)
             ]
-            masks = [self._mask(record.find(path), sizes[-1], new) for path in encoded.masks] if pictures else []
+            masks = [self._files.mask(record.find(path), sizes[-1], new) for path in encoded.masks] if pictures else []
             if len(masks) != len(encoded.masks):
                 raise record.error("mask without an image", "an image", "none")
         except DataError as error:
             raise error if error.record is not None else error.in_record(record.file, record.index) from error
         notices.extend(notice.in_record(record.file, record.index) for notice in new)
-        return _Example(index, encoded, pictures, points, masks)
-
-    def _cached(self, key: tuple, file: str | images.Blob, make: Callable[[], Arrays]) -> Arrays:
-        """The value from memory, from disk, or made. What it is made from besides the file stands in the key."""
-        disk = self._disk
-        if disk is None:
-            return self._memory.get((*key, str(file)), make)
-        return self._memory.get((*key, str(file)), lambda: disk.get((*key, fingerprint(file)), make))
-
-    def _picture(self, file: str | images.Blob, notices: list[Notice]) -> Arrays:
-        sides, stretches = self._sides(), self._model.stretches
-
-        def make():
-            pixels = images.load_pixels(file, notices)
-            sam, box = images.sam_pixels(pixels, sides[1]) if sides[1] else (np.zeros((0, 0, 3), np.uint8), (0,) * 4)
-            clip = images.stretched(pixels, sides[0]) if stretches else images.clip_pixels(pixels, sides[0])
-            return {
-                "clip": clip,
-                "sam": sam,
-                "sam_box": np.array(box, np.int32),
-                "size": np.array(pixels.shape[:2], np.int32),
-            }
-
-        return self._cached(("picture", *sides, *["stretched"] * stretches), file, make)
-
-    def _sides(self) -> tuple[int, int]:
-        """Of the pixels that the model sees, and of those from which it draws masks (0: it draws none)."""
-        return self._model.image_size, self._model.mask_image_size
-
-    def _mask(self, file: str | images.Blob, size: tuple[int, int], notices: list[Notice]) -> np.ndarray:
-        side = self._data.mask_canvas
-
-        def make():
-            mask = images.load_mask(file, size, notices)
-            if not mask.any():
-                notices.append(Notice(str(file), None, "mask is empty", "at least one pixel", "none"))
-            if mask.all():
-                notices.append(Notice(str(file), None, "mask covers the whole picture", "a part of it", "all pixels"))
-            mask = images.mask_on_canvas(mask, side)
-            return {"bits": np.packbits(mask, axis=1), "width": np.array(mask.shape[1], np.int32)}
-
-        packed = self._cached(("mask", side, size), file, make)
-        return np.unpackbits(packed["bits"], axis=1, count=int(packed["width"]))
-
-    def _region(self, record: Record, reference: str, size: tuple[int, int], rng, notices: list[Notice]) -> np.ndarray:
-        if regions.is_shape(reference):
-            cells = regions.grid_cells(regions.draw(reference, size))
-        else:
-            cells = self._region_cells(record.find(reference), size, notices)
-        if rng is not None:
-            cells = regions.sub_component(cells, rng, reference=self._data.region_augmentation == "reference")
-        return regions.cell_points(cells, self._model.region.max_points)
-
-    def _region_cells(self, file: str | images.Blob, size: tuple[int, int], notices: list[Notice]) -> np.ndarray:
-        def make():
-            mask = images.load_mask(file, size, notices)
-            if not mask.any():
-                raise DataError(str(file), None, "region is empty", "at least one pixel", "none")
-            return {"cells": regions.grid_cells(mask)}
-
-        return self._cached(("region", size), file, make)["cells"]
+        encoded_masks = [view["encoded"] for view in shown if "encoded" in view]
+        return _Example(index, encoded, pictures, points, masks, encoded_masks)
 
 
 def _replacements(plan: BatchPlan, step: int, row: int) -> Iterator[tuple[int, ...]]:
@@ -348,12 +305,14 @@ class _Example:
     pictures: list[Arrays]  # clip, sam, sam_box, size
     points: list[np.ndarray]  # of each region
     masks: list[np.ndarray]
+    encoded_masks: list[np.ndarray]  # of examples, for the mask encoder
 
 
 def _write(arrays: Arrays, row: int, examples: Sequence[_Example], patches: int) -> None:
     """Writes the examples one after another into a row.
 
-    What belongs to a mask is there for the first one only; others have none.
+    What belongs to a mask is there for the first one only; others have none. A record with examples has a row of its
+    own.
     """
     first = examples[0]
     position = picture_slot = region_slot = 0
@@ -365,7 +324,10 @@ def _write(arrays: Arrays, row: int, examples: Sequence[_Example], patches: int)
         arrays["valid"][row, place] = True
         feature = encoded.feature_index
         shift = np.where(feature >= image_features, region_slot, picture_slot * patches)
-        arrays["feature_index"][row, place] = np.where(feature >= 0, feature + shift, -1)
+        of_mask = image_features + arrays["region_points"].shape[1] - 2 - feature
+        arrays["feature_index"][row, place] = np.where(
+            feature >= 0, feature + shift, np.where(feature < -1, of_mask, -1)
+        )
         if "segment" in arrays:
             arrays["segment"][row, place] = number
         for i, picture in enumerate(example.pictures, picture_slot):
@@ -380,6 +342,8 @@ def _write(arrays: Arrays, row: int, examples: Sequence[_Example], patches: int)
             region_slot + len(example.points),
         )
     arrays["record"][row] = first.index
+    for i, mask in enumerate(first.encoded_masks):
+        arrays["example_masks"][row, i] = mask
     if first.pictures:
         _write_masks(arrays, row, first)
 

@@ -23,22 +23,18 @@ _IMAGE, _WRAPPED_IMAGE = "<image>", "<im_start><image><im_end>"
 _IMAGE_SLOT, _REGION_SLOT = -1, -2  # stand for features while ids are collected
 
 
-def encode_conversation(
-    record: Record, tokenizer: Tokenizer, *, template: str, image_tokens: int, max_images: int, max_length: int
-) -> Encoded:
-    """The whole conversation, for training.
+def encode_conversation(record: Record, tokenizer: Tokenizer, **settings) -> Encoded:
+    """The whole conversation, for training; `settings`: see `_encode`.
 
     DataError when it has no answer, more than `max_length` positions, too many images, or images that do not pair up
     with `<image>`.
     """
     if record.turns[-1][0] != "gpt":
         raise record.error("conversation without an answer", "a gpt turn at the end", record.turns[-1][1])
-    return _encode(record, record.turns, tokenizer, template, image_tokens, max_images, max_length)
+    return _encode(record, record.turns, tokenizer, **settings)
 
 
-def encode_question(
-    record: Record, tokenizer: Tokenizer, *, template: str, image_tokens: int, max_images: int, max_length: int
-) -> Encoded:
+def encode_question(record: Record, tokenizer: Tokenizer, **settings) -> Encoded:
     """The conversation up to the last "ASSISTANT:", for evaluation.
 
     The answer that follows in the record is `Encoded.answer`.
@@ -46,33 +42,44 @@ def encode_question(
     turns, answer = record.turns, ""
     if turns[-1][0] == "gpt":
         turns, answer = turns[:-1], turns[-1][1]
-    encoded = _encode(record, turns, tokenizer, template, image_tokens, max_images, max_length)
+    encoded = _encode(record, turns, tokenizer, **settings)
     return dataclasses.replace(
         encoded, seg_positions=(), masks=tuple(MASK.findall(answer)), answer=MASK.sub("", answer)
     )
 
 
-def _encode(record, turns, tokenizer, template, image_tokens, max_images, max_length) -> Encoded:
-    if len(record.images) > max_images:
-        raise record.error("too many images", f"at most {max_images}", str(len(record.images)))
+def _encode(
+    record: Record,
+    turns,
+    tokenizer: Tokenizer,
+    *,
+    template: str,
+    image_tokens: int,
+    max_images: int,
+    max_length: int,
+    mask_tokens: int = 0,
+    encoded_masks: tuple[bool, ...] | None = None,
+) -> Encoded:
+    """`encoded_masks`: which `<image>` stand for the `mask_tokens` of an example's mask; None: none."""
+    is_mask = np.array(encoded_masks or (False,) * len(record.images), bool)
+    if (pictures := int((~is_mask).sum())) > max_images:
+        raise record.error("too many images", f"at most {max_images}", str(pictures))
     ids, is_answer = [tokenizer.bos_id], [False]
     prefix = TEMPLATES[template] + " "
     for role, text in turns:
         if role == "human":
-            text = _place_images(text, single=len(record.images) == 1)
+            text = _place_images(text, single=record.examples is None and len(is_mask) == 1)
             new = _token_ids(f"{prefix}USER: {text} ASSISTANT:", tokenizer)
             prefix = ""
         else:  # the space after "ASSISTANT:" is the dummy space that SentencePiece puts before every chunk
             new = [*_token_ids(MASK.sub("", text), tokenizer), tokenizer.eos_id]
         ids += new
         is_answer += [role == "gpt"] * len(new)
-    if ids.count(_IMAGE_SLOT) != len(record.images):
-        raise record.error(
-            "images and <image> do not pair up", f"{len(record.images)} <image>", str(ids.count(_IMAGE_SLOT))
-        )
+    if (named := ids.count(_IMAGE_SLOT)) != len(is_mask):
+        raise record.error("images and <image> do not pair up", f"{len(is_mask)} <image>", str(named))
 
     tokens, is_label, feature_index, region_images = _splice(
-        np.array(ids), np.array(is_answer), image_tokens, max_images
+        np.array(ids), np.array(is_answer), is_mask, image_tokens, mask_tokens, max_images
     )
     if region_images and not record.images:
         raise record.error("region without an image", "an image", "none")
@@ -112,21 +119,27 @@ def _token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _splice(ids, is_answer, image_tokens, max_images):
-    """Widens image slots to `image_tokens` positions.
+def _splice(ids, is_answer, is_mask, image_tokens, mask_tokens, max_images):
+    """Widens image slots to `image_tokens` positions, or `mask_tokens` where they stand for an example's mask.
 
     Returns tokens, labels, feature indices, and the image of each region.
     """
-    is_image, is_region = ids == _IMAGE_SLOT, ids == _REGION_SLOT
-    widths = np.where(is_image, image_tokens, 1)
+    is_slot, is_region = ids == _IMAGE_SLOT, ids == _REGION_SLOT
+    shows_mask = np.zeros(len(ids), bool)
+    shows_mask[is_slot] = is_mask
+    is_image = is_slot & ~shows_mask
+    widths = np.where(is_image, image_tokens, np.where(shows_mask, mask_tokens, 1))
     starts = np.cumsum(widths) - widths
     source = np.repeat(np.arange(len(ids)), widths)
     within = np.arange(len(source)) - starts[source]
     image = np.cumsum(is_image) - 1  # the last image at or before each id
+    mask = np.cumsum(shows_mask) - 1
     region = max_images * image_tokens + np.cumsum(is_region) - 1
-    feature = np.where(
-        is_image[source], image[source] * image_tokens + within, np.where(is_region[source], region[source], -1)
+    feature = np.select(
+        [is_image[source], shows_mask[source], is_region[source]],
+        [image[source] * image_tokens + within, -2 - (mask[source] * mask_tokens + within), region[source]],
+        -1,
     )
-    tokens = np.where(feature < 0, ids[source], 0).astype(np.int32)
+    tokens = np.where(feature == -1, ids[source], 0).astype(np.int32)
     region_images = tuple(int(i) for i in np.maximum(image[is_region], 0))
-    return tokens, is_answer[source] & (feature < 0), feature.astype(np.int32), region_images
+    return tokens, is_answer[source] & (feature == -1), feature.astype(np.int32), region_images

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from medplib_jax.data.errors import DataError
+from medplib_jax.data.icl_form import is_icl, plain_form
 from medplib_jax.data.images import Blob
 from medplib_jax.data.regions import is_shape
 
@@ -42,6 +43,8 @@ class Record:
     answer_type: str = ""  # open, closed or empty
     patient: str = ""  # whose images these are, where the file says it
     structure: str = ""  # what is asked about: what the file says, else the only <ref> of the last question
+    examples: tuple[tuple[str, str], ...] | None = None  # (image, mask) shown before the images; see `icl`
+    target_mask: str | None = None  # of the image in question, where examples show what is sought
     contents: Mapping[str, bytes] | None = dataclasses.field(
         default=None, repr=False
     )  # of the references, where they are no files
@@ -50,10 +53,11 @@ class Record:
     def references(self) -> tuple[str, ...]:
         """The files that it names, each once.
 
-        Its images, and the regions and masks of its text; not what is drawn in words.
+        Its images, those of its examples, and the regions and masks of its text; not what is drawn in words.
         """
         named = (name.strip() for _, text in self.turns for found in (REGION, MASK) for name in found.findall(text))
-        return tuple(dict.fromkeys([*self.images, *(name for name in named if not is_shape(name))]))
+        shown = (name for example in self.examples or () for name in example)
+        return tuple(dict.fromkeys([*self.images, *(name for name in named if not is_shape(name)), *shown]))
 
     def error(self, what: str, expected: str = "", found: str = "") -> DataError:
         return DataError(self.file, self.index, what, expected, found)
@@ -128,7 +132,7 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
 
     if not isinstance(raw, dict):
         fail("not a record", "an object", type(raw).__name__)
-    raw = _from_pairs(raw)
+    raw = plain_form(raw, fail) if is_icl(raw) else _from_pairs(raw)
     conversations = raw.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         fail("record without conversations", "a list of turns", repr(conversations))
@@ -161,7 +165,8 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
         fail("unknown answer type", "open, closed, or another name of them", repr(written))
     patient = "" if raw.get("patient") is None else str(raw["patient"])
     structure = raw.get("structure") if isinstance(raw.get("structure"), str) else _named(turns)
-    return Record(file, index, root, images, tuple(turns), answer_type or "", patient, structure.strip())
+    shown = {name: raw[name] for name in ("examples", "target_mask")} if is_icl(raw) else {}
+    return Record(file, index, root, images, tuple(turns), answer_type or "", patient, structure.strip(), **shown)
 
 
 def _named(turns: Sequence[tuple[str, str]]) -> str:
@@ -206,7 +211,9 @@ def check_complete(record: Record) -> None:
 
 
 def check_images(record: Record) -> None:
-    """DataError when there are not as many `<image>` as images."""
+    """DataError when there are not as many `<image>` as images; those of examples are counted by `icl.spelled_out`."""
+    if record.examples is not None:
+        return
     named = sum(text.count("<image>") for _, text in record.turns)
     if named != len(record.images):
         raise record.error("images and <image> do not pair up", f"{len(record.images)} <image>", str(named))

@@ -124,6 +124,16 @@ def open_source(name: str, root: str | None = None) -> Source:
     return TfdsSource(name) if is_dataset(name) else MecovqaSource(name, root)
 
 
+def data_root(file: str) -> str:
+    """Where a file's paths start: its folder, or the nearest of the two above that holds `images`, as for MeCoVQA's
+    test/*.json and for grit/test/*.json of `write_qa`.
+    """
+    folder = os.path.dirname(os.path.realpath(file))
+    above = os.path.dirname(folder)
+    candidates = (folder, above, os.path.dirname(above))
+    return next((one for one in candidates if os.path.isdir(os.path.join(one, "images"))), folder)
+
+
 def is_dataset(name: str) -> bool:
     """Whether a source of that name is an assembled dataset, and not an annotation file."""
     return os.path.isdir(name) or ("#" in name and not os.path.isfile(name))
@@ -174,6 +184,7 @@ def digest(source: Source, records: Iterable[int]) -> str:
             total.update(repr((index, error.what, error.found)).encode())
             continue
         total.update(repr((index, record.images, record.turns, record.answer_type)).encode())
+        total.update(repr(record.examples).encode() if record.examples else b"")
         if record.contents is None:
             files |= dict.fromkeys(record.references, record)
         else:

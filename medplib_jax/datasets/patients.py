@@ -38,6 +38,12 @@ def anonymous(patient: str) -> str:
     return hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else ""
 
 
+def split_of(patient: str, test_share: float) -> str:
+    """ "test" or "train", the same for all images of a patient, whatever others there are."""
+    fraction = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") / 2**64
+    return "test" if fraction < test_share else "train"
+
+
 def check_pattern(pattern: str) -> None:
     """ValueError when the option is not a regular expression."""
     try:

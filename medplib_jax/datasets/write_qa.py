@@ -21,8 +21,6 @@ tell it, are in one split.
 
 import argparse
 import dataclasses
-import functools
-import hashlib
 import json
 import os
 import sys
@@ -30,18 +28,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.datasets.command import finish, parse, window
 from medplib_jax.datasets.files import Folder
-from medplib_jax.datasets.patients import check_pattern
-from medplib_jax.datasets.processes import make_pool
+from medplib_jax.datasets.patients import check_pattern, split_of
 from medplib_jax.datasets.qa import grit, records, template
 from medplib_jax.datasets.qa.facts import ImageFacts
-from medplib_jax.datasets.qa.folder import Pair, read_facts, scan, vocabulary
+from medplib_jax.datasets.qa.folder import read_all, scan
 
-_IN_PROCESS = 64  # fewer images are not worth starting processes for
 KEY = "OPENAI_API_KEY"
 
 
@@ -73,7 +67,7 @@ def write_qa(pairs: str, out: str, writer: records.Writer, options: QaOptions) -
     found, problems = scan(pairs, options.patient)
     with Folder(out, "write_qa", pairs) as folder:
         facts = []
-        for one, errors in _read_all(found, folder, options):
+        for one, errors in read_all(found, folder, options.complete, options.window):
             problems += errors
             facts += [one] if one else []
         files: dict[str, list] = {}
@@ -102,7 +96,7 @@ def write_qa(pairs: str, out: str, writer: records.Writer, options: QaOptions) -
 def _records(written: records.Written, test_share: float) -> dict[str, list[dict[str, Any]]]:
     """The records about one image by the file that they belong to."""
     one = written.facts
-    split = "test" if _fraction(one.patient) < test_share else "train"
+    split = split_of(one.patient, test_share)
     made = (records.test_records if split == "test" else records.training_records)(one, written.turns)
     files = {f"{split}/{kind}.json": new for kind, new in made.items()}
     grit_files = {
@@ -114,7 +108,7 @@ def _records(written: records.Written, test_share: float) -> dict[str, list[dict
 def _split_notices(facts: Sequence[ImageFacts], options: QaOptions) -> list[str]:
     """What to say when one of the splits is empty although it was asked for."""
     patients = {one.patient for one in facts}
-    tested = sum(_fraction(patient) < options.test_share for patient in patients)
+    tested = sum(split_of(patient, options.test_share) == "test" for patient in patients)
     empty = [
         name
         for name, count, wanted in (
@@ -137,34 +131,6 @@ def _noted(problems: Sequence[DataError]) -> list[str]:
         if isinstance(problem, Notice):
             noted.setdefault(problem.what, []).append(problem)
     return [f"{some[0]}" + (f" (and {len(some) - 1} more)" if len(some) > 1 else "") for some in noted.values()]
-
-
-def _read_all(
-    pairs: Sequence[Pair], folder: Folder, options: QaOptions
-) -> Iterator[tuple[ImageFacts | None, list[DataError]]]:
-    names = vocabulary(pairs) if options.complete else {}
-    jobs = [(pair, names.get(pair.modality, ())) for pair in pairs]
-    read = functools.partial(_read, folder, options.window)
-    progress = functools.partial(tqdm, total=len(jobs), desc="masks", unit="image")
-    if len(jobs) < _IN_PROCESS:
-        yield from progress(map(read, jobs))
-        return
-    with make_pool() as pool:
-        yield from progress(pool.map(read, jobs, chunksize=8))
-
-
-def _read(
-    folder: Folder, window: tuple[float, float] | None, job: tuple[Pair, tuple[str, ...]]
-) -> tuple[ImageFacts | None, list[DataError]]:
-    try:
-        return read_facts(job[0], folder, job[1], window)
-    except DataError as error:
-        return None, [error]
-
-
-def _fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 class TemplateWriter:

@@ -77,8 +77,9 @@ class Decoder:
             seg_hidden = seg_hidden.at[:, 0].set(take_at(hidden_BxLxD, jnp.maximum(said_BxL.argmax(-1) - 1, 0)))
         choices = None
         if model.config.moe_layers:
-            num_image_features = batch.clip_pixels.shape[1] * model.config.image_tokens
-            kinds_BxL = token_kinds(batch.tokens, batch.feature_index, batch.valid, num_image_features, self.seg_id)
+            pictures = batch.clip_pixels.shape[1] * model.config.image_tokens
+            regions = range(pictures, pictures + batch.region_points.shape[1])
+            kinds_BxL = token_kinds(batch.tokens, batch.feature_index, batch.valid, regions, self.seg_id)
             choices = count_choices(out["expert_index"], kinds_BxL, model.config.moe.num_experts)
         return Slots(
             cache=out["cache"],
@@ -124,7 +125,9 @@ class Decoder:
         hidden_Sx1xD, out = model.llm(model.llm.embed(token_S[:, None]), drawn_S[:, None], cache=slots.cache)
         choices = slots.choices
         if choices is not None:
-            kinds_Sx1 = token_kinds(token_S[:, None], jnp.full((len(rows), 1), -1), drawn_S[:, None], 0, self.seg_id)
+            kinds_Sx1 = token_kinds(
+                token_S[:, None], jnp.full((len(rows), 1), -1), drawn_S[:, None], range(0), self.seg_id
+            )
             choices = choices + count_choices(out["expert_index"], kinds_Sx1, model.config.moe.num_experts)
         return slots.replace(
             cache=out["cache"],

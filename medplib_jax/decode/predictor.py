@@ -27,6 +27,7 @@ from medplib_jax.checkpoint import find_step, load_params, step_digest
 from medplib_jax.data import boxes, regions
 from medplib_jax.data.boxes import Box
 from medplib_jax.data.errors import DataError, Notice
+from medplib_jax.data.icl_form import EXAMPLES, MAX_EXAMPLES, REQUEST
 from medplib_jax.data.images import Blob, load_image, load_mask
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.records import REGION, Record
@@ -123,22 +124,32 @@ class Predictor:
         """The checkpoint's parameters, laid out for decoding."""
         return self.generator.params
 
-    def __call__(self, image: Picture, question: str, region: Region = "", seed: int = 0) -> Prediction:
+    def __call__(
+        self,
+        image: Picture,
+        question: str = "",
+        region: Region = "",
+        seed: int = 0,
+        examples: Sequence[tuple[Picture, Region]] = (),
+    ) -> Prediction:
         """The answer to a question about an image; see `read_question`. seed: of sampling."""
-        picture, prompt = self.prompt(image, question, region)
+        picture, prompt = self.prompt(image, question, region, examples)
         return self.answer(picture, prompt, seed)
 
-    def prompt(self, image: Picture, question: str, region: Region = "") -> tuple[np.ndarray, Batch]:
+    def prompt(
+        self, image: Picture, question: str, region: Region = "", examples: Sequence[tuple[Picture, Region]] = ()
+    ) -> tuple[np.ndarray, Batch]:
         """The picture (RGB uint8 [h, w, 3]) and the model's input, a batch of one; see `read_question`."""
-        asked = read_question(image, question, region)
+        asked = read_question(image, question, region, examples)
         asked = asked if self._model.draws_masks else with_boxes(asked)
-        loader = self.loader([asked.record], max(asked.picture.shape[:2]), regions=int(asked.has_region))
+        pictures = 1 + len(asked.record.examples or ()) * self._model.icl.pictures
+        loader = self.loader([asked.record], max(asked.picture.shape[:2]), int(asked.has_region), pictures)
         arrays, _ = loader.load_eval([0], [0], question=True)
         return asked.picture, Batch(**arrays)
 
-    def loader(self, records: Sequence[Record], canvas: int, regions: int = 0) -> Loader:
+    def loader(self, records: Sequence[Record], canvas: int, regions: int = 0, pictures: int = 1) -> Loader:
         """Reads questions about pictures of up to `canvas` pixels a side, each once."""
-        slots = {"max_images": 1, "max_regions": regions, "max_masks": 0}
+        slots = {"max_images": pictures, "max_regions": regions, "max_masks": 0}
         data = dataclasses.replace(self._data, mask_canvas=canvas, cache="", **slots)
         return Loader([records], self._tokenizer, data, self._model, cache_bytes=0)
 
@@ -169,15 +180,22 @@ class Predictor:
         return self._drawers[canvas]
 
 
-def read_question(image: Picture, question: str, region: Region = "") -> Question:
+def read_question(
+    image: Picture, question: str, region: Region = "", examples: Sequence[tuple[Picture, Region]] = ()
+) -> Question:
     """A question about an image: a file, a PIL image, or an array uint8 [h, w] (grey) or [h, w, 3] (RGB).
 
     region: "point:x,y", "box:x0,y0,x1,y1", "polygon:x,y ...", "scribble:x,y ..." in pixels, the path of a mask file, or
-    a mask [h, w] whose region is where it is not 0; empty for none.
+    a mask [h, w] whose region is where it is not 0; empty for none. examples: up to three pictures, each with the mask
+    of what is sought, which are shown before the question; an empty question then asks for the same in the image.
 
-    Raises DataError for a picture or region that cannot be used. Raises ValueError for an array of another kind, for a
-    question that is empty or not Unicode, and when region and `<region>` do not match.
+    Raises DataError for a picture, region or example that cannot be used. Raises ValueError for an array of another
+    kind, for a question that is empty or not Unicode, for too many examples, and when region and `<region>` do not
+    match.
     """
+    if len(examples) > MAX_EXAMPLES:
+        raise ValueError(f"{len(examples)} examples: expected at most {MAX_EXAMPLES}")
+    question = question if question.strip() or not examples else REQUEST
     if not question.strip() or not _is_unicode(question):
         raise ValueError(f"question {question!a}: expected some text in UTF-8")
     notices: list[Notice] = []
@@ -194,9 +212,22 @@ def read_question(image: Picture, question: str, region: Region = "") -> Questio
         if not load_mask(marked, picture.shape[:2], notices).any():
             raise DataError(reference, None, "region is empty", "a pixel that is not 0", "none")
     text = place_region(question, reference)
-    text = text if "<image>" in text else f"<image>\n{text}"
-    record = Record("question", 0, "", (blob.name,), (("human", text),), contents=contents)
+    shown = tuple(_read_example(number, *example, contents, notices) for number, example in enumerate(examples, 1))
+    if "<image>" not in text:
+        text = f"{EXAMPLES}Query: <image>\n{text}" if shown else f"<image>\n{text}"
+    record = Record("question", 0, "", (blob.name,), (("human", text),), contents=contents, examples=shown or None)
     return Question(picture, record, bool(reference), tuple(notices))
+
+
+def _read_example(
+    number: int, image: Picture, mask: Region, contents: dict[str, bytes], notices: list[Notice]
+) -> tuple[str, str]:
+    """Puts an example into `contents`, and returns its names there. DataError when its mask cannot be used."""
+    picture, marked = _encode(image, f"example {number}"), _encode_mask(mask, f"mask of example {number}")
+    if not load_mask(marked, load_image(picture, notices).shape[:2], notices).any():
+        raise DataError(marked.name, None, "mask of an example is empty", "a pixel that is not 0", "none")
+    contents |= {picture.name: picture.content, marked.name: marked.content}
+    return picture.name, marked.name
 
 
 def with_boxes(asked: Question) -> Question:
@@ -237,9 +268,9 @@ def _encode(image: Picture, name: str) -> Blob:
     return Blob(name, content.getvalue())
 
 
-def _encode_mask(mask: Region) -> Blob:
+def _encode_mask(mask: Region, name: str = "region") -> Blob:
     is_file = isinstance(mask, str | os.PathLike)
-    return _encode(mask if is_file else np.where(np.asarray(mask) != 0, 255, 0).astype(np.uint8), "region")
+    return _encode(mask if is_file else np.where(np.asarray(mask) != 0, 255, 0).astype(np.uint8), name)
 
 
 def place_region(question: str, region: str) -> str:

@@ -9,16 +9,15 @@ from medplib_jax.batch import Array
 TOKEN_KINDS = ("text", "image", "region", "SEG")
 
 
-def token_kinds(
-    tokens_BxL: Array, feature_index_BxL: Array, valid_BxL: Array, num_image_features: int, seg_id: int
-) -> Array:
+def token_kinds(tokens_BxL: Array, feature_index_BxL: Array, valid_BxL: Array, regions: range, seg_id: int) -> Array:
     """int32 [B, L]: index into TOKEN_KINDS, -1 at padding.
 
-    Features below `num_image_features` are patches, the others regions.
+    The features `regions` are regions, all others come from pictures or from examples' masks.
     """
     kinds = jnp.where(tokens_BxL == seg_id, TOKEN_KINDS.index("SEG"), TOKEN_KINDS.index("text"))
     kinds = jnp.where(feature_index_BxL >= 0, TOKEN_KINDS.index("image"), kinds)
-    kinds = jnp.where(feature_index_BxL >= num_image_features, TOKEN_KINDS.index("region"), kinds)
+    is_region = (feature_index_BxL >= regions.start) & (feature_index_BxL < regions.stop)
+    kinds = jnp.where(is_region, TOKEN_KINDS.index("region"), kinds)
     return jnp.where(valid_BxL, kinds, -1)
 
 

@@ -105,7 +105,7 @@ def _lines(
         template=settings.template,
         bucket_lengths=prompt_lengths(model.llm.max_positions),
         on_error=config.on_error,
-        max_images=max(task.images, 1),
+        max_images=max(task.images + task.examples * model.icl.pictures, 1),
         max_regions=task.regions,
         max_masks=task.masks,
     )

@@ -131,6 +131,8 @@ def plan_sweep(config: SweepConfig, workdir: Path) -> SweepPlan:
     """
     checkpoints, unusable = find_checkpoints(config.checkpoints, config.steps, workdir / "converted", config.quantize)
     tasks, absent = find_tasks(config.selected, config.limit, config.on_error, config.missing)
+    if "reference" in config.protocols and any(task.kind == "icl" for task in tasks):
+        raise ValueError("an icl task has no protocol 'reference': the original loses the examples' pictures")
     experiments = {checkpoint.name: checkpoint.experiment() for checkpoint in checkpoints}
     for experiment in experiments.values():
         slots_of(config, experiment)

@@ -12,8 +12,9 @@ import jax
 from medplib_jax.config.sweep import TaskConfig
 from medplib_jax.data import splits
 from medplib_jax.data.errors import DataError
+from medplib_jax.data.icl import WithShots
 from medplib_jax.data.records import MASK, REGION
-from medplib_jax.data.sources import Source, digest, is_dataset, is_there, open_source
+from medplib_jax.data.sources import Source, data_root, digest, is_dataset, is_there, open_source
 from medplib_jax.data.splits import is_held_out
 from medplib_jax.datasets.phantom.generate import is_phantom
 from medplib_jax.evaluate.kinds import Contents, best_fit, find_kind, kinds
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 class SweepTask:
     """One annotation file or split of a dataset, read once.
 
-    `images`, `regions` and `masks`: how many a record has at most.
+    `images`, `regions`, `masks` and `examples`: how many a record has at most.
     """
 
     config: TaskConfig
@@ -39,6 +40,7 @@ class SweepTask:
     images: int
     regions: int
     masks: int
+    examples: int = 0
 
     @property
     def name(self) -> str:
@@ -79,7 +81,7 @@ def _open(config: TaskConfig) -> Source:
     if is_dataset(config.file):
         return open_source(os.path.abspath(config.file))
     file = Path(config.file).resolve()
-    return open_source(str(file), config.root or str(data_root(file)))
+    return open_source(str(file), config.root or data_root(str(file)))
 
 
 class UnusableTask(ValueError):
@@ -96,8 +98,9 @@ def read_task(config: TaskConfig, limit: int, on_error: str) -> SweepTask:
     if config.kind:
         _check_kind(config)
     source = _open(config)
+    source = WithShots(source, config.shots) if config.kind == "icl" else source
     records, skipped, usable = [], {}, 0
-    images = regions = masks = 0
+    images = regions = masks = examples = 0
     for index in range(len(source)):
         if limit and usable == limit:
             break
@@ -113,6 +116,7 @@ def read_task(config: TaskConfig, limit: int, on_error: str) -> SweepTask:
             continue
         usable += 1
         images = max(images, len(record.images))
+        examples = max(examples, len(record.examples or ()))
         regions = max(regions, sum(len(REGION.findall(text)) for _, text in record.turns))
         masks = max(masks, len(MASK.findall(record.turns[-1][1])))
     if not usable:
@@ -121,7 +125,7 @@ def read_task(config: TaskConfig, limit: int, on_error: str) -> SweepTask:
     kind = config.kind or best_fit(Contents(images, regions, masks))
     mine = digest(source, range(len(source))) if jax.process_index() == 0 else ""
     shared = of_process_0(f"digest/{config.name}", mine)  # reads every picture: once is enough
-    return SweepTask(config, kind, source, shared, tuple(records), skipped, images, regions, masks)
+    return SweepTask(config, kind, source, shared, tuple(records), skipped, images, regions, masks, examples)
 
 
 def _check_kind(config: TaskConfig) -> None:
@@ -168,7 +172,7 @@ def folder_tasks(*sources: str | os.PathLike) -> tuple[TaskConfig, ...]:
     files = [file for source in sources for file in annotation_files(source)]
     stems = [file.stem for file in files]
     names = [
-        stem if stems.count(stem) == 1 else f"{data_root(file).name}-{stem}"
+        stem if stems.count(stem) == 1 else f"{os.path.basename(data_root(str(file)))}-{stem}"
         for stem, file in zip(stems, files, strict=True)
     ]
     return tuple(_task(name, file) for name, file in zip(names, files, strict=True))
@@ -203,11 +207,3 @@ def _records_in(folder: Path) -> list[Path]:
     for other in others:
         log.warning("%s is not a list of records and is left out", other)
     return [Path(file) for file in files]
-
-
-def data_root(file: Path) -> Path:
-    """Where a file's paths start: its folder, or the nearest of the two above that holds `images`, as for MeCoVQA's
-    test/*.json and for grit/test/*.json of `write_qa`.
-    """
-    folder = file.resolve().parent
-    return next((one for one in (folder, *folder.parents[:2]) if (one / "images").is_dir()), folder)

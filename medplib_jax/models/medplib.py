@@ -9,6 +9,7 @@ from einops import rearrange
 from medplib_jax.batch import Array, Batch
 from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import ModelConfig
+from medplib_jax.models.icl.tokens import ExampleReader
 from medplib_jax.models.language.llama import Llama
 from medplib_jax.models.layers import Mlp, Rngs, gelu
 from medplib_jax.models.masks.sam import SamMed2d, normalise_sam
@@ -37,6 +38,7 @@ class MedPLIB(WholeModel):
         self.clip = ClipVisionTower(config.clip, rngs)
         self.projector = Mlp(config.clip.hidden_size, width, width, gelu, rngs=rngs)
         self.region = RegionEncoder(config.region, config.clip, width, rngs)
+        self.icl = ExampleReader(config.icl, width, rngs) if config.icl.has_modules else None
         self.llm = Llama(config, rngs, rules, layers_apart, experts_apart)
         self.seg_mlp = Mlp(width, width, config.mask.out_dim, jax.nn.relu, rngs=rngs)
         self.sam = SamMed2d(config.mask, rngs)
@@ -47,18 +49,31 @@ class MedPLIB(WholeModel):
         return self.clip(normalise_clip(flat).astype(self.config.dtype))
 
     def visual_features(self, batch: Batch, seen: Array | None = None) -> tuple[Array, dict[str, Any]]:
-        """What text positions may be replaced by: the N*P projected patches, then the R region vectors, [B, T, D]."""
+        """What text positions may be replaced by, [B, T, D].
+
+        They are the N*P tokens of the pictures, then the R region vectors, then the X*Q tokens of examples' masks.
+        """
         B, N = batch.clip_pixels.shape[:2]
         clip_BNxPxC, clip_out = (seen, {}) if seen is not None else self.see(batch.clip_pixels)
-        image_BxNPxD = shard_rows(rearrange(self.projector(clip_BNxPxC), "(B N) P D -> B (N P) D", B=B))
+        image_BNxPxD = self.projector(clip_BNxPxC)
+        if self.icl is not None and self.icl.compressor is not None:
+            image_BNxPxD = self.icl.compressor(image_BNxPxD)
+        features = [shard_rows(rearrange(image_BNxPxD, "(B N) P D -> B (N P) D", B=B))]
         out = {f"clip_{name}": value for name, value in clip_out.items()} | {"clip_features": clip_BNxPxC}
-        if batch.region_points.shape[1] == 0:
-            return image_BxNPxD, out
-        clip_BxNxPxC = rearrange(clip_BNxPxC, "(B N) P C -> B N P C", N=N)
-        region_BxRxD, _ = self.region(clip_BxNxPxC, batch.region_points, batch.region_point_valid, batch.region_image)
-        return jnp.concatenate([image_BxNPxD, region_BxRxD.astype(image_BxNPxD.dtype)], axis=1), out | {
-            "regions": region_BxRxD
-        }
+        if batch.region_points.shape[1]:
+            clip_BxNxPxC = rearrange(clip_BNxPxC, "(B N) P C -> B N P C", N=N)
+            points = (batch.region_points, batch.region_point_valid, batch.region_image)
+            out["regions"], _ = self.region(clip_BxNxPxC, *points)
+            features.append(out["regions"].astype(features[0].dtype))
+        if batch.example_masks is not None:
+            features.append(self._masks_read(batch.example_masks, features[0].dtype))
+        return jnp.concatenate(features, axis=1), out
+
+    def _masks_read(self, masks_BxXxIxI: Array, dtype) -> Array:
+        """The tokens of examples' masks, [B, X * Q, D]."""
+        masks_BXxIxI = rearrange(masks_BxXxIxI, "B X I J -> (B X) I J")
+        tokens_BXxQxD = self.icl.mask_encoder(masks_BXxIxI, dtype)
+        return shard_rows(rearrange(tokens_BXxQxD, "(B X) Q D -> B (X Q) D", B=len(masks_BxXxIxI)))
 
     def view(self, batch: Batch) -> Array:
         """The mask encoder's embedding of each picture, [B, h, w, C]. It depends on nothing else, so it can be kept."""

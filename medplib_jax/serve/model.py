@@ -83,10 +83,10 @@ def load_model(path: str | os.PathLike, quantize: str, max_new_tokens: int, thre
     if not model.draws_masks:
         raise ValueError(f"{path}: a model whose answers have boxes is not served yet, expected one that draws masks")
     longest = model.llm.max_positions - max_new_tokens
-    if longest < model.clip.num_patches + SHORTEST:
+    if longest < model.image_tokens + SHORTEST:
         raise ValueError(
             f"--max-new-tokens {max_new_tokens} leaves {longest} of {model.llm.max_positions} positions for a "
-            f"question, expected at least {model.clip.num_patches + SHORTEST}"
+            f"question, expected at least {model.image_tokens + SHORTEST}"
         )
     generator = Generator(
         model,
@@ -97,7 +97,7 @@ def load_model(path: str | os.PathLike, quantize: str, max_new_tokens: int, thre
         max_masks=MASKS,
         quantize=quantize,
     )
-    lengths = prompt_lengths(model.clip.num_patches, longest)
+    lengths = prompt_lengths(model.image_tokens, longest)
     maker = PromptMaker(experiment.data, model, tokenizer, lengths, max(1, experiment.data.max_images), MAX_REGIONS)
     drawer = Drawer(
         model.mask.image_size, model.mask.unpad, experiment.eval.mask_threshold if threshold is None else threshold

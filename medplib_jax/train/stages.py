@@ -13,10 +13,22 @@ from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.models.language.lora import merge_lora
 
-NAMES = {0: "fine-tuning", 1: "align", 2: "visual-language expert", 3: "grounding expert", 4: "mixture of experts"}
-BASE_STAGES = {0: (0, 1, 2, 3, 4), 1: (0,), 2: (1,), 3: (2,), 4: (2,)}  # stage -> stages its base may come from
+NAMES = {
+    0: "fine-tuning",
+    1: "align",
+    2: "visual-language expert",
+    3: "grounding expert",
+    4: "mixture of experts",
+    5: "in context",
+}
+BASE_STAGES = {0: tuple(NAMES), 1: (0,), 2: (1,), 3: (2,), 4: (2,), 5: (4,)}  # stage -> stages its base may come from
 GROUNDING_STAGES = (3,)
-NEW = (r"lora_[ab]$", r"^llm/moe/(router|coefficient)/", r"^region/geometry/")  # parameters that may start fresh
+NEW = (
+    r"lora_[ab]$",
+    r"^llm/moe/(router|coefficient)/",
+    r"^region/geometry/",
+    r"^icl/",
+)  # parameters that may start fresh
 
 Checkpoint = tuple[ExperimentConfig, Params]
 

@@ -29,6 +29,7 @@ FREE = (
     *("dtype", "remat", "scan_unroll", "lora.dropout", "mask.unpad"),
     *("moe.dispatch", "moe.capacity_factor", "moe.eval_capacity_factor", "moe.min_capacity", "moe.aux_loss_weight"),
 )
+MADE_ANEW = {4: ("model.moe.",), 5: ("model.icl.",)}  # stage -> what it adds to the model that it starts from
 # What else has to stay when a run is resumed.
 FIXED = ("optim.trainable", "optim.frozen_dtype", "init.stage", "data.batch_size")
 # Fields that change which records a step reads.
@@ -74,9 +75,10 @@ def with_sizes(config: ExperimentConfig, model: ModelConfig) -> ExperimentConfig
     """The config with the sizes of `model`, whose adapters are merged before training goes on."""
     own = config.model
     moe = own.moe if config.init.stage == 4 else model.moe  # which stage IV builds
-    kept = {"lora": own.lora, "dtype": own.dtype, "remat": own.remat, "scan_unroll": own.scan_unroll}
+    icl = own.icl if config.init.stage == 5 else model.icl
+    kept = {"icl": icl, "lora": own.lora, "dtype": own.dtype, "remat": own.remat, "scan_unroll": own.scan_unroll}
     model = dataclasses.replace(model, moe=moe, **kept)
-    more = (model.clip.num_patches - own.clip.num_patches) * config.data.max_images
+    more = (model.image_tokens - own.image_tokens) * config.data.max_images
     lengths = (min(length + more, model.llm.max_positions) for length in config.data.bucket_lengths)
     data = dataclasses.replace(config.data, bucket_lengths=tuple(sorted({length for length in lengths if length > 0})))
     return dataclasses.replace(config, model=model, data=data)
@@ -171,7 +173,7 @@ def _source(config: ExperimentConfig, field: str) -> tuple[ExperimentConfig, Par
     path = getattr(config.init, field)
     name = f"init.{field} {path}"
     saved, params, tokenizer = checkpoint.load_params(path)
-    check_same_meaning(name, saved, config, ("model.moe.",) if config.init.stage == 4 else ())
+    check_same_meaning(name, saved, config, MADE_ANEW.get(config.init.stage, ()))
     check_same_tokenizer(name, tokenizer, config)
     return saved, params
 

@@ -14,7 +14,7 @@ from convert import from_torch, mapping, to_torch, torch_files
 from medplib_jax import checkpoint
 from medplib_jax.batch import Batch, combine, flatten, unflatten
 from medplib_jax.config.experiment import LossConfig, OptimConfig
-from medplib_jax.config.model import ModelConfig
+from medplib_jax.config.model import IclConfig, ModelConfig
 from medplib_jax.data.tokenizers import Tokenizer, load_tokenizer
 from medplib_jax.decode.generator import Generator
 from medplib_jax.models.language.llama import init_cache
@@ -24,7 +24,7 @@ from medplib_jax.models.masks.unpad import resample_to_canvas
 from medplib_jax.models.whole import ModelOutput
 from medplib_jax.train.losses import divisors, total_loss
 from medplib_jax.train.optim import make_optimizer, make_schedule, partition
-from tests.convert.golden_batch import SAM_SIDE, golden_batch
+from tests.convert.golden_batch import IMAGE, SAM_SIDE, golden_batch
 
 BAR, GRADIENT_BAR = 1e-4, 1e-3
 SEG_LOSS = LossConfig(ce=1.0, dice=0.5, bce=2.0, iou=2.0, focal=2.0)
@@ -102,6 +102,18 @@ class Converted:
             self, config=dataclasses.replace(self.config, moe=dataclasses.replace(self.config.moe, **changes))
         )
 
+    def with_examples(self, z: Arrays) -> "Converted":
+        """With the modules that the recorded numbers of tokens tell (`token_lengths` of pictures and of masks)."""
+        is_mask, lengths = z["token_is_mask"], z["token_lengths"]
+        pictures, masks = set(lengths[~is_mask].tolist()), set(lengths[is_mask].tolist())
+        compressed = 0 if pictures == {self.config.clip.num_patches} else pictures.pop()
+        kept = {"compressor": compressed, "mask_encoder": masks.pop() if masks else 0}
+        icl = IclConfig("separate" if kept["mask_encoder"] else "overlay", *kept.values())
+        modules = {name: self.params["icl"][name] for name, tokens in kept.items() if tokens}
+        params = {name: part for name, part in self.params.items() if name != "icl"}
+        params |= {"icl": modules} if modules else {}
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, icl=icl), params=params)
+
     def with_tensors(self, tensors: Arrays) -> "Converted":
         """With some parameters replaced by (PyTorch-shaped) tensors."""
         flat = {path: np.array(leaf) for path, leaf in flatten(self.params).items()}
@@ -114,7 +126,7 @@ class Converted:
         return mapping.entries(self.config, flatten(self.params))
 
     def batch(self, z: Arrays) -> Batch:
-        return golden_batch(z, self.seg_id, self.config.clip.num_patches)
+        return golden_batch(z, self.seg_id, self.config.image_tokens, self.config.icl.mask_tokens)
 
     def model(self):
         return from_torch.model_shapes(self.config)
@@ -140,14 +152,17 @@ def forward(model, batch: Batch, train: bool, noise, embedding=None, seg_row=Non
     return ModelOutput(hidden, *masks, aux=llm_out), out | llm_out | {"logits": model.llm.logits(hidden)}
 
 
-def seg_rows(batch: Batch, seg_id: int) -> tuple[Batch, np.ndarray]:
+def seg_rows(batch: Batch, seg_id: int, z: Arrays) -> tuple[Batch, np.ndarray]:
     """The batch with each mask at the <SEG> that the original gives it, and the row of that <SEG>: the last of the
     batch, in order.
 
-    It is another row's when a row says <SEG> without having a mask (forward_seg_eval_56), which our data refuses.
+    It is another row's when a row says <SEG> without having a mask (forward_seg_eval_56), which our data refuses. It is
+    a neighbour of <SEG> where the original lost a row's pictures but counts their tokens (icl_separate_maskenc).
     """
     slots = np.argwhere(batch.mask_valid)
     places = np.argwhere(batch.tokens == seg_id)[-len(slots) :]
+    if len(z.get("token_is_mask", ())) > (z["input_ids"] == IMAGE).sum():
+        places = np.argwhere(z["seg_token_mask"]) + [0, 1]
     rows, positions = np.zeros_like(batch.seg_position), np.zeros_like(batch.seg_position)
     rows[tuple(slots.T)], positions[tuple(slots.T)] = places[:, 0], places[:, 1] - 1
     return batch.replace(seg_position=positions), rows
@@ -226,7 +241,7 @@ def check_router(converted, z, batch, out, prefix, mode) -> Iterator[Row]:
 
 def check_segmentation(converted: Converted, z: Arrays, loss: LossConfig, train: bool) -> Iterator[Row]:
     """Masks, every loss term and gradients."""
-    batch, rows = seg_rows(converted.batch(z), converted.seg_id)
+    batch, rows = seg_rows(converted.batch(z), converted.seg_id, z)
     kind = "uniform" if converted.config.moe.top_k == 1 else "gumbel"
     noise = router_noise(z, kind, converted.config.moe_layers)
     embedding = image_embedding(converted, batch) if "images" in z else jnp.moveaxis(z["image_embeddings"], 1, -1)
@@ -359,9 +374,7 @@ def check_evaluate(converted: Converted, z: Arrays) -> Iterator[Row]:
     """Answers with and without `<SEG>`, and the mask of the first one. Recorded with two rows of lm_head exchanged, so
     that it speaks of `<SEG>` at all. Masks that the original draws without one, or for one in the prompt, are its
     quirks and are left out."""
-    head = np.array(converted.params["llm"]["head"]["kernel"]).T
-    head[converted.seg_id], head[Tokenizer.eos_id] = z["seg_lm_head_row_seg"], z["seg_lm_head_row_eos"]
-    speaking = converted.with_tensors({"lm_head.weight": head})
+    speaking = converted.with_tensors({"lm_head.weight": speaking_head(converted, z)})
     for name, chosen, ids in (
         ("noseg", converted, "input_ids"),
         ("seg", speaking, "input_ids"),
@@ -372,37 +385,56 @@ def check_evaluate(converted: Converted, z: Arrays) -> Iterator[Row]:
             continue
         own = name + "_" if name in ("history", "region") else ""
         item = prompt(z, own, ids)
-        batch = converted.batch(item)
-        rows, columns = z["region_original_size" if name == "region" else "original_size"]
-        batch = batch.replace(mask_size=np.int32([[rows, columns]]))
-        generator = Generator(
-            chosen.config,
-            chosen.params,
-            stop_ids=Tokenizer.stop_ids,
-            seg_id=chosen.seg_id,
-            max_new_tokens=16,
-            max_masks=1,
+        size = z["region_original_size" if name == "region" else "original_size"]
+        yield from _check_answer(chosen, z, name, item, size, draws=name != "history")
+
+
+def check_examples_evaluated(recorded: Converted, z: Arrays) -> Iterator[Row]:
+    """`check_evaluate` of prompts with examples; the arrays of a prompt begin with its number."""
+    for number in sorted({key.split("_")[0] for key in z if key.endswith("_input_ids")}):
+        item = {key.removeprefix(f"{number}_"): z[key] for key in z if key.startswith(f"{number}_")}
+        converted = recorded.with_examples(item)
+        speaking = converted.with_tensors({"lm_head.weight": speaking_head(converted, item)})
+        for name, chosen in (("noseg", converted), ("seg", speaking)):
+            yield from _check_answer(chosen, item, name, item, item["original_size"], draws=True)
+
+
+def speaking_head(converted: Converted, z: Arrays) -> np.ndarray:
+    """The head with which the original was made to say `<SEG>`, then to end."""
+    head = np.array(converted.params["llm"]["head"]["kernel"]).T
+    head[converted.seg_id], head[Tokenizer.eos_id] = z["seg_lm_head_row_seg"], z["seg_lm_head_row_eos"]
+    return head
+
+
+def _check_answer(chosen: Converted, z: Arrays, name: str, item: Arrays, size, draws: bool) -> Iterator[Row]:
+    """The greedy answer to the prompt `item`, and with `draws` the mask of its first <SEG>."""
+    rows, columns = (int(side) for side in size)
+    batch = chosen.batch(item).replace(mask_size=np.int32([[rows, columns]]))
+    generator = Generator(
+        chosen.config, chosen.params, stop_ids=Tokenizer.stop_ids, seg_id=chosen.seg_id, max_new_tokens=16, max_masks=1
+    )
+    made = generator(batch)
+    expected = z[name + "_output_ids"]
+    yield Row("generated ids (share that differs)", _answer_differs(made, expected, item["input_ids"]), 0.0)
+    if draws and chosen.seg_id in expected[0, item["input_ids"].shape[1] :]:
+        masks, _ = resample_to_canvas(
+            made.mask_logits,
+            batch.sam_box,
+            batch.mask_size,
+            canvas=(rows, columns),
+            sam_size=SAM_SIDE,
+            mode="reference",
         )
-        made = generator(batch)
-        yield Row(
-            "generated ids (share that differs)", _answer_differs(made, z[name + "_output_ids"], item["input_ids"]), 0.0
-        )
-        if name != "history" and converted.seg_id in z[name + "_output_ids"][0, item["input_ids"].shape[1] :]:
-            masks, _ = resample_to_canvas(
-                made.mask_logits,
-                batch.sam_box,
-                batch.mask_size,
-                canvas=(int(rows), int(columns)),
-                sam_size=SAM_SIDE,
-                mode="reference",
-            )
-            yield Row("masks of answers", relative(masks[0], z[name + "_pred_mask"]))
+        yield Row("masks of answers", relative(masks[0], z[name + "_pred_mask"]))
+        if name + "_low_res_mask" in z:
+            yield Row("mask logits of answers", relative(made.mask_logits[0], z[name + "_low_res_mask"][0]))
+            yield Row("predicted IoU of answers", relative(made.predicted_iou[0], z[name + "_iou"][0]))
 
 
 def check_gradient_norms(converted: Converted, z: Arrays, stats: Mapping[str, list[float]]) -> Iterator[Row]:
     """Length and sum of every trainable tensor's gradient."""
     (batch, rows), noise = (
-        seg_rows(converted.batch(z), converted.seg_id),
+        seg_rows(converted.batch(z), converted.seg_id, z),
         router_noise(z, "uniform", converted.config.moe_layers),
     )
     run = jax.jit(loss_and_gradients(converted, STAGE4_LOSS, True))
@@ -428,7 +460,7 @@ def check_optimizer(converted: Converted, z: Arrays, case: Mapping, final: Array
     trainable, frozen = partition(jax.tree.map(jnp.asarray, converted.params), (pattern,))
     optim = OptimConfig(lr=case["lr"], warmup=0.25, schedule="reference")
     tx = make_optimizer(optim, make_schedule(optim, total_steps=12, epoch_steps=12), trainable)
-    (batch, rows), state = seg_rows(converted.batch(z), converted.seg_id), tx.init(trainable)
+    (batch, rows), state = seg_rows(converted.batch(z), converted.seg_id, z), tx.init(trainable)
     run, embedding = loss_and_gradients(converted, STAGE4_LOSS, True), image_embedding(converted, batch)
 
     @jax.jit
@@ -459,8 +491,8 @@ def check_optimizer(converted: Converted, z: Arrays, case: Mapping, final: Array
             )
 
 
-def check_icl(sources: tuple[pathlib.Path, ...], extra: pathlib.Path) -> Iterator[Row]:
-    """Modules without a place in the model yet: carried along, and back again unchanged."""
+def check_carried(sources: tuple[pathlib.Path, ...], extra: pathlib.Path) -> Iterator[Row]:
+    """Tensors of a source of their own: into the model, and back again unchanged."""
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)
         from_torch.convert(from_torch.Options((*sources, extra), work / "converted"))

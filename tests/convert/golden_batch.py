@@ -12,9 +12,11 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 SAM_SIDE = 256
 
 
-def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> Batch:
+def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int, mask_tokens: int = 0) -> Batch:
     """The batch that the arrays `input_ids`, `labels`, `attention_mask`, `images_clip` (or `images_clip_0`, ... for
     several pictures a row), `images`, masks and regions describe.
+
+    Where `token_is_mask` says so, an image token stands for the `mask_tokens` of one of the `mask_images`.
 
     A batch without labels (a prompt) has zero loss weights; one without `images` has black SAM pixels (and the whole
     canvas as its box, unless `sam_box` is given)."""
@@ -23,14 +25,19 @@ def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> 
     has_region = z.get("valid_region", np.zeros(len(ids), bool))
     masks = [z[f"region_mask_{i}"][0] for i in range(int(has_region.sum()))]
     regions = {row: masks[i] for i, row in enumerate(np.flatnonzero(has_region))}
-    pictures = _pictures(z, ids)
+    shown = _shown(z, ids)
+    pictures, encoded = _slots(_pictures(z, ids), shown, False), _slots(_encoded_masks(z, ids), shown, True)
+    lengths = {
+        (row != REGION).sum() + (i in regions) + np.where(kinds, mask_tokens - 1, num_patches - 1).sum()
+        for i, (row, kinds) in enumerate(zip(ids, shown, strict=True))
+    }
+    length, region_slots = int(max(lengths)), (1 if regions else 0) + (len(lengths) > 1)
     total = pictures.shape[1] * num_patches
+    spans = {False: (0, num_patches), True: (total + region_slots, mask_tokens)}
     rows = [
-        _splice(ids[i], labels[i], z["attention_mask"][i].astype(bool), num_patches, total, i in regions)
+        _splice(ids[i], labels[i], z["attention_mask"][i].astype(bool), shown[i], spans, total if i in regions else -1)
         for i in range(len(ids))
     ]
-    lengths = {len(row["tokens"]) for row in rows}
-    length, region_slots = max(lengths), (1 if regions else 0) + (len(lengths) > 1)
     # Rows of fewer image tokens end in zero vectors, which an expert's capacity counts: what a region without points
     # is.
     padding = {"feature_index": total + region_slots - 1 if len(lengths) > 1 else -1}
@@ -46,39 +53,66 @@ def golden_batch(z: Mapping[str, np.ndarray], seg_id: int, num_patches: int) -> 
         **_region_points(regions, len(ids), region_slots),
         **_masks(z, text["tokens"], seg_id),
         record=np.arange(len(ids), dtype=np.int32),
+        example_masks=encoded if mask_tokens else None,
     )
 
 
-def _pictures(z: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
-    """CLIP's pixels [B, N, Ic, Ic, 3]. The original hands the batch's pictures out to the image tokens one after the
-    other."""
-    given = z["images_clip"] if "images_clip" in z else np.concatenate([z[f"images_clip_{i}"] for i in range(len(ids))])
-    pictures = iter(_to_uint8(given, np.multiply(CLIP_MEAN, 255), np.multiply(CLIP_STD, 255)))
+def _shown(z: Mapping[str, np.ndarray], ids: np.ndarray) -> list[np.ndarray]:
+    """Of each row, whether its image tokens stand for masks, bool [n].
+
+    The original hands the batch's features out to the image tokens one after the other.
+    """
     counts = (ids == IMAGE).sum(1)
-    pixels = np.zeros((len(ids), max(counts), given.shape[2], given.shape[3], 3), np.uint8)
-    for row, count in enumerate(counts):
-        for place in range(count):
-            pixels[row, place] = next(pictures)
-    return pixels
+    kinds = z.get("token_is_mask", np.zeros(counts.sum(), bool))[: counts.sum()]
+    return np.split(kinds, np.cumsum(counts)[:-1])
 
 
-def _splice(ids, labels, attended, num_patches, total, has_region) -> dict[str, np.ndarray]:
-    """One row with each image token opened to `num_patches` positions, of `total` features; a region that is not there
-    is left out."""
-    tokens, row_labels, valid, index, seen = [], [], [], [], 0
+def _slots(given: np.ndarray, shown: list[np.ndarray], kind: bool) -> np.ndarray:
+    """The pictures (or masks) that each row shows, [B, slots, ...], zeros beyond them."""
+    counts = [int((row == kind).sum()) for row in shown]
+    slots = np.zeros((len(shown), max(counts), *given.shape[1:]), np.uint8)
+    for row, (count, start) in enumerate(zip(counts, np.cumsum([0, *counts[:-1]]), strict=True)):
+        slots[row, :count] = given[start : start + count]
+    return slots
+
+
+def _of_rows(z: Mapping[str, np.ndarray], name: str, ids: np.ndarray) -> list[np.ndarray]:
+    """The array of that name, or those of the rows that have one."""
+    return [z[name]] if name in z else [z[f"{name}_{i}"] for i in range(len(ids)) if f"{name}_{i}" in z]
+
+
+def _encoded_masks(z: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
+    found = _of_rows(z, "mask_images", ids)
+    return np.concatenate(found)[:, 0] if found else np.zeros((0, 1, 1), np.uint8)
+
+
+def _pictures(z: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
+    """CLIP's pixels of all pictures of the batch, uint8 [n, Ic, Ic, 3]."""
+    given = np.concatenate(_of_rows(z, "images_clip", ids))
+    return _to_uint8(given, np.multiply(CLIP_MEAN, 255), np.multiply(CLIP_STD, 255))
+
+
+def _splice(ids, labels, attended, shown, spans, region) -> dict[str, np.ndarray]:
+    """One row with each image token opened to the features that it stands for. A region that is not there (-1) is left
+    out. `spans`: the first feature and the number of features of a picture (False) and of a mask (True)."""
+    tokens, row_labels, valid, index, kinds, seen = [], [], [], [], iter(shown.tolist()), {False: 0, True: 0}
     for token, label, on in zip(ids, labels, attended, strict=True):
-        if token == REGION and not has_region:
+        if token == REGION and region < 0:
             continue
-        feature = {IMAGE: range(seen, seen + num_patches), REGION: (total,)}.get(int(token), (-1,))
-        seen += num_patches * (token == IMAGE)
+        feature = (region,) if token == REGION else (-1,)
+        if token == IMAGE:
+            kind = next(kinds)
+            first, width = spans[kind]
+            feature = range(first + width * seen[kind], first + width * (seen[kind] + 1))
+            seen[kind] += 1
         tokens += [max(int(token), 0)] * len(feature)
         row_labels += [int(label)] * len(feature)
         valid += [bool(on)] * len(feature)
         index += feature
-    kinds = {"tokens": np.int32, "labels": np.int32, "valid": bool, "feature_index": np.int32}
+    columns = {"tokens": np.int32, "labels": np.int32, "valid": bool, "feature_index": np.int32}
     return {
         name: np.array(values, kind)
-        for (name, kind), values in zip(kinds.items(), (tokens, row_labels, valid, index), strict=True)
+        for (name, kind), values in zip(columns.items(), (tokens, row_labels, valid, index), strict=True)
     }
 
 

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from convert import torch_files
+from medplib_jax.data import images
 from tests.convert import checks, part_checks
 from tests.convert.checks import Converted, Row
 from tests.convert.golden_folder import ELSEWHERE, Golden, compares
 from tests.torch_weights import formula_reader
 
 TOP1, TOP1_56, TOP2 = ("ckpt_moe_top1",), ("ckpt_moe_top1_56",), ("ckpt_moe_top2",)
+ICL = (*TOP1_56, "icl_extra_weights.safetensors")
 CLIP, SAM = "clip-tiny-56", "sam-med2d_tiny.pth"
 ADAPTED = ("lora/ckpt_moe_top1_56_training.safetensors", CLIP, SAM)
 SFT_ONLY = ("opt_sft_only_init.safetensors", "opt_sft_only_frozen.safetensors", CLIP, SAM)
@@ -31,6 +33,9 @@ ELSEWHERE.update(
         "lora/*": "parts of lora/training_layout.json",
         "opt_step.json": "trajectories: opt_step_*.npz; schedules: tests/train/test_optim.py",
         "keys_7b*.json": "without weights: tests/convert/test_mapping.py",
+        "rag_*": "without weights: tests/datasets/test_index.py",
+        "icl_source.json": "without weights: tests/data/test_icl.py",
+        "icl_mask_encoder.safetensors": "weights of icl_modules.npz",
         "losses.npz": "without weights: tests/train/test_losses.py",
         "metrics*": "without weights: tests/evaluate/metrics/test_metrics.py",
         "conversation/*": "without weights: tests/data/test_prompts.py, test_tokenizer.py",
@@ -53,11 +58,30 @@ def forward(golden: Golden, name: str, sources, moe=None) -> Iterator[Row]:
 @compares("forward_seg_eval_56.npz", sources=TOP1_56, train=False)
 @compares("forward_seg.npz", sources=TOP1)
 @compares("forward_seg_top2.npz", sources=TOP2)
-@compares(
-    "icl_overlay.npz", "icl_overlay_multi.npz", "icl_separate_multi.npz", sources=TOP1_56
-)  # no modules of their own
 def segmentation(golden: Golden, name: str, sources, train=True) -> Iterator[Row]:
     yield from checks.check_segmentation(golden.converted(*sources), golden.arrays(name), checks.SEG_LOSS, train)
+
+
+@compares(
+    *(f"icl_{mode}{views}.npz" for mode in ("overlay", "separate_maskenc") for views in ("", "_multi", "_3shot_multi")),
+    "icl_overlay_compress_multi.npz",
+    "icl_separate_multi.npz",
+)
+def examples(golden: Golden, name: str) -> Iterator[Row]:
+    """Several pictures in a row. Some of the files record a slip of the original: one picture a row is left."""
+    z = golden.arrays(name)
+    yield from checks.check_segmentation(golden.converted(*ICL).with_examples(z), z, checks.SEG_LOSS, True)
+
+
+@compares(
+    "icl_generate_overlay.npz",
+    "icl_generate_overlay_compress.npz",
+    "icl_generate_separate.npz",
+    "icl_generate_separate_maskenc.npz",
+    "icl_generate_separate_maskenc_compress.npz",
+)
+def answers_to_examples(golden: Golden, name: str) -> Iterator[Row]:
+    yield from checks.check_examples_evaluated(golden.converted(*ICL), golden.arrays(name))
 
 
 @compares("generate_vqa_56.npz", sources=TOP1_56)
@@ -126,9 +150,21 @@ def capacities(golden: Golden, name: str) -> Iterator[Row]:
     yield from part_checks.check_capacities(golden.arrays(name)["table_f64"])
 
 
-@compares("icl_extra_weights.safetensors", "icl_mask_encoder.safetensors")
+@compares("icl_extra_weights.safetensors")
 def icl_weights(golden: Golden, name: str) -> Iterator[Row]:
-    yield from checks.check_icl((golden.path(*TOP1_56),), golden.path(name))
+    yield from checks.check_carried((golden.path(*TOP1_56),), golden.path(name))
+
+
+@compares("rag.npz")
+def retrieval(golden: Golden, name: str) -> Iterator[Row]:
+    pictures = [images.load_pixels(str(golden.path(f"data/{picture}.png"))) for picture in "abcd"]
+    yield from part_checks.check_retrieval(golden.converted("clip-tiny-336"), golden.arrays(name), pictures)
+
+
+@compares("icl_modules.npz")
+def example_readers(golden: Golden, name: str) -> Iterator[Row]:
+    weights = torch_files.read_file(golden.path("icl_mask_encoder.safetensors"))
+    yield from part_checks.check_example_readers(golden.arrays(name), weights)
 
 
 @compares("lora/training_layout.json")

@@ -14,7 +14,10 @@ import numpy as np
 
 from convert import from_torch, mapping, to_torch, torch_files
 from medplib_jax.batch import flatten, unflatten
-from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConfig
+from medplib_jax.config.model import IclConfig, LlmConfig, LoraConfig, ModelConfig, MoeConfig
+from medplib_jax.data import images
+from medplib_jax.models.icl.embedding import picture_vectors, retrieval_tower
+from medplib_jax.models.icl.tokens import ExampleReader, pooling_weights
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.language.moe import MoeMlp, expert_capacity
 from medplib_jax.models.layers import abstract_module, bind, params_of
@@ -154,6 +157,32 @@ def _check_pooling(z: Arrays, pooling: str) -> Iterator[Row]:
     of_diff = places[key].layout.to_torch(flatten({"region": {"geometry": of_params}})[places[key].path])
     yield Row("gradients", relative(of_map, z[f"{pooling}_grad_feature_map"]), GRADIENT_BAR)
     yield Row("gradients", relative(of_diff, z[f"{pooling}_grad_diff_projector_list.0.weight"]), GRADIENT_BAR)
+
+
+def check_example_readers(z: Arrays, mask_encoder: Mapping[str, torch_files.Tensor]) -> Iterator[Row]:
+    """The compressor and the mask encoder of in-context learning, each alone, and the pooling that both do."""
+    config = IclConfig("separate", compressed_tokens=z["tc_y"].shape[1], mask_tokens=z["me_y"].shape[1])
+    module = abstract_module(lambda rngs: ExampleReader(config, z["tc_y"].shape[2], rngs))
+    tensors = {mapping.canonical(key): tensor.read() for key, tensor in mask_encoder.items()}
+    for key, value in z.items():
+        if key.startswith("tc_param."):
+            tensors["model.mm_token_compressor." + key.removeprefix("tc_param.")] = value
+    model = bind(module, table_params(ModelConfig(), under("icl/", module), tensors)["icl"])
+    yield Row("compressed tokens", relative(model.compressor(jnp.asarray(z["tc_x"])), z["tc_y"]))
+    yield Row("encoded masks", relative(model.mask_encoder(jnp.asarray(z["me_masks"]), jnp.float32), z["me_y"]))
+    for key in (key for key in z if key.startswith("adaptive_")):
+        size, count = map(int, key.split("_")[1:])
+        yield Row("means of shares", relative(pooling_weights(size, count) @ np.arange(size), z[key]), 1e-6)
+
+
+def check_retrieval(converted: Converted, z: Arrays, pictures: list[np.ndarray]) -> Iterator[Row]:
+    """Pictures as vectors, from their pixels on, and their cosines."""
+    clip = converted.config.clip
+    tower = abstract_module(functools.partial(retrieval_tower, clip))
+    pixels = np.stack([images.cropped(picture, clip.image_size) for picture in pictures])
+    vectors = picture_vectors(bind(tower, converted.params["clip"]), pixels)
+    yield Row("vectors of pictures", relative(vectors, z["embeddings"]))
+    yield Row("cosines", relative(vectors @ vectors.T, z["scores"]))
 
 
 def check_experts(z: Arrays) -> Iterator[Row]:

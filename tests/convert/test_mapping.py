@@ -35,7 +35,7 @@ def stage23() -> dict:
 
 def plan(shapes):
     config = kinds.detect_config(shapes, foreign(LANGUAGE))
-    params = from_torch.target_shapes(config, from_torch.model_shapes(config), shapes, set(kinds.KINDS["medplib"]))
+    params = from_torch.target_shapes(from_torch.model_shapes(config), {*kinds.KINDS["medplib"], "icl"})
     return config, params, mapping.strict_plan(config, params, shapes)
 
 

@@ -14,7 +14,7 @@ from convert import from_torch, mapping, to_torch, torch_files
 from medplib_jax import checkpoint
 from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import ExperimentConfig, MeshConfig
-from medplib_jax.config.model import MoeConfig
+from medplib_jax.config.model import IclConfig, MoeConfig
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.train.state import TrainState
@@ -130,14 +130,12 @@ def test_stage_checkpoint_without_experts_and_with_icl_modules(tmp_path):
     icl = {
         "model.mm_token_compressor.norm": (16,),
         "model.mm_token_compressor.proj": (16, 16),
-        "model.mask_encoder.encoder.0": (4, 1, 3, 3),
+        "model.mask_encoder.encoder.0": (64, 1, 3, 3),
+        "model.mask_encoder.encoder.2": (128, 64, 3, 3),
+        "model.mask_encoder.encoder.4": (256, 128, 3, 3),
+        "model.mask_encoder.encoder.6": (256, 256, 3, 3),
+        "model.mask_encoder.proj": (16, 256),
         "model.mask_encoder.norm": (16,),
-    }
-    icl |= {
-        "model.mask_encoder.encoder.2": (4, 4, 3, 3),
-        "model.mask_encoder.encoder.4": (4, 4, 3, 3),
-        "model.mask_encoder.encoder.6": (4, 4, 3, 3),
-        "model.mask_encoder.proj": (16, 4),
     }
     random = np.random.default_rng(1)
     for name, shape in icl.items():
@@ -145,13 +143,21 @@ def test_stage_checkpoint_without_experts_and_with_icl_modules(tmp_path):
             name + ".weight": random.standard_normal(shape, np.float32),
             name + ".bias": random.standard_normal(shape[:1], np.float32),
         }
-    convert(tmp_path / "jax", write_folder(tmp_path / "source", DENSE, tensors), stage=3)
+    source = write_folder(tmp_path / "source", DENSE, tensors)
+    written = json.loads((source / "config.json").read_text())
+    told = {"mm_token_compress": True, "mm_compressed_token_count": 3, "icl_mask_encoder": True}
+    (source / "config.json").write_text(json.dumps(written | told))
+    convert(tmp_path / "jax", source, stage=3)
     experiment, params, _ = checkpoint.load_params(str(tmp_path / "jax"))
     assert experiment.init.stage == 3 and experiment.model.moe.num_experts == 0
-    assert params["icl"]["mask_encoder"]["conv1"]["kernel"].shape == (3, 3, 1, 4)
+    assert experiment.model.icl == IclConfig("separate", compressed_tokens=3, mask_tokens=64)  # the original's 64
+    assert params["icl"]["mask_encoder"]["conv1"]["kernel"].shape == (3, 3, 1, 64)
     to_torch.convert(tmp_path / "jax", tmp_path / "torch")
     assert_same(without_rotary(load(tmp_path / "torch")), tensors)
-    assert json.loads((tmp_path / "torch" / "config.json").read_text())["model_type"] == "medplib"
+    back = json.loads((tmp_path / "torch" / "config.json").read_text())
+    assert back["model_type"] == "medplib" and back.items() >= (told | {"mask_encoder_token_count": 64}).items()
+    convert(tmp_path / "again", tmp_path / "torch", stage=3)
+    assert checkpoint.load_experiment(str(tmp_path / "again"))[0].model.icl == experiment.model.icl
 
 
 def test_rotary_buffers_equal_pytorchs():

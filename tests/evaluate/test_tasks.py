@@ -8,9 +8,10 @@ import pytest
 
 from medplib_jax.config.sweep import TaskConfig
 from medplib_jax.data.errors import DataError
+from medplib_jax.data.sources import data_root
 from medplib_jax.datasets.assemble.dataset import assemble
 from medplib_jax.evaluate.report import sweep_cases
-from medplib_jax.evaluate.tasks import annotation_files, data_root, find_tasks, folder_tasks, read_task
+from medplib_jax.evaluate.tasks import annotation_files, find_tasks, folder_tasks, read_task
 from tests.evaluate.evaluators import tiny
 
 
@@ -58,7 +59,9 @@ def test_question_without_answer_is_named(folder, tmp_path):
 def test_files_of_a_folder(folder, tmp_path):
     files = annotation_files(folder)
     assert [file.name for file in files] == ["grounding.json", "region.json", "vqa.json"]
-    assert annotation_files(files[0]) == [files[0]] and {data_root(file) for file in files} == {folder.resolve()}
+    assert annotation_files(files[0]) == [files[0]] and {data_root(str(file)) for file in files} == {
+        str(folder.resolve())
+    }
     with pytest.raises(FileNotFoundError, match="expected an annotation file or a folder"):
         annotation_files(tmp_path)
     for name, content in (

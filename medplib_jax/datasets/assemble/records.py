@@ -93,6 +93,9 @@ def prepare(raw: Any, file: str, index: int, files: Files) -> tuple[dict[str, An
     if isinstance(raw, dict):
         raw = repair_text(raw, repairs)
     record = parse_record(raw, file, index, files.root)
+    if record.examples is not None:
+        expected = "a record without examples; those with some are read from their annotation file"
+        raise record.error("record with examples", expected, f"{len(record.examples)} of them")
     if len(record.images) != 1:
         raise record.error("not one image", "1 image", str(len(record.images)))
     check_complete(record)

@@ -54,6 +54,8 @@ class RecordFacts:
     picture_hash: str = ""
     masks: tuple[MaskFacts, ...] = ()
     notices: tuple[str, ...] = ()  # what is odd about its files
+    examples: tuple[tuple[str, str], ...] = ()  # (image, mask) that are shown before its picture
+    example_hashes: tuple[str, ...] = ()  # of their pictures
 
     @property
     def text(self) -> str:
@@ -103,11 +105,13 @@ class Reader:
             tuple(plain(text) for role, text in record.turns if role == "human"),
             tuple(plain(text) for role, text in record.turns if role == "gpt"),
             self._measure(record),
+            examples=record.examples or (),
         )
         notices: list[Notice] = []
         try:
             pictures = [self._picture(record, name) for name in record.images]
             masks = tuple(self._masks(record, [picture.size for picture in pictures], notices))
+            shown = [self._example(record, *example, notices) for example in record.examples or ()]
         except DataError as error:
             return dataclasses.replace(known, problem=error)
         odd = [*(notice for picture in pictures for notice in picture.notices), *notices]
@@ -116,6 +120,7 @@ class Reader:
             picture_hash="".join(picture.hash for picture in pictures),
             masks=masks,
             notices=tuple(f"{os.path.basename(one.file)}: {one.found}" for one in odd),
+            example_hashes=tuple(picture.hash for picture in shown),
         )
 
     def _patient(self, record: Record) -> str:
@@ -138,6 +143,13 @@ class Reader:
                 rgb.shape[:2], hashlib.blake2b(rgb.tobytes(), digest_size=12).hexdigest(), tuple(notices)
             )
         return self._pictures[name]
+
+    def _example(self, record: Record, image: str, mask: str, notices: list[Notice]) -> "_Picture":
+        """The picture of an example. DataError when its mask cannot be used."""
+        picture = self._picture(record, image)
+        if not images.load_mask(record.find(mask), picture.size, notices).any():
+            raise record.error("mask of an example is empty", "at least one pixel", mask)
+        return picture
 
     def _masks(self, record: Record, sizes: Sequence[tuple[int, int]], notices: list[Notice]) -> Iterator[MaskFacts]:
         for turn, (role, text) in enumerate(record.turns):

@@ -179,7 +179,7 @@ def duplicates(facts: Sequence[RecordFacts]) -> Found:
     groups = collections.defaultdict(list)
     for one in facts:
         masks = tuple(mask.name for mask in one.masks if mask.in_question)
-        groups[one.held_out, one.images, masks, tuple(map(_normal, one.questions))].append(one)
+        groups[one.held_out, one.images, masks, one.examples, tuple(map(_normal, one.questions))].append(one)
     for first, *others in groups.values():
         for other in others:
             same = tuple(map(_normal, first.answers)) == tuple(map(_normal, other.answers))
@@ -204,11 +204,24 @@ def leaks(facts: Sequence[RecordFacts]) -> Found:
 
 
 def same_picture(facts: Sequence[RecordFacts]) -> Found:
-    training = {one.picture_hash: one for one in facts if not one.held_out and one.picture_hash}
+    training = {
+        shown: one for one in facts if not one.held_out for shown in (*one.example_hashes, one.picture_hash) if shown
+    }
     for one in facts:
         if one.held_out and one.picture_hash in training:
             other = training[one.picture_hash]
             yield one, f"its picture is that of {other.source}, record {other.record} ({other.images[0]})", ""
+
+
+def own_example(facts: Sequence[RecordFacts]) -> Found:
+    """The picture in question, or another one of its patient, is shown as an example."""
+    patients = {one.picture_hash: one.patient for one in facts if one.patient}
+    for one in facts:
+        for (image, _), shown in zip(one.examples, one.example_hashes, strict=True):
+            if shown == one.picture_hash:
+                yield one, f"its own picture is an example ({image})", ""
+            elif one.patient and patients.get(shown) == one.patient:
+                yield one, f"an example is of its own patient ({image})", ""
 
 
 def same_patient(facts: Sequence[RecordFacts]) -> Found:
@@ -230,6 +243,7 @@ CHECKS: dict[str, Callable[[Sequence[RecordFacts]], Found]] = {
     "mask is tiny": tiny_masks,
     "question asked twice": duplicates,
     "answer stands in the question": leaks,
+    "example of the own picture or patient": own_example,
     "held-out picture is in the training data": same_picture,
     "held-out patient is in the training data": same_patient,
 }

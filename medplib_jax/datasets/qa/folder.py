@@ -8,15 +8,17 @@ its patient what the path says (see `patients`).
 """
 
 import dataclasses
+import functools
 import io
 import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from medplib_jax.data import images
 from medplib_jax.data.errors import DataError
@@ -25,11 +27,13 @@ from medplib_jax.datasets import labels, modalities
 from medplib_jax.datasets.files import Folder, files_below, safe_name, unused
 from medplib_jax.datasets.mecovqa import merged_name, stem
 from medplib_jax.datasets.patients import patient_of
+from medplib_jax.datasets.processes import make_pool
 from medplib_jax.datasets.qa.facts import ImageFacts, measure
 from medplib_jax.volumes.masks import Labels
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 METADATA = "metadata.json"
+_IN_PROCESS = 64  # fewer images are not worth starting processes for
 _INSTANCE = re.compile(r"_\d{3}$")
 _NAME = re.compile(r"\w[\w .+()'%=,-]{0,79}")  # what `safe_name` keeps, so that two names never share a file
 _LETTERS = "up to 80 letters, digits, or . + ( ) ' % = , -"
@@ -156,6 +160,33 @@ def vocabulary(pairs: Sequence[Pair]) -> dict[str, tuple[str, ...]]:
     for pair in pairs:
         names[pair.modality].update(pair.names, pair.label_names)
     return {modality: tuple(sorted(seen)) for modality, seen in names.items()}
+
+
+def read_all(
+    pairs: Sequence[Pair], folder: Folder, complete: bool = False, window: images.Window | None = None
+) -> Iterator[tuple[ImageFacts | None, list[DataError]]]:
+    """`read_facts` of every image, in order, by several processes; None for one that cannot be used.
+
+    complete: a name of the modality without a mask is not in the image.
+    """
+    names = vocabulary(pairs) if complete else {}
+    jobs = [(pair, names.get(pair.modality, ())) for pair in pairs]
+    read = functools.partial(_read_or_error, folder, window)
+    progress = functools.partial(tqdm, total=len(jobs), desc="masks", unit="image")
+    if len(jobs) < _IN_PROCESS:
+        yield from progress(map(read, jobs))
+        return
+    with make_pool() as pool:
+        yield from progress(pool.map(read, jobs, chunksize=8))
+
+
+def _read_or_error(
+    folder: Folder, window: images.Window | None, job: tuple[Pair, tuple[str, ...]]
+) -> tuple[ImageFacts | None, list[DataError]]:
+    try:
+        return read_facts(job[0], folder, job[1], window)
+    except DataError as error:
+        return None, [error]
 
 
 def read_facts(

@@ -58,5 +58,6 @@ class Evaluator:
         }
         known = {"patient": record.patient, "structure": record.structure}
         row |= {name: value for name, value in known.items() if value}
+        row |= {} if record.examples is None else {"examples": [list(example) for example in record.examples]}
         row |= self._kind.score(answer, self._protocol) | drawn
         return row if generation.choices is None else row | {"router": generation.choices[0].tolist()}

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from medplib_jax.data import boxes
 from medplib_jax.data.errors import DataError
-from medplib_jax.data.images import Blob, load_image
+from medplib_jax.data.images import Blob, load_image, load_mask
 from medplib_jax.data.records import find_file
 from medplib_jax.data.rle import decode_rle
 from medplib_jax.data.sources import Source, is_dataset, open_source
@@ -127,6 +127,7 @@ class _TaskCases:
             "name": first["image"][-1] if first["image"] else "",
             "question": plain_text(first["question"]),
             "expected": plain_text(first["expected"]),
+            "examples": _examples(self.task, first),
             "regions": [outlines(mask, size) for mask in regions]
             + [box_path(box.corners, BOX_GRID, size) for box in boxes.read(first["question"])],
             "truth": _shapes(first, "true_", size) if draws else None,
@@ -193,6 +194,21 @@ def _picture(task: TaskEntry, row: PredictionRow) -> tuple[np.ndarray, list[np.n
         return picture, marked_regions(row["question"], find, picture.shape[:2]), ""
     except DataError as error:
         return grey, [], f"{error.what}: {row['image'][-1]}"
+
+
+def _examples(task: TaskEntry, row: PredictionRow) -> list[dict[str, Any]]:
+    """The pictures that were shown before the row's with the outlines of their masks, as far as they are there."""
+    find, shown = _finder(task, row), []
+    for image, mask in row.get("examples", ()):
+        try:
+            picture = load_image(find(image))
+            inside = load_mask(find(mask), picture.shape[:2]) > 0
+        except DataError:
+            continue  # what is wrong with the row's own picture is told
+        size = _shrunk(picture.shape[:2])
+        encoded = _encoded(picture, size, task.generated)
+        shown.append({"picture": encoded, "size": [size[1], size[0]], "shapes": [outlines(inside, size)]})
+    return shown
 
 
 def _finder(task: TaskEntry, row: PredictionRow) -> Callable[[str], str | Blob]:

@@ -10,7 +10,7 @@ from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode.generator import Generator
-from medplib_jax.decode.token_kinds import count_choices, token_kinds
+from medplib_jax.decode.token_kinds import TOKEN_KINDS, count_choices, token_kinds
 from medplib_jax.evaluate.evaluators import router
 from medplib_jax.models.layers import abstract_module, bind, draw_params
 from medplib_jax.models.medplib import MedPLIB
@@ -32,17 +32,16 @@ def setup(tmp_path_factory):
 def test_kinds_are_told_apart(setup):
     experiment, tokenizer, prompts = setup
     prompts.tokens[0, 0] = tokenizer.seg_id
-    kinds = np.asarray(
-        token_kinds(
-            prompts.tokens, prompts.feature_index, prompts.valid, experiment.model.clip.num_patches, tokenizer.seg_id
-        )
-    )
+    patches = experiment.model.clip.num_patches
+    regions = range(patches, patches + 1)
+    arguments = (prompts.tokens, prompts.feature_index, prompts.valid)
+    kinds = np.asarray(token_kinds(*arguments, regions, tokenizer.seg_id))
     prompts.tokens[0, 0] = tokenizer.bos_id
     counts = [[int((row == kind).sum()) for kind in range(4)] for row in kinds]
-    assert [row[1:] for row in counts] == [
-        [experiment.model.clip.num_patches, 1, 1],
-        [experiment.model.clip.num_patches, 1, 0],
-    ]
+    assert [row[1:] for row in counts] == [[patches, 1, 1], [patches, 1, 0]]
+    behind = np.where(prompts.feature_index >= patches, prompts.feature_index + 1, prompts.feature_index)
+    kinds = np.asarray(token_kinds(prompts.tokens, behind, prompts.valid, regions, tokenizer.seg_id))
+    assert (kinds[0] == TOKEN_KINDS.index("image")).sum() == patches + 1, "the mask of an example is no region"
     assert [sum(row) for row in counts] == prompts.valid.sum(-1).tolist() and (kinds[~prompts.valid] == -1).all()
 
 
@@ -66,7 +65,8 @@ def test_choices_are_counted_while_answering(setup):
     for row, start in enumerate(prompts.valid.sum(-1)):
         prompts.tokens[row, start : start + 3], prompts.valid[row, start : start + 3] = made.tokens[row], True
     _, out = bind(abstract_module(functools.partial(MedPLIB, model)), params)(prompts)
-    kinds = token_kinds(prompts.tokens, prompts.feature_index, prompts.valid, model.clip.num_patches, tokenizer.seg_id)
+    regions = range(model.clip.num_patches, model.clip.num_patches + 1)
+    kinds = token_kinds(prompts.tokens, prompts.feature_index, prompts.valid, regions, tokenizer.seg_id)
     np.testing.assert_array_equal(made.choices, count_choices(out["expert_index"], kinds, 2))
 
     rows = [

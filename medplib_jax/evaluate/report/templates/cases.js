@@ -128,6 +128,7 @@
       this.part("note").textContent = found.problem;
       const sides = [this.part("left").value, this.part("right").value].filter(value => value !== "").map(value => this.index.shown[value]);
       if (found.picture) {
+        found.examples.forEach((example, i) => pair.append(this.example(`example ${i + 1}`, example)));
         pair.append(this.panel(found.truth ? found.truth.length ? "truth" : "truth: nothing" : "picture", found.truth ?? [], null));
         if (found.truth) for (const name of new Set(sides)) {
           const shapes = found.answers[name]?.shapes ?? [];
@@ -141,6 +142,12 @@
         if (answer) say("", Object.entries(answer.scores).map(([score, value]) => `${score.replaceAll("_", " ")} ${value}`).join(", "));
       }
       say("File", `${found.name}, record ${row[0]}`);
+    }
+
+    example(caption, { picture, size: [width, height], shapes }) {
+      const svg = draw("svg", { class: "example", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": caption }, draw("image", { href: picture, width, height }));
+      for (const path of shapes) svg.append(draw("path", { d: path, fill: COLOURS[0], "fill-opacity": .35, stroke: COLOURS[0], "stroke-width": 2.5 }));
+      return make("figure", {}, svg, make("figcaption", { textContent: caption }));
     }
 
     panel(caption, shapes, truth) {
@@ -172,7 +179,7 @@
       this.look();
     }
 
-    look() { for (const svg of this.part("pair").querySelectorAll("svg")) svg.setAttribute("viewBox", this.view.join(" ")); }
+    look() { for (const svg of this.part("pair").querySelectorAll("svg:not(.example)")) svg.setAttribute("viewBox", this.view.join(" ")); }
 
     window() {
       const level = Number(this.part("level").value) / 255, slope = 256 / Math.max(1, Number(this.part("width").value));

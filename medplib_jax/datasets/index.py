@@ -1,0 +1,215 @@
+"""Embeds the pictures of a folder with a checkpoint's own CLIP, so that similar ones can serve as examples.
+
+COMMAND
+    python -m medplib_jax.datasets.index --images data/pairs --out data/index --checkpoint runs/7b/stage5
+    python -m medplib_jax.datasets.index --records data/icl/test/icl.json --out data/index --checkpoint runs/7b/stage5
+
+A folder holds images/, and masks/<image>/<name>.png (see `qa.folder`); of records the targets are taken. Embedding
+runs on all devices, a batch at a time, while the next pictures are read. The same command goes on where it was killed,
+and later adds new pictures without embedding the others again. `predict --examples` and `datasets.retrieve` search the
+index.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from medplib_jax.data import images
+from medplib_jax.data.errors import DataError
+from medplib_jax.data.records import Record
+from medplib_jax.data.sources import data_root, open_source
+from medplib_jax.datasets.command import finish, parse
+from medplib_jax.datasets.image_index import Entry, IndexWriter
+from medplib_jax.datasets.patients import anonymous, check_pattern
+from medplib_jax.datasets.qa.folder import scan
+
+READERS = 8  # pictures that are read at a time
+
+
+class Embedder:
+    """The CLIP of a checkpoint as pictures' vectors for retrieval.
+
+    `digest` names its weights. FileNotFoundError without a checkpoint, ValueError for one without CLIP.
+    """
+
+    def __init__(self, checkpoint_dir: str):
+        import jax
+
+        from medplib_jax.checkpoint import load_params
+        from medplib_jax.models.icl.embedding import picture_vectors, retrieval_tower
+        from medplib_jax.models.layers import abstract_module, bind
+
+        experiment, params, _ = load_params(checkpoint_dir, only="clip")
+        if "clip" not in params:
+            raise ValueError(f"{checkpoint_dir}: it has no CLIP, whose vectors the index is made of")
+        config = experiment.model.clip
+        self.side, self.width, self.digest = config.image_size, config.hidden_size, _digest(config, params["clip"])
+        tower = abstract_module(functools.partial(retrieval_tower, config))
+        mesh = jax.make_mesh((jax.device_count(),), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+        everywhere, shared = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("rows",)))
+        self._params = jax.device_put(params["clip"], everywhere)
+        self._embed = jax.jit(
+            lambda params, pixels: picture_vectors(bind(tower, params), pixels),
+            in_shardings=(everywhere, shared),
+            out_shardings=everywhere,
+        )
+        self._devices = jax.device_count()
+
+    def __call__(self, pixels_BxIxIx3: np.ndarray) -> np.ndarray:
+        """Unit vectors float32 [B, C] of pictures from `read`."""
+        rows = len(pixels_BxIxIx3)
+        padded = np.pad(pixels_BxIxIx3, ((0, -rows % self._devices), (0, 0), (0, 0), (0, 0)))
+        return np.asarray(self._embed(self._params, padded))[:rows]
+
+    def read(self, file: str | images.Blob) -> np.ndarray:
+        """A picture as the tower reads it for retrieval, uint8 [side, side, 3]."""
+        return images.cropped(images.load_pixels(file), self.side)
+
+
+def _digest(config, params: dict) -> str:
+    """16 hex digits that change with CLIP's sizes and weights."""
+    from medplib_jax.batch import flatten
+
+    total = hashlib.blake2b(repr(config).encode(), digest_size=8)
+    for path, leaf in sorted(flatten(params).items()):
+        total.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+        total.update(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1).data)
+    return total.hexdigest()
+
+
+class Library(NamedTuple):
+    """Pictures that can serve as examples: (picture, its masks by name, patient), paths below `root`."""
+
+    root: str
+    pictures: tuple[tuple[str, dict[str, str], str], ...]
+    notices: tuple[str, ...] = ()
+
+
+def library_of_pairs(folder: str, pattern: str = "") -> Library:
+    """A folder of pairs. A name of several masks, or of a label map, has no file of its own and is left out by name."""
+    check_pattern(pattern)
+    pairs, problems = scan(folder, pattern)
+    notices, pictures = list(map(str, problems)), []
+    for pair in pairs:
+        names = [name for name, _ in pair.masks]
+        masks = {name: mask for name, mask in sorted(pair.masks) if names.count(name) == 1 and name in pair.names}
+        notices += [
+            f"{pair.image}: {name or 'label map'} is left out; expected one mask of each name"
+            for name in dict.fromkeys(names)
+            if name not in masks
+        ]
+        pictures.append((pair.image, masks, anonymous(pair.patient)))
+    return Library(folder, tuple(pictures), tuple(notices))
+
+
+def library_of_records(file: str) -> Library:
+    """The pictures and targets of an ICL annotation file; those of its examples are not known by name.
+
+    DataError for a record that does not tell its structure.
+    """
+    source, pictures = open_source(file, data_root(file)), {}
+    for record in source:
+        image, (_, masks, patient) = record.images[0], pictures.get(record.images[0], ("", {}, record.patient))
+        pictures[image] = image, masks | {structure_of(record): str(record.target_mask)}, patient
+    return Library(source.root, tuple(pictures[image] for image in sorted(pictures)))
+
+
+def structure_of(record: Record) -> str:
+    """What an ICL record asks for. DataError for one that does not tell, or has no target."""
+    if record.examples is None or not record.target_mask or not record.structure:
+        raise record.error("record does not tell its structure", "examples, target_mask and structure", "none")
+    return record.structure
+
+
+def build(library: Library, out: str, checkpoint_dir: str, batch: int = 64) -> dict[str, Any]:
+    """Makes the index `out` of a library's pictures, or adds those that it lacks; what is in it.
+
+    A picture that cannot be read has a line with the reason and is never found. DataError when a picture is not the one
+    that was embedded, or the index is of another checkpoint.
+    """
+    embedder = Embedder(checkpoint_dir)
+    writer = IndexWriter(out, embedder.digest, embedder.width, batch, library.root)
+    new = _new_entries(library, writer.entries)
+    read = functools.partial(_pixels, library.root, embedder.read)
+    for entries, pixels in tqdm(_read_ahead(new, batch, read), total=-(-len(new) // batch), desc="embed"):
+        canvas = np.zeros((batch, embedder.side, embedder.side, 3), np.uint8)
+        for row, one in enumerate(pixels):
+            if isinstance(one, np.ndarray):
+                canvas[row] = one
+            else:
+                entries[row] = dataclasses.replace(entries[row], problem=str(one))
+        writer.add(embedder(canvas)[: len(entries)], entries)
+    writer.finish()
+    unreadable = [entry.problem for entry in writer.entries if entry.problem]
+    counts = {"pictures": len(writer.entries), "embedded_now": len(new), "unreadable": len(unreadable)}
+    notices = {"notices": [*unreadable, *library.notices]}
+    return counts | {"clip": embedder.digest, "width": embedder.width} | notices
+
+
+def _new_entries(library: Library, entries: Sequence[Entry]) -> list[Entry]:
+    """The pictures that the index lacks. DataError for one that changed after it was embedded."""
+    known = {entry.image: entry.status for entry in entries}
+    found = []
+    for image, masks, patient in library.pictures:
+        file = os.path.join(library.root, image)
+        status = os.stat(file)
+        now = status.st_size, status.st_mtime_ns
+        if known.get(image, now) != now:
+            expected = "the picture that was embedded, or a new index"
+            raise DataError(file, None, "picture has changed since it was indexed", expected, "another size or time")
+        found += [] if image in known else [Entry(image, masks, patient, now)]
+    return found
+
+
+def _pixels(root: str, read: Callable[[str], np.ndarray], entry: Entry) -> np.ndarray | DataError:
+    try:
+        return read(os.path.join(root, entry.image))
+    except DataError as error:
+        return error
+
+
+def _read_ahead(
+    entries: Sequence[Entry], batch: int, read: Callable[[Entry], np.ndarray | DataError]
+) -> Iterator[tuple[list[Entry], list[np.ndarray | DataError]]]:
+    """Batches of entries with their pixels, or why they have none; the next batch is read meanwhile."""
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting = None
+        for start in (*range(0, len(entries), batch), len(entries)):
+            group = list(entries[start : start + batch])
+            coming = group, [pool.submit(read, entry) for entry in group]
+            if waiting:
+                yield waiting[0], [future.result() for future in waiting[1]]
+            waiting = coming
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--images", metavar="DIR", help="folder with images/ and masks/<image>/<name>.png")
+    what.add_argument("--records", metavar="FILE", help="annotation file that medplib_jax.datasets.icl made")
+    parser.add_argument("--out", required=True, help="folder of the index")
+    parser.add_argument("--checkpoint", required=True, help="workdir of a training run, or WORKDIR/checkpoints/STEP")
+    parser.add_argument("--batch", type=int, default=64, help="pictures that are embedded together")
+    parser.add_argument(
+        "--patient", default="", metavar="REGEX", help="finds the patient in an image's path below images/"
+    )
+    given = parse(parser)
+
+    def make() -> dict[str, Any]:
+        library = library_of_records(given.records) if given.records else library_of_pairs(given.images, given.patient)
+        return build(library, given.out, given.checkpoint, given.batch)
+
+    return finish(make)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
