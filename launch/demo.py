@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from configs import stage1_align, stage2_vqa, stage3_grounding, stage4_moe
-from launch import demo_bird
+from launch import demo_bird, demo_icl
 from launch.demo_common import Stopwatch, announce, print_summary
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.sweep import SweepConfig, TaskConfig
@@ -148,18 +148,23 @@ def main() -> int:
     parser.add_argument(
         "--bird", action="store_true", help="instead, train and evaluate a small BiRD, which answers with boxes"
     )
+    parser.add_argument(
+        "--icl", action="store_true", help="instead, train a small model to draw what examples show, and evaluate it"
+    )
     arguments = vars(parser.parse_args())
-    with_sweep, with_bird = arguments.pop("sweep"), arguments.pop("bird")
+    with_sweep, with_bird, with_icl = (arguments.pop(name) for name in ("sweep", "bird", "icl"))
     demo = Demo(**arguments)
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
     logging.getLogger("medplib_jax").setLevel(logging.INFO)
     jax.config.update("jax_compilation_cache_dir", str((demo.out / "compiled").resolve()))
-    out = demo.out / "bird" if with_bird else demo.out
+    out = demo.out / ("bird" if with_bird else "icl" if with_icl else "")
     out.mkdir(parents=True, exist_ok=True)
     watch = Stopwatch(out / "stopwatch.json")
     try:
         if with_bird:
             return demo_bird.run(demo_bird.BirdDemo(out, demo.examples, demo.seed), watch)
+        if with_icl:
+            return demo_icl.run(demo_icl.IclDemo(out, demo.seed), watch)
         code = run(demo, watch)
         return sweep(demo) if with_sweep and code == 0 else code
     except KeyboardInterrupt:

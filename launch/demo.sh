@@ -6,6 +6,7 @@
 #
 # With --sweep it then compares the stages' models on every task: runs/demo/evaluation/report.html.
 # With --bird it trains and evaluates a small BiRD instead, which answers with boxes: runs/demo/bird/evaluation/report.html.
+# With --icl it trains and evaluates a small model that draws what examples show: runs/demo/icl/evaluation/report.html.
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."

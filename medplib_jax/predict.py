@@ -118,11 +118,11 @@ def example_of(text: str) -> tuple[str, str]:
 
 def retrieved(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """The examples that `--examples` finds for the image, which are printed. DataError when there is none."""
-    embedder = Embedder(arguments.checkpoint)
-    index = ImageIndex(arguments.examples, embedder.digest)
-    name = arguments.structure
+    index, name = ImageIndex(arguments.examples), arguments.structure
     if name not in index.names:
         raise DataError(arguments.examples, None, "no mask of this structure", ", ".join(index.names), repr(name))
+    embedder = Embedder(arguments.checkpoint)
+    index.check_weights(embedder.digest)
     query = embedder(embedder.read(arguments.image)[None])
     (hits,) = index.search(query, arguments.top_k, name, pictures=[arguments.image])
     for hit in hits:

@@ -57,12 +57,15 @@ def random_batch(config: ExperimentConfig, length: int = 16, seed: int = 0) -> B
     rng = np.random.default_rng(seed)
     data, model = config.data, config.model
     B, M, canvas = data.batch_size, data.max_masks, data.mask_canvas
-    patches, clip, sam = model.clip.num_patches, model.clip.image_size, model.mask.image_size
+    patches, clip, sam = model.image_tokens, model.clip.image_size, model.mask.image_size
+    shown = data.max_images - 1 if model.icl.mask_tokens else 0
     lengths = rng.integers(length // 2 + 2, length + 1, B)
     valid = np.arange(length) < lengths[:, None]
     feature_index = np.full((B, length), -1, np.int32)
     feature_index[:, 1 : 1 + patches] = np.arange(patches)
-    feature_index[::2, 1 + patches] = patches  # every second row has a region
+    feature_index[::2, 1 + patches] = data.max_images * patches  # every second row has a region
+    if shown:  # and every row a token of an example's mask
+        feature_index[:, 2 + patches] = data.max_images * patches + data.max_regions
     weights = (valid & (np.arange(length) > patches + 2) & (rng.random((B, length)) < 0.8)).astype(np.float32)
     mask_valid = np.arange(M) < rng.integers(0, M + 1, (B, 1))
     mask_size = rng.integers(canvas // 2, canvas + 1, (B, 2)).astype(np.int32)
@@ -83,4 +86,5 @@ def random_batch(config: ExperimentConfig, length: int = 16, seed: int = 0) -> B
         gt_masks=(rng.random((B, M, canvas, canvas)) < 0.4).astype(np.uint8),
         mask_size=mask_size,
         record=np.arange(B, dtype=np.int32),
+        example_masks=(rng.random((B, shown, 336, 336)) < 0.3).astype(np.uint8) if shown else None,
     )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from medplib_jax import predict
 from medplib_jax.data.errors import DataError
+from medplib_jax.datasets.index import build, library_of_pairs
 from medplib_jax.decode import generator as decode
 from medplib_jax.decode.predictor import Predictor, place_region, read_question
 from tests.evaluate.evaluators import tiny
@@ -92,6 +93,44 @@ def test_bad_region_is_named(folder, region, message):
         read_question(folder / "images" / "ct_00--a.png", "What is it?", region)
 
 
+def example(folder, name="mr_00--b.png"):
+    return folder / "images" / name, folder / "masks" / f"left-{name}"
+
+
+def test_examples_come_before_the_picture(predictor, folder):
+    """The tiny model has 4 patches a picture."""
+    image, (shown, mask) = folder / "images" / "ct_00--a.png", example(folder)
+    arrays = np.asarray(Image.open(shown)), np.asarray(Image.open(mask)) > 0
+    picture, prompt = predictor.prompt(image, "", examples=[(shown, mask), arrays])
+    assert picture.shape == (40, 30, 3) and prompt.clip_pixels.shape[1] == 3
+    assert prompt.feature_index[prompt.feature_index >= 0].tolist() == list(range(12))
+    np.testing.assert_array_equal(prompt.clip_pixels[0, 0], prompt.clip_pixels[0, 1])
+    blue = np.argwhere((prompt.clip_pixels[0, 0] != predictor.prompt(shown, "Where?")[1].clip_pixels[0, 0]).any(-1))
+    assert blue[:, 1].max() <= 14, "the left half is painted"
+    _, alone = predictor.prompt(image, "Where?")
+    np.testing.assert_array_equal(prompt.clip_pixels[0, 2], alone.clip_pixels[0, 0])
+    np.testing.assert_array_equal(prompt.sam_pixels, alone.sam_pixels)
+
+
+def test_a_question_of_ones_own_stands_behind_the_examples(predictor, folder):
+    words = [
+        predictor.prompt(folder / "images" / "ct_00--a.png", text, examples=[example(folder)])[1]
+        for text in ("", "It?")
+    ]
+    assert words[0].valid.sum() > words[1].valid.sum()
+    assert (words[0].feature_index >= 0).sum() == (words[1].feature_index >= 0).sum() == 8
+
+
+def test_examples_that_cannot_be_shown_are_named(predictor, folder):
+    image, (shown, mask) = folder / "images" / "ct_00--a.png", example(folder)
+    with pytest.raises(ValueError, match="4 examples: expected at most 3"):
+        predictor.prompt(image, "", examples=[(shown, mask)] * 4)
+    with pytest.raises(DataError, match="mask and picture differ in size.*expected 24 x 48"):
+        predictor.prompt(image, "", examples=[(shown, example(folder, "ct_00--a.png")[1])])
+    with pytest.raises(DataError, match="mask of an example is empty"):
+        predictor.prompt(image, "", examples=[(shown, np.zeros((24, 48)))])
+
+
 @pytest.fixture
 def call(folder, workdir, tmp_path, monkeypatch):
     """Runs the command line with these arguments behind the usual ones."""
@@ -133,6 +172,8 @@ def test_command_line_writes_masks_of_the_pictures_size(call, workdir, tmp_path,
         (["--question", b"Where \xff?".decode(errors="surrogateescape")], "expected some text in UTF-8"),
         (["--box", "-5,3,20,20"], "region is outside the picture"),
         (["--out", "/proc/answer"], "/proc/answer"),
+        (["--example", "/lost.png=/mask.png"], "/lost.png: file is missing"),
+        (["--examples", "/lost", "--structure", "liver"], "/lost: not an index of pictures"),
     ],
 )
 def test_command_line_says_what_is_wrong_before_it_loads_the_model(call, monkeypatch, arguments, message):
@@ -140,6 +181,38 @@ def test_command_line_says_what_is_wrong_before_it_loads_the_model(call, monkeyp
     with pytest.raises(SystemExit, match=f"error: .*{message}") as caught:
         call(*arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--example", "a.png"], "example without a mask: expected IMAGE=MASK, found 'a.png'"),
+        (["--example", "a.png=b.png", "--examples", "index"], "expected --example or --examples, found both"),
+        (["--examples", "index"], "--examples needs --structure"),
+        (["--examples", "index", "--structure", "liver", "--top-k", "4"], "--top-k 4: expected 1 to 3"),
+    ],
+)
+def test_options_of_examples_that_do_not_go_together(call, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        call(*arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_an_index_finds_the_examples(call, folder, workdir, tmp_path, monkeypatch, capsys):
+    """The query is in the index itself, and not among its own examples."""
+    pairs = tmp_path / "pairs"
+    for number, name in enumerate(("ct_00--a", "mr_00--b")):
+        (pairs / "images").mkdir(parents=True, exist_ok=True)
+        (pairs / "masks" / name).mkdir(parents=True)
+        shutil.copy(folder / "images" / f"{name}.png", pairs / "images")
+        shutil.copy(folder / "masks" / f"left-{name}.png", pairs / "masks" / name / ("lung.png", "lung.png")[number])
+    build(library_of_pairs(str(pairs)), str(tmp_path / "index"), str(workdir))
+    say(monkeypatch, tiny.make_tokenizer(tmp_path / "tokenizer").seg_id)
+    call("--examples", tmp_path / "index", "--structure", "lung")
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("example: ")]
+    assert len(shown) == 1 and "ct_00--a.png (cosine " in shown[0]
+    with pytest.raises(SystemExit, match="no mask of this structure; expected lung, found 'liver'"):
+        call("--examples", tmp_path / "index", "--structure", "liver")
 
 
 def test_answers_belong_to_what_a_checkpoint_holds(tmp_path):

@@ -61,19 +61,22 @@ class Hit:
 
 
 class ImageIndex:
-    """An index on disk, read-only. DataError when the folder holds none, or one of other CLIP weights than `clip`."""
+    """An index on disk, read-only. DataError when the folder holds none, or one whose build did not end."""
 
-    def __init__(self, path: str, clip: str = ""):
+    def __init__(self, path: str):
         self.path, self.head = path, read_head(path)
-        if clip and clip != self.head.clip:
-            expected = f"weights {self.head.clip}, of which the index was made"
-            raise DataError(path, None, "index of another checkpoint's CLIP", expected, clip)
         if not self.head.complete:
             raise DataError(path, None, "index is not complete", "its build run to the end", "one that was interrupted")
         self.entries = read_entries(path)
         shape = (len(self.entries), self.head.width)
         self.vectors = np.memmap(os.path.join(path, VECTORS), np.float32, "r", shape=shape)
         self._root = os.path.normpath(os.path.join(path, self.head.root))
+
+    def check_weights(self, clip: str) -> None:
+        """DataError when the vectors are of other CLIP weights than these: they cannot be compared."""
+        if clip != self.head.clip:
+            expected = f"weights {self.head.clip}, of which the index was made"
+            raise DataError(self.path, None, "index of another checkpoint's CLIP", expected, clip)
 
     @property
     def names(self) -> tuple[str, ...]:

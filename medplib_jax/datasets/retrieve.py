@@ -34,8 +34,8 @@ def retrieve(file: str, index_path: str, checkpoint_dir: str, out: str, top_k: i
 
     DataError for a record that does not tell its structure, an index of another checkpoint, or of pictures elsewhere.
     """
-    embedder = Embedder(checkpoint_dir)
-    index, root = ImageIndex(index_path, embedder.digest), data_root(file)
+    index, root, embedder = ImageIndex(index_path), data_root(file), Embedder(checkpoint_dir)
+    index.check_weights(embedder.digest)
     source, raw = open_source(file, root), read_records(file)
     groups = collections.defaultdict(list)
     for record in source:

@@ -13,12 +13,13 @@ from medplib_jax.batch import flatten
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.files import load_config
+from medplib_jax.config.model import IclConfig
 from medplib_jax.models.layers import params_of
 from medplib_jax.train.optim import partition
 from medplib_jax.train.step import abstract_model
 from tests.paths import ROOT
 
-STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe")
+STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe", "stage5_icl")
 
 
 def experiment(name: str, size: str) -> ExperimentConfig:
@@ -26,7 +27,7 @@ def experiment(name: str, size: str) -> ExperimentConfig:
 
 
 @pytest.mark.parametrize("size", ["tiny", "7b"])
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", range(5))
 def test_stages_follow_each_other_and_their_patterns_match(stage, size):
     config = experiment(STAGES[stage], size)
     assert config.init.stage == stage + 1
@@ -40,7 +41,7 @@ def test_stages_follow_each_other_and_their_patterns_match(stage, size):
 
 
 def test_the_original_hyperparameters():
-    two, three, four = (experiment(name, "7b") for name in STAGES[1:])
+    two, three, four, five = (experiment(name, "7b") for name in STAGES[1:])
     assert [c.optim.lr for c in (two, three, four)] == [1e-4, 3e-4, 3e-4]
     assert [c.train.epochs for c in (two, three, four)] == [3, 10, 3]
     assert [c.data.batch_size for c in (two, three, four)] == [128] * 3
@@ -56,7 +57,17 @@ def test_the_original_hyperparameters():
         0,
         0,
     )
-    assert len(four.model.moe_layers) == 32
+    assert len(four.model.moe_layers) == len(five.model.moe_layers) == 32
+    assert (five.optim.lr, five.train.epochs, five.data.batch_size, five.data.bucket_lengths[-1]) == (
+        3e-4,
+        10,
+        16,
+        4096,
+    )
+    assert (five.model.lora.rank, five.model.lora.alpha, five.model.lora.dropout) == (8, 16, 0.05)
+    assert five.model.lora.targets == ("gate", "up", "down")
+    assert dataclasses.astuple(five.loss)[:5] == (1, 5, 1, 1, 0)
+    assert five.model.icl == IclConfig("separate", compressed_tokens=256, mask_tokens=64)
 
 
 def test_what_trains_in_stage_4():
@@ -76,6 +87,14 @@ def test_what_trains_in_stage_4():
         *(f"llm/layers/attn/{n}/lora_{ab}" for n in "qv" for ab in "ab"),
     }
     assert {path.split("/")[1] for path in flatten(trainable) if path.startswith("sam/")} == {"mask_decoder"}
+
+
+def test_what_trains_in_stage_5():
+    config = experiment("stage5_icl", "7b")
+    trainable, _ = partition(params_of(abstract_model(config.model)), config.optim.trainable)
+    experts = {f"llm/moe/experts/{name}/lora_{ab}" for name in ("gate", "up", "down") for ab in "ab"}
+    parts = {re.sub(r"^(icl/\w+|sam/\w+|seg_mlp)/.*", r"\1", path) for path in flatten(trainable)}
+    assert parts == {"icl/compressor", "icl/mask_encoder", "sam/mask_decoder", "seg_mlp", *experts}
 
 
 @pytest.fixture

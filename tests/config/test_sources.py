@@ -14,11 +14,13 @@ from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.sources import open_source
 from medplib_jax.datasets.assemble.dataset import assemble
+from medplib_jax.datasets.icl import IclOptions, make_icl
 from medplib_jax.datasets.import_dataset import import_dataset
 from tests.datasets import collection
+from tests.datasets.icl_pairs import write_pairs
 from tests.datasets.test_importers import CASES
 
-STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe")
+STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe", "stage5_icl")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,8 @@ def data(tmp_path_factory) -> Path:
         CASES[dataset][0](published / dataset)
         import_dataset(dataset, str(published / dataset), str(folder / f"data/{dataset}"))
     CASES["med_grit"][0](published / "med_grit")
+    write_pairs(folder / "data/pairs")
+    make_icl(str(folder / "data/pairs"), str(folder / "data/icl"), IclOptions())
     for part in eval_sweep.MED_GRIT_PARTS:
         import_dataset("med_grit", str(published / "med_grit"), str(folder / f"data/med_grit_{part}"))
     return folder

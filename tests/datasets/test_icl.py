@@ -3,38 +3,19 @@
 import json
 import re
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from medplib_jax.config.model import IclConfig
 from medplib_jax.data import icl
 from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.datasets.audit.collect import audit
 from medplib_jax.datasets.icl import IclOptions, make_icl
-
-PATIENTS, STRUCTURES = 12, ("liver", "left kidney", "spleen")
-
-
-def write(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.uint8(pixels)).save(path)
+from tests.datasets.icl_pairs import STRUCTURES, write_pairs
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Two slices of each of twelve patients; the last patient alone has a pancreas."""
-    root = tmp_path_factory.mktemp("pairs")
-    for patient in range(PATIENTS):
-        for slice_ in range(2):
-            name = f"ct_00--made--p{patient:02d}--z_{slice_}"
-            rng = np.random.default_rng([patient, slice_])
-            write(root / "images" / f"{name}.png", rng.integers(0, 255, (40, 48)))
-            for place, structure in enumerate((*STRUCTURES, *["pancreas"] * (patient == PATIENTS - 1))):
-                mask = np.zeros((40, 48))
-                mask[10 : 14 + patient, 4 + 10 * place : 10 + 10 * place] = 255
-                write(root / "masks" / name / f"{structure.replace(' ', '_')}.png", mask)
-    return root
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 OPTIONS = IclOptions(seed=3, repeats=2, test_share=0.4, held_out=("spleen",))

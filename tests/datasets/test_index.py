@@ -157,7 +157,7 @@ def test_pictures_that_come_later_do_not_move_the_others(pairs, tmp_path):
 
 def test_search_keeps_to_structures_patients_and_other_pictures(pairs, tmp_path):
     make(pairs, tmp_path / "index")
-    index = ImageIndex(str(tmp_path / "index"), "weights")
+    index = ImageIndex(str(tmp_path / "index"))
     assert index.names == ("liver", "spleen")
     query = index.vectors[3:4]
     own = str(pairs / "images" / "p03.png")
@@ -176,7 +176,7 @@ def test_what_does_not_belong_to_an_index_is_named(pairs, tmp_path):
     out = tmp_path / "index"
     make(pairs, out)
     with pytest.raises(DataError, match="index of another checkpoint's CLIP; expected weights weights, .*found other"):
-        ImageIndex(str(out), "other")
+        ImageIndex(str(out)).check_weights("other")
     with pytest.raises(DataError, match="index has another clip; expected other, found weights"):
         IndexWriter(str(out), "other", WIDTH, 4, str(pairs))
     with pytest.raises(DataError, match="index has another batch; expected 8, found 4"):

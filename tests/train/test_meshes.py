@@ -16,13 +16,14 @@ import pytest
 from medplib_jax.batch import flatten
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig, MeshConfig, OptimConfig
+from medplib_jax.config.model import IclConfig
 from medplib_jax.models.layers import model_shardings
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.sharding import put_batch
 from medplib_jax.train.step import CompiledStep, abstract_model, make_state, make_train_step, state_shardings
 from tests.helpers import MODEL, init_params, random_batch, tiny_experiment
 
-STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe")
+STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe", "stage5_icl")
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 2, 4))  # data x fsdp x expert x tensor
 RATE = 1024.0
 CASES = [(stage, "dropless") for stage in STAGES] + [("stage4_moe", "capacity")]
@@ -33,6 +34,7 @@ SELECTED = {
     ("stage3_grounding", "dropless", (1, 1, 2, 4)),
     ("stage4_moe", "dropless", (1, 2, 2, 2)),
     ("stage4_moe", "capacity", (2, 2, 2, 1)),
+    ("stage5_icl", "dropless", (1, 2, 2, 2)),
 }
 
 
@@ -45,9 +47,11 @@ def small(stage: str, dispatch: str) -> ExperimentConfig:
         moe=dataclasses.replace(config.model.moe, dispatch=dispatch, capacity_factor=1.0),  # some tokens are dropped
         lora=dataclasses.replace(config.model.lora, rank=config.model.lora.rank and 2, dropout=0.0),
         remat=config.model.remat,
+        icl=IclConfig("separate", compressed_tokens=2, mask_tokens=1) if stage == "stage5_icl" else IclConfig(),
     )
     loss = dataclasses.replace(config.loss, iou=0.5 * (config.data.max_masks > 0))
-    data = dataclasses.replace(tiny_experiment().data, max_masks=2 * config.data.max_masks)
+    pictures = min(2, config.data.max_images)
+    data = dataclasses.replace(tiny_experiment().data, max_masks=2 * config.data.max_masks, max_images=pictures)
     return tiny_experiment(model=model, loss=loss, data=data, optim=OptimConfig(trainable=config.optim.trainable))
 
 

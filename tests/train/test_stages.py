@@ -9,7 +9,7 @@ import pytest
 
 from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import InitConfig
-from medplib_jax.config.model import LoraConfig, MoeConfig
+from medplib_jax.config.model import IclConfig, LoraConfig, MoeConfig
 from medplib_jax.models.layers import params_of
 from medplib_jax.train.stages import hand_over
 from medplib_jax.train.step import abstract_model
@@ -74,6 +74,23 @@ def test_stage_4_takes_each_expert_from_its_checkpoint(layers):
     assert len(rest) > 20 and set(rest.values()) == {20}
 
 
+def test_stage_5_goes_on_with_stage_4_and_adds_what_reads_examples():
+    mixture = MoeConfig(num_experts=2)
+    base = checkpoint(4, 5.0, moe=mixture)
+    config = experiment(5, moe=mixture, icl=IclConfig("separate", compressed_tokens=2, mask_tokens=3))
+    result = flatten(hand_over(config, params(config, 100.0), base))
+    fresh = {path for path, leaf in result.items() if float(leaf.reshape(-1)[0]) == 100 and "lora_" not in path}
+    assert fresh and all(path.startswith(("icl/compressor/", "icl/mask_encoder/")) for path in fresh)
+    assert {path for path in result if path.startswith("icl/")} == fresh
+    old = flatten(base[1])
+    np.testing.assert_array_equal(result["llm/moe/router/kernel"], old["llm/moe/router/kernel"])
+    np.testing.assert_array_equal(result["seg_mlp/fc1/kernel"], old["seg_mlp/fc1/kernel"])
+    gate = old["llm/moe/experts/gate/kernel"] + 2.0 * (
+        old["llm/moe/experts/gate/lora_a"] @ old["llm/moe/experts/gate/lora_b"]
+    )
+    np.testing.assert_allclose(result["llm/moe/experts/gate/kernel"], gate, rtol=1e-6)
+
+
 def test_frozen_precision_does_not_leak_into_the_next_stage():
     config, tree = checkpoint(2, 5.0)
     base = config, jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
@@ -93,6 +110,7 @@ def test_frozen_precision_does_not_leak_into_the_next_stage():
         (2, 3, None, "init.base: stage 2 .* found stage 3"),
         (4, 2, 2, "init.grounding: stage 4 .* of stage 3 .*, found stage 2"),
         (4, 2, None, "stage 4 .* needs init.grounding"),
+        (5, 3, None, "init.base: stage 5 .in context. starts from a checkpoint of stage 4 .*, found stage 3"),
     ],
 )
 def test_a_checkpoint_of_the_wrong_stage_is_refused(stage, base, grounding, message):

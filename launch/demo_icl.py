@@ -1,0 +1,194 @@
+"""In-context segmentation on a laptop: shapes that no training picture holds, drawn after one to three examples.
+
+Run by `bash launch/demo.sh --icl`. A small stage IV learns to draw what words ask for; stage V learns from it to draw
+what examples show. Every step leaves its result in OUT/icl and is skipped when it is there, so a second call resumes.
+Figures stand in OUT/icl/metrics.json, examples beside queries and answers in OUT/icl/evaluation/report.html.
+"""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from configs import stage4_moe, stage5_icl
+from launch.demo_common import Stopwatch, announce, print_summary
+from medplib_jax.config.experiment import ExperimentConfig, InitConfig
+from medplib_jax.config.sweep import SweepConfig, TaskConfig
+from medplib_jax.data.icl_form import REQUEST
+from medplib_jax.data.images import load_mask
+from medplib_jax.data.prompts import TEMPLATES
+from medplib_jax.data.tokenizers import train_tokenizer
+from medplib_jax.datasets.icl import IclOptions, make_icl
+from medplib_jax.datasets.index import build, library_of_records
+from medplib_jax.datasets.phantom import shapes
+from medplib_jax.datasets.retrieve import retrieve
+from medplib_jax.evaluate.evaluators.predictions import read_rows
+from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.sweep import run_sweep
+from medplib_jax.train.loop import train
+
+TRAIN_KINDS, TRAIN_PATIENTS = 150, 6
+TEST_KINDS, TEST_PATIENTS = 8, 8
+PATIENT = r"(k\d+p\d+)"  # in a picture's name
+PIECES = 400  # of the tokenizer
+GAIN = 0.25  # in mDice that three examples are to bring over none
+RETRIEVED = "3 retrieved"
+PLACES = (("upper left", "top", "upper right"), ("left", "centre", "right"), ("lower left", "bottom", "lower right"))
+EVERYTHING = (".*",)  # trains: nothing is pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class IclDemo:
+    """The folder of the demonstration."""
+
+    out: Path
+    seed: int
+
+    def data(self, split: str) -> Path:
+        return self.out / "data" / split
+
+    def records(self, split: str) -> Path:
+        return self.data(split) / split / "icl.json"
+
+    @property
+    def grounding(self) -> Path:
+        return self.data("train") / "train" / "grounding.json"
+
+    @property
+    def retrieved(self) -> Path:
+        return self.data("test") / "test" / "icl_retrieved.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.out / "tokenizer"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.out / "evaluation"
+
+    def workdir(self, stage: str) -> Path:
+        return self.out / f"stage_{stage}"
+
+    def experiment(self, stage: str) -> ExperimentConfig:
+        """The stage's tiny experiment on this demonstration's data; all of the model trains."""
+        config = {"IV": stage4_moe, "V": stage5_icl}[stage].tiny()
+        source = self.grounding if stage == "IV" else self.records("train")
+        init = {"IV": InitConfig(stage=4), "V": InitConfig(stage=5, base=str(self.workdir("IV")))}[stage]
+        return dataclasses.replace(
+            config,
+            data=dataclasses.replace(
+                config.data, sources=(str(source),), root=str(self.data("train")), tokenizer=str(self.tokenizer)
+            ),
+            init=init,
+            train=dataclasses.replace(config.train, seed=self.seed),
+        )
+
+    def tasks(self) -> dict[str, TaskConfig]:
+        """By name: the held-out shapes after no, one, two and three examples at random, and after retrieved ones."""
+        root, about = str(self.data("test")), "generated shapes of forms that no training picture holds"
+        tasks = {f"{shots} at random": (self.records("test"), shots) for shots in range(4)} | {
+            RETRIEVED: (self.retrieved, 3)
+        }
+        return {
+            name: TaskConfig(name.replace(" ", "_"), str(file), root=root, kind="icl", shots=shots, about=about)
+            for name, (file, shots) in tasks.items()
+        }
+
+
+def run(demo: IclDemo, watch: Stopwatch) -> int:
+    """0 when done, 130 or 143 when interrupted."""
+    metrics_file = demo.out / "metrics.json"
+    if metrics_file.exists():
+        print(f"{demo.out} is finished; remove it to start anew.")
+    else:
+        announce("Shapes")
+        make_data(demo)
+        for stage in ("IV", "V"):
+            announce(f"Stage {stage}")
+            with contextlib.redirect_stdout(sys.stderr):
+                outcome = train(demo.experiment(stage), str(demo.workdir(stage)))
+            if outcome["interrupted"]:
+                return 130 if outcome["interrupted"] == signal.SIGINT else 143
+        announce("Evaluation")
+        found = evaluate(demo) | watch.read()
+        metrics_file.write_text(json.dumps(found, indent=1) + "\n")
+    title = f"Shapes of forms that no training picture holds, after examples (to reach: a gain of {GAIN} by three):"
+    print_summary(title, json.loads(metrics_file.read_text()), demo.evaluation / "report.html")
+    return 0
+
+
+def make_data(demo: IclDemo) -> None:
+    """Pictures, records of both stages, and the tokenizer."""
+    makes = {
+        "train": (TRAIN_KINDS, TRAIN_PATIENTS, shapes.FORMS, 0.0),
+        "test": (TEST_KINDS, TEST_PATIENTS, shapes.HELD_OUT_FORMS, 1.0),
+    }
+    for number, (split, (kinds, patients, forms, share)) in enumerate(makes.items()):
+        pairs = demo.out / "pairs" / split
+        shapes.generate_shapes(pairs, kinds, patients, forms, 2 * demo.seed + number)
+        options = IclOptions(seed=demo.seed, test_share=share, patient=PATIENT)
+        make_icl(str(pairs), str(demo.data(split)), options)
+    asked = grounding_records(demo)
+    demo.grounding.write_text(json.dumps(asked, indent=1) + "\n")
+    questions = {record["conversations"][0]["value"].replace("<image>", " ") for record in asked}
+    train_tokenizer([*texts(), *sorted(questions)], str(demo.tokenizer), PIECES)
+
+
+def grounding_records(demo: IclDemo) -> list[dict]:
+    """The training targets asked for in words: what form, in which part of the picture."""
+    records = []
+    for record in json.loads(demo.records("train").read_text()):
+        rows, columns = np.nonzero(
+            load_mask(str(demo.data("train") / record["target_mask"]), (shapes.SIDE, shapes.SIDE))
+        )
+        place = PLACES[int(3 * rows.mean() / shapes.SIDE)][int(3 * columns.mean() / shapes.SIDE)]
+        question = f"<image>\nPlease segment the {record['structure'].split()[0]} at the {place}."
+        turns = [("human", question), ("gpt", f"<SEG><mask>{record['target_mask']}</mask>")]
+        conversations = [{"from": role, "value": text} for role, text in turns]
+        records.append({"image": record["image"], "conversations": conversations})
+    return records
+
+
+def texts() -> list[str]:
+    """What stands around every question, often enough for whole words."""
+    frames = [f"{sentence} USER: ASSISTANT:" for sentence in TEMPLATES.values()]
+    shown = [
+        f"Example {number}: \nThe blue overlay is the reference segmentation mask.\nQuery: \n{REQUEST}"
+        for number in (1, 2, 3)
+    ]
+    return [*frames, *shown] * 50
+
+
+def evaluate(demo: IclDemo) -> dict[str, float]:
+    """mDice of every task by name, and with its 95 % interval the gains of three examples and of retrieved ones."""
+    checkpoint, index = str(demo.workdir("V")), str(demo.out / "index")
+    build(library_of_records(str(demo.records("test"))), index, checkpoint)
+    retrieve(str(demo.records("test")), index, checkpoint, str(demo.retrieved))
+    tasks = demo.tasks()
+    config = SweepConfig(checkpoints=checkpoint, tasks=tuple(tasks.values()), max_new_tokens=4, on_error="raise")
+    cells = {cell.task: cell for cell in run_sweep(config, demo.evaluation).cells}
+    write_sweep_report(demo.evaluation)
+    dice = {}
+    for name, task in tasks.items():
+        rows = read_rows(*(demo.evaluation / path for path in cells[task.name].predictions))
+        dice[name] = np.array([row["scores"]["dice"] for row in sorted(rows, key=lambda row: row["record"])])
+    found = {f"mDice, {name}": float(values.mean()) for name, values in dice.items()}
+    gains = {
+        "3 over 0 examples": dice["3 at random"] - dice["0 at random"],
+        "retrieved over random": dice[RETRIEVED] - dice["3 at random"],
+    }
+    for name, values in gains.items():
+        low, high = interval(values)
+        found |= {f"gain, {name}": float(values.mean()), f"gain, {name}, low": low, f"gain, {name}, high": high}
+    return found
+
+
+def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """The middle 95 % of the mean over records that are drawn again and again."""
+    chosen = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = np.quantile(values[chosen].mean(1), (0.025, 0.975))
+    return float(low), float(high)
