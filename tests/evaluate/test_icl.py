@@ -11,6 +11,7 @@ from medplib_jax.datasets.icl import IclOptions, make_icl
 from medplib_jax.evaluate.evaluators.predictions import read_rows
 from medplib_jax.evaluate.plan import plan_sweep
 from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.report.sweep_load import load_sweep
 from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.evaluate.tasks import read_task
 from tests.datasets.icl_pairs import write_pairs
@@ -56,17 +57,22 @@ def test_each_task_shows_its_number_of_examples(data, swept):
             assert len(row["true_masks"]) == 1 and row["scores"]["target"]
 
 
-def test_figures_are_by_structure(swept):
-    _, result, _ = swept
-    names = {key.split("/")[1] for key in result.cells[0].metrics if key.startswith("mDice/")}
-    assert names == {"liver", "left kidney", "spleen", "modality_mean"}
-
-
 def test_the_report_shows_examples_beside_the_query(swept):
     out, _, _ = swept
     write_sweep_report(out)
-    page = (out / "report.html").read_text()
-    assert "example 1" in page and "example 3" in page
+    for number, shots in enumerate(SHOTS):
+        case = (out / "report_cases" / f"{number:02d}-0.js").read_text()
+        examples = json.loads(case.removeprefix("loaded(").rstrip(");\n").split(",", 3)[3])["examples"]
+        assert [sorted(example) for example in examples] == [["picture", "shapes", "size"]] * shots
+        assert all(len(example["shapes"]) == 1 and example["shapes"][0] for example in examples)
+
+
+def test_figures_are_by_structure(swept):
+    out, result, _ = swept
+    rows = read_rows(*(out / path for path in result.cells[2].predictions))
+    assert {row["structure"] for row in rows} == {"liver", "left kidney", "spleen"}
+    names = load_sweep(out).cells[0].parts
+    assert {name for name in names if "liver" in name}
 
 
 def test_shots_are_part_of_what_predictions_are_made_from(data):
