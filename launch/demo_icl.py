@@ -16,12 +16,13 @@ import numpy as np
 
 from configs import stage4_moe, stage5_icl
 from launch.demo_common import Stopwatch, announce, print_summary
-from medplib_jax.config.experiment import ExperimentConfig, InitConfig
+from medplib_jax.config.experiment import ExperimentConfig, InitConfig, LossConfig
+from medplib_jax.config.model import LoraConfig
 from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.icl_form import REQUEST
 from medplib_jax.data.images import load_mask
 from medplib_jax.data.prompts import TEMPLATES
-from medplib_jax.data.tokenizers import train_tokenizer
+from medplib_jax.data.tokenizers import load_tokenizer, train_tokenizer
 from medplib_jax.datasets.icl import IclOptions, make_icl
 from medplib_jax.datasets.index import build, library_of_records
 from medplib_jax.datasets.phantom import shapes
@@ -38,7 +39,9 @@ PIECES = 400  # of the tokenizer
 GAIN = 0.25  # in mDice that three examples are to bring over none
 RETRIEVED = "3 retrieved"
 PLACES = (("upper left", "top", "upper right"), ("left", "centre", "right"), ("lower left", "bottom", "lower right"))
-EVERYTHING = (".*",)  # trains: nothing is pretrained
+EVERYTHING = (".*",)
+RATE, STEPS, LENGTHS = 2e-3, {"IV": 300, "V": 700}, {"IV": (144,), "V": (384,)}
+LOSS = LossConfig(ce=0.2, dice=5.0, bce=2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +77,28 @@ class IclDemo:
         return self.out / f"stage_{stage}"
 
     def experiment(self, stage: str) -> ExperimentConfig:
-        """The stage's tiny experiment on this demonstration's data; all of the model trains."""
+        """The stage's tiny experiment on this demonstration's data. All of the model trains: nothing is pretrained."""
         config = {"IV": stage4_moe, "V": stage5_icl}[stage].tiny()
         source = self.grounding if stage == "IV" else self.records("train")
-        init = {"IV": InitConfig(stage=4), "V": InitConfig(stage=5, base=str(self.workdir("IV")))}[stage]
+        vocabulary = load_tokenizer(str(self.tokenizer)).vocab_size
+        model = dataclasses.replace(config.model, lora=LoraConfig())
         return dataclasses.replace(
             config,
+            model=dataclasses.replace(model, llm=dataclasses.replace(model.llm, vocab_size=vocabulary)),
             data=dataclasses.replace(
-                config.data, sources=(str(source),), root=str(self.data("train")), tokenizer=str(self.tokenizer)
+                config.data,
+                sources=(str(source),),
+                root=str(self.data("train")),
+                tokenizer=str(self.tokenizer),
+                bucket_lengths=LENGTHS[stage],
+                max_regions=0,
+                max_masks=1,
+                mask_canvas=shapes.SIDE,
             ),
-            init=init,
-            train=dataclasses.replace(config.train, seed=self.seed),
+            optim=dataclasses.replace(config.optim, lr=RATE, trainable=EVERYTHING, lr_scale=(), schedule="cosine"),
+            loss=LOSS,
+            init=InitConfig(stage=4) if stage == "IV" else InitConfig(stage=5, base=str(self.workdir("IV"))),
+            train=dataclasses.replace(config.train, steps=STEPS[stage], checkpoint_every=STEPS[stage], seed=self.seed),
         )
 
     def tasks(self) -> dict[str, TaskConfig]:

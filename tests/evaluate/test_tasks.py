@@ -85,7 +85,7 @@ def test_files_called_like_med_grits_tasks_are_those(tmp_path):
         ("VG", "refer_box", "VG"),
         ("vqa", "", ""),
     ]
-    assert data_root(path) == tmp_path.resolve()  # whose images/ `write_qa` fills
+    assert data_root(str(path)) == str(tmp_path.resolve())  # whose images/ `write_qa` fills
 
 
 def test_names_are_distinct(tmp_path):
