@@ -35,7 +35,7 @@ from medplib_jax.train.loop import train
 TRAIN_KINDS, TRAIN_PATIENTS = 150, 6
 TEST_KINDS, TEST_PATIENTS = 8, 8
 PATIENT = r"(k\d+p\d+)"  # in a picture's name
-PIECES = 400  # of the tokenizer
+PIECES = 800  # at most, of the tokenizer
 GAIN = 0.25  # in mDice that three examples are to bring over none
 RETRIEVED = "3 retrieved"
 PLACES = (("upper left", "top", "upper right"), ("left", "centre", "right"), ("lower left", "bottom", "lower right"))
