@@ -90,7 +90,7 @@ def spelled_out(record: Record, config: IclConfig) -> Record:
 def overlaid(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """RGB uint8 [h, w, 3] of a picture (grey or RGB) with its mask painted over it, fractions cut off."""
     rgb = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
-    mixed = rgb * (1 - OVERLAY_OPACITY) + np.float64(OVERLAY_COLOUR) * OVERLAY_OPACITY
+    mixed = rgb * (1 - OVERLAY_OPACITY) + np.array(OVERLAY_COLOUR, np.float64) * OVERLAY_OPACITY
     return np.where(mask[..., None] > 0, mixed.astype(np.uint8), rgb)
 
 

@@ -164,7 +164,8 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
     if answer_type is None and written is not None:
         fail("unknown answer type", "open, closed, or another name of them", repr(written))
     patient = "" if raw.get("patient") is None else str(raw["patient"])
-    structure = raw.get("structure") if isinstance(raw.get("structure"), str) else _named(turns)
+    told = raw.get("structure")
+    structure = told if isinstance(told, str) else _named(turns)
     shown = {name: raw[name] for name in ("examples", "target_mask")} if is_icl(raw) else {}
     return Record(file, index, root, images, tuple(turns), answer_type or "", patient, structure.strip(), **shown)
 

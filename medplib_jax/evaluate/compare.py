@@ -125,7 +125,7 @@ def changes(out: Path, result: SweepResult) -> Iterator[dict[str, Any]]:
     kinds = {task.name: find_kind(task.kind, task.part) for task in result.tasks}
     cells = {cell.key: cell for cell in result.cells}
     for cell in result.cells:
-        other = cells.get((result.baseline, cell.task, cell.protocol))
+        other = cells.get((result.baseline or "", cell.task, cell.protocol))
         if cell.checkpoint == result.baseline or other is None:
             continue
         after, before = ({row["record"]: row for row in _rows(out, one)} for one in (cell, other))

@@ -74,7 +74,7 @@ class OwnMetric:
 
         ValueError for a function that fails or returns something else than a number, a truth value or None.
         """
-        meta = {name: value for name, value in row.items() if name not in _SIDES} | place
+        meta = {name: value for name, value in row.items() if name not in _SIDES} | dict(place)
         try:
             value = self.function(Side(row, row["answer"]), Side(row, row["expected"], "true_"), meta)
             value = value if value is None else float(value)

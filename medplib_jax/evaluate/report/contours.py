@@ -1,6 +1,7 @@
 """Outlines of masks as paths that a page draws, small enough for hundreds of cases."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import contourpy
 import numpy as np
@@ -20,7 +21,7 @@ def outlines(mask: np.ndarray, size: tuple[int, int]) -> str:
     if not len(rows):
         return ""
     inside = np.pad(thinned[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(float), 1)
-    lines: Sequence[np.ndarray] = contourpy.contour_generator(z=inside).lines(0.5)
+    lines = cast(Sequence[np.ndarray], contourpy.contour_generator(z=inside).lines(0.5))
     scale = np.array([size[1] / mask.shape[1], size[0] / mask.shape[0]]) * step
     start = np.array([columns[0], rows[0]]) - 0.5  # the rim is a pixel wide, and a pixel's middle is its place
     return "".join(_path((line + start) * scale) for line in lines)

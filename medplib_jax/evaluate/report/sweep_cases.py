@@ -230,7 +230,7 @@ def _shrunk(size: tuple[int, int]) -> tuple[int, int]:
 
 def _encoded(picture: np.ndarray, size: tuple[int, int], drawing: bool) -> str:
     """A data address, so that a case can be saved as a picture from a page that lies on a disk."""
-    shown = np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.LANCZOS))
+    shown = np.asarray(Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.LANCZOS))
     file = io.BytesIO()
     Image.fromarray(mark_drawing(shown) if drawing else shown).save(file, "webp", quality=80, method=2)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
