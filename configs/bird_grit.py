@@ -43,7 +43,7 @@ LARGE = ModelConfig(
         vocab_size=151936, mlp_dim=11008, rms_norm_eps=1e-6, max_positions=8192, fused_qkv=True, trained_length=2048
     ),
     dtype="bfloat16",
-    remat="projections",
+    remat="auto",
 )
 TINY = ModelConfig(
     family="bird",

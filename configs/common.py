@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 # MedPLIB-7B: the defaults of ModelConfig, in bfloat16. The backward pass keeps what the decoder computes as far as it
 # is no wider than the model, and recomputes the rest.
-LARGE = ModelConfig(dtype="bfloat16", remat="projections")
+LARGE = ModelConfig(dtype="bfloat16", remat="auto")
 
 # Positions of a row whose logits exist at a time: enough to keep a TPU's matrix unit busy, 0.3 GB for two rows.
 CE_CHUNK = 512

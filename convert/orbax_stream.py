@@ -1,8 +1,7 @@
-"""Orbax checkpoints written and read piece by piece, so that no parameter need ever be whole in memory.
+"""Orbax checkpoints written piece by piece, so that no parameter need ever be whole in memory.
 
 With `handler`, a tree's leaves are `Streamed`: Orbax writes its usual files (they restore like any other checkpoint),
-and the arrays' contents come from here, a few slabs at a time. `open_arrays` gives TensorStore handles in place of
-arrays. Slicing one reads a part.
+and the arrays' contents come from here, a few slabs at a time. `decode.saved_params` reads so.
 
 Why this is not Orbax's own: its handlers take whole arrays. All of MedPLIB-7B in bfloat16 are 22.9 GB, the largest one
 (experts of 32 layers) has 5.8 GB. Written in pieces, the conversion's peak is 3.0 GB (2 cores, 24 GB of memory,
@@ -14,18 +13,16 @@ import collections
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
-from medplib_jax.batch import Params
+from medplib_jax.parallel.ahead import ahead
 
-from .torch_files import ahead, progress
+from .torch_files import progress
 
 Index = tuple[int, ...]
 MAX_CHUNK_BYTES = 1 << 25
@@ -44,7 +41,7 @@ class Streamed:
 
 
 class _StreamHandler(type_handlers.NumpyHandler):
-    """Writes `Streamed` leaves; reads any array as an open TensorStore."""
+    """Writes `Streamed` leaves."""
 
     async def serialize(self, values, infos, args=None):
         return [ocp.future.CommitFutureAwaitingContractedSignals(self._write(values, infos), name="streamed_arrays")]
@@ -77,12 +74,6 @@ class _StreamHandler(type_handlers.NumpyHandler):
         spec = type_handlers.get_json_tspec_write(info, ocdbt, value.shape, value.chunk, value.dtype, process_index=0)
         return await ts.open(spec, create=True, open=True, context=info.ts_context)
 
-    async def deserialize(self, infos, args=None):
-        specs = [type_handlers.get_json_tspec_read(info, info.is_ocdbt_checkpoint) for info in infos]
-        return [
-            await ts.open(spec, open=True, context=info.ts_context) for spec, info in zip(specs, infos, strict=True)
-        ]
-
 
 def _make(store: ts.TensorStore, index: Index, make: Callable[[], np.ndarray]) -> tuple[ts.TensorStore, np.ndarray]:
     return store[index], make()
@@ -90,8 +81,7 @@ def _make(store: ts.TensorStore, index: Index, make: Callable[[], np.ndarray]) -
 
 def handler() -> ocp.PyTreeCheckpointHandler:
     """Of an item whose leaves are `Streamed`."""
-    arrays = _StreamHandler()
-    registry = type_handlers.create_type_handler_registry((Streamed, arrays), (np.ndarray, arrays))
+    registry = type_handlers.create_type_handler_registry((Streamed, _StreamHandler()))
     # no compression: trained weights shrink by a quarter at most, and packing them costs more time than writing them
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
@@ -104,15 +94,3 @@ def chunk_shape(shape: tuple[int, ...], stacked: int, parts: tuple[int, ...], it
         axis = next(i for i, size in enumerate(chunk) if size % 2 == 0)
         chunk[axis] //= 2
     return tuple(chunk)
-
-
-def open_arrays(directory: pathlib.Path, parts: tuple[str, ...]) -> dict[str, Params]:
-    """The named subtrees of an Orbax item, with an open `tensorstore.TensorStore` for each array."""
-    saved = ocp.PyTreeCheckpointHandler().metadata(directory).tree  # knows the types of arrays that training saved, too
-    wanted = {part: saved.get(part) or {} for part in parts}
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    args = ocp.args.PyTreeRestore(
-        item=jax.tree.map(lambda _: 0, wanted), restore_args=restore_args, partial_restore=True
-    )
-    with ocp.Checkpointer(handler()) as checkpointer:
-        return checkpointer.restore(directory, args=args)

@@ -22,8 +22,9 @@ from medplib_jax import checkpoint
 from medplib_jax.batch import combine, flatten
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import LoraConfig, ModelConfig
+from medplib_jax.decode.saved_params import open_stores
 
-from . import hf_config, hf_llava, mapping, orbax_stream, torch_files, vocabulary
+from . import hf_config, hf_llava, mapping, torch_files, vocabulary
 from .from_torch import DTYPES, SIDE_FOLDER, staged
 
 log = logging.getLogger(__name__)
@@ -66,8 +67,9 @@ def open_checkpoint(path: pathlib.Path) -> Stored:
     workdir, step = checkpoint.find_step(path)
     experiment, _ = checkpoint.load_experiment(path)
     folder = pathlib.Path(workdir) / checkpoint.FOLDER / str(step)
-    parts = orbax_stream.open_arrays(folder / "state", ("trainable", "frozen"))
-    return Stored(experiment, flatten(combine(parts["trainable"], parts["frozen"])), folder)
+    arrays = flatten(combine(*open_stores(folder).values()))
+    checkpoint.refuse_quantized(folder, arrays)
+    return Stored(experiment, arrays, folder)
 
 
 def convert(

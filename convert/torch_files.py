@@ -4,11 +4,8 @@ through torch. Paddle's (`paddle_files`) are read, too.
 Nothing is unpickled but tensors (`weights_only=True`). numpy arrays come out, bfloat16 as `ml_dtypes.bfloat16`.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -17,7 +14,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
 
 import jax
 import ml_dtypes
@@ -25,10 +21,11 @@ import numpy as np
 import safetensors
 from tqdm import tqdm
 
+from medplib_jax.parallel.ahead import ahead
+
 from . import paddle_files
 
 Shape = tuple[int, ...]
-T = TypeVar("T")
 
 FLOATS = {
     "F64": np.dtype(np.float64),
@@ -46,7 +43,6 @@ _NOT_WEIGHTS = re.compile(
 _ZERO = re.compile(r"^(global_step\d+$|zero_to_fp32\.py$|mp_rank_|zero_pp_|bf16_zero_pp_)")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 _BLOCK = 1 << 17
-_THREADS = 6  # that make tensors: most wait for the disk while two or three compute
 _BITS = {4: (np.uint32, 0x7FFFFFFF, 0x7F800000), 2: (np.uint16, 0x7FFF, None)}
 
 
@@ -238,20 +234,6 @@ def check_finite(name: str, file: pathlib.Path, tensor: np.ndarray) -> None:
 def contiguous(view: np.ndarray) -> np.ndarray:
     """The view's elements in C order. XLA's transpose on the CPU is five times as fast as numpy's."""
     return view if view.flags.c_contiguous else np.asarray(jax.device_put(view, jax.local_devices(backend="cpu")[0]))
-
-
-def ahead(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What the tasks return, in their order; a few threads work on the next ones meanwhile."""
-    tasks, running = iter(tasks), collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            running.extend(map(pool.submit, itertools.islice(tasks, _THREADS)))
-            while running:
-                made = running.popleft().result()
-                running.extend(map(pool.submit, itertools.islice(tasks, 1)))
-                yield made
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -36,6 +36,8 @@ State = Any  # a dataclass of parameter trees with a field `step`: train.state.T
 
 FOLDER, DAMAGED = "checkpoints", "damaged"
 ITEMS = ("state", "experiment", "tokenizer")
+PARTS = ("trainable", "frozen")  # of the state: all parameters
+LARGE_BYTES = 2**28
 TOKENIZER_FILES = (
     "tokenizer.model",
     "qwen.tiktoken",
@@ -115,13 +117,19 @@ def save(
         "bit_sums": bit_sums(tree),
     }
     items = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(tree),
+        state=ocp.args.PyTreeSave(tree, save_args=jax.tree.map(_save_args, tree)),
         experiment=ocp.args.JsonSave(written),
         tokenizer=TokenizerFolder(config.data.tokenizer),
     )
     if not manager.save(step, args=items, metrics=None if loss is None else {"loss": loss}):
         raise ValueError(f"{manager.directory}: step {step} was not saved; the newest there is {manager.latest_step()}")
     log.info("saving step %d; training waited %.2f s", step, time.perf_counter() - began)
+
+
+def _save_args(array: Any) -> ocp.SaveArgs:
+    """A large stack of layers is written layer by layer, so that one layer can be read without the others."""
+    large = array.ndim > 2 and array.nbytes > LARGE_BYTES
+    return ocp.SaveArgs(shard_axes=(0,) if large else ())
 
 
 def log_saved(manager: ocp.CheckpointManager, step: int) -> None:
@@ -256,8 +264,13 @@ def check_bits(folder: epath.Path, tree: Any) -> None:
     """ValueError naming the arrays of `tree` that are not those saved in this step's folder. A converted checkpoint
     lists no sums.
     """
+    check_sums(folder, bit_sums(tree))
+
+
+def check_sums(folder: epath.Path, found: dict[str, int]) -> None:
+    """`check_bits` by the sums themselves."""
     saved = _read_json(folder).get("bit_sums", {})
-    wrong = sorted(name for name, value in bit_sums(tree).items() if saved.get(name, value) != value)
+    wrong = sorted(name for name, value in found.items() if saved.get(name, value) != value)
     if wrong:
         raise ValueError(f"{folder}: {len(wrong)} arrays are not what was saved, first {wrong[0]}")
 
@@ -366,16 +379,28 @@ def load_params(
     with make_manager(str(workdir), read_only=True) as manager:
         config, _ = read_experiment(manager, step)
         saved = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
-        trees = {name: saved.get(name) or {} for name in ("trainable", "frozen")}
+        trees = {name: saved.get(name) or {} for name in PARTS}
         if part:
             trees = {name: {part: tree[part]} if part in tree else {} for name, tree in trees.items()}
             if not any(trees.values()):
                 raise ValueError(f"{folder}: expected a model with the part {part!r}, found none")
         parts = {name: _restore_args(tree, shardings) for name, tree in trees.items()}
+        refuse_quantized(folder, _named(parts))
         args = ocp.args.PyTreeRestore(item=jax.tree.map(lambda _: 0, parts), restore_args=parts, partial_restore=True)
         state = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
     check_bits(folder, state)
     return config, combine(state["trainable"], state["frozen"]), str(folder / "tokenizer")
+
+
+def is_quantized(paths: Iterable[str]) -> bool:
+    """Whether parameters of these paths are weights of 8 bits (`convert.quantize`)."""
+    return any(path.endswith("/kernel_scale") for path in paths)
+
+
+def refuse_quantized(folder: epath.Path, paths: Iterable[str]) -> None:
+    """ValueError for weights of 8 bits."""
+    if is_quantized(paths):
+        raise ValueError(f"{folder}: weights of 8 bits, which can only answer; take the checkpoint they were made of")
 
 
 def _restore_args(tree, shardings):

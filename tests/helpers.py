@@ -3,12 +3,13 @@
 import dataclasses
 
 import numpy as np
+from jax.tree_util import Partial
 
 from medplib_jax.batch import Batch, Params
 from medplib_jax.config.experiment import DataConfig, ExperimentConfig, LossConfig, OptimConfig
 from medplib_jax.config.model import ClipConfig, LlmConfig, LoraConfig, MaskConfig, ModelConfig, MoeConfig, RegionConfig
 from medplib_jax.models.layers import draw_params
-from medplib_jax.train.step import abstract_model, place
+from medplib_jax.train.step import Knobs, abstract_model, place
 
 MODEL = ModelConfig(
     clip=ClipConfig(image_size=28, patch_size=14, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=32),
@@ -45,6 +46,11 @@ def tiny_experiment(**sections) -> ExperimentConfig:
         loss=LossConfig(ce=1.0, dice=0.5, bce=2.0, focal=1.0, iou=0.5),
     )
     return dataclasses.replace(base, **sections)
+
+
+def constant(rate: float) -> Knobs:
+    """Of steps that all have this learning rate."""
+    return Knobs(Partial(lambda step: rate), 0)
 
 
 def init_params(config: ExperimentConfig, shardings: Params) -> Params:

@@ -85,6 +85,14 @@ def test_data_is_read_without_jax(room):
     assert found.stdout.strip() == "False"
 
 
+def test_a_question_starts_without_what_few_questions_need():
+    """Each of these takes a tenth of a second and more to import."""
+    slow = ("scipy", "transformers", "jax.experimental.pallas", "matplotlib", "torch", "nibabel", "pydicom", "grain")
+    program = f"import sys, medplib_jax.predict\nprint([name for name in {slow!r} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_modules_are_readable(path):
     text = (ROOT / path).read_text()

@@ -16,6 +16,7 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.datasets.index import build, library_of_pairs
 from medplib_jax.decode import generator as decode
 from medplib_jax.decode.predictor import Predictor, place_region, read_question
+from medplib_jax.parallel.compilation import Compilations
 from tests.evaluate.evaluators import tiny
 
 
@@ -69,6 +70,17 @@ def test_files_pictures_and_arrays_are_the_same(predictor, folder):
     for wrong in (grey / 255, np.zeros((4, 4, 4), np.uint8), np.zeros(4, np.uint8)):
         with pytest.raises(ValueError, match=r"expected uint8 \[h, w\] or \[h, w, 3\], found"):
             read_question(wrong, "What is it?")
+
+
+def test_a_new_picture_size_compiles_nothing(predictor, workdir, tmp_path, monkeypatch):
+    say(monkeypatch, tiny.make_tokenizer(tmp_path / "tokenizer").seg_id)
+    asked = predict.Predictor(workdir)
+    asked(np.full((40, 30), 9, np.uint8), "Where is it?")
+    count = Compilations()
+    for size in ((41, 17), (700, 90)):
+        found = asked(np.full(size, 9, np.uint8), "Where is it?")
+        assert found.masks and found.masks[0].shape == size
+    assert count.requested == 0
 
 
 def test_no_region_no_slot(predictor, folder):

@@ -1,45 +1,24 @@
 """The programs that run on a pod (training step, teacher-forced pass, generation), with shapes in place of arrays."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medplib_jax.batch import Batch, Params
-from medplib_jax.config.experiment import DataConfig, ExperimentConfig
-from medplib_jax.config.model import ENCODED_MASK_SIDE, LoraConfig, ModelConfig
+from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode.generator import Decoder
 from medplib_jax.decode.layout import decoding_model
 from medplib_jax.models.layers import bind, model_shardings, params_of
 from medplib_jax.models.whole import WholeModel
 from medplib_jax.parallel.compilation import compiler_options
-from medplib_jax.parallel.sharding import row_axes
 from medplib_jax.train.losses import divisors, total_loss
-from medplib_jax.train.optim import make_optimizer, make_schedule, partition
-from medplib_jax.train.step import abstract_model, make_state, make_train_step, state_shardings
+from medplib_jax.train.program import Program, abstract_batch, placed, train_program
+from medplib_jax.train.step import abstract_model
 
 PROGRAMS = ("train", "eval", "decode")
-STEPS = 1000  # of the schedule; no program depends on how many
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """`function(*args)`, its abstract arguments, and how it is compiled.
-
-    `tokens`: positions it works off, or new ones it generates.
-    """
-
-    function: Callable
-    args: tuple[Any, ...]
-    jit: dict[str, Any]
-    tokens: int
-    loop_trips: int = 1  # of a loop that says nothing of its end
-
-    def trace(self):
-        return jax.jit(self.function, **self.jit).trace(*self.args)
 
 
 def make_program(kind: str, config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
@@ -52,21 +31,7 @@ def make_program(kind: str, config: ExperimentConfig, mesh: Mesh, rows: int, len
     limit = config.model.llm.max_positions
     if not 0 < length <= limit:
         raise ValueError(f"length {length} is outside [1, model.llm.max_positions={limit}]")
-    return {"train": _train, "eval": _eval, "decode": _decode}[kind](config, mesh, rows, length)
-
-
-def _train(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
-    model = abstract_model(config.model, config.sharding)
-    trainable, _ = partition(params_of(model), config.optim.trainable)
-    schedule = make_schedule(config.optim, STEPS, STEPS)
-    tx = make_optimizer(config.optim, schedule, trainable)
-    shardings = state_shardings(model, config, tx, mesh)
-    state = _placed(jax.eval_shape(lambda params: make_state(params, config, tx), params_of(model)), shardings)
-    batch = abstract_batch(config.data, config.model, mesh, rows, length)
-    step = make_train_step(model, config, tx, schedule)
-    jit = {"donate_argnums": 0, "out_shardings": (shardings, None), "compiler_options": compiler_options(mesh)}
-    return Program(step, (state, batch), jit, rows * length)
+    return {"train": train_program, "eval": _eval, "decode": _decode}[kind](config, mesh, rows, length)
 
 
 def _eval(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
@@ -102,7 +67,7 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Pro
         return slots.tokens, slots.lengths, masks
 
     batch = abstract_batch(config.data, config.model, mesh, rows, length - new_tokens)
-    steps = _placed(jax.ShapeDtypeStruct((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
+    steps = placed(jax.ShapeDtypeStruct((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
     args = _evaluated(model, config, mesh), batch, batch.record, steps
     return Program(answer, args, {"compiler_options": compiler_options(mesh)}, rows * new_tokens, new_tokens)
 
@@ -114,44 +79,4 @@ def _for_evaluation(config: ExperimentConfig) -> ExperimentConfig:
 
 def _evaluated(model: WholeModel, config: ExperimentConfig, mesh: Mesh) -> Params:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.model.dtype), params_of(model))
-    return _placed(shapes, model_shardings(model, mesh))
-
-
-def _placed(shapes, shardings):
-    if isinstance(shardings, NamedSharding):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings), shapes)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
-    )
-
-
-def abstract_batch(data: DataConfig, model: ModelConfig, mesh: Mesh, rows: int, length: int) -> Batch:
-    """The shapes of the batches that `data.pipeline` makes."""
-    images, regions, points, masks = data.max_images, data.max_regions, model.region.max_points, data.max_masks
-    clip, sam, canvas = model.image_size, model.mask_image_size, data.mask_canvas
-    shown = (ENCODED_MASK_SIDE, ENCODED_MASK_SIDE)
-    sharding = NamedSharding(mesh, PartitionSpec(row_axes(rows, mesh)))
-
-    def array(*shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
-
-    return Batch(
-        tokens=array(length),
-        valid=array(length, dtype=bool),
-        targets=array(length),
-        loss_weights=array(length, dtype=jnp.float32),
-        feature_index=array(length),
-        clip_pixels=array(images, clip, clip, 3, dtype=jnp.uint8),
-        sam_pixels=array(sam, sam, 3, dtype=jnp.uint8),
-        sam_box=array(4),
-        region_points=array(regions, points, 2, dtype=jnp.float32),
-        region_point_valid=array(regions, points, dtype=bool),
-        region_image=array(regions),
-        seg_position=array(masks),
-        mask_valid=array(masks, dtype=bool),
-        gt_masks=array(masks, canvas, canvas, dtype=jnp.uint8),
-        mask_size=array(2),
-        record=array(),
-        segment=array(length) if data.pack else None,
-        example_masks=array(images - 1, *shown, dtype=jnp.uint8) if model.icl.mask_tokens and images > 1 else None,
-    )
+    return placed(shapes, model_shardings(model, mesh))

@@ -9,14 +9,18 @@ from typing import Any
 import jax
 
 from medplib_jax.aot.flops import executed_kernel_flops, model_flops
-from medplib_jax.aot.programs import Program, make_program
+from medplib_jax.aot.programs import make_program
 from medplib_jax.aot.topologies import COMPILER_OPTIONS, devices_of, full_rematerialisations
+from medplib_jax.aot.traffic import Traffic
 from medplib_jax.aot.usage import Collective, Usage, read_usage
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.train.flops import Chip, chip_of
+from medplib_jax.train.program import Program, peak_bytes
+from medplib_jax.train.remat import AUTO, SPARE, candidates
 
 GB = 1e9
+LARGEST, SHOWN = 60, 10  # instructions whose traffic is listed, and printed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +37,19 @@ class Request:
 def examine(request: Request) -> dict[str, Any]:
     """The report of a compiled request, also of a program that does not fit.
 
-    Then it says what was missing, as far as the compiler does.
+    Then it says what was missing, as far as the compiler does. With `model.remat` "auto" it is that of the policy which
+    a run on these devices would choose.
     """
+    if request.kind != "train" or request.config.model.remat != AUTO:
+        return _examine(request)
+    for config in candidates(request.config):
+        report = _examine(dataclasses.replace(request, config=config))
+        if report["fits"] and report["spare_share"] >= SPARE:
+            break
+    return report
+
+
+def _examine(request: Request) -> dict[str, Any]:
     slices = request.config.mesh.dcn_data
     chip, devices = chip_of(request.topology), devices_of(request.topology, slices)
     mesh = make_mesh(request.config.mesh, devices)
@@ -61,7 +76,7 @@ def examine(request: Request) -> dict[str, Any]:
     head["compile_seconds"] = time.perf_counter() - start
     head["full_rematerialisations"] = full_rematerialisations()[said_before:]
     memory = compiled.memory_analysis()
-    peak = memory.peak_memory_in_bytes if devices[0].platform == "tpu" else _allotted(memory)
+    peak = peak_bytes(compiled, devices[0].platform)
     if peak > chip.hbm_bytes:  # the compiler for GPUs does not refuse such a program
         return head | _does_not_fit(
             peak / GB, chip, "arguments, results and temporaries are more than the GPU's memory"
@@ -81,19 +96,6 @@ def _does_not_fit(needs: float | None, chip: Chip, message: str) -> dict[str, An
     """`needs`: GB, where known."""
     spare = None if needs is None else 1 - needs * GB / chip.hbm_bytes
     return {"fits": False, "peak_hbm_gb_per_chip": needs, "spare_share": spare, "message": message}
-
-
-def _allotted(memory) -> int:
-    """Bytes that a GPU's program takes.
-
-    Its temporaries are one piece of memory, gaps included, which the compiler's own peak leaves out.
-    """
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
 
 
 def _memory(memory, peak: int, chip: Chip) -> dict[str, Any]:
@@ -122,6 +124,8 @@ def _work(program: Program, usage: Usage, needed: float, chip: Chip, chips: int)
         "executed_flops": usage.flops * chips,
         "executed_over_model": usage.flops * chips / needed,
         "hbm_traffic_gb_per_chip": usage.hbm_bytes / GB,
+        "hbm_traffic_by_kind_gb": _traffic_by_kind(usage.traffic),
+        "largest_hbm_traffic": _largest(usage.traffic),
         "collectives": _by_kind(usage.collectives),
         "largest_gather_outside_loops_gb": max(
             (c.output.bytes for c in usage.collectives if c.kind == "all-gather" and not c.in_loop), default=0
@@ -142,6 +146,28 @@ def _by_kind(collectives: tuple[Collective, ...]) -> dict[str, dict[str, float]]
         totals[collective.kind]["count"] += collective.count
         totals[collective.kind]["gb"] += collective.bytes / GB
     return dict(sorted(totals.items()))
+
+
+def _traffic_by_kind(traffic: tuple[Traffic, ...]) -> dict[str, float]:
+    """GB per kind of instruction, the most first; and of all of them that of float32 results."""
+    totals = collections.Counter()
+    for one in traffic:
+        totals[one.kind] += one.bytes / GB
+    wide = sum(one.bytes for one in traffic if one.result.dtype == "f32") / GB
+    return dict(totals.most_common()) | {"with float32 results": wide}
+
+
+def _largest(traffic: tuple[Traffic, ...]) -> list[dict[str, Any]]:
+    """What moves most: instructions of one origin and shape together."""
+    totals, times = collections.Counter(), collections.Counter()
+    for one in traffic:
+        name = one.kind, f"{one.result.dtype}{list(one.result.dims)}", one.source
+        totals[name] += one.bytes / GB
+        times[name] += one.times
+    return [
+        {"kind": kind, "result": result, "source": source, "gb": gb, "times": times[kind, result, source]}
+        for (kind, result, source), gb in totals.most_common(LARGEST)
+    ]
 
 
 def as_text(report: dict[str, Any]) -> str:
@@ -178,6 +204,9 @@ def _work_lines(report: dict[str, Any]) -> list[str]:
         f"model FLOPs         {needed:8.3e} per step, all chips",
         f"executed FLOPs      {executed:8.3e}: {report['executed_over_model']:.3f} times the model's",
         f"HBM traffic         {report['hbm_traffic_gb_per_chip']:8.1f} GB per chip and step",
+        *(f"  {kind:24}{gb:8.2f} GB" for kind, gb in report["hbm_traffic_by_kind_gb"].items()),
+        "  the largest       GB: result, times it is made, origin (all of them in --json)",
+        *(_traffic_line(one) for one in report["largest_hbm_traffic"][:SHOWN]),
         "collectives         GB received per chip and step (executions)",
         *(f"  {kind:18}{total['gb']:8.3f} GB ({total['count']:.0f})" for kind, total in report["collectives"].items()),
         "kernels             calls per step",
@@ -188,3 +217,7 @@ def _work_lines(report: dict[str, Any]) -> list[str]:
         f"bound by {report['bound_by']}: {report['tokens_per_second_per_chip']:.0f} tokens/s per chip, "
         f"{report['mfu_at_roofline']:.0%} MFU at best",
     ]
+
+
+def _traffic_line(one: dict[str, Any]) -> str:
+    return f"  {one['gb']:8.2f}: {one['kind']} {one['result']}, {one['times']:.0f}, {one['source'][-90:]}"

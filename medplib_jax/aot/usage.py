@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator
 
 from medplib_jax.aot.hlo import Computation, Instruction, Shape, parse
 from medplib_jax.aot.products import product_flops
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-LIBRARIES = ("__cublas$", "__cudnn$")
+from medplib_jax.aot.traffic import COLLECTIVES, LIBRARIES, Traffic, traffic_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +33,13 @@ class Usage:
     """What one chip does in one call of the program. `kernels`: {name: (calls, FLOPs)}."""
 
     flops: float
-    hbm_bytes: float
+    traffic: tuple[Traffic, ...]
     collectives: tuple[Collective, ...]
     kernels: dict[str, tuple[float, float]]
+
+    @property
+    def hbm_bytes(self) -> float:
+        return sum(traffic.bytes for traffic in self.traffic)
 
 
 def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...]], float], loop_trips: int = 1) -> Usage:
@@ -47,15 +49,15 @@ def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...]], float
     bound runs.
     """
     computations, entry = parse(text)
-    flops = traffic = 0.0
+    flops, traffic = 0.0, []
     collectives: dict[str, Collective] = {}
     kernels = collections.defaultdict(lambda: (0.0, 0.0))
     for name, times, in_loop, fused in _executed(computations, entry, loop_trips):
         computation = computations[name]
         for instruction in computation.values():
             cost, kernel = times * product_flops(instruction, computation), kernel_name(instruction)
-            if not fused:
-                traffic += times * _traffic(instruction, computation, computations)
+            if not fused and (moved := traffic_of(instruction, computation, computations, times)):
+                traffic.append(moved)
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 found = _collective(kind, instruction, computation, times, in_loop, name)
@@ -68,7 +70,7 @@ def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...]], float
                 label = re.sub(r"[.\d]+$", "", kernel)
                 kernels[label] = (kernels[label][0] + times, kernels[label][1] + cost)
             flops += cost
-    return Usage(flops, traffic, tuple(collectives.values()), dict(kernels))
+    return Usage(flops, tuple(traffic), tuple(collectives.values()), dict(kernels))
 
 
 def kernel_name(instruction: Instruction) -> str:
@@ -200,88 +202,3 @@ def _group_size(attributes: str) -> int:
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named.group(2)))
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
     return int(iota.group(2)) if iota else 0
-
-
-# ---- memory traffic ----
-
-_SLICING = ("dynamic-slice", "gather", "slice")
-_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written into the first one
-_NAMES_OPERANDS = ("all-gather-start", "reduce-scatter-start", "all-to-all-start", "collective-permute-start")
-_FREE = (
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "while",
-    "conditional",
-    "call",
-    "after-all",
-    "iota",
-    "partition-id",
-)
-
-
-def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
-    """Bytes that an instruction moves between HBM and the chip: operands that it reads and results that it writes."""
-    if (
-        instruction.opcode in _FREE
-        or instruction.opcode.endswith("-done")
-        or "AllocateBuffer" in instruction.attributes
-    ):
-        return 0.0
-    operands = [computation[name].shapes for name in instruction.operands]
-    fusion = computations.get(instruction.called[0]) if instruction.opcode == "fusion" and instruction.called else None
-    if fusion:
-        return sum(_fusion_traffic(fusion, instruction.shapes))
-    if instruction.opcode in _SLICING:
-        return 2.0 * _hbm(instruction.shapes)
-    if instruction.opcode in _IN_PLACE:
-        return 2.0 * _hbm(operands[_IN_PLACE[instruction.opcode]])
-    return _hbm(_written(instruction, operands)) + sum(map(_hbm, operands))
-
-
-def _written(instruction: Instruction, operands: list[tuple[Shape, ...]]) -> tuple[Shape, ...]:
-    """The results that an instruction writes.
-
-    A library's workspace, its last one, is as large as a table says, and little of it is touched; the begin of a
-    collective names its operands among its results.
-    """
-    shapes = instruction.shapes
-    if instruction.target.startswith(LIBRARIES) and len(shapes) > 1 and shapes[-1].dtype in ("s8", "u8"):
-        return shapes[:-1]
-    return shapes[sum(map(len, operands)) :] if instruction.opcode in _NAMES_OPERANDS else shapes
-
-
-def _hbm(shapes: tuple[Shape, ...]) -> float:
-    return float(sum(shape.bytes for shape in shapes if not shape.on_chip))
-
-
-def _fusion_traffic(fusion: Computation, results: tuple[Shape, ...]) -> Iterator[float]:
-    """A parameter that is only sliced costs its slices, a result that updates a parameter's slice costs the slice."""
-    users = collections.defaultdict(list)
-    for instruction in fusion.values():
-        for operand in instruction.operands:
-            users[operand].append(instruction)
-    for parameter in (i for i in fusion.values() if i.opcode == "parameter"):
-        yield _read(parameter, users, fusion) if _hbm(parameter.shapes) else 0.0
-    root = next(i for i in fusion.values() if i.is_root)
-    updates = [i for i in fusion.values() if i.opcode in _IN_PLACE]
-    if root.opcode in (*_IN_PLACE, "bitcast") and updates:
-        return  # written where the parameter's slice was counted
-    yield _hbm(results)
-
-
-def _read(source: Instruction, users: dict[str, list[Instruction]], fusion: Computation) -> float:
-    """Bytes of an array inside a fusion that are read, or written when the fusion updates it in place."""
-    total, whole = 0.0, float(sum(shape.bytes for shape in source.shapes))
-    for user in users[source.name]:
-        if user.opcode == "bitcast":
-            total += _read(user, users, fusion)
-        elif user.opcode in _SLICING and user.operands[0] == source.name:
-            total += sum(shape.bytes for shape in user.shapes)
-        elif user.opcode in _IN_PLACE and user.operands[0] == source.name:
-            total += sum(shape.bytes for shape in fusion[user.operands[_IN_PLACE[user.opcode]]].shapes)
-        else:
-            return whole
-    return min(total, whole)

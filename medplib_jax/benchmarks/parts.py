@@ -61,10 +61,10 @@ class Parts:
         frozen = jax.tree.map(lambda x: x.astype(config.optim.frozen_dtype), frozen)
         shape = (*self.batch.tokens.shape, config.model.llm.hidden_size)
         x = jax.random.normal(jax.random.key(0), shape, jnp.dtype(config.model.dtype))
-        tx = make_optimizer(config.optim, optax.constant_schedule(config.optim.lr), trainable)
+        tx = make_optimizer(config.optim, trainable)
 
         def update(grads, state, trainable):
-            updates, state = tx.update(grads, state, trainable)
+            updates, state = tx.update(grads, state, trainable, rate=config.optim.lr)
             return optax.apply_updates(trainable, updates), state
 
         both, seg_hidden = (0, 1), x[:, : config.data.max_masks]

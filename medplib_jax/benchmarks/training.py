@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import jax
-import optax
 
 from medplib_jax.benchmarks.measure import Table, interleave, side_by_side
 from medplib_jax.benchmarks.workload import Rival, dense, example_batch
@@ -11,8 +10,8 @@ from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.models.layers import draw_params, params_of
 from medplib_jax.parallel.compilation import compiler_options, release_memory
 from medplib_jax.parallel.mesh import one_device
-from medplib_jax.train.optim import make_optimizer, partition
-from medplib_jax.train.step import abstract_model, make_state, make_train_step
+from medplib_jax.train.optim import make_optimizer, make_schedule, partition
+from medplib_jax.train.step import Knobs, abstract_model, make_state, make_train_step
 
 
 def compare(config: ExperimentConfig, rival: Rival | None, rounds: int, name: str = "train_step") -> Table:
@@ -42,21 +41,19 @@ class JaxStep:
 
     def __init__(self, config: ExperimentConfig):
         model = abstract_model(config.model)
-        schedule = optax.constant_schedule(config.optim.lr)
-        tx = make_optimizer(config.optim, schedule, partition(params_of(model), config.optim.trainable)[0])
+        tx = make_optimizer(config.optim, partition(params_of(model), config.optim.trainable)[0])
         state = jax.jit(lambda params: make_state(params, config, tx))(draw_params(model, 0))
         self.batch = jax.device_put(example_batch(config))
         step = jax.jit(
-            make_train_step(model, config, tx, schedule),
-            donate_argnums=0,
-            compiler_options=compiler_options(one_device()),
+            make_train_step(model, config, tx), donate_argnums=0, compiler_options=compiler_options(one_device())
         )
-        self.compiled = step.lower(state, self.batch).compile()
+        self.knobs = jax.device_put(Knobs(make_schedule(config.optim, 1000, 1000), config.train.seed))
+        self.compiled = step.lower(state, self.batch, self.knobs).compile()
         self.state = state
         release_memory()  # as `train_step.CompiledStep` does
 
     def __call__(self) -> float:
-        self.state, metrics = self.compiled(self.state, self.batch)
+        self.state, metrics = self.compiled(self.state, self.batch, self.knobs)
         return float(jax.block_until_ready((self.state, metrics))[1]["loss"])
 
 

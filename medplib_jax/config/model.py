@@ -318,7 +318,9 @@ class ModelConfig(Section, name="model"):
     icl: IclConfig = IclConfig()
     lora: LoraConfig = LoraConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full", "outputs", "projections", "products", "dots", "dots_no_batch"] = "none"
+    remat: Literal[
+        "none", "full", "outputs", "projections", "gate", "products", "dots", "dots_no_batch", "offload", "auto"
+    ] = "none"
     scan_unroll: Positive[int] = 1  # decoder layers unrolled per scan step
 
     def __post_init__(self):

@@ -11,7 +11,6 @@ from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy import ndimage
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.images import to_canvas
@@ -107,6 +106,8 @@ def grid_cells(mask: np.ndarray) -> np.ndarray:
         column = left + (columns.mean() + 0.5) * width / mask.shape[1]
         cells[int(row // STRIDE), int(column // STRIDE)] = True
         return cells
+    from scipy import ndimage  # slow to import, and few questions have a region
+
     labels, count = cast(tuple[np.ndarray, int], ndimage.label(cells, structure=np.ones((3, 3))))
     return labels == 1 + np.argmax(np.bincount(labels[labels > 0] - 1, minlength=count))
 

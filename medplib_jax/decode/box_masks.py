@@ -13,10 +13,9 @@ import numpy as np
 from medplib_jax.batch import Array, Params
 from medplib_jax.checkpoint import load_params
 from medplib_jax.data import images
-from medplib_jax.decode.masks import binarise
+from medplib_jax.decode.masks import PictureMasks
 from medplib_jax.models.layers import abstract_module, bind
 from medplib_jax.models.masks.sam import SamMed2d, normalise_sam
-from medplib_jax.models.masks.unpad import resample_to_canvas
 
 PixelBox = tuple[int, int, int, int]  # x1, y1, x2, y2
 
@@ -29,7 +28,8 @@ class BoxDrawer:
 
     def __init__(self, checkpoint_dir: str | os.PathLike):
         experiment, params, _ = load_params(checkpoint_dir, part="sam")
-        self._config, self._threshold = experiment.model.mask, experiment.eval.mask_threshold
+        self._config = experiment.model.mask
+        self._draw = PictureMasks(self._config, experiment.eval.mask_threshold)
         self._params = jax.tree.map(jnp.asarray, params["sam"])
         sam, dtype = abstract_module(lambda rngs: SamMed2d(self._config, rngs)), experiment.model.dtype
 
@@ -57,10 +57,7 @@ class BoxDrawer:
         for box in boxes:
             prompt = np.array([_on_canvas(box, size, place)], np.float32)
             logits, iou = self._decode(self._params, embedding, prompt)
-            drawn, _ = resample_to_canvas(
-                logits, sam_box, np.array([size], np.int32), canvas=size, sam_size=side, mode=self._config.unpad
-            )
-            masks.append(binarise(np.asarray(drawn[0, 0]), self._threshold))
+            masks.extend(self._draw(np.asarray(logits[0, :1]), sam_box, size))
             ious.append(float(iou[0, 0]))
         return tuple(masks), tuple(ious)
 

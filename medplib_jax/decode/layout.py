@@ -1,29 +1,37 @@
-"""How decoding wants a checkpoint's parameters:
-
-Adapters merged, layers apart, kernels in the order in which the platform reads them, perhaps in 8 bits.
+"""How decoding wants a checkpoint's parameters: adapters merged, layers apart, kernels in the order in which the
+platform reads them, perhaps in 8 bits.
 """
 
+import collections
 import dataclasses
 import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from medplib_jax.batch import Params
+from medplib_jax.batch import Params, flatten, unflatten
 from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import LoraConfig, ModelConfig
+from medplib_jax.decode.saved_params import SavedArray
 from medplib_jax.models.families import build_model
-from medplib_jax.models.language.llama import unstack
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import abstract_module, model_shardings, params_of
-from medplib_jax.models.quantize import quantize_module, quantize_params
+from medplib_jax.models.quantize import quantize_kernel, quantize_module
 from medplib_jax.models.whole import WholeModel
+from medplib_jax.parallel.ahead import ahead
 from medplib_jax.parallel.compilation import is_gpu
 from medplib_jax.parallel.mesh import one_device
 from medplib_jax.parallel.sharding import check_model_fits
 
 QUANTIZE = ("", "int8")
+STACKS = ("llm/layers/", "llm/mlp/", "llm/moe/")  # modules whose parameters have an axis of layers in a checkpoint
+
+Piece = Callable[[], Iterator[tuple[str, Params]]]  # reads (path in the decoding model, arrays of that module)
 
 
 def decoding_model(
@@ -48,8 +56,14 @@ def laid_out_model(
     """
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize {quantize!r} is not one of {QUANTIZE}")
-    for_gpu = is_gpu(mesh or one_device())
-    config = dataclasses.replace(config, lora=LoraConfig())
+    return _laid_out_model(
+        dataclasses.replace(config, lora=LoraConfig()), rules, quantize, is_gpu(mesh or one_device())
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _laid_out_model(config: ModelConfig, rules: ShardingConfig | None, quantize: str, for_gpu: bool) -> WholeModel:
+    """Read-only, because equal arguments share it."""
     model = abstract_module(
         functools.partial(build_model, config, rules=rules, layers_apart=True, experts_apart=not for_gpu)
     )
@@ -64,23 +78,78 @@ def lay_out(
     rules: ShardingConfig | None = None,
     quantize: str = "",
 ) -> Params:
-    """A checkpoint's parameters as decoding reads them, adapters merged, on the devices of the mesh (default:
+    """A checkpoint's parameters as decoding reads them, adapters merged, on the devices of the mesh (default: this
+    process's first device).
 
-    This process's first device). Several generators may share them. `config` is the checkpoint's, adapters included.
-    ValueError for a mesh and rules that do not fit.
+    The leaves are arrays, or are read from the checkpoint here (`saved_params`): no more than a few layers' parameters
+    are on the host at once. Several generators may share the result. `config` is the checkpoint's, adapters included.
+    ValueError for a mesh and rules that do not fit, and for parameters that are not the model's.
     """
     mesh = mesh or one_device()
     check_model_fits(config, rules, mesh)
     model = laid_out_model(config, mesh, rules, quantize)
     check_parts(params, params_of(model))
+    arrange = functools.partial(_arrange, lora=config.lora, like=flatten(params_of(model)), turned=is_gpu(mesh))
 
-    def arrange(params: Params) -> Params:
-        for_gpu = is_gpu(mesh)
-        params = merge_lora(unstack(params, experts_apart=not for_gpu), config.lora)
-        params = quantize_params(params, params_of(model)) if quantize else params
-        return params | {"llm": jax.tree.map_with_path(_turn, params["llm"])} if for_gpu else params
+    def make(piece: Piece) -> dict[str, np.ndarray]:
+        return {place: array for path, module in piece() for place, array in arrange(path, module).items()}
 
-    return jax.jit(arrange, out_shardings=model_shardings(model, mesh))(params)
+    shardings, placed = flatten(model_shardings(model, mesh)), {}
+    for made in ahead(functools.partial(make, piece) for piece in _pieces(params, experts_apart=not is_gpu(mesh))):
+        placed |= {path: jax.device_put(array, shardings[path]) for path, array in made.items()}
+    if missing := sorted(shardings.keys() - placed.keys()):
+        raise ValueError(f"the checkpoint lacks {len(missing)} parameters of the model, first {missing[0]}")
+    return unflatten(placed)
+
+
+def _pieces(params: Params, experts_apart: bool) -> Iterator[Piece]:
+    """What is read together: one module, and of a stack of layers as few layers as the file allows."""
+    modules = collections.defaultdict(dict)
+    for path, leaf in flatten(params).items():
+        module, _, name = path.rpartition("/")
+        modules[module][name] = leaf if isinstance(leaf, SavedArray) else np.asarray(leaf)
+    for module, leaves in modules.items():
+        if not module.startswith(STACKS):
+            yield functools.partial(_read_module, module, leaves)
+            continue
+        largest = max(leaves.values(), key=lambda leaf: math.prod(leaf.shape))
+        count, step = largest.shape[0], getattr(largest, "rows_at_once", 1)
+        for start in range(0, count, step):
+            yield functools.partial(_read_layers, module, leaves, range(count)[start : start + step], experts_apart)
+
+
+def _read_module(path: str, leaves: Params) -> Iterator[tuple[str, Params]]:
+    yield path, {name: leaf[...] for name, leaf in leaves.items()}
+
+
+def _read_layers(path: str, leaves: Params, layers: range, experts_apart: bool) -> Iterator[tuple[str, Params]]:
+    """The module of each of these layers, and with `experts_apart` of each expert in it."""
+    part, stack, *inner = path.split("/")
+    rows = {name: leaf[layers.start : layers.stop] for name, leaf in leaves.items()}
+    for i in layers:
+        module = {name: row[i - layers.start] for name, row in rows.items()}
+        if inner[0] != "experts" or not experts_apart:
+            yield "/".join((part, stack, str(i), *inner)), module
+            continue
+        for e in range(len(module["kernel"])):
+            place = "/".join((part, stack, str(i), "experts", "each", str(e), *inner[1:]))
+            yield place, {name: array[e] for name, array in module.items()}
+
+
+def _arrange(path: str, module: Params, *, lora: LoraConfig, like: dict[str, Any], turned: bool) -> dict[str, Any]:
+    """{path: array} of one module of the decoding model. `like`: shapes by path; ValueError for others."""
+    module = merge_lora(module, lora)
+    if f"{path}/kernel_scale" in like and "kernel_scale" not in module:
+        kernel, scale = quantize_kernel(module["kernel"])
+        module = module | {"kernel": kernel, "kernel_scale": scale}
+    if turned and path.startswith("llm/") and "kernel" in module:
+        module = module | {"kernel": module["kernel"].swapaxes(-1, -2)}
+    found = {f"{path}/{name}": array for name, array in module.items()}
+    for place, array in found.items():
+        expected = like[place].shape if place in like else "no such array"
+        if array.shape != expected:
+            raise ValueError(f"{place}: found shape {array.shape}, expected {expected}")
+    return found
 
 
 def is_laid_out(params: Params) -> bool:
@@ -106,10 +175,6 @@ def _turn_module(model: WholeModel) -> WholeModel:
             module.kernel = nnx.Param(jax.ShapeDtypeStruct(shape, module.kernel.dtype), axes=axes)
             module.by_output = True
     return model
-
-
-def _turn(path, array: jax.Array) -> jax.Array:
-    return array.swapaxes(-1, -2) if path[-1].key == "kernel" else array
 
 
 def _last_two_swapped(values: tuple) -> tuple:

@@ -1,5 +1,7 @@
 """From mask logits to masks of the picture's size."""
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -7,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medplib_jax.batch import Batch
+from medplib_jax.batch import Array, Batch
+from medplib_jax.config.model import MaskConfig
 from medplib_jax.decode.slots import Generation
 from medplib_jax.models.masks.unpad import resample_to_canvas
 
 MaskDrawer = Callable[[Batch, Generation], np.ndarray]
+TILE = 512  # side of what is drawn at once
 
 
 def mask_drawer(sam_size: int, unpad: str, canvas: int, threshold: float) -> MaskDrawer:
@@ -31,6 +35,37 @@ def mask_drawer(sam_size: int, unpad: str, canvas: int, threshold: float) -> Mas
     )
 
 
+class PictureMasks:
+    """Draws masks at their picture's size, tile by tile: one program, whatever the size, number and threshold."""
+
+    def __init__(self, config: MaskConfig, threshold: float):
+        self._config, self._threshold = config, threshold
+
+    def __call__(self, logits_Mxhxw: np.ndarray, sam_box_1x4: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """bool [M, height, width] of a picture of this `size`, where the probability is over the threshold."""
+        drawn = np.zeros((len(logits_Mxhxw), *size), bool)
+        lowest, whole = _logit(self._threshold), np.array([size], np.int32)
+        for m, top, left in itertools.product(range(len(drawn)), range(0, size[0], TILE), range(0, size[1], TILE)):
+            corner, part = np.array((top, left), np.int32), drawn[m, top : top + TILE, left : left + TILE]
+            logits = np.asarray(logits_Mxhxw[None, m : m + 1], np.float32)
+            tile = _tile(
+                logits, sam_box_1x4, whole, corner, lowest, sam_size=self._config.image_size, mode=self._config.unpad
+            )
+            part[:] = np.asarray(tile)[0, 0, : part.shape[0], : part.shape[1]]
+        return drawn
+
+
+@functools.partial(jax.jit, static_argnames=("sam_size", "mode"))
+def _tile(logits, sam_box, size, corner, lowest, *, sam_size: int, mode: str) -> Array:
+    """bool [1, 1, TILE, TILE] of a mask from `corner` on."""
+    shape = {"canvas": (TILE, TILE), "corner": corner}
+    return resample_to_canvas(logits, sam_box, size, **shape, sam_size=sam_size, mode=mode)[0] > lowest
+
+
 def binarise(logits: np.ndarray, threshold: float) -> np.ndarray:
     """True where sigmoid(logits) > threshold, without computing the sigmoid. threshold in (0, 1)."""
-    return logits > math.log(threshold / (1 - threshold))
+    return logits > _logit(threshold)
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))

@@ -18,12 +18,11 @@ import re
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from medplib_jax.batch import Batch, Params
-from medplib_jax.checkpoint import find_step, load_params, step_digest
+from medplib_jax.checkpoint import find_step, step_digest
 from medplib_jax.data import boxes, regions
 from medplib_jax.data.boxes import Box
 from medplib_jax.data.errors import DataError, Notice
@@ -33,12 +32,14 @@ from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.records import REGION, Record
 from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.decode.generator import Generator
-from medplib_jax.decode.masks import MaskDrawer, mask_drawer
+from medplib_jax.decode.loading import load_checkpoint
+from medplib_jax.decode.masks import PictureMasks
 from medplib_jax.decode.sampling import GREEDY, Sampling
 from medplib_jax.decode.slots import Generation
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 Region = str | os.PathLike | np.ndarray
+LARGEST_SIDE = 2**15  # of a picture
 _PLACEHOLDER = re.compile(r"<region>(?:\s*</region>)?")
 
 
@@ -73,7 +74,7 @@ class Question:
 class Predictor:
     """A checkpoint ready to answer; `identity` is what its answers depend on.
 
-    Compiles anew for each prompt bucket and each picture size. `quantize`: "int8" for weights of 8 bits.
+    Compiles anew for each prompt bucket. `quantize`: "int8" for weights of 8 bits.
 
     What is None comes from the experiment's `eval`. Answers hold at most `data.max_masks` masks, but never fewer than
     one.
@@ -89,24 +90,25 @@ class Predictor:
         quantize: str = "",
     ):
         workdir, step = find_step(checkpoint_dir)
-        experiment, params, tokenizer_dir = load_params(workdir, step)
+        loaded = load_checkpoint(workdir, step, quantize=quantize)
+        experiment = loaded.experiment
         self.identity = [step_digest(workdir, step), max_new_tokens, mask_threshold, str(sampling), quantize]
         given = {"max_new_tokens": max_new_tokens, "mask_threshold": mask_threshold}
         self._eval = dataclasses.replace(
             experiment.eval, **{name: value for name, value in given.items() if value is not None}
         )
         self._data, self._model = dataclasses.replace(experiment.data, on_error="raise"), experiment.model
-        self._tokenizer = load_tokenizer(tokenizer_dir)
-        self._drawers: dict[int, MaskDrawer] = {}
+        self._draw = PictureMasks(self._model.mask, self._eval.mask_threshold)
+        self._tokenizer = load_tokenizer(loaded.tokenizer)
         self.generator = Generator(
             self._model,
-            jax.tree.map(jnp.asarray, params),
+            loaded.params,
             stop_ids=self._tokenizer.stop_ids,
             seg_id=self._tokenizer.seg_id,
             max_new_tokens=self._eval.max_new_tokens,
             max_masks=max(1, self._data.max_masks) if self._model.draws_masks else 0,
             sampling=sampling,
-            quantize=quantize,
+            quantize=loaded.quantize,
         )
 
     @property
@@ -143,14 +145,14 @@ class Predictor:
         asked = read_question(image, question, region, examples)
         asked = asked if self._model.draws_masks else with_boxes(asked)
         pictures = 1 + len(asked.record.examples or ()) * self._model.icl.pictures
-        loader = self.loader([asked.record], max(asked.picture.shape[:2]), int(asked.has_region), pictures)
+        loader = self.loader([asked.record], int(asked.has_region), pictures)
         arrays, _ = loader.load_eval([0], [0], question=True)
         return asked.picture, Batch(**arrays)
 
-    def loader(self, records: Sequence[Record], canvas: int, regions: int = 0, pictures: int = 1) -> Loader:
-        """Reads questions about pictures of up to `canvas` pixels a side, each once."""
+    def loader(self, records: Sequence[Record], regions: int = 0, pictures: int = 1) -> Loader:
+        """Reads questions about pictures, each once."""
         slots = {"max_images": pictures, "max_regions": regions, "max_masks": 0}
-        data = dataclasses.replace(self._data, mask_canvas=canvas, cache="", **slots)
+        data = dataclasses.replace(self._data, mask_canvas=LARGEST_SIDE, cache="", **slots)
         return Loader([records], self._tokenizer, data, self._model, cache_bytes=0)
 
     def answer(self, picture: np.ndarray, prompt: Batch, seed: int = 0) -> Prediction:
@@ -167,17 +169,10 @@ class Predictor:
         drawn = generation.mask_valid[0]
         masks = ()
         if drawn.any():
-            masks = tuple(self._drawer(max(size))(prompt, generation)[0, drawn, : size[0], : size[1]])
+            masks = tuple(self._draw(generation.mask_logits[0, drawn], prompt.sam_box, size))
         text = self._tokenizer.decode(generation.tokens[0, : generation.lengths[0]]).strip()
         predicted_iou = () if generation.predicted_iou is None else tuple(generation.predicted_iou[0, drawn].tolist())
         return text, masks, predicted_iou
-
-    def _drawer(self, canvas: int) -> MaskDrawer:
-        """Compiled once for each canvas."""
-        if canvas not in self._drawers:
-            mask = self._model.mask
-            self._drawers[canvas] = mask_drawer(mask.image_size, mask.unpad, canvas, self._eval.mask_threshold)
-        return self._drawers[canvas]
 
 
 def read_question(

@@ -18,6 +18,7 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import Record
 from medplib_jax.decode.predictor import Predictor
 from medplib_jax.decode.stream import lanes_for, stream_answers
+from medplib_jax.parallel.compilation import compiling_shown
 from medplib_jax.volumes.geometry import PLANES
 from medplib_jax.volumes.pictures import Pictures, pictures
 from medplib_jax.volumes.read import read_scan
@@ -103,7 +104,7 @@ def answer_slices(
         return
     height, width = shown.cut.size
     text = question.replace(STRUCTURE, structure)
-    loader = predictor.loader(SliceRecords(shown, numbers, text), canvas=max(height, width))
+    loader = predictor.loader(SliceRecords(shown, numbers, text))
     prompts = (Batch(**loader.load_eval([index], [0], question=True)[0]) for index in range(len(numbers)))
     slots = min(predictor.slots, len(numbers))
     lanes = lanes_for(predictor.params, slots)
@@ -161,7 +162,7 @@ def _answer_missing(
     predictor: Predictor, shown: Pictures, numbers: Sequence[int], options: ScanOptions, store: SliceStore
 ) -> None:
     total = len(options.structures) * len(numbers)
-    with tqdm(total=total, desc="slices", unit="slice") as bar:
+    with tqdm(total=total, desc="slices", unit="slice") as bar, compiling_shown(bar):
         for structure in options.structures:
             missing = [number for number in numbers if (structure, number) not in store.answers]
             bar.update(len(numbers) - len(missing))

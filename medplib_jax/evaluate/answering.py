@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from medplib_jax.batch import Batch, Params
-from medplib_jax.checkpoint import load_params
 from medplib_jax.config.experiment import ExperimentConfig, ShardingConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.config.sweep import SweepConfig
@@ -19,7 +18,7 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import Loader, eval_batches
 from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.decode.generator import Generator
-from medplib_jax.decode.layout import lay_out
+from medplib_jax.decode.loading import load_checkpoint
 from medplib_jax.decode.masks import mask_drawer
 from medplib_jax.decode.stream import lanes_for, stream_answers
 from medplib_jax.evaluate.checkpoints import SweepCheckpoint
@@ -29,24 +28,24 @@ from medplib_jax.evaluate.evaluators.reference import ReferenceLoader
 from medplib_jax.evaluate.kinds import find_kind
 from medplib_jax.evaluate.plan import PlannedCell, slots_of
 from medplib_jax.evaluate.tasks import SweepTask
-from medplib_jax.models.layers import model_shardings
+from medplib_jax.parallel.compilation import compiling_shown
 from medplib_jax.parallel.processes import wait_for_others
-from medplib_jax.train.step import abstract_model
 
 
 class LoadedModel:
     """A checkpoint's parameters on this process's devices, with adapters merged, and its generators."""
 
     def __init__(self, checkpoint: SweepCheckpoint, experiment: ExperimentConfig, mesh: Mesh, rules: ShardingConfig):
-        shardings = model_shardings(abstract_model(experiment.model, rules), mesh)
         wait_for_others(f"load/{checkpoint.name}")
-        _, params, tokenizer = load_params(checkpoint.workdir, checkpoint.step, shardings)
+        loaded = load_checkpoint(
+            checkpoint.workdir, checkpoint.step, mesh=mesh, rules=rules, quantize=checkpoint.quantize
+        )
         self.experiment = dataclasses.replace(
             experiment, model=dataclasses.replace(experiment.model, lora=LoraConfig())
         )
-        self.params: Params = lay_out(experiment.model, params, mesh, rules, checkpoint.quantize)
-        self._quantize, self._rules = checkpoint.quantize, rules
-        self.tokenizer, self.mesh = load_tokenizer(tokenizer), mesh
+        self.params: Params = loaded.params
+        self._quantize, self._rules = loaded.quantize, rules
+        self.tokenizer, self.mesh = load_tokenizer(loaded.tokenizer), mesh
         self._generators: dict[tuple, Generator] = {}
 
     def generator(
@@ -84,7 +83,8 @@ def answer_cell(cell: PlannedCell, loaded: LoadedModel, workdir: Path, turn: int
     shard_of = {record: shard for shard in shards for record in shard.missing}
     total = sum(len(records) for _, records in own)
     initial, hidden = total - len(shard_of), jax.process_index() > 0
-    with tqdm(total=total, initial=initial, desc=str(cell), unit="record", disable=hidden) as progress:
+    bar = tqdm(total=total, initial=initial, desc=str(cell), unit="record", disable=hidden)
+    with bar as progress, compiling_shown(bar):
         for line in _lines(cell, loaded, sorted(shard_of), config):
             shard_of[line["record"]].add(line)
             progress.update()

@@ -17,9 +17,15 @@ from jax.sharding import Mesh
 from medplib_jax.batch import Array, Params
 from medplib_jax.models.precision import product
 from medplib_jax.models.rng import dropout
+from medplib_jax.models.target import target_device
 from medplib_jax.parallel.sharding import param_shardings
 
 Rngs = nnx.Rngs
+ROWS_AT_ONCE = 16  # of a kernel of 8 bits; 8 and 32 are slower
+
+
+class _ShapesOnly:
+    """In place of `Rngs` where only shapes are wanted: to trace random draws would take most of the time."""
 
 
 def param(
@@ -36,7 +42,12 @@ def param(
     """
     if len(shape) != len(axes):
         raise ValueError(f"{len(shape)} dimensions but {len(axes)} logical axes: {shape} {axes}")
-    initial = jnp.asarray(_values(shape, value)) if std is None else std * jax.random.normal(rngs.params(), shape)
+    if isinstance(rngs, _ShapesOnly):
+        initial = jnp.zeros(shape)
+    elif std is None:
+        initial = jnp.asarray(_values(shape, value))
+    else:
+        initial = std * jax.random.normal(rngs.params(), shape)
     return nnx.Param(initial, axes=axes, std=std, constant=value)
 
 
@@ -117,6 +128,9 @@ def matmul(x: Array, kernel: Array, dtype=None) -> Array:
 
     It is one product of two matrices. With several batch axes the kernel's gradient takes twice as long on a CPU.
     """
+    if _widens_slowly(x, kernel):
+        y = vector_matmul_8bit(x.reshape(-1), kernel).astype(dtype or x.dtype)
+        return y.reshape(*x.shape[:-1], kernel.shape[-1])
     y = product(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype), dtype or x.dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -133,6 +147,29 @@ def matmul_by_output(x: Array, kernel: Array, dtype=None) -> Array:
         return matmul(x, rearrange(kernel, "out in -> in out"), dtype)
     y = vector_matmul(x.reshape(-1), kernel).astype(dtype or x.dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[0])
+
+
+def _widens_slowly(x: Array, kernel: Array) -> bool:
+    """Whether x is a single row for a kernel of 8 bits on one CPU, where a product would write the kernel out as floats
+    first, at a tenth of the speed of reading it."""
+    if kernel.dtype != jnp.int8 or x.size != x.shape[-1] or x.size % ROWS_AT_ONCE:
+        return False
+    return target_device(x).platform == "cpu" and jax.typeof(x).sharding.mesh.size <= 1
+
+
+def vector_matmul_8bit(x: Array, kernel: Array) -> Array:
+    """x [in] @ kernel int8 [in, out] -> float32 [out], a few rows of the kernel at a time in one elementwise loop."""
+    x = x.astype(jnp.float32)
+
+    def add(i, y):
+        start = i * ROWS_AT_ONCE
+        rows = jax.lax.dynamic_slice_in_dim(kernel, start, ROWS_AT_ONCE)
+        factors = jax.lax.dynamic_slice_in_dim(x, start, ROWS_AT_ONCE)
+        for j in range(ROWS_AT_ONCE):
+            y = y + factors[j] * rows[j].astype(jnp.float32)
+        return y
+
+    return jax.lax.fori_loop(0, len(x) // ROWS_AT_ONCE, add, jnp.zeros(kernel.shape[1], jnp.float32))
 
 
 def vector_matmul(x: Array, kernel: Array) -> Array:
@@ -214,7 +251,10 @@ def quick_gelu(x: Array) -> Array:
 def stack_layers(make: Callable[[Rngs], nnx.Module], count: int, rngs: Rngs) -> nnx.Module:
     """`count` copies of a module with every parameter stacked on a leading `layers` axis, ready for `scan_layers`."""
     template = abstract_module(make)
-    stacked = jax.vmap(lambda key: params_of(make(Rngs(key))))(jax.random.split(rngs.params(), count))
+    if isinstance(rngs, _ShapesOnly):
+        stacked = jax.vmap(lambda _: params_of(make(rngs)))(jnp.arange(count))
+    else:
+        stacked = jax.vmap(lambda key: params_of(make(Rngs(key))))(jax.random.split(rngs.params(), count))
     graphdef, state = nnx.split(bind(template, stacked))
     for _, variable in nnx.to_flat_state(state):
         variable.set_metadata(axes=("layers", *variable.axes))
@@ -268,7 +308,7 @@ def scan_plan(kinds: Sequence) -> list[tuple[int, int, int]]:
 
 def abstract_module(make: Callable[[Rngs], nnx.Module]) -> nnx.Module:
     """The module with shapes in place of arrays: nothing is allocated."""
-    return nnx.eval_shape(lambda: make(Rngs(0)))
+    return nnx.eval_shape(lambda: make(_ShapesOnly()))
 
 
 def params_of(module: nnx.Module) -> Params:

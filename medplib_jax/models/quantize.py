@@ -7,11 +7,13 @@ that own their parameters; here parameters are plain trees that modules are boun
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from medplib_jax.batch import Params
 
 PARTS = ("llm", "clip", "projector", "vit", "resampler", "proj")
+ROWS = 128  # of a kernel that are widened at once
 KEPT = ("router", "coefficient")  # decide where a token goes: tiny, and in float32 on purpose
 
 
@@ -26,16 +28,17 @@ def quantize_module(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def quantize_params(params: Params, like: Params) -> Params:
-    """The parameters for `quantize_module`'s model, whose own (abstract) ones are `like`."""
-    quantized = {
-        name: quantize_params(child, like[name]) if isinstance(child, dict) else child for name, child in params.items()
-    }
-    if "kernel_scale" not in like:
-        return quantized
-    kernel = params["kernel"].astype(jnp.float32)
-    scale = jnp.maximum(abs(kernel).max(-2), 1e-12) / 127
-    return quantized | {"kernel": jnp.round(kernel / scale[..., None, :]).astype(jnp.int8), "kernel_scale": scale}
+def quantize_kernel(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 [..., in, out] and one float32 scale per output [..., out]; on the host, a few rows at a time."""
+    rows = [slice(start, start + ROWS) for start in range(0, kernel.shape[-2], ROWS)]
+    largest = np.max([np.abs(kernel[..., part, :].astype(np.float32)).max(-2) for part in rows], axis=0)
+    scale = np.maximum(largest, np.float32(1e-12)) / np.float32(127)
+    whole = np.empty(kernel.shape, np.int8)
+    for part in rows:
+        steps = kernel[..., part, :].astype(np.float32)
+        steps /= scale[..., None, :]
+        whole[..., part, :] = np.rint(steps, out=steps)
+    return whole, scale
 
 
 def dequantize_params(tree: Params, dtype) -> Params:

@@ -1,11 +1,16 @@
 """Compiled programs are kept on disk from one run to the next, and counted."""
 
+import contextlib
 import ctypes
 import logging
 import os
+import threading
+import time
+from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from medplib_jax.parallel.quiet import ignore_missing_tpu
 
@@ -45,6 +50,46 @@ def compiler_options(mesh: Mesh) -> dict[str, int]:
     return {"xla_gpu_dot_merger_threshold_mb": 0} if is_gpu(mesh) else {}
 
 
+LOWERED, COMPILED = "/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration"
+
+
+@contextlib.contextmanager
+def compiling_shown(bar: tqdm, every: float = 1.0) -> Iterator[None]:
+    """While a program is compiled, the bar says "compiling, N s" behind its name, each `every` seconds."""
+    if bar.disable:
+        yield
+        return
+    began: dict[int, float] = {}  # by thread
+    name, ended = bar.desc.removesuffix(": "), threading.Event()
+
+    def happened(event: str, *_, **__) -> None:
+        if event == LOWERED:  # compiling follows at once
+            began[threading.get_ident()] = time.perf_counter()
+        elif event == COMPILED:
+            began.pop(threading.get_ident(), None)
+
+    def tick() -> None:
+        said = False
+        while not ended.wait(every):
+            since = min(list(began.values()), default=None)
+            if since is not None:
+                bar.set_description(f"{name}, compiling, {time.perf_counter() - since:.0f} s")
+            elif said:
+                bar.set_description(name)
+            said = since is not None
+
+    ticker = threading.Thread(target=tick, name="compiling", daemon=True)
+    jax.monitoring.register_event_duration_secs_listener(happened)
+    ticker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        ticker.join()
+        jax.monitoring.unregister_event_duration_listener(happened)
+        bar.set_description(name)
+
+
 class Compilations:
     """Counts programs from its creation on: `requested` in all, `cached` of them found on disk, `seconds` for both."""
 
@@ -54,7 +99,7 @@ class Compilations:
         jax.monitoring.register_event_listener(self._happened)
 
     def _timed(self, event: str, duration_secs: float, **_) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+        if event == COMPILED:
             self.requested += 1
             self.seconds += duration_secs
 

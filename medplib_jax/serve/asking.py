@@ -98,7 +98,7 @@ class Asker:
         shown = text.update(end.tokens, ended=True)
         masks: tuple[dict, ...] = ()
         if end.mask_logits is not None and prompt.size and not text.stopped:
-            drawn = self.model.drawer(end.mask_logits, prompt.batch, prompt.size)
+            drawn = self.model.drawer(end.mask_logits, prompt.batch.sam_box, prompt.size)
             labels = mask_labels(text.text)
             masks = tuple(map(describe_mask, drawn, labels, end.predicted_iou))
         return Piece(shown, "stop" if text.stopped else end.reason, masks, prompt.tokens, len(end.tokens))

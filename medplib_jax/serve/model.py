@@ -2,24 +2,21 @@
 
 import base64
 import dataclasses
-import functools
 import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from medplib_jax.batch import Batch
-from medplib_jax.checkpoint import load_params
 from medplib_jax.data.tokenizers import Tokenizer, load_tokenizer
 from medplib_jax.decode.generator import Generator
-from medplib_jax.decode.masks import MaskDrawer, mask_drawer
-from medplib_jax.decode.slots import Generation
+from medplib_jax.decode.loading import load_checkpoint
+from medplib_jax.decode.masks import PictureMasks
 from medplib_jax.serve.pictures import png
 from medplib_jax.serve.questions import Message, Part, PromptMaker
 
 MAX_REGIONS = 8
 MASKS = 4  # drawn per answer at the most
-CANVAS_STEP = 256  # masks are drawn on canvases of a few sizes, so that a new picture size compiles nothing
 SHORTEST = 64  # positions that the shortest prompts are padded to
 
 
@@ -32,7 +29,7 @@ class ServedModel:
     tokenizer: Tokenizer
     make_prompt: PromptMaker
     longest: int  # positions that the longest prompts are padded to
-    drawer: "Drawer"
+    drawer: PictureMasks
 
     def example(self) -> Batch:
         """A question about a black picture."""
@@ -40,29 +37,6 @@ class ServedModel:
         url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
         parts = [Part(type="image_url", image_url=url), Part(type="text", text="What is it?")]
         return self.make_prompt([Message(role="user", content=parts)], []).batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawer:
-    """Draws masks at the size of the picture. Compiles once per canvas, whose side is a multiple of `CANVAS_STEP`."""
-
-    sam_size: int
-    unpad: str
-    threshold: float
-
-    def __call__(self, logits: np.ndarray, prompt: Batch, size: tuple[int, int]) -> np.ndarray:
-        """Boolean masks [m, height, width] from logits [m, h, w], m at most MASKS."""
-        padded = np.zeros((1, MASKS, *logits.shape[1:]), np.float32)
-        padded[0, : len(logits)] = logits
-        generation = Generation(tokens=None, lengths=None, mask_valid=None, mask_logits=padded, predicted_iou=None)
-        canvas = -(-max(size) // CANVAS_STEP) * CANVAS_STEP
-        drawn = _drawer(self.sam_size, self.unpad, canvas, self.threshold)(prompt, generation)
-        return drawn[0, : len(logits), : size[0], : size[1]]
-
-
-@functools.lru_cache(maxsize=32)
-def _drawer(sam_size: int, unpad: str, canvas: int, threshold: float) -> MaskDrawer:
-    return mask_drawer(sam_size, unpad, canvas, threshold)
 
 
 def prompt_lengths(image_positions: int, longest: int) -> Sequence[int]:
@@ -78,8 +52,9 @@ def prompt_lengths(image_positions: int, longest: int) -> Sequence[int]:
 
 def load_model(path: str | os.PathLike, quantize: str, max_new_tokens: int, threshold: float | None) -> ServedModel:
     """The checkpoint that a path names. FileNotFoundError or ValueError when it cannot be loaded or has no room."""
-    experiment, params, tokenizer_dir = load_params(path)
-    model, tokenizer = experiment.model, load_tokenizer(tokenizer_dir)
+    loaded = load_checkpoint(path, quantize=quantize)
+    experiment, tokenizer = loaded.experiment, load_tokenizer(loaded.tokenizer)
+    model = experiment.model
     if not model.draws_masks:
         raise ValueError(f"{path}: a model whose answers have boxes is not served yet, expected one that draws masks")
     longest = model.llm.max_positions - max_new_tokens
@@ -90,17 +65,15 @@ def load_model(path: str | os.PathLike, quantize: str, max_new_tokens: int, thre
         )
     generator = Generator(
         model,
-        params,
+        loaded.params,
         stop_ids=tokenizer.stop_ids,
         seg_id=tokenizer.seg_id,
         max_new_tokens=max_new_tokens,
         max_masks=MASKS,
-        quantize=quantize,
+        quantize=loaded.quantize,
     )
     lengths = prompt_lengths(model.image_tokens, longest)
     maker = PromptMaker(experiment.data, model, tokenizer, lengths, max(1, experiment.data.max_images), MAX_REGIONS)
-    drawer = Drawer(
-        model.mask.image_size, model.mask.unpad, experiment.eval.mask_threshold if threshold is None else threshold
-    )
+    drawer = PictureMasks(model.mask, experiment.eval.mask_threshold if threshold is None else threshold)
     name = os.path.basename(os.path.normpath(path))
     return ServedModel(name, generator, tokenizer, maker, longest, drawer)

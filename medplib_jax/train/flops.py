@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval as pe
+from jax.tree_util import Partial
 
 from medplib_jax.batch import Batch
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.models.language.attention import splash_block
 from medplib_jax.models.layers import params_of
-from medplib_jax.train.step import abstract_model, make_state, make_train_step
+from medplib_jax.train.step import Knobs, abstract_model, make_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,8 @@ def step_flops(config: ExperimentConfig, batch: Batch) -> float:
     module, tx = abstract_model(model), optax.identity()
     state = jax.eval_shape(lambda params: make_state(params, config, tx), params_of(module))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    return count_flops(jax.make_jaxpr(make_train_step(module, config, tx, lambda step: 0.0))(state, shapes).jaxpr)
+    knobs = Knobs(Partial(lambda step: 0.0), 0)
+    return count_flops(jax.make_jaxpr(make_train_step(module, config, tx))(state, shapes, knobs).jaxpr)
 
 
 def count_flops(jaxpr, loop_trips: int = 1) -> float:

@@ -21,6 +21,7 @@ from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.data.pipeline import BatchPlan, Loader, make_loader, train_batches
 from medplib_jax.data.records import Record
 from medplib_jax.models.layers import model_shardings, params_of
+from medplib_jax.parallel.compilation import compiling_shown
 from medplib_jax.parallel.lock import folder_lock
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import Agreement, Watchdog, abort_together, wait_for_others
@@ -28,6 +29,7 @@ from medplib_jax.parallel.sharding import batch_sharding, process_rows, put_batc
 from medplib_jax.train.flops import chip_of_device, mfu, step_flops
 from medplib_jax.train.metrics_log import Clock, LateMetrics, MetricWriter, SkippedRecords, check_finite, read_metrics
 from medplib_jax.train.optim import make_optimizer, make_schedule, partition
+from medplib_jax.train.remat import with_policy
 from medplib_jax.train.signals import StopSignal
 from medplib_jax.train.start import (
     check_resumable,
@@ -39,7 +41,15 @@ from medplib_jax.train.start import (
     starting_params,
 )
 from medplib_jax.train.state import TrainState, overview
-from medplib_jax.train.step import CompiledStep, abstract_model, make_state, make_train_step, place, state_shardings
+from medplib_jax.train.step import (
+    CompiledStep,
+    Knobs,
+    abstract_model,
+    make_state,
+    make_train_step,
+    place,
+    state_shardings,
+)
 from medplib_jax.train.xprof import StepTrace
 
 log = logging.getLogger("medplib_jax.train")  # not __name__: the module is also run by python -m
@@ -107,12 +117,14 @@ class Run:
         self.total_steps = self.feeder.total_steps
         wait_for_others("data_planned")
 
+        self.config = config = with_policy(config, self.mesh)
         self.model = abstract_model(config.model, config.sharding)
         trainable, _ = partition(params_of(self.model), config.optim.trainable)
         schedule = make_schedule(config.optim, self.total_steps, self.feeder.plan.steps_per_epoch)
-        self.tx = make_optimizer(config.optim, schedule, trainable)
+        self.tx = make_optimizer(config.optim, trainable)
         self.shardings = state_shardings(self.model, config, self.tx, self.mesh)
-        self.step = CompiledStep(make_train_step(self.model, config, self.tx, schedule), self.shardings)
+        step = make_train_step(self.model, config, self.tx)
+        self.step = CompiledStep(step, self.shardings, Knobs(schedule, config.train.seed))
         self.flops: dict[int, float] = {}  # bucket length -> model FLOPs of a step, where the device has a known peak
         self.start, self.state = (0, self._start()) if last is None else self._resume()
         self.evaluate = make_evaluate(config, self.mesh) if make_evaluate and config.train.eval_every else None
@@ -265,10 +277,12 @@ class Reports:
         hidden = jax.process_index() > 0
         total, done = self._run.total_steps, self._run.start
         self._bar = tqdm(total=total, initial=done, desc="train", disable=hidden, mininterval=1.0)
+        self._shown = contextlib.ExitStack()
+        self._shown.enter_context(compiling_shown(self._bar))
         return self
 
     def __exit__(self, _, error: BaseException | None, __) -> None:
-        with self._writer, self._bar:
+        with self._writer, self._bar, self._shown:
             # what has been computed is not lost; with several processes it may never come
             if error and not isinstance(error, FloatingPointError) and jax.process_count() == 1:
                 with contextlib.suppress(Exception):

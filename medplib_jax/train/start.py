@@ -111,6 +111,8 @@ def check_resumable(saved: ExperimentConfig, config: ExperimentConfig) -> None:
     Other changes are logged.
     """
     changes = dict(differences(saved, config))
+    if config.model.remat == "auto":  # which chose what was saved
+        changes.pop("model.remat", None)
     fixed = {name: change for name, change in changes.items() if name in FIXED or _gives_meaning(name)}
     if fixed:
         why = "; the position in the data is counted in batches" if "data.batch_size" in fixed else ""

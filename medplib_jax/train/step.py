@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -68,11 +70,28 @@ def state_shardings(
     )
 
 
+@flax.struct.dataclass
+class Knobs:
+    """What a training step takes beside its state and its batch: another value of it is no other program.
+
+    `schedule`: step -> learning rate, a pytree of its numbers. `seed`: what all random draws depend on.
+    """
+
+    schedule: Callable[[Array], Array]
+    seed: int
+
+    def arrays(self) -> "Knobs":
+        """With NumPy arrays in place of numbers, in the types in which a program takes them."""
+        return jax.tree.map(lambda x: np.asarray(x, jnp.result_type(x)), self)
+
+
 def make_train_step(
-    model: WholeModel, config: ExperimentConfig, tx: optax.GradientTransformation, schedule: optax.Schedule
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics). With `optim.accumulate` > 1 the batch is worked off in that many parts, whose
-    gradients add up to the whole batch's. Randomness depends on (train.seed, step) only.
+    model: WholeModel, config: ExperimentConfig, tx: optax.GradientTransformation
+) -> Callable[[TrainState, Batch, Knobs], tuple[TrainState, Metrics]]:
+    """(state, batch, knobs) -> (state, metrics).
+
+    With `optim.accumulate` > 1 the batch is worked off in that many parts, whose gradients add up to the whole batch's.
+    Randomness depends on (seed, step) only.
     """
 
     def micro_loss(trainable: Params, frozen: Params, batch: Batch, rng: Array, divide_by):
@@ -85,7 +104,7 @@ def make_train_step(
         loss, metrics = total_loss(output, head, batch, config.loss, config.model, divide_by, model.rules)
         return loss, metrics | router_metrics(output.aux, config.optim.accumulate)
 
-    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+    gradient, tx = jax.value_and_grad(micro_loss, has_aux=True), optax.with_extra_args_support(tx)
 
     def gradients(state: TrainState, batch: Batch, rng: Array) -> tuple[Params, Metrics]:
         parts = config.optim.accumulate
@@ -105,14 +124,15 @@ def make_train_step(
         grads, metrics = jax.lax.scan(add, zeros, (split_batch(batch, parts), jnp.arange(parts)))
         return grads, jax.tree.map(lambda x: x.sum(0), metrics)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+    def train_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(knobs.seed), state.step)
         grads, metrics = gradients(state, batch, rng)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        rate = knobs.schedule(state.step)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable, rate=rate)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics |= {
             "grad_norm": optax.global_norm(grads),
-            "lr": jnp.float32(schedule(state.step)),
+            "lr": rate,
             "tokens": batch.valid.sum(),
             "target_tokens": batch.loss_weights.sum(),
             "masks": batch.mask_valid.sum(),
@@ -157,8 +177,11 @@ class CompiledStep:
     error.
     """
 
-    def __init__(self, step: Callable, shardings: TrainState):
-        options = compiler_options(jax.tree.leaves(shardings)[0].mesh)
+    def __init__(self, step: Callable, shardings: TrainState, knobs: Knobs):
+        mesh = jax.tree.leaves(shardings)[0].mesh
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._knobs = place(knobs.arrays(), jax.tree.map(lambda _: everywhere, knobs))
+        options = compiler_options(mesh)
         self._jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
         self._compiled: dict[int, Any] = {}  # by bucket length
 
@@ -168,7 +191,7 @@ class CompiledStep:
         if length in self._compiled:
             return 0.0
         start = time.perf_counter()
-        self._compiled[length] = self._jitted.lower(state, batch).compile()
+        self._compiled[length] = self._jitted.lower(state, batch, self._knobs).compile()
         seconds = time.perf_counter() - start
         release_memory()
         wait_for_others(f"compiled_{length}")
@@ -178,4 +201,4 @@ class CompiledStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """The next state and the metrics; `state` is gone. A bucket that is new is compiled first."""
         self.compile(state, batch)
-        return self._compiled[batch.tokens.shape[1]](state, batch)
+        return self._compiled[batch.tokens.shape[1]](state, batch, self._knobs)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
 
 
 def interpolate(planes: np.ndarray, known: Sequence[int]) -> None:
@@ -23,6 +22,8 @@ def interpolate(planes: np.ndarray, known: Sequence[int]) -> None:
 
 def _signed_distance(plane: np.ndarray) -> np.ndarray:
     """Pixels to the outline, positive inside."""
+    from scipy import ndimage  # here and below: slow to import, and few need it
+
     padded = np.pad(plane, 1)  # beyond the slice is outside
     inside, outside = ndimage.distance_transform_edt(padded), ndimage.distance_transform_edt(~padded)
     return (inside - outside)[1:-1, 1:-1]
@@ -30,6 +31,8 @@ def _signed_distance(plane: np.ndarray) -> np.ndarray:
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
     """The part of most voxels (26 neighbours); the first of several of one size. An empty mask stays empty."""
+    from scipy import ndimage
+
     parts, count = ndimage.label(mask, np.ones((3, 3, 3)))
     if count < 2:
         return mask
@@ -38,4 +41,6 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
 
 def smooth(mask: np.ndarray, spacing: np.ndarray, sigma: float) -> np.ndarray:
     """The mask after a Gaussian of `sigma` mm, cut at one half."""
+    from scipy import ndimage
+
     return ndimage.gaussian_filter(mask.astype(np.float32), sigma / np.asarray(spacing), mode="nearest") > 0.5

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from medplib_jax.aot.programs import abstract_batch, make_program
+from medplib_jax.aot.programs import make_program
 from medplib_jax.aot.report import Request, as_text, examine
 from medplib_jax.aot.sweep import as_table, candidates
 from medplib_jax.aot.topologies import devices_of, full_rematerialisations
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.models.language.expert_exchange import carries_ragged, with_exchange
 from medplib_jax.parallel.mesh import make_mesh
+from medplib_jax.train.program import abstract_batch
 from tests.helpers import MODEL, random_batch, tiny_experiment
 
 needs_libtpu = pytest.mark.skipif(

@@ -157,3 +157,14 @@ def test_one_branch_of_a_conditional_runs():
 def test_what_is_not_hlo_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         read_usage("func.func @main", lambda *_: 0.0)
+
+
+def test_traffic_says_what_moves_it(usage):
+    moved = {(one.kind, one.source): (one.bytes, one.times) for one in usage.traffic}
+    assert moved == {
+        ("products", ""): (5 * ((64 * 32 + 16 * 32) * 2 + 4), 5),  # a slice of the weights, the result, a counter
+        ("kernels", ""): (4 * 2 * 256 * 128 * 2, 1),
+        ("collectives", "jit(f)/while/body/dot_general"): (5 * 16 * 32 * 2, 5),  # its result stays on the chip
+        ("collectives", ""): (2 * 16 * 64 * 2, 1),
+    }
+    assert usage.hbm_bytes == sum(size for size, _ in moved.values())

@@ -459,16 +459,16 @@ def check_optimizer(converted: Converted, z: Arrays, case: Mapping, final: Array
     pattern = "|".join(f"^{re.escape(path)}$" for path in sorted(trainable_paths))
     trainable, frozen = partition(jax.tree.map(jnp.asarray, converted.params), (pattern,))
     optim = OptimConfig(lr=case["lr"], warmup=0.25, schedule="reference")
-    tx = make_optimizer(optim, make_schedule(optim, total_steps=12, epoch_steps=12), trainable)
+    tx, schedule = make_optimizer(optim, trainable), make_schedule(optim, total_steps=12, epoch_steps=12)
     (batch, rows), state = seg_rows(converted.batch(z), converted.seg_id, z), tx.init(trainable)
     run, embedding = loss_and_gradients(converted, STAGE4_LOSS, True), image_embedding(converted, batch)
 
     @jax.jit
-    def step(trainable, state, noise):
+    def step(trainable, state, noise, rate):
         (terms, _, _), gradients = run(combine(trainable, frozen), batch, noise, embedding, rows)
         gradients, _ = partition(gradients, (pattern,))
         norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)))
-        updates, state = tx.update(gradients, state, trainable)
+        updates, state = tx.update(gradients, state, trainable, rate=rate)
         return jax.tree.map(jnp.add, trainable, updates), state, terms, norm
 
     tokens = batch.tokens.size
@@ -480,7 +480,7 @@ def check_optimizer(converted: Converted, z: Arrays, case: Mapping, final: Array
                 for layer in layers
             ]
         )
-        trainable, state, terms, norm = step(trainable, state, noise)
+        trainable, state, terms, norm = step(trainable, state, noise, schedule(i))
         yield Row("losses of six steps", relative(terms["loss"], expected["loss"]))
         yield Row("losses of six steps", relative(language_loss(converted, terms), expected["ce_loss"]))
         yield Row("gradient norms of six steps", relative(norm, expected["grad_norm_before_clip"]), GRADIENT_BAR)

@@ -325,20 +325,20 @@ def check_optimizer(fixture: Fixture, z: Arrays, forward: Arrays) -> Iterator[Ro
     for groups, no_decay in NO_DECAY.items():
         config = OptimConfig(lr=1e-3, weight_decay=0.1, warmup=0.01, schedule="cosine", no_decay=no_decay)
         schedule = make_schedule(config, 200, 200)
-        tx = make_optimizer(config, schedule, start)
+        tx = make_optimizer(config, start)
 
         @jax.jit
-        def step(trainable, state, tx=tx):
+        def step(trainable, state, rate, tx=tx):
             loss, grads = jax.value_and_grad(
                 lambda trainable: _loss(bind(model, combine(trainable, frozen)), batch)["loss"]
             )(trainable)
-            updates, state = tx.update(grads, state, trainable)
+            updates, state = tx.update(grads, state, trainable, rate=rate)
             norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
             return jax.tree.map(jnp.add, trainable, updates), state, loss, norm
 
         trainable, state = start, tx.init(start)
         for i in range(len(z[f"{groups}/loss"])):
-            trainable, state, loss, norm = step(trainable, state)
+            trainable, state, loss, norm = step(trainable, state, schedule(i))
             yield Row("losses of five steps", relative(loss, z[f"{groups}/loss"][i]))
             yield Row("gradient norms of five steps", relative(norm, z[f"{groups}/gradnorm"][i]), GRADIENT_BAR)
             yield Row("rates", relative(schedule(i), z[f"{groups}/lr"][i]))

@@ -29,6 +29,7 @@ from medplib_jax.train.step import (
     state_shardings,
 )
 from tests import bird_tiny
+from tests.helpers import constant
 
 NEW = 12
 
@@ -155,7 +156,7 @@ def one_step(mesh_sizes):
     params = jax.tree.map(jax.device_put, bird_tiny.params(), placed)
     state = jax.jit(lambda p: make_state(p, config, tx), out_shardings=shardings)(params)
     before = jax.device_get(state.trainable)
-    step = CompiledStep(make_train_step(model, config, tx, lambda step: rate), shardings)
+    step = CompiledStep(make_train_step(model, config, tx), shardings, constant(rate))
     state, metrics = step(state, put_batch(bird_tiny.batch(), mesh, 8))
     after = jax.device_get(state.trainable)
     return float(metrics["loss"]), flatten(jax.tree.map(lambda old, new: (old - new) / rate, before, after))

@@ -60,3 +60,12 @@ def test_dropout_keeps_the_share_and_the_mean():
     assert set(np.unique(kept)) == {0.0, np.float32(2**16 / (2**16 - round(0.05 * 2**16)))}
     assert abs(float((kept == 0).mean()) - 0.05) < 0.003 and abs(float(kept.mean()) - 1) < 0.003
     assert dropout(x, 0.05, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def test_a_row_through_a_kernel_of_8_bits():
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((1, 1, 48), np.float32), rng.integers(-127, 128, (48, 20), np.int8)
+    found = jax.jit(matmul)(x, kernel)
+    np.testing.assert_allclose(found, x @ kernel.astype(np.float32), rtol=1e-5, atol=1e-4)
+    loops = [equation.primitive.name for equation in jax.make_jaxpr(matmul)(x, kernel).jaxpr.eqns]
+    assert "dot_general" not in loops

@@ -11,10 +11,9 @@ import pytest
 from medplib_jax.batch import flatten
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode.layout import decoding_model, lay_out
-from medplib_jax.models.language.llama import unstack
 from medplib_jax.models.layers import abstract_module, bind, draw_params, params_of
 from medplib_jax.models.medplib import MedPLIB
-from medplib_jax.models.quantize import dequantize_params, num_bytes, quantize_params
+from medplib_jax.models.quantize import dequantize_params, num_bytes
 from tests.helpers import MODEL, random_batch, tiny_experiment
 
 MODEL = dataclasses.replace(MODEL, lora=LoraConfig())
@@ -26,8 +25,7 @@ def params():
 
 
 def test_kernels_keep_their_values_to_half_a_step(params):
-    plain = unstack(params, experts_apart=True)
-    quantized = quantize_params(plain, params_of(decoding_model(MODEL, quantize="int8")))
+    plain, quantized = lay_out(MODEL, params), lay_out(MODEL, params, quantize="int8")
     back, scales = flatten(dequantize_params(quantized, jnp.float32)), flatten(quantized)
     for path, kernel in flatten(plain).items():
         step = scales.get(path.replace("/kernel", "/kernel_scale")) if path.endswith("/kernel") else None

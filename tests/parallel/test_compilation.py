@@ -1,10 +1,15 @@
 """Programs are counted, and found again on disk."""
 
+import io
+import re
+import threading
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
+from tqdm import tqdm
 
-from medplib_jax.parallel.compilation import Compilations, use_cache
+from medplib_jax.parallel.compilation import COMPILED, LOWERED, Compilations, compiling_shown, use_cache
 
 
 def test_a_second_compilation_comes_from_the_cache(tmp_path):
@@ -29,3 +34,34 @@ def test_a_second_compilation_comes_from_the_cache(tmp_path):
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+def test_jax_tells_when_compiling_begins_and_ends():
+    """Lowering ends where compiling begins; the names of these events are JAX's."""
+    heard = []
+
+    def listen(event, *_, **__):
+        heard.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: jnp.cos(x) * 2.75).lower(jax.ShapeDtypeStruct((5,), jnp.float32)).compile()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert [event for event in heard if event in (LOWERED, COMPILED)] == [LOWERED, COMPILED]
+
+
+def test_the_bar_says_that_something_is_compiled_and_for_how_long():
+    said, shown = [], threading.Event()
+
+    class Bar(tqdm):
+        def set_description(self, desc=None, refresh=True):
+            said.append(desc)
+            if "compiling" in desc:
+                shown.set()
+
+    with Bar(desc="train", file=io.StringIO()) as bar, compiling_shown(bar, every=0.01):
+        jax.monitoring.record_event_duration_secs(LOWERED, 0.0)
+        assert shown.wait(20)
+        jax.monitoring.record_event_duration_secs(COMPILED, 0.0)
+    assert re.fullmatch(r"train, compiling, \d+ s", said[0]) and said[-1] == "train"

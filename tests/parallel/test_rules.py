@@ -28,7 +28,7 @@ from medplib_jax.parallel.sharding import (
 )
 from medplib_jax.train.losses import token_cross_entropy
 from medplib_jax.train.step import CompiledStep, abstract_model, make_state, make_train_step, place, state_shardings
-from tests.helpers import MODEL, init_params, random_batch, tiny_experiment
+from tests.helpers import MODEL, constant, init_params, random_batch, tiny_experiment
 
 MODEL = dataclasses.replace(
     MODEL,
@@ -174,7 +174,7 @@ def step(config: ExperimentConfig, mesh):
     params = with_adapters(init_params(config, model_shardings(model, mesh)))
     state = jax.jit(lambda p: make_state(p, config, tx), out_shardings=shardings)(params)
     before = jax.device_get(state.trainable)
-    run = CompiledStep(make_train_step(model, config, tx, lambda step: RATE), shardings)
+    run = CompiledStep(make_train_step(model, config, tx), shardings, constant(RATE))
     state, metrics = run(state, put_batch(random_batch(config), mesh, config.data.batch_size))
     after = jax.device_get(state.trainable)
     return jax.device_get(metrics), jax.tree.map(lambda old, new: (old - new) / RATE, before, after)

@@ -23,6 +23,7 @@ from medplib_jax.config.experiment import ExperimentConfig, TrainConfig
 from medplib_jax.config.files import load_config
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.data.tokenizers import ADDED_TOKENS, Tokenizer, train_tokenizer
+from medplib_jax.parallel.compilation import Compilations
 from medplib_jax.parallel.lock import FolderInUse, folder_lock
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.train import loop as train_module
@@ -115,6 +116,22 @@ def test_resuming_after_sigkill_gives_the_same_losses(uninterrupted, config, fol
     assert train(config, str(tmp_path / "run"))["step"] == 8
     resumed = losses(tmp_path / "run")
     assert resumed == uninterrupted["losses"] and written.items() <= resumed.items()
+
+
+def test_another_rate_seed_number_of_steps_or_data_compiles_nothing_anew(uninterrupted, config, folder, tmp_path):
+    """All programs of a run that was there before are found on disk."""
+    records = json.loads((folder / "phantom/train/align.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(records[::-1]))
+    changed = dataclasses.replace(
+        config,
+        optim=dataclasses.replace(config.optim, lr=3e-4, warmup=0.5),
+        train=dataclasses.replace(config.train, steps=5, seed=7),
+        data=dataclasses.replace(config.data, sources=(str(tmp_path / "other.json"),)),
+    )
+    count = Compilations()
+    result = train(changed, str(tmp_path / "run"))
+    assert result["step"] == 5 and result["lr"] != uninterrupted["result"]["lr"]
+    assert count.requested and count.cached == count.requested
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from medplib_jax.models.layers import model_shardings
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.sharding import put_batch
 from medplib_jax.train.step import CompiledStep, abstract_model, make_state, make_train_step, state_shardings
-from tests.helpers import MODEL, init_params, random_batch, tiny_experiment
+from tests.helpers import MODEL, constant, init_params, random_batch, tiny_experiment
 
 STAGES = ("stage1_align", "stage2_vqa", "stage3_grounding", "stage4_moe", "stage5_icl")
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 2, 4))  # data x fsdp x expert x tensor
@@ -65,7 +65,7 @@ def step(config: ExperimentConfig, sizes: tuple[int, ...]):
     params = varied(init_params(config, model_shardings(model, mesh)))
     state = jax.jit(lambda p: make_state(p, config, tx), out_shardings=shardings)(params)
     before = jax.device_get(state.trainable)
-    run = CompiledStep(make_train_step(model, config, tx, lambda step: RATE), shardings)
+    run = CompiledStep(make_train_step(model, config, tx), shardings, constant(RATE))
     state, metrics = run(state, put_batch(random_batch(config), mesh, config.data.batch_size))
     return jax.device_get(metrics), flatten(
         jax.tree.map(lambda old, new: (old - new) / RATE, before, jax.device_get(state.trainable))

@@ -92,14 +92,14 @@ def test_updates_equal_torch():
     config = OptimConfig(lr=1e-2, weight_decay=0.1, schedule="reference", warmup=0.03, lr_scale=(("^b", 0.5),))
     schedule = make_schedule(config, total_steps=12, epoch_steps=100)
 
-    tx = make_optimizer(config, schedule, start)
+    tx = make_optimizer(config, start)
     ours = {k: jnp.asarray(v) for k, v in start.items()}
     state = tx.init(ours)
     theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
     groups = [{"params": [theirs["a"]]}, {"params": [theirs["b"]]}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for step, gradient in enumerate(gradients):
-        updates, state = tx.update(gradient, state, ours)
+        updates, state = tx.update(gradient, state, ours, rate=schedule(step))
         ours = optax.apply_updates(ours, updates)
         for group, factor in zip(optimizer.param_groups, (1.0, 0.5), strict=True):
             group["lr"] = float(schedule(step)) * factor

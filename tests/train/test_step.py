@@ -16,23 +16,24 @@ from medplib_jax.parallel.sharding import put_batch
 from medplib_jax.train.optim import make_optimizer, make_schedule, partition
 from medplib_jax.train.step import (
     CompiledStep,
+    Knobs,
     abstract_model,
     make_state,
     make_train_step,
     split_batch,
     state_shardings,
 )
-from tests.helpers import init_params, random_batch, tiny_experiment
+from tests.helpers import constant, init_params, random_batch, tiny_experiment
 
 
 def setup(config, mesh):
     """(compiled step, state at step 0) on a mesh; plain SGD shows the gradients themselves."""
     model = abstract_model(config.model, config.sharding)
-    tx, schedule = optax.sgd(1.0), lambda step: 1.0
+    tx = optax.sgd(1.0)
     shardings = state_shardings(model, config, tx, mesh)
     params = init_params(config, model_shardings(model, mesh))
     state = jax.jit(lambda p: make_state(p, config, tx), out_shardings=shardings)(params)
-    return CompiledStep(make_train_step(model, config, tx, schedule), shardings), state
+    return CompiledStep(make_train_step(model, config, tx), shardings, constant(1.0)), state
 
 
 def one_step(config, mesh_config, devices):
@@ -101,12 +102,12 @@ def test_frozen_parameters_keep_their_values_and_take_their_dtype():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = abstract_model(config.model, config.sharding)
     trainable, _ = partition(params_of(model), config.optim.trainable)
-    schedule = make_schedule(config.optim, 10, 10)
-    tx = make_optimizer(config.optim, schedule, trainable)
+    tx = make_optimizer(config.optim, trainable)
     shardings = state_shardings(model, config, tx, mesh)
     state = make_state(init_params(config, model_shardings(model, mesh)), config, tx)
     before = jax.device_get((state.trainable, state.frozen))
-    step = CompiledStep(make_train_step(model, config, tx, schedule), shardings)
+    knobs = Knobs(make_schedule(config.optim, 10, 10), config.train.seed)
+    step = CompiledStep(make_train_step(model, config, tx), shardings, knobs)
     for seed in range(3):
         state, metrics = step(state, put_batch(random_batch(config, seed=seed), mesh, 8))
     assert {path[-6:] for path in flatten(state.trainable)} == {"lora_a", "lora_b"}

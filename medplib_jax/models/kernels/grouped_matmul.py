@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from medplib_jax.batch import Array
-from medplib_jax.models.kernels import grouped_matmul_gpu as gpu
 from medplib_jax.models.precision import precision_of
 from medplib_jax.models.target import is_for_gpu, is_for_tpu, target_device
 
@@ -58,15 +57,24 @@ def grouped_matmul_apart(x_SxD: Array, matrices: Sequence[Array], sizes_E: Array
 
 
 def _multiply(x, w, sizes, *, transpose):
-    if is_for_gpu(x) and gpu.suits_triton(x.shape[0], w):
+    if gpu := _gpu_kernels(x, w):
         return gpu.multiply(x, w, sizes, transpose=transpose, device=target_device(x))
     return (_multiply_tpu if is_for_tpu(x) else _multiply_blocks)(x, w, sizes, transpose)
 
 
 def _weight_gradient(x, w, dy, sizes):
-    if is_for_gpu(x) and gpu.suits_triton(x.shape[0], w):
+    if gpu := _gpu_kernels(x, w):
         return gpu.weight_gradient(x, dy, sizes, device=target_device(x))
     return (_weight_gradient_tpu if is_for_tpu(x) else _weight_gradient_blocks)(x, dy, sizes)
+
+
+def _gpu_kernels(x, w):
+    """The module of our kernels where they can be used, else None. It is imported late, as megablox is."""
+    if not is_for_gpu(x):
+        return None
+    from medplib_jax.models.kernels import grouped_matmul_gpu as gpu
+
+    return gpu if gpu.suits_triton(x.shape[0], w) else None
 
 
 # ---- blocks of rows ----

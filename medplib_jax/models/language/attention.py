@@ -18,7 +18,7 @@ from medplib_jax.config.model import LlmConfig, LoraConfig
 from medplib_jax.models.layers import Linear, Rngs, softmax_average
 from medplib_jax.models.precision import product
 from medplib_jax.models.rng import split_rng
-from medplib_jax.models.target import is_for_gpu, is_for_tpu, target_device
+from medplib_jax.models.target import is_for_gpu, is_for_tpu, is_simulated, target_device
 from medplib_jax.parallel.sharding import activation_axes, mesh_axes, row_axes
 
 HIDDEN = -1e30  # added to the score of a key that a query may not see; absorbs any score
@@ -260,7 +260,10 @@ def _splash_local(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, segment_BxL):
         residual_checkpoint_name="attention",
         interpret=not is_for_tpu(q_BxHxLxK),
     )
-    return jax.vmap(kernel)(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, splash.SegmentIds(segment_BxL, segment_BxL))
+    rows = q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, splash.SegmentIds(segment_BxL, segment_BxL)
+    if is_simulated():  # jax 0.10's interpreter of TPU kernels does not know the axis that vmap adds to their grid
+        return jax.lax.map(lambda row: kernel(*row), rows)
+    return jax.vmap(kernel)(*rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from medplib_jax.batch import Array, Params
+from medplib_jax.batch import Array
 from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.models.language.attention import (
@@ -60,7 +60,7 @@ class DecoderLayer(nnx.Module):
 class Llama(nnx.Module):
     """LLaMA (Touvron et al. 2023) with MedPLIB's mixture of experts in the layers `config.moe_layers`.
 
-    `layers_apart`: each layer has parameters of its own (see `unstack`), which is what decoding wants. A loop over
+    `layers_apart`: each layer has parameters of its own, which is what decoding wants (`decode.layout`). A loop over
     stacked layers inside the loop over tokens would copy all weights for every token. `experts_apart`: so do the
     experts of a layer.
     """
@@ -240,20 +240,6 @@ class _LayerStep:
             return shard_rows(x + mlp(h, mlp_rng)), {}, buffers
         y, out = mlp(h, self.valid_BxL, train=self.train, rng=mlp_rng, noise_SxE=noise_SxE)
         return shard_rows(x + y), out, buffers
-
-
-def unstack(params: Params, experts_apart: bool) -> Params:
-    """The whole model's parameters with a subtree for each decoder layer, and with `experts_apart` for each expert."""
-    llm = params["llm"]
-    apart = {name: _each(llm[name]) for name in ("layers", "mlp", "moe") if name in llm}
-    for layer in apart.get("moe", {}).values() if experts_apart else ():
-        layer["experts"] = {"each": _each(layer["experts"])}
-    return params | {"llm": llm | apart}
-
-
-def _each(stack: Params) -> Params:
-    """{"0": first row of every leaf, "1": ...}"""
-    return {str(i): jax.tree.map(lambda a, i=i: a[i], stack) for i in range(len(jax.tree.leaves(stack)[0]))}
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> KVCache:

@@ -20,8 +20,11 @@ def resample_to_canvas(
     canvas: tuple[int, int],
     sam_size: int,
     mode: str,
+    corner: Array | tuple[int, int] = (0, 0),
 ) -> tuple[Array, Array]:
     """Mask logits at their original size, in the top-left corner of a canvas (I, J).
+
+    With another `corner` (row, column) the canvas shows what lies from there on.
 
     sam_box: (top, left, height, width) of the picture on the sam_size x sam_size canvas; mask_size: (height, width) of
     the picture on the mask canvas. Returns float32 logits_BxMxIxJ, 0 outside mask_size, and bool canvas_mask_BxIxJ of
@@ -37,27 +40,28 @@ def resample_to_canvas(
     weights, inside = [], []
     for axis in (0, 1):
         grid, start, length = mask_logits_BxMxhxw.shape[2 + axis], sam_box_Bx4[:, axis], sam_box_Bx4[:, 2 + axis]
-        size = mask_size_Bx2[:, axis]
+        size, target = mask_size_Bx2[:, axis], corner[axis] + jnp.arange(canvas[axis])
         if mode == "exact":
-            to_sam = _resize_weights(np.zeros(1), np.full(1, grid), np.full(1, sam_size), grid, sam_size, np)[0]
-            weights.append(product(_resize_weights(start, length, size, sam_size, canvas[axis], jnp), to_sam))
+            whole = (np.full(1, n) for n in (0, grid, sam_size))
+            to_sam = _resize_weights(*whole, grid, np.arange(sam_size), np)[0]
+            weights.append(product(_resize_weights(start, length, size, sam_size, target, jnp), to_sam))
         else:
             start, length = _reference_slice(grid, length)
-            weights.append(_resize_weights(start, length, size, grid, canvas[axis], jnp))
-        inside.append(jnp.arange(canvas[axis]) < size[:, None])
+            weights.append(_resize_weights(start, length, size, grid, target, jnp))
+        inside.append(target < size[:, None])
     rows_BxIxh, columns_BxJxw = weights
     rows_BxMxIxw = product(rows_BxIxh[:, None], mask_logits_BxMxhxw.astype(jnp.float32))
     logits = product(rows_BxMxIxw, columns_BxJxw[:, None].swapaxes(-2, -1))
     return logits, inside[0][:, :, None] & inside[1][:, None, :]
 
 
-def _resize_weights(start, length, size, in_dim: int, out_dim: int, xp) -> Array:
-    """W[B, out_dim, in_dim]: bilinear resize (half-pixel centres, edges clamped) of in[start:start + length] to `size`.
+def _resize_weights(start, length, size, in_dim: int, target, xp) -> Array:
+    """W[B, T, in_dim]: bilinear resize (half-pixel centres, edges clamped) of in[start:start + length] to `size`.
 
-    Rows beyond `size` are 0.
+    Its rows are those of `target` [T], 0 beyond `size`.
     """
     start, length, size = (value[:, None].astype(np.float32) for value in (start, length, size))
-    target = xp.arange(out_dim, dtype=np.float32)
+    target = target.astype(np.float32)
     source = xp.clip((target + 0.5) * (length / size) - 0.5, 0, length - 1) + start
     weights = xp.maximum(1 - xp.abs(source[..., None] - xp.arange(in_dim, dtype=np.float32)), 0)
     return weights * (target < size)[..., None].astype(np.float32)

@@ -1,0 +1,138 @@
+"""Memory traffic of a compiled program: what each instruction moves between HBM and the chip, and what for."""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from medplib_jax.aot.hlo import Computation, Instruction, Shape
+
+LIBRARIES = ("__cublas$", "__cudnn$")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+KINDS = ("products", "kernels", "collectives", "moves", "elementwise")
+_PRODUCTS = ("dot", "convolution")
+_MOVES = (
+    *("copy", "copy-start", "transpose", "bitcast", "reshape", "broadcast", "slice", "concatenate", "pad", "convert"),
+    *("dynamic-slice", "dynamic-update-slice", "gather", "scatter", "sort", "parameter", "constant", "tuple"),
+    *("get-tuple-element", "iota", "compare", "select", "add", "clamp"),  # of the places
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """All executions of one instruction. `bytes`: what they move. `float32`: whether its result is of that type."""
+
+    kind: str  # one of KINDS
+    bytes: float
+    times: float
+    result: Shape
+    source: str
+
+
+def traffic_of(
+    instruction: Instruction, computation: Computation, computations: dict[str, Computation], times: float
+) -> Traffic | None:
+    """What an instruction moves that runs so often; None for one that moves nothing."""
+    moved = times * bytes_moved(instruction, computation, computations)
+    if not moved:
+        return None
+    source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    largest = max(instruction.shapes, key=lambda shape: shape.bytes)
+    return Traffic(_kind(instruction, computations), moved, times, largest, source.group(1) if source else "")
+
+
+def _kind(instruction: Instruction, computations: dict[str, Computation]) -> str:
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode in COLLECTIVES:
+        return "collectives"
+    if opcode == "custom-call":
+        return "products" if instruction.target.startswith(LIBRARIES) else "kernels"
+    inside = {opcode}
+    if opcode == "fusion":
+        inside = {i.opcode for name in instruction.called for i in computations.get(name, {}).values()}
+    if inside & set(_PRODUCTS):
+        return "products"
+    return "moves" if inside <= set(_MOVES) else "elementwise"
+
+
+_SLICING = ("dynamic-slice", "gather", "slice")
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written into the first one
+_NAMES_OPERANDS = ("all-gather-start", "reduce-scatter-start", "all-to-all-start", "collective-permute-start")
+_FREE = (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "iota",
+    "partition-id",
+)
+
+
+def bytes_moved(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
+    """Bytes that an instruction moves between HBM and the chip: operands that it reads and results that it writes."""
+    if (
+        instruction.opcode in _FREE
+        or instruction.opcode.endswith("-done")
+        or "AllocateBuffer" in instruction.attributes
+    ):
+        return 0.0
+    operands = [computation[name].shapes for name in instruction.operands]
+    fusion = computations.get(instruction.called[0]) if instruction.opcode == "fusion" and instruction.called else None
+    if fusion:
+        return sum(_fusion_traffic(fusion, instruction.shapes))
+    if instruction.opcode in _SLICING:
+        return 2.0 * hbm_bytes(instruction.shapes)
+    if instruction.opcode in _IN_PLACE:
+        return 2.0 * hbm_bytes(operands[_IN_PLACE[instruction.opcode]])
+    return hbm_bytes(_written(instruction, operands)) + sum(map(hbm_bytes, operands))
+
+
+def _written(instruction: Instruction, operands: list[tuple[Shape, ...]]) -> tuple[Shape, ...]:
+    """The results that an instruction writes.
+
+    A library's workspace, its last one, is as large as a table says, and little of it is touched; the begin of a
+    collective names its operands among its results.
+    """
+    shapes = instruction.shapes
+    if instruction.target.startswith(LIBRARIES) and len(shapes) > 1 and shapes[-1].dtype in ("s8", "u8"):
+        return shapes[:-1]
+    return shapes[sum(map(len, operands)) :] if instruction.opcode in _NAMES_OPERANDS else shapes
+
+
+def hbm_bytes(shapes: tuple[Shape, ...]) -> float:
+    return float(sum(shape.bytes for shape in shapes if not shape.on_chip))
+
+
+def _fusion_traffic(fusion: Computation, results: tuple[Shape, ...]) -> Iterator[float]:
+    """A parameter that is only sliced costs its slices, a result that updates a parameter's slice costs the slice."""
+    users = collections.defaultdict(list)
+    for instruction in fusion.values():
+        for operand in instruction.operands:
+            users[operand].append(instruction)
+    for parameter in (i for i in fusion.values() if i.opcode == "parameter"):
+        yield _read(parameter, users, fusion) if hbm_bytes(parameter.shapes) else 0.0
+    root = next(i for i in fusion.values() if i.is_root)
+    updates = [i for i in fusion.values() if i.opcode in _IN_PLACE]
+    if root.opcode in (*_IN_PLACE, "bitcast") and updates:
+        return  # written where the parameter's slice was counted
+    yield hbm_bytes(results)
+
+
+def _read(source: Instruction, users: dict[str, list[Instruction]], fusion: Computation) -> float:
+    """Bytes of an array inside a fusion that are read, or written when the fusion updates it in place."""
+    total, whole = 0.0, float(sum(shape.bytes for shape in source.shapes))
+    for user in users[source.name]:
+        if user.opcode == "bitcast":
+            total += _read(user, users, fusion)
+        elif user.opcode in _SLICING and user.operands[0] == source.name:
+            total += sum(shape.bytes for shape in user.shapes)
+        elif user.opcode in _IN_PLACE and user.operands[0] == source.name:
+            total += sum(shape.bytes for shape in fusion[user.operands[_IN_PLACE[user.opcode]]].shapes)
+        else:
+            return whole
+    return min(total, whole)

@@ -1,0 +1,42 @@
+"""A checkpoint as it answers: its parameters laid out on devices, and what it says about itself."""
+
+import dataclasses
+import os
+
+from jax.sharding import Mesh
+
+from medplib_jax.batch import Params
+from medplib_jax.config.experiment import ExperimentConfig, ShardingConfig
+from medplib_jax.decode.layout import lay_out
+from medplib_jax.decode.saved_params import open_params
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedCheckpoint:
+    """`params`: see `layout.lay_out`. `tokenizer`: its folder. `quantize`: "int8" for weights of 8 bits."""
+
+    experiment: ExperimentConfig
+    params: Params
+    tokenizer: str
+    quantize: str
+
+
+def load_checkpoint(
+    path: str | os.PathLike,
+    step: int | None = None,
+    *,
+    mesh: Mesh | None = None,
+    rules: ShardingConfig | None = None,
+    quantize: str = "",
+) -> LoadedCheckpoint:
+    """`step` of a workdir, or what `path` names, on the devices of `mesh` (default: this process's first device).
+
+    A parameter is read, quantised where that is asked for, placed and dropped before much more is read: the host needs
+    the memory of the result and of a few layers. Weights that were saved in 8 bits stay so. FileNotFoundError when
+    there is no such complete checkpoint, ValueError when it is not what was saved or not a model that answers.
+    """
+    saved = open_params(path, step)
+    quantize = quantize or saved.quantize
+    params = lay_out(saved.experiment.model, saved.tree, mesh, rules, quantize)
+    saved.check()
+    return LoadedCheckpoint(saved.experiment, params, saved.tokenizer, quantize)
