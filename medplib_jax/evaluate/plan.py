@@ -8,7 +8,7 @@ from typing import Any
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.evaluate.checkpoints import SweepCheckpoint, find_checkpoints
-from medplib_jax.evaluate.evaluators import reference, spice
+from medplib_jax.evaluate.evaluators import captions, reference
 from medplib_jax.evaluate.evaluators.predictions import PredictionRow, read_lines
 from medplib_jax.evaluate.kinds import find_kind
 from medplib_jax.evaluate.result import RESULT, LeftOut, read_result
@@ -88,9 +88,13 @@ class PlannedCell:
         return {path: tuple(records) for path, records in shards.items()}
 
     @property
-    def spice_file(self) -> Path | None:
-        """Where SPICE of its captions stands, below the workdir; None for other tasks."""
-        return self.folder / f"{self.task.name}.spice.jsonl" if self.task.config.part == spice.PART else None
+    def caption_files(self) -> dict[captions.CaptionProgram, Path]:
+        """{program that scores its captions: its file below the workdir}; none for other tasks."""
+        return {
+            program: self.folder / f"{self.task.name}.{program.name}.jsonl"
+            for program in captions.PROGRAMS
+            if self.task.config.part in program.parts
+        }
 
     def lines(self, workdir: Path) -> list[PredictionRow] | None:
         """What the files say of each record, in their order; None while a record has no line."""

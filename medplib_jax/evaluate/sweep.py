@@ -3,14 +3,14 @@ out.
 
 A process holds the model on its own devices and takes whole shards. Nothing is exchanged while answers are made, and a
 record's line is the same whoever makes it. `<workdir>/predictions/<checkpoint>/<protocol>/<task>.<shard>.jsonl` holds
-the lines; what has a line is not asked again. When all are there, captions are scored by SPICE (`evaluators/spice.py`),
-and process 0 writes `<workdir>/sweep.json` (`result.py`).
+the lines; what has a line is not asked again. When all are there, captions are scored (`evaluators/captions.py`), and
+process 0 writes `<workdir>/sweep.json` (`result.py`).
 """
 
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -21,7 +21,7 @@ from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.evaluate import metrics
 from medplib_jax.evaluate.answering import LoadedModel, answer_cell
 from medplib_jax.evaluate.checkpoints import SweepCheckpoint
-from medplib_jax.evaluate.evaluators import router, spice
+from medplib_jax.evaluate.evaluators import captions, router
 from medplib_jax.evaluate.evaluators.predictions import SKIPPED, PredictionRow
 from medplib_jax.evaluate.kinds import find_kind
 from medplib_jax.evaluate.plan import PlannedCell, SweepPlan, plan_sweep
@@ -61,12 +61,10 @@ def answer_plan(plan: SweepPlan) -> SweepResult:
         if checkpoint.name in unfinished:
             in_use |= _answer_checkpoint(checkpoint, plan, mesh, ledger)
         for cell in plan.of(checkpoint):
-            if not cell.spice_file:
-                ledger.add(cell)
+            if not cell.caption_files:
+                ledger.add(cell, {})
     wait_for_others("answered")
-    why_not = next(filter(None, of_every_process("captions", score_captions(plan.cells, plan.workdir))), "")
-    if why_not and jax.process_index() == 0:
-        log.warning("SPICE is left out: %s", why_not)
+    why_not = score_captions(plan.cells, plan.workdir)
     for cell in plan.cells:  # to which other processes have contributed since
         ledger.add(cell, why_not)
     problem = of_process_0("complete", ledger.close(in_use))
@@ -99,8 +97,8 @@ def _answer_checkpoint(
                 in_use[cell.key] = why
                 continue
             answer_cell(cell, loaded, plan.workdir, turn, plan.config)
-            if not cell.spice_file:
-                ledger.add(cell)
+            if not cell.caption_files:
+                ledger.add(cell, {})
         wait_for_others(f"answered/{checkpoint.name}")  # the locks are process 0's, and hold for all
     return in_use
 
@@ -116,16 +114,28 @@ def _lock(cell: PlannedCell, workdir: Path, locks: contextlib.ExitStack) -> str:
     return of_process_0(f"lock/{cell}", why)
 
 
-def score_captions(cells: Sequence[PlannedCell], workdir: Path) -> str:
-    """SPICE of this process's share of the cells with captions, as far as they are answered; returns why it cannot run,
-    "" if it can.
+def score_captions(cells: Sequence[PlannedCell], workdir: Path) -> dict[str, str]:
+    """Scores the cells with captions, as far as they are answered, shared out over the processes; {program's name: why
+    it cannot run}.
     """
-    captioned = [(cell, cell.spice_file) for cell in cells]
-    captioned = [(cell, file) for cell, file in captioned if file]
-    for cell, file in captioned[jax.process_index() :: jax.process_count()]:
+    why_not = {}
+    for program in captions.PROGRAMS:
+        mine = _run_program(program, cells, workdir)
+        why = next(filter(None, of_every_process(f"captions/{program.name}", mine)), "")
+        if why:
+            why_not[program.name] = why
+            if jax.process_index() == 0:
+                log.warning("%s is left out: %s", metrics.describe(program.metrics[0]).label, why)
+    return why_not
+
+
+def _run_program(program: captions.CaptionProgram, cells: Sequence[PlannedCell], workdir: Path) -> str:
+    """Scores this process's share of the cells; returns why the program cannot run, "" if it can."""
+    captioned = [cell for cell in cells if program in cell.caption_files]
+    for cell in captioned[jax.process_index() :: jax.process_count()]:
         answered = [line for line in cell.lines(workdir) or () if SKIPPED not in line]
         try:
-            spice.write_spice(workdir / file, cell.header, answered)
+            program.write(workdir / cell.caption_files[program], cell.header, answered)
         except metrics.MissingExtra as error:
             return str(error)
     return ""
@@ -148,8 +158,8 @@ class Ledger:
         self._left_out.append(LeftOut(checkpoint.name, why, failed=True))
         log.error("%s", self._left_out[-1])
 
-    def add(self, cell: PlannedCell, why_no_spice: str = "") -> None:
-        """Writes the metrics of a cell, if all its lines are there."""
+    def add(self, cell: PlannedCell, why_not: Mapping[str, str]) -> None:
+        """Writes the metrics of a cell, if all its lines are there. `why_not`: see `score_captions`."""
         if jax.process_index() > 0 or cell.key in self._added:
             return
         lines = cell.lines(self._plan.workdir)
@@ -157,7 +167,7 @@ class Ledger:
             return
         self._added.add(cell.key)
         model = self._plan.experiments[cell.checkpoint.name].model
-        self._write([summarise(cell, lines, self._plan.workdir, model, why_no_spice)])
+        self._write([summarise(cell, lines, self._plan.workdir, model, why_not)])
 
     def close(self, in_use: dict[tuple[str, str, str], str]) -> str:
         """Writes what was left out.
@@ -198,16 +208,16 @@ class Ledger:
 
 
 def summarise(
-    cell: PlannedCell, lines: Sequence[PredictionRow], workdir: Path, model: ModelConfig, why_no_spice: str = ""
+    cell: PlannedCell, lines: Sequence[PredictionRow], workdir: Path, model: ModelConfig, why_not: Mapping[str, str]
 ) -> CellEntry:
-    """The metrics of a cell from its lines, and from its file of SPICE if it has captions."""
+    """The metrics of a cell from its lines, and from the files of its captions' programs."""
     rows, files, left_out = [line for line in lines if SKIPPED not in line], list(cell.shards()), {}
-    if cell.spice_file and rows:
-        scored = spice.with_spice(workdir / cell.spice_file, cell.header, rows)
+    for program, file in cell.caption_files.items() if rows else ():
+        scored = captions.with_scores(workdir / file, cell.header, rows)
         if scored is None:
-            left_out = {"spice": why_no_spice}
+            left_out |= dict.fromkeys(program.metrics, why_not.get(program.name, ""))
         else:
-            rows, files = scored, [*files, cell.spice_file]
+            rows, files = scored, [*files, file]
     values = {}
     if rows:
         found = find_kind(cell.task.kind, cell.task.config.part).statistics(rows, cell.settings.protocol)

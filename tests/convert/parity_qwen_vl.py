@@ -27,12 +27,7 @@ NOT_COMPARED.update(
         ("bird/bird.json", "chat_template_assumed"): "a template; what it renders is compared",
         ("bird/bird.json", "paddle_from_list_format"): "Paddle's slip, a space too few; Med-GRIT's questions have it",
         ("bird/bird.json", "processor_cases/*/error"): "the original fails; what asks here writes ChatML itself",
-        (
-            "bird/metrics.json",
-            "METEOR",
-        ): "METEOR 1.5 is a Java program with tables of synonyms and paraphrases; here it "
-        "is that of nltk, without them, and the report says so",
-        ("bird/metrics.json", "mBMR"): "has METEOR among its six parts",
+        ("bird/metrics.json", "METEOR, mBMR"): "compared where there are Java and the extra caption (METEOR 1.5)",
         ("bird/metrics.json", "CIDEr"): "no figure of BiRD's tables, not computed",
         ("bird/metrics.json", "SPICE"): "null in the recording",
         ("bird/metrics.json", "edge"): "but for one modality: what the original crashes on is scored here",

@@ -1,5 +1,6 @@
 """BiRD's four scores of recorded responses, beside those that its own scripts gave (protocol `reference`)."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ DIGITS = 1e-6  # the scripts round to six
 
 
 def check_scores(cases: dict) -> Iterator[Row]:
-    """Everything but METEOR 1.5, CIDEr and SPICE, which are other programs' (see `evaluate/metrics/captions.py`)."""
+    """Everything but CIDEr and SPICE; METEOR and mBMR where METEOR 1.5 is (see `evaluate/metrics/programs.py`)."""
     for raw, expected in cases["extract_information"]:
         yield Row("texts of raw responses", float(extract_answer(raw) != expected), 0.0)
     for text, expected in cases["ptb_tokenize"]:
@@ -38,6 +39,9 @@ def check_task(task: str, case: dict) -> Iterator[Row]:
         yield Row("texts of raw responses", float(extract_answer(item["response"]) != expected), 0.0)
     found = scored(task, [(item["image"], item["response"], item["annotation"]) for item in case["items"]])
     names = {MAIN[task]: None} if task in MAIN else {ours: theirs for theirs, ours in CAPTIONS.items()}
+    if "mBMR_1.5" in found:
+        names["meteor_1.5"] = "METEOR"
+        yield Row(f"{task} mBMR", abs(found["mBMR_1.5/modality_mean"] - case["mBMR"]), DIGITS)
     for ours, theirs in names.items():
         for name, value in case["modality"].items():
             own = found.get(f"{ours}/{modality(name)}", 0.0)
@@ -53,6 +57,10 @@ def scored(task: str, items: Sequence[tuple[str, str, str]]) -> dict[str, float]
         TASKS[task].score(answer, "reference") | {"answer": answer.text, "expected": answer.expected}
         for answer in answers
     ]
+    if task not in MAIN:
+        with contextlib.suppress(metrics.MissingExtra):
+            counts = metrics.meteor_counts([answer.text for answer in answers], [answer.expected for answer in answers])
+            rows = [row | {"scores": row["scores"] | more} for row, more in zip(rows, counts, strict=True)]
     return metrics.by_modality(metrics.statistics(rows, "reference"), [modality(image) for image, _, _ in items])
 
 

@@ -286,8 +286,8 @@ def test_answers_with_weights_of_8_bits_stand_beside_the_others(config, whole, t
         run_sweep(small, tmp_path)
 
 
-def test_captions_are_scored_by_spice_or_it_is_said_why_not(config, folder, tmp_path, monkeypatch, caplog):
-    """Without Java first, then with it; answers are made once and SPICE is run once."""
+def test_captions_are_scored_by_other_programs_or_it_is_said_why_not(config, folder, tmp_path, monkeypatch, caplog):
+    """Without Java first, then with it; answers are made once, SPICE and METEOR 1.5 are run once."""
     tasks = tuple(
         dataclasses.replace(task, name=name, kind="refer_box", part="RC")
         for name in ("RC", "GC")
@@ -303,16 +303,19 @@ def test_captions_are_scored_by_spice_or_it_is_said_why_not(config, folder, tmp_
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     cells = run_sweep(captions, tmp_path).cells
     assert [cell.task for cell in cells] == ["RC", "GC"]
-    assert [message.partition(":")[0] for message in caplog.messages if "SPICE" in message] == ["SPICE is left out"]
+    left = [message.partition(":")[0] for message in caplog.messages if "Java program" in message]
+    assert left == ["SPICE is left out", "METEOR 1.5 is left out"]
     for cell in cells:
         assert (
             "mBMR" in cell.metrics
             and "spice" not in cell.metrics
             and "no `java` is on the PATH" in cell.left_out["spice"]
+            and cell.left_out.keys() == {"spice", "meteor_1.5", "mBMR_1.5"}
         )
-    assert [note[: note.index(": SPICE is a Java program")] for note in left_out()] == [
-        "RC: SPICE is left out",
-        "GC: SPICE is left out",
+    assert [note.partition(": no")[0].partition(" is a Java program")[0] for note in left_out()] == [
+        f"{task}: {metric} is left out: {program}"
+        for task in ("RC", "GC")
+        for metric, program in (("SPICE", "SPICE"), ("METEOR 1.5", "METEOR 1.5"), ("mBMR 1.5", "METEOR 1.5"))
     ]
 
     caplog.clear()
@@ -321,12 +324,15 @@ def test_captions_are_scored_by_spice_or_it_is_said_why_not(config, folder, tmp_
         for _ in range(2):
             cells = run_sweep(captions, tmp_path).cells
         assert [len(call) for call in calls()] == [2, 2]  # one for each task, none for the second sweep
-    assert run_sweep(captions, tmp_path).cells == cells and "SPICE" not in caplog.text
+    assert run_sweep(captions, tmp_path).cells == cells and "left out" not in caplog.text
     for cell in cells:
         rows = read_rows(tmp_path / cell.predictions[0])
         expected = [fake_spice.score(row["answer"], row["expected"]) for row in rows]
         assert cell.metrics["spice"] == pytest.approx(sum(expected) / 2) and cell.left_out == {}
-        assert cell.predictions[-1] == f"predictions/runs-tiny-3/exact/{cell.task}.spice.jsonl"
+        assert {"meteor_1.5", "mBMR_1.5"} <= cell.metrics.keys()
+        assert [name.rpartition("/")[2] for name in cell.predictions[-2:]] == [
+            f"{cell.task}.{program}.jsonl" for program in ("spice", "meteor")
+        ]
     assert left_out() == []
     figures = json.loads((tmp_path / "report.json").read_text())["figures"]
     assert {

@@ -5,8 +5,10 @@
 """
 
 from medplib_jax.evaluate.metrics.boxes import box_iou, match_boxes, parse_boxes, recall_at_iou, roc_hit
-from medplib_jax.evaluate.metrics.captions import MissingExtra, mia_scores, spice
+from medplib_jax.evaluate.metrics.captions import mia_scores
+from medplib_jax.evaluate.metrics.catalogue import describe
 from medplib_jax.evaluate.metrics.masks import SURFACE_TOLERANCE, dice, iou, mask_scores, overlap, surface_dice
+from medplib_jax.evaluate.metrics.programs import MissingExtra, meteor_counts, spice
 from medplib_jax.evaluate.metrics.protocol import PROTOCOLS, check_protocol
 from medplib_jax.evaluate.metrics.summary import Statistic, by_modality, mask_statistics, statistics, values
 from medplib_jax.evaluate.metrics.text import (
@@ -34,12 +36,14 @@ __all__ = [
     "candidate_hits",
     "check_protocol",
     "closed_hit",
+    "describe",
     "dice",
     "iou",
     "mask_scores",
     "match_boxes",
     "mask_statistics",
     "meteor",
+    "meteor_counts",
     "mia_scores",
     "normalise_answer",
     "open_scores",

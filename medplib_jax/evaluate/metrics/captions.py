@@ -1,15 +1,13 @@
-"""Scores of longer answers, as captions are scored: BiRD's mBMR (its MIA task) and SPICE (its RC task).
+"""Scores of longer answers, as captions are scored: what BiRD's mBMR is made of (its MIA task).
 
-The original takes both from pycocoevalcap, whose tokenizer, METEOR 1.5 and SPICE are Java programs. Here BLEU and
-ROUGE-L have its arithmetic, on words of nltk's Treebank tokenizer that are brought to the form of Stanford's. METEOR is
+The original takes them from pycocoevalcap, whose tokenizer and METEOR 1.5 are Java programs. Here BLEU and ROUGE-L have
+its arithmetic, on words of nltk's Treebank tokenizer that are brought to the form of Stanford's. METEOR is
 `text.meteor`, with other weights than METEOR 1.5 and without its synonyms and paraphrases, so it is another number: on
-BiRD's recorded responses it is 0.13 to 0.16 higher.
+BiRD's recorded responses it is 0.13 to 0.16 higher. `programs.py` has METEOR 1.5 itself, where there is Java.
 """
 
 import re
-import shutil
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 from nltk.tokenize import TreebankWordTokenizer
@@ -29,10 +27,6 @@ _TAG = re.compile(r"(</?[a-z]+>)")
 # Words that keep their full stop in Stanford's tokenizer, as far as reports and captions hold them.
 _ABBREVIATION = re.compile(r"(?:[a-z]\.)+|(?:dr|mr|mrs|ms|prof|vs|etc|fig|figs|no|nos|st|jr|sr|inc)\.")
 _COCO_BETA = 1.2  # of ROUGE-L in pycocoevalcap
-
-
-class MissingExtra(RuntimeError):
-    """A metric needs something that is not installed; the message says what."""
 
 
 def caption_words(text: str, protocol: str = "exact") -> list[str]:
@@ -84,34 +78,3 @@ def corpus_bleu(counts: np.ndarray, order: int) -> np.ndarray:
         log_precision = np.log((found + 1e-15) / (there + 1e-9)).mean(-1)
         brevity = np.minimum(0.0, 1 - words_true / words)
     return np.where(words > 0, np.exp(log_precision + brevity), np.where(words_true > 0, 0.0, np.nan))
-
-
-def spice(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
-    """SPICE (Anderson et al. 2016) of each answer, by pycocoevalcap's Java program.
-
-    Raises MissingExtra when Java, pycocoevalcap (`pip install -e '.[caption]'`) or its parser's models are absent.
-    """
-    if shutil.which("java") is None:
-        raise MissingExtra(
-            "SPICE is a Java program, and no `java` is on the PATH: install a Java runtime, or leave SPICE out"
-        )
-    try:
-        from pycocoevalcap.spice.spice import Spice  # an extra  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise MissingExtra(
-            "SPICE needs pycocoevalcap: pip install -e '.[caption]' in the repository's root, or leave SPICE out"
-        ) from error
-    references = {i: [_one_line(truth)] for i, truth in enumerate(truths)}
-    captions = {i: [_one_line(answer)] for i, answer in enumerate(answers)}
-    try:
-        _, scores = Spice().compute_score(references, captions)
-    except Exception as error:  # a process that fails, a download that is refused
-        raise MissingExtra(
-            "SPICE did not run: it needs Java 8 and downloads the Stanford CoreNLP 3.6.0 models on its first use "
-            f"(pycocoevalcap/spice/get_stanford_models.py); {type(error).__name__}: {error}"
-        ) from error
-    return [float(score["All"]["f"]) for score in scores]
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()

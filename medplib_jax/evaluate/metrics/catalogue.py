@@ -86,16 +86,18 @@ METRICS = {
     "exact_match": Metric("exact match", "share of answers equal to the expected one after normalisation"),
     "roc_accuracy": Metric("ROC accuracy", "share of answers that hold every word of the truth"),
     "mBMR": Metric("mBMR", "mean of BLEU-1 to BLEU-4, METEOR and ROUGE-L"),
+    "mBMR_1.5": Metric("mBMR 1.5", "the same with METEOR 1.5, as BiRD reports it"),
     **{f"bleu_{n}": Metric(f"BLEU-{n}", f"BLEU-{n} of the corpus") for n in (1, 2, 3, 4)},
     "meteor": Metric(
         "METEOR", "mean METEOR, exact and stem stages (no synonyms; METEOR 1.5, as in BiRD's mBMR, gives other values)"
     ),
+    "meteor_1.5": Metric("METEOR 1.5", "METEOR 1.5 of the corpus, by its Java program"),
     "rouge_l": Metric("ROUGE-L", "mean ROUGE-L with recall weighing 1.2 times precision"),
     "spice": Metric("SPICE", "mean SPICE"),
 }
 
 for _name in (
-    *("mDice", "recall_at_0.5", "roc_accuracy", "mBMR", "spice", "accuracy", "no_target_accuracy"),
+    *("mDice", "recall_at_0.5", "roc_accuracy", "mBMR", "mBMR_1.5", "spice", "accuracy", "no_target_accuracy"),
     *("mIoU", "surface_dice", "false_mask_rate", "closed_accuracy", "open_f1"),
 ):
     METRICS[_name] = dataclasses.replace(METRICS[_name], by_modality=True)

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from medplib_jax.evaluate.metrics.captions import BLEU_COUNTS, ORDERS, corpus_bleu
+from medplib_jax.evaluate.metrics.programs import METEOR_COUNTS, meteor_of
 from medplib_jax.evaluate.metrics.protocol import check_protocol
 from medplib_jax.evaluate.metrics.text import candidate_hits, normalise_answer
 
 MASK_SCORES = frozenset({"iou", "dice", "surface_dice", "intersection", "union", "target", "drawn", "masks"})
 BOX_SCORES = frozenset({"boxes_found", "boxes", "iou_sum"})
+CAPTION_COUNTS = frozenset((*BLEU_COUNTS, *METEOR_COUNTS))  # no scores by themselves
 MED_GRIT_MODALITIES = 8  # BiRD's scripts divide by all of them, also when a file lacks some
 
 
@@ -47,7 +49,8 @@ def statistics(rows: Sequence[Mapping[str, Any]], protocol: str = "exact") -> di
     """The metrics of rows that have their scores under "scores"; which ones there are follows from the scores' names.
 
     Masks (`mask_scores`): see `mask_statistics`. Boxes (`match_boxes`, `recall_at_iou`): recall_at_0.5, box_iou.
-    Captions (`mia_scores`): bleu_1..4 of the corpus, meteor, rouge_l and their mean, mBMR. Every other score: its mean
+    Captions (`mia_scores`): bleu_1..4 of the corpus, meteor, rouge_l and their mean, mBMR; with `meteor_counts` also
+    meteor_1.5 and mBMR_1.5, which has it in place of meteor. Every other score: its mean
     over the rows that have it; beside it `accuracy` (the closed answers and the exactly matched open ones) and
     open_candidate_accuracy, whose candidates are the expected answers of all rows, as in the original.
     """
@@ -87,7 +90,7 @@ def statistics(rows: Sequence[Mapping[str, Any]], protocol: str = "exact") -> di
 
 
 def _is_part(name: str) -> bool:
-    return name in MASK_SCORES or name in BOX_SCORES or name in BLEU_COUNTS
+    return name in MASK_SCORES or name in BOX_SCORES or name in CAPTION_COUNTS
 
 
 def mask_statistics(scores: Sequence[Mapping[str, float]], protocol: str = "exact") -> dict[str, Statistic]:
@@ -145,14 +148,22 @@ def yes_no_statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Statistic]
 
 
 def caption_statistics(scores: Sequence[Mapping[str, float]], protocol: str = "exact") -> dict[str, Statistic]:
-    """bleu_1..4 of the corpus, meteor, rouge_l and mBMR, their mean, of the dicts of `mia_scores`."""
+    """bleu_1..4 of the corpus, meteor, rouge_l and mBMR, their mean, of the dicts of `mia_scores`.
+
+    Where all have those of `meteor_counts`, too: meteor_1.5 of the corpus, and mBMR_1.5 with it.
+    """
     modalities = MED_GRIT_MODALITIES if protocol == "reference" else 0
-    counts = _columns(scores, (*BLEU_COUNTS, "meteor", "rouge_l"))
+    counts = _columns(scores, (*METEOR_COUNTS, *BLEU_COUNTS, "meteor", "rouge_l"))
     parts = np.concatenate([counts, np.ones((len(scores), 1))], axis=1)
-    values = {f"bleu_{n}": lambda sums, n=n: corpus_bleu(sums[..., :-3], n) for n in ORDERS}
-    values |= {"meteor": lambda sums: ratio(sums[..., [-3, -1]]), "rouge_l": lambda sums: ratio(sums[..., [-2, -1]])}
-    parts_of_mean = tuple(values.values())
-    values["mBMR"] = lambda sums: np.mean([value(sums) for value in parts_of_mean], axis=0)
+    values = {f"bleu_{n}": lambda sums, n=n: corpus_bleu(sums[..., len(METEOR_COUNTS) : -3], n) for n in ORDERS}
+    values["rouge_l"] = lambda sums: ratio(sums[..., [-2, -1]])
+    others = tuple(values.values())
+    meteors = {"": ("meteor", lambda sums: ratio(sums[..., [-3, -1]]))}
+    if all(METEOR_COUNTS[0] in score for score in scores):
+        meteors["_1.5"] = ("meteor_1.5", lambda sums: meteor_of(sums[..., : len(METEOR_COUNTS)]))
+    for suffix, (name, meteor) in meteors.items():
+        values[name] = meteor
+        values[f"mBMR{suffix}"] = lambda sums, meteor=meteor: np.mean([one(sums) for one in (*others, meteor)], axis=0)
     return {name: Statistic(parts, value, modalities) for name, value in values.items()}
 
 

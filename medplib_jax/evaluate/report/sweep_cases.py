@@ -25,6 +25,7 @@ from medplib_jax.data.sources import Source, is_dataset, open_source
 from medplib_jax.evaluate.evaluators.predictions import PredictionRow, read_rows
 from medplib_jax.evaluate.kinds import TaskKind, find_kind
 from medplib_jax.evaluate.kinds.refer_box import BOX_GRID
+from medplib_jax.evaluate.metrics.summary import CAPTION_COUNTS
 from medplib_jax.evaluate.report.comparisons import ALL, Figure
 from medplib_jax.evaluate.report.contours import box_path, outlines
 from medplib_jax.evaluate.report.pictures import mark_drawing, marked_regions, plain_text
@@ -135,7 +136,7 @@ class _TaskCases:
         }
 
     def _answer(self, row: PredictionRow, size: tuple[int, int]) -> dict[str, Any]:
-        scores = {name: round(value, 4) for name, value in row["scores"].items()}
+        scores = {name: round(value, 4) for name, value in row["scores"].items() if name not in CAPTION_COUNTS}
         return {"text": plain_text(row["answer"]), "scores": scores, "shapes": _shapes(row, "", size)}
 
 

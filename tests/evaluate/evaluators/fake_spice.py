@@ -1,5 +1,5 @@
-"""SPICE without Java: a `java` that answers like the program, and the part of pycocoevalcap that starts it, reduced to
-what crosses the process boundary.
+"""SPICE and METEOR 1.5 without Java: a `java` that answers like the programs, and the part of pycocoevalcap that starts
+SPICE, reduced to what crosses the process boundary.
 """
 
 import contextlib
@@ -28,7 +28,11 @@ class Spice:
 JAVA = f"""#!{sys.executable}
 import json, sys
 sys.path.insert(0, {os.getcwd()!r})
-from tests.evaluate.evaluators.fake_spice import score
+from tests.evaluate.evaluators.fake_spice import meteor, score
+if "meteor-1.5.jar" in sys.argv:
+    for line in sys.stdin:
+        print(*meteor(*line.split("|||")[1:]))
+    sys.exit()
 asked = json.load(open(sys.argv[4]))
 with open(sys.argv[0] + ".calls", "a") as file:
     file.write(json.dumps(asked) + "\\n")
@@ -45,6 +49,13 @@ def score(answer: str, truth: str) -> float:
     return round(len(truth) / (1 + len(answer) + len(truth)), 6)
 
 
+def meteor(truth: str, answer: str) -> list[float]:
+    """METEOR's counts of a pair, as if each word that both have were a match by form, in one chunk."""
+    words, true = answer.split(), truth.split()
+    shared = len(set(words) & set(true))
+    return [len(words), len(true), 0, 0, shared, shared, *[0] * 14, min(1, shared), shared, shared]
+
+
 @contextlib.contextmanager
 def installed(folder):
     """Within, both are found first, in folders below this one; yields a function that returns what `java` was asked so
@@ -56,6 +67,7 @@ def installed(folder):
         (package.parent / "__init__.py", ""),
         (package / "__init__.py", ""),
         (package / "spice.py", PACKAGE),
+        (package.with_name("meteor") / "__init__.py", ""),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -14,6 +14,7 @@ from nltk.translate.bleu_score import corpus_bleu
 
 from medplib_jax.evaluate import metrics
 from medplib_jax.evaluate.metrics.captions import caption_words
+from medplib_jax.evaluate.metrics.programs import meteor_of
 from tests.convert.qwen_vl_metric_checks import check_scores
 from tests.paths import GOLDEN
 
@@ -104,6 +105,15 @@ def test_meteor_by_hand():
     assert metrics.meteor([], []) == 1 and metrics.meteor([], ["a"]) == 0
 
 
+def test_meteor_of_the_java_programs_counts_is_its_own():
+    """Counts of METEOR 1.5 on BiRD's recorded sentences, each and summed."""
+    recorded = json.loads(gzip.decompress((GOLDEN / "qwen_vl" / "metrics.json.gz").read_bytes()))["caption_scores"]
+    counts = np.array(json.loads((GOLDEN / "qwen_vl" / "meteor_counts.json").read_text()), float)
+    np.testing.assert_allclose(meteor_of(counts), recorded["METEOR_each"], atol=1e-12)
+    assert meteor_of(counts.sum(0)) == pytest.approx(recorded["METEOR"], abs=1e-12)
+    assert np.isnan(meteor_of(np.zeros(counts.shape[1]))) and meteor_of(np.eye(counts.shape[1])[1]) == 0
+
+
 def test_absent_modalities_count_in_the_reference():
     rows = [{"scores": {"roc_accuracy": 1.0}, "modality": modality} for modality in ("ct", "mr")]
     for protocol, mean in (("exact", 1), ("reference", 2 / 8)):
@@ -116,11 +126,12 @@ def test_absent_modalities_count_in_the_reference():
         }
 
 
-def test_spice_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(metrics.MissingExtra, match="no `java` is on the PATH"):
-        metrics.spice(["a"], ["b"])
-    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/java")
+@pytest.mark.parametrize(("name", "score"), [("SPICE", metrics.spice), ("METEOR 1.5", metrics.meteor_counts)])
+def test_programs_in_java_say_what_is_missing(monkeypatch, name, score):
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    with pytest.raises(metrics.MissingExtra, match=f"{name} is a Java program, and no `java` is on the PATH"):
+        score(["a"], ["b"])
+    monkeypatch.setattr(shutil, "which", lambda program: "/usr/bin/java")
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
-    with pytest.raises(metrics.MissingExtra, match=r"pip install -e '\.\[caption\]'"):
-        metrics.spice(["a"], ["b"])
+    with pytest.raises(metrics.MissingExtra, match=rf"{name} needs pycocoevalcap: pip install -e '\.\[caption\]'"):
+        score(["a"], ["b"])
