@@ -12,21 +12,21 @@ source launch/venv.sh "launch/requirements-$kind.txt" # with the compiler
 examine() { # NAME TOPOLOGY CONFIG FLAGS...
   local report="$folder/$1.json" topology="$2" config="$3"
   shift 3
-  [ -e "$report" ] || python -m medplib_jax.aot --config="configs/$config.py:7b" --topology="$topology" --json="$report" "$@"
+  [ -e "$report" ] || python -m medplib_jax.aot --config="configs/$config" --topology="$topology" --json="$report" "$@"
 }
 
 stages() { # TOPOLOGY ROWS FLAGS...
   local topology="$1" rows="$2"
   shift 2
-  examine "stage II on $topology, $rows rows" "$topology" stage2_vqa --length=2048 --rows="$rows" "$@"
-  examine "stage III on $topology, $rows rows" "$topology" stage3_grounding --length=1024 --rows="$rows" "$@"
-  examine "stage IV on $topology, $rows rows" "$topology" stage4_moe --length=1024 --rows="$rows" "$@"
+  examine "stage II on $topology, $rows rows" "$topology" stage2_vqa.py:7b --length=2048 --rows="$rows" "$@"
+  examine "stage III on $topology, $rows rows" "$topology" stage3_grounding.py:7b --length=1024 --rows="$rows" "$@"
+  examine "stage IV on $topology, $rows rows" "$topology" stage4_moe.py:7b --length=1024 --rows="$rows" "$@"
 }
 
 generation() { # TOPOLOGY ROWS FLAGS...
   local topology="$1" rows="$2"
   shift 2
-  examine "generation, 64 new tokens on $topology, $rows rows" "$topology" stage4_moe --program=decode --rows="$rows" --length=2048 --config.mesh.fsdp=1 \
+  examine "generation, 64 new tokens on $topology, $rows rows" "$topology" stage4_moe.py:7b --program=decode --rows="$rows" --length=2048 --config.mesh.fsdp=1 \
     --config.eval.max_new_tokens=64 "$@"
 }
 
@@ -35,16 +35,19 @@ if [ "$kind" = tpu ]; then
   stages v5p:2x4x4 128 --config.mesh.data=2 --config.mesh.fsdp=16
   stages v6e:8x8 128 --config.mesh.fsdp=64
   stages v5e:4x4 128 --config.mesh.fsdp=16 --config.optim.accumulate=4
-  examine "stage IV, expert axis on v5e:8x8" v5e:8x8 stage4_moe --length=1024 --config.mesh.fsdp=32 --config.mesh.expert=2
-  examine "stage IV, everything trains, AdamW on v5p:4x4x4" v5p:4x4x4 stage4_moe --length=1024 --config.mesh.data=4 --config.mesh.fsdp=16 \
+  examine "stage IV, expert axis on v5e:8x8" v5e:8x8 stage4_moe.py:7b --length=1024 --config.mesh.fsdp=32 --config.mesh.expert=2
+  examine "stage IV, everything trains, AdamW on v5p:4x4x4" v5p:4x4x4 stage4_moe.py:7b --length=1024 --config.mesh.data=4 --config.mesh.fsdp=16 \
     --config.optim.trainable='("",)' --config.model.lora.rank=0
   examine "stage V, 4 pictures, on v5e:8x8" v5e:8x8 stage5_icl --length=4096
   generation v5e:2x4 32 --config.mesh.tensor=8
+  examine "BiRD on v5e:8x8, 256 rows" v5e:8x8 bird_grit.py:9b --config.mesh.fsdp=64
+  examine "BiRD on v5p:4x4x4, 256 rows" v5p:4x4x4 bird_grit.py:9b --config.mesh.data=4 --config.mesh.fsdp=16
 else
   for gpus in h100:8 h200:8; do
     stages "$gpus" 16 --config.mesh.fsdp=8
     stages "$gpus" 32 --config.mesh.fsdp=8
   done
+  examine "BiRD on h200:8, 16 rows" h200:8 bird_grit.py:9b --config.mesh.fsdp=8 --rows=16
   generation h200:1 1
   generation h200:1 32
 fi

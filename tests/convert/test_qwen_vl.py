@@ -9,6 +9,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from convert import check, from_torch, kinds, mapping, qwen_vl, to_torch, torch_files
 from convert.foreign_config import OWN, Foreign
@@ -63,6 +64,31 @@ def test_there_and_back_is_bit_exact(dtype, file_format, tmp_path):
     assert (tmp_path / "back/qwen.tiktoken").read_bytes() == (TEXT / "qwen.tiktoken").read_bytes()
     experiment, _, tokenizer = checkpoint.load_params(str(tmp_path / "jax"))
     assert experiment.data.template == "chatml" and tokenizer.endswith("tokenizer")
+
+
+def test_adapters_of_finetune_py_are_there_and_back_bit_exact(tmp_path):
+    source(tmp_path / "torch", TYPES["fp32"])
+    rng, adapter = np.random.default_rng(1), {}
+    for layer in range(LLM.num_layers):
+        for target, (out, width) in {
+            "attn.c_attn": (3 * LLM.hidden_size, LLM.hidden_size),
+            "attn.c_proj": (LLM.hidden_size, LLM.hidden_size),
+            "mlp.w1": (LLM.mlp_dim, LLM.hidden_size),
+            "mlp.w2": (LLM.mlp_dim, LLM.hidden_size),
+        }.items():
+            name = f"base_model.model.transformer.h.{layer}.{target}"
+            adapter[f"{name}.lora_A.weight"] = rng.standard_normal((4, width), np.float32)
+            adapter[f"{name}.lora_B.weight"] = rng.standard_normal((out, 4), np.float32)
+    (tmp_path / "adapter").mkdir()
+    safetensors.numpy.save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "lora_dropout": 0.05, "bias": "none"}
+    described["target_modules"] = ["c_attn", "attn.c_proj", "w1", "w2"]
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(described))
+    from_torch.convert(from_torch.Options((tmp_path / "adapter", tmp_path / "torch"), tmp_path / "jax"))
+    to_torch.convert(tmp_path / "jax", tmp_path / "back", layout="peft")
+    back = safetensors.numpy.load_file(tmp_path / "back" / "adapter_model.safetensors")
+    assert back.keys() == adapter.keys()
+    assert not [name for name, tensor in adapter.items() if back[name].tobytes() != tensor.tobytes()]
 
 
 def paddle_name(key):
