@@ -45,7 +45,9 @@ class QwenVit(nnx.Module):
         self.patch_embed = Conv(
             3, width, patch, stride=patch, bias=False, axes=(None, "vision"), gain=PIXEL_GAIN, rngs=rngs
         )
-        self.position_embed = param(rngs, (config.position_grid**2, width), (None, "vision"), std=0.5)
+        self.position_embed = param(
+            rngs, (config.position_grid**2, width), (None, "vision"), value=SinCos(config.position_grid, width)
+        )
         self.pre_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         self.layers = stack_layers(lambda layer_rngs: VitBlock(config, layer_rngs), config.num_layers, rngs)
         self.config, self.remat_name = config, remat_name
@@ -130,7 +132,7 @@ class Resampler(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class SinCos:
-    """The resampler's initial positions, float32 [grid^2, D]:
+    """Initial positions, float32 [grid^2, D]:
 
     Half of the channels tell the column, half the row; of each half the first half are sines and the rest cosines of
     position * 10000^(-i / (D / 4)).
