@@ -119,17 +119,17 @@ def lora() -> ExperimentConfig:
 
 def tiny() -> ExperimentConfig:
     data = dataclasses.replace(
-        common.phantom(bucket_lengths=(160, 224, 288, 448), max_regions=0, max_masks=0),
+        common.phantom(bucket_lengths=(192, 240, 304, 448), max_regions=0, max_masks=0),
         sources=(f"{DEMO}/phantom/grit/train/mixed.json",),
         root=f"{DEMO}/phantom",
         tokenizer=f"{DEMO}/tokenizer",
         template="chatml",
-        batch_size=16,
+        batch_size=8,
     )
     return ExperimentConfig(
         model=TINY,
         data=data,
-        optim=OptimConfig(lr=1e-3, b2=0.98, warmup=0.05, schedule="cosine", trainable=(".*",)),
-        train=TrainConfig(steps=2500, checkpoint_every=500),
+        optim=OptimConfig(lr=2e-3, b2=0.98, warmup=0.05, schedule="cosine", trainable=(".*",)),
+        train=TrainConfig(steps=1800, checkpoint_every=600),
         eval=EvalConfig(max_new_tokens=100),
     )

@@ -30,6 +30,7 @@ from medplib_jax.evaluate.result import SweepResult
 from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.train.loop import train
 
+MODALITIES = ("ct", "mr", "x_ray", "ultrasound")  # as many as so small a model tells apart in so few steps
 TEST_IMAGES = 208  # held-out pictures: at least 200 questions a task
 # What each task is judged by, in protocol exact, and what the demo is to reach.
 BARS = {
@@ -94,7 +95,7 @@ def run(demo: BirdDemo, watch: Stopwatch) -> int:
         print(f"{demo.out} is finished; remove it to start anew.")
     else:
         announce("Phantom dataset in Med-GRIT's form")
-        phantom.generate(demo.data, demo.examples, TEST_IMAGES, demo.seed)
+        phantom.generate(demo.data, demo.examples, TEST_IMAGES, demo.seed, modalities=MODALITIES)
         grit.write_grit(demo.data, demo.seed)
         make_tokenizer(demo)
         announce("Training")

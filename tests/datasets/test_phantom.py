@@ -85,6 +85,16 @@ def test_wrong_counts_are_refused(tmp_path):
         phantom.generate(tmp_path, 0, 1)
 
 
+def test_some_modalities_alone_are_drawn_by_turns(tmp_path):
+    manifest = phantom.generate(tmp_path / "two", 4, 2, processes=1, modalities=("mr", "ct"))
+    names = sorted(path.name.partition("_")[0] for path in (tmp_path / "two" / "images").iterdir())
+    assert names == ["ct"] * 3 + ["mr"] * 3 and manifest["modalities"] == ["ct", "mr"]
+    with pytest.raises(ValueError, match="holds a phantom of .*'modalities'"):
+        phantom.generate(tmp_path / "two", 4, 2, processes=1)
+    with pytest.raises(ValueError, match="modalities .'mri'. are not among"):
+        phantom.generate(tmp_path / "other", 4, 2, processes=1, modalities=("mri",))
+
+
 def test_every_path_exists_and_masks_fit(made):
     folder, manifest = made
     for split, files in phantom.FILES.items():

@@ -8,6 +8,7 @@ same arguments give the same bytes with any number of processes, and a larger da
 import functools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from medplib_jax.datasets.phantom import text
-from medplib_jax.datasets.phantom.draw import MODALITIES, Scene, draw_scene
+from medplib_jax.datasets.phantom.draw import MODALITIES, Modality, Scene, draw_scene
 from medplib_jax.datasets.processes import make_pool
 
 VERSION = 4  # raise it when the same arguments give other files
@@ -47,24 +48,34 @@ def is_phantom(folder: str | os.PathLike) -> bool:
 
 
 def generate(
-    out_dir: str | os.PathLike, examples: int, test_examples: int, seed: int = 0, processes: int | None = None
+    out_dir: str | os.PathLike,
+    examples: int,
+    test_examples: int,
+    seed: int = 0,
+    processes: int | None = None,
+    modalities: Sequence[str] = (),
 ) -> dict:
     """Writes the dataset below `out_dir`; returns its manifest.
 
     `examples` training and `test_examples` test images with masks and records. A folder whose `manifest.json` says that
-    it is complete is left as it is; an interrupted one is written anew. `processes`: None takes every core. Raises
-    ValueError for counts below 1 or when `out_dir` holds a phantom made with other arguments.
+    it is complete is left as it is; an interrupted one is written anew. `processes`: None takes every core.
+    `modalities`: prefixes of those that are drawn, by default all. Raises ValueError for counts below 1, for a modality
+    that is not known, and when `out_dir` holds a phantom made with other arguments.
     """
     if examples < 1 or test_examples < 1:
         raise ValueError(
             f"phantom: examples and test_examples must be at least 1, found {examples} and {test_examples}"
         )
     out = Path(out_dir)
+    drawn = [one for one in MODALITIES if not modalities or one.prefix in modalities]
+    if unknown := set(modalities) - {one.prefix for one in MODALITIES}:
+        raise ValueError(f"phantom: modalities {sorted(unknown)} are not among {[one.prefix for one in MODALITIES]}")
     wanted = {"version": VERSION, "examples": examples, "test_examples": test_examples, "seed": seed}
+    wanted |= {"modalities": [one.prefix for one in drawn]} if modalities else {}
     manifest_file = out / "manifest.json"
     if manifest_file.exists():
         manifest = json.loads(manifest_file.read_text())
-        found = {key: manifest.get(key) for key in wanted}
+        found = {key: value for key, value in manifest.items() if key != "records"}
         if found != wanted:
             advice = "choose another folder or remove this one"
             raise ValueError(f"{manifest_file}: holds a phantom of {found}, expected {wanted}; {advice}")
@@ -75,7 +86,9 @@ def generate(
     records = {split: {kind: [] for kind in files} for split, files in FILES.items()}
     for (split, _), made in zip(
         jobs,
-        tqdm(_map(functools.partial(_write_example, out, seed), jobs, processes), total=len(jobs), desc="phantom"),
+        tqdm(
+            _map(functools.partial(_write_example, out, seed, drawn), jobs, processes), total=len(jobs), desc="phantom"
+        ),
         strict=True,
     ):
         for kind, new in made.items():
@@ -100,11 +113,11 @@ def _map(function, jobs, processes):
         yield from pool.map(function, jobs, chunksize=16)
 
 
-def _write_example(out: Path, seed: int, job: tuple[str, int]) -> dict[str, list[dict]]:
+def _write_example(out: Path, seed: int, drawn: Sequence[Modality], job: tuple[str, int]) -> dict[str, list[dict]]:
     """Paint, save and describe one image; returns its records by kind."""
     split, index = job
     rng = np.random.default_rng([seed, ("train", "test").index(split), index])
-    scene = draw_scene(MODALITIES[index % len(MODALITIES)], rng)
+    scene = draw_scene(drawn[index % len(drawn)], rng)
     facts = _save(out, f"{scene.modality.prefix}_00--phantom--{split}_{index:05d}--2d_none", scene)
     if split == "train":
         turns = {
