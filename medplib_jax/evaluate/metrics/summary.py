@@ -4,6 +4,7 @@ A metric is a function of sums over records, so it can be resampled and split by
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from medplib_jax.evaluate.metrics.text import candidate_hits, normalise_answer
 
 MASK_SCORES = frozenset({"iou", "dice", "surface_dice", "intersection", "union", "target", "drawn", "masks"})
 BOX_SCORES = frozenset({"boxes_found", "boxes", "iou_sum"})
+OfSums = Callable[[np.ndarray], np.ndarray]  # a metric of sums over records
 CAPTION_COUNTS = frozenset((*BLEU_COUNTS, *METEOR_COUNTS))  # no scores by themselves
 MED_GRIT_MODALITIES = 8  # BiRD's scripts divide by all of them, also when a file lacks some
 
@@ -34,7 +36,7 @@ class Statistic:
     """
 
     parts: np.ndarray
-    of_sums: Callable[[np.ndarray], np.ndarray] = ratio
+    of_sums: OfSums = ratio
     modalities: int = 0
 
     def value(self) -> float:
@@ -155,16 +157,23 @@ def caption_statistics(scores: Sequence[Mapping[str, float]], protocol: str = "e
     modalities = MED_GRIT_MODALITIES if protocol == "reference" else 0
     counts = _columns(scores, (*METEOR_COUNTS, *BLEU_COUNTS, "meteor", "rouge_l"))
     parts = np.concatenate([counts, np.ones((len(scores), 1))], axis=1)
-    values = {f"bleu_{n}": lambda sums, n=n: corpus_bleu(sums[..., len(METEOR_COUNTS) : -3], n) for n in ORDERS}
+    values: dict[str, OfSums] = {f"bleu_{n}": functools.partial(_bleu, order=n) for n in ORDERS}
     values["rouge_l"] = lambda sums: ratio(sums[..., [-2, -1]])
     others = tuple(values.values())
-    meteors = {"": ("meteor", lambda sums: ratio(sums[..., [-3, -1]]))}
+    values["meteor"] = lambda sums: ratio(sums[..., [-3, -1]])
+    values["mBMR"] = _mean_of(*others, values["meteor"])
     if all(METEOR_COUNTS[0] in score for score in scores):
-        meteors["_1.5"] = ("meteor_1.5", lambda sums: meteor_of(sums[..., : len(METEOR_COUNTS)]))
-    for suffix, (name, meteor) in meteors.items():
-        values[name] = meteor
-        values[f"mBMR{suffix}"] = lambda sums, meteor=meteor: np.mean([one(sums) for one in (*others, meteor)], axis=0)
+        values["meteor_1.5"] = lambda sums: meteor_of(sums[..., : len(METEOR_COUNTS)])
+        values["mBMR_1.5"] = _mean_of(*others, values["meteor_1.5"])
     return {name: Statistic(parts, value, modalities) for name, value in values.items()}
+
+
+def _bleu(sums: np.ndarray, order: int) -> np.ndarray:
+    return corpus_bleu(sums[..., len(METEOR_COUNTS) : -3], order)
+
+
+def _mean_of(*metrics: OfSums) -> OfSums:
+    return lambda sums: np.mean([metric(sums) for metric in metrics], axis=0)
 
 
 def _columns(scores, names) -> np.ndarray:
