@@ -118,7 +118,7 @@ def test_examples_come_before_the_picture(predictor, folder):
     assert prompt.feature_index[prompt.feature_index >= 0].tolist() == list(range(12))
     np.testing.assert_array_equal(prompt.clip_pixels[0, 0], prompt.clip_pixels[0, 1])
     blue = np.argwhere((prompt.clip_pixels[0, 0] != predictor.prompt(shown, "Where?")[1].clip_pixels[0, 0]).any(-1))
-    assert blue[:, 1].max() <= 14, "the left half is painted"
+    assert blue[:, 1].max() <= 16, "the left half is painted, and what resizing blends into it"
     _, alone = predictor.prompt(image, "Where?")
     np.testing.assert_array_equal(prompt.clip_pixels[0, 2], alone.clip_pixels[0, 0])
     np.testing.assert_array_equal(prompt.sam_pixels, alone.sam_pixels)

@@ -48,9 +48,7 @@ class Embedder:
         from medplib_jax.models.icl.embedding import picture_vectors, retrieval_tower
         from medplib_jax.models.layers import abstract_module, bind
 
-        experiment, params, _ = load_params(checkpoint_dir, only="clip")
-        if "clip" not in params:
-            raise ValueError(f"{checkpoint_dir}: it has no CLIP, whose vectors the index is made of")
+        experiment, params, _ = load_params(checkpoint_dir, part="clip")
         config = experiment.model.clip
         self.side, self.width, self.digest = config.image_size, config.hidden_size, _digest(config, params["clip"])
         tower = abstract_module(functools.partial(retrieval_tower, config))

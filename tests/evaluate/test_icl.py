@@ -23,7 +23,7 @@ SHOTS = (0, 1, 3)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("icl")
-    make_icl(str(write_pairs(root / "pairs")), str(root / "data"), IclOptions(test_share=0.3))
+    make_icl(str(write_pairs(root / "pairs")), str(root / "data"), IclOptions(test_share=0.6))
     file = root / "data" / "test" / "icl.json"
     file.write_text(json.dumps(json.loads(file.read_text())[:6]))
     return root / "data"

@@ -3,6 +3,7 @@
 After MedPLIB-ICL's `TokenCompressor` and `MaskTokenEncoder`.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -60,7 +61,8 @@ class MaskEncoder(nnx.Module):
         self.count = count
 
     def __call__(self, masks_BxIxI: Array, dtype) -> Array:
-        x = masks_BxIxI[..., None].astype(dtype)
+        # The TPU compiler (libtpu 0.0.42) dies of the first kernel's gradient when it sees through the conversion.
+        x = jax.lax.optimization_barrier(masks_BxIxI[..., None].astype(dtype))
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             x = gelu(conv(x))
         return self.norm(self.proj(pool(rearrange(x, "B h w C -> B (h w) C"), self.count)))

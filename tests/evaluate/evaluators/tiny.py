@@ -71,7 +71,7 @@ def make_experiment(folder):
     )
     if tokenizer.vocab_size > model.llm.vocab_size:
         raise ValueError(f"tokenizer has {tokenizer.vocab_size} tokens, the model {model.llm.vocab_size}")
-    data = DataConfig(tokenizer=str(folder), bucket_lengths=(192,), mask_canvas=64, max_masks=2)
+    data = DataConfig(tokenizer=str(folder), bucket_lengths=(192, 480), mask_canvas=64, max_masks=2)
     return ExperimentConfig(model=model, data=data, eval=EvalConfig(batch_size=4, max_new_tokens=4))
 
 
