@@ -86,7 +86,7 @@ def compare(work: pathlib.Path, layers: int) -> list[tuple[str, ...]]:
     run, rows = (sys.executable, "-m"), []
     try:
         source, whole, small = (work / name for name in ("source", "whole", "small"))
-        write_source(source, layers)
+        write_source(source, layers, "medplib")
         subprocess.run(
             [*run, f"{__package__}.from_torch", "--source", str(source), "--out", str(whole)],
             check=True,

@@ -176,7 +176,10 @@ def parse_arguments() -> tuple[argparse.Namespace, bool]:
     parser.add_argument("--masks", choices=("sam",), help="of an answer with boxes: what draws a mask from each")
     parser.add_argument("--sam-checkpoint", metavar="WORKDIR", help="the MedPLIB checkpoint of --masks sam")
     parser.add_argument(
-        "--quantize", choices=QUANTIZE[1:], default="", help="weights of 8 bits: half the memory of bfloat16"
+        "--quantize",
+        choices=QUANTIZE[1:],
+        default="",
+        help="8 bits, half the memory of bfloat16: int8 for weights, kv for the KV cache",
     )
     add_scan_flags(parser)
     arguments = parser.parse_args(join_negative(sys.argv[1:]))

@@ -54,8 +54,10 @@ class Decoder:
     def empty(self, like: Slots, slots: int, room: int) -> Slots:
         """`slots` slots in which nothing happens, for prompts of the length of `like` and answers of `room` tokens."""
         zeros = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), like.replace(cache=None))
-        values = like.cache.v[0]
-        return zeros.replace(cache=init_cache(self.model.config, slots, values.shape[2] + room, values.dtype))
+        values = jax.tree.leaves(like.cache.v[0])[0]
+        narrow = self.model.llm.narrow_cache
+        cache = init_cache(self.model.config, slots, values.shape[2] + room, values.dtype, narrow)
+        return zeros.replace(cache=cache)
 
     def prefill(
         self, params: Params, batch: Batch, limits_B: Array, draws: Draws | None, seen: Array | None, room: int

@@ -28,7 +28,7 @@ from medplib_jax.parallel.compilation import is_gpu
 from medplib_jax.parallel.mesh import one_device
 from medplib_jax.parallel.sharding import check_model_fits
 
-QUANTIZE = ("", "int8")
+QUANTIZE = ("", "int8", "kv", "int8+kv")  # int8: weights of 8 bits; kv: keys and values of the cache
 STACKS = ("llm/layers/", "llm/mlp/", "llm/moe/")  # modules whose parameters have an axis of layers in a checkpoint
 
 Piece = Callable[[], Iterator[tuple[str, Params]]]  # reads (path in the decoding model, arrays of that module)
@@ -47,8 +47,10 @@ def decoding_model(
 def laid_out_model(
     config: ModelConfig, mesh: Mesh | None = None, rules: ShardingConfig | None = None, quantize: str = ""
 ) -> WholeModel:
-    """The abstract model with parameters as `lay_out` gives them; with `quantize` "int8" its linear layers have weights
-    of 8 bits.
+    """The abstract model with parameters as `lay_out` gives them.
+
+    `quantize` is one of QUANTIZE: "int8" gives its linear layers weights of 8 bits, "kv" its cache keys and values of
+    8 bits, "int8+kv" both.
 
     On a GPU the experts of a layer stay in one array, from which the chosen one is picked while it is read: in order to
     choose among programs the host would have to wait for the router. The decoder's kernels are turned there
@@ -67,7 +69,8 @@ def _laid_out_model(config: ModelConfig, rules: ShardingConfig | None, quantize:
     model = abstract_module(
         functools.partial(build_model, config, rules=rules, layers_apart=True, experts_apart=not for_gpu)
     )
-    model = quantize_module(model) if quantize else model
+    model = quantize_module(model) if "int8" in quantize else model
+    model.llm.narrow_cache = "kv" in quantize
     return _turn_module(model) if for_gpu else model
 
 

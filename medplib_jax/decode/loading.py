@@ -13,7 +13,7 @@ from medplib_jax.decode.saved_params import open_params
 
 @dataclasses.dataclass(frozen=True)
 class LoadedCheckpoint:
-    """`params`: see `layout.lay_out`. `tokenizer`: its folder. `quantize`: "int8" for weights of 8 bits."""
+    """`params`: see `layout.lay_out`. `tokenizer`: its folder. `quantize`: one of `layout.QUANTIZE`."""
 
     experiment: ExperimentConfig
     params: Params
@@ -36,7 +36,8 @@ def load_checkpoint(
     there is no such complete checkpoint, ValueError when it is not what was saved or not a model that answers.
     """
     saved = open_params(path, step)
-    quantize = quantize or saved.quantize
+    if saved.quantize and saved.quantize not in quantize:
+        quantize = "+".join(filter(None, (saved.quantize, quantize)))
     params = lay_out(saved.experiment.model, saved.tree, mesh, rules, quantize)
     saved.check()
     return LoadedCheckpoint(saved.experiment, params, saved.tokenizer, quantize)

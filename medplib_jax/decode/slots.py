@@ -48,16 +48,14 @@ class Slots:
 
 def without_rows(slots: Slots) -> Slots:
     """A single slot whose keys and values have no axis of slots."""
-    return slots.replace(
-        cache=slots.cache.replace(k=tuple(k[0] for k in slots.cache.k), v=tuple(v[0] for v in slots.cache.v))
-    )
+    k, v = jax.tree.map(lambda x: x[0], (slots.cache.k, slots.cache.v))
+    return slots.replace(cache=slots.cache.replace(k=k, v=v))
 
 
 def with_rows(slots: Slots) -> Slots:
     """The inverse of `without_rows`."""
-    return slots.replace(
-        cache=slots.cache.replace(k=tuple(k[None] for k in slots.cache.k), v=tuple(v[None] for v in slots.cache.v))
-    )
+    k, v = jax.tree.map(lambda x: x[None], (slots.cache.k, slots.cache.v))
+    return slots.replace(cache=slots.cache.replace(k=k, v=v))
 
 
 def unchanged(slots: Slots) -> Slots:

@@ -228,14 +228,17 @@ class Mlp(nnx.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
-def softmax_average(scores: Array, v: Array) -> Array:
+def softmax_average(scores: Array, v: Array, scale: Array | None = None) -> Array:
     """softmax(scores) @ v, divided last: scores float32 [..., T, S], v [..., S, V] -> [..., T, V] in v's dtype.
+
+    `scale` [..., 1, S], of each row of v, is multiplied into the weights.
 
     `jax.nn.softmax` divides the [T, S] weights instead. On a CPU that takes nearly three times as long, gradient
     included.
     """
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    return (product(weights.astype(v.dtype), v) / weights.sum(-1, keepdims=True)).astype(v.dtype)
+    scaled = weights if scale is None else weights * scale
+    return (product(scaled.astype(v.dtype), v) / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
 
 def gelu(x: Array) -> Array:

@@ -21,7 +21,9 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--key", metavar="FILE", help="a key per line; every route but /healthz asks for one")
-    parser.add_argument("--quantize", choices=("int8",), default="", help="weights of 8 bits")
+    parser.add_argument(
+        "--quantize", choices=("int8", "kv", "int8+kv"), default="", help="8 bits: weights, KV cache, or both"
+    )
     parser.add_argument("--slots", type=int, default=8, help="answers in the making")
     parser.add_argument("--queue", type=int, default=64, help="questions that may wait")
     parser.add_argument("--max-new-tokens", type=int, default=256)

@@ -27,15 +27,23 @@ SPLASH_LANES = 128  # head widths and block sides are multiples of a TPU registe
 
 
 @flax.struct.dataclass
+class Narrow:
+    """Keys or values of 8 bits: integers, and a scale for each position of each head."""
+
+    integers: Int[Array, "B G ..."]
+    scale_BxGxS: Float[Array, "B G S"]
+
+
+@flax.struct.dataclass
 class KVCache:
-    """Keys (rotated) and values, one array per layer.
+    """Keys (rotated) and values, one array per layer, or one `Narrow`.
 
     Their axes have the order in which decoding multiplies them, so that nothing is transposed per token. Row b holds
     `length_B[b]` positions. What lies beyond is overwritten later.
     """
 
-    k: tuple[Float[Array, "B G K S"], ...]
-    v: tuple[Float[Array, "B G S K"], ...]
+    k: tuple[Float[Array, "B G K S"] | Narrow, ...]
+    v: tuple[Float[Array, "B G S K"] | Narrow, ...]
     length_B: Int[Array, " B"]
     ntk_B: Int[Array, " B"] | None = (
         None  # of each row's prompt, see `long_context`; None where the model does not scale
@@ -101,20 +109,44 @@ def attend(
     return _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, visible_BxLxS)
 
 
-def begin_cache(k_BxLxGxK: Array, v_BxLxGxK: Array, length: int) -> tuple[Array, Array]:
-    """One layer's cache of `length` positions that begins with these."""
+def narrowed(x_BxLxGxK: Array) -> tuple[Array, Array]:
+    """int8 of the same shape, and the float32 scale [B, L, G] of each head's vector: its largest value is 127."""
+    x = x_BxLxGxK.astype(jnp.float32)
+    scale_BxLxG = jnp.maximum(jnp.abs(x).max(-1), 1e-12) / 127
+    return jnp.round(x / scale_BxLxG[..., None]).astype(jnp.int8), scale_BxLxG
+
+
+def begin_cache(k_BxLxGxK: Array, v_BxLxGxK: Array, length: int, narrow: bool) -> tuple[Array | Narrow, Array | Narrow]:
+    """One layer's cache of `length` positions that begins with these; `narrow`: in 8 bits."""
+    if narrow:
+        (k_BxLxGxK, *k_scale), (v_BxLxGxK, *v_scale) = narrowed(k_BxLxGxK), narrowed(v_BxLxGxK)
     beyond = (0, length - k_BxLxGxK.shape[1])
     k_BxGxKxL, v_BxGxLxK = rearrange(k_BxLxGxK, "B L G K -> B G K L"), rearrange(v_BxLxGxK, "B L G K -> B G L K")
-    return jnp.pad(k_BxGxKxL, ((0, 0), (0, 0), (0, 0), beyond)), jnp.pad(v_BxGxLxK, ((0, 0), (0, 0), beyond, (0, 0)))
+    k = jnp.pad(k_BxGxKxL, ((0, 0), (0, 0), (0, 0), beyond))
+    v = jnp.pad(v_BxGxLxK, ((0, 0), (0, 0), beyond, (0, 0)))
+    if not narrow:
+        return k, v
+    scales = (jnp.pad(rearrange(x, "B L G -> B G L"), ((0, 0), (0, 0), beyond)) for x in (*k_scale, *v_scale))
+    return tuple(Narrow(x, scale) for x, scale in zip((k, v), scales, strict=True))
 
 
 def extend_cache(
+    k: Array | Narrow, v: Array | Narrow, k_BxLxGxK: Array, v_BxLxGxK: Array, index_BxL: Array
+) -> tuple[Array | Narrow, Array | Narrow]:
+    """One layer's cache with the keys and values of L new positions written at `index_BxL`."""
+    if not isinstance(k, Narrow):
+        return _extend(k, v, k_BxLxGxK, v_BxLxGxK, index_BxL)
+    (k_BxLxGxK, k_scale_BxLxG), (v_BxLxGxK, v_scale_BxLxG) = narrowed(k_BxLxGxK), narrowed(v_BxLxGxK)
+    integers = _extend(k.integers, v.integers, k_BxLxGxK, v_BxLxGxK, index_BxL)
+    wide = (k.scale_BxGxS[:, :, None], v.scale_BxGxS[..., None], k_scale_BxLxG[..., None], v_scale_BxLxG[..., None])
+    k_scale, v_scale = _extend(*wide, index_BxL)
+    return Narrow(integers[0], k_scale[:, :, 0]), Narrow(integers[1], v_scale[..., 0])
+
+
+def _extend(
     k_BxGxKxS: Array, v_BxGxSxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, index_BxL: Array
 ) -> tuple[Array, Array]:
-    """One layer's cache with the keys and values of L new positions written at `index_BxL`.
-
-    All heads of a position are one write. Written value by value, sixteen rows take six times as long on a CPU.
-    """
+    """All heads of a position are one write. Written value by value, sixteen rows take six times as long on a CPU."""
     k_BxLxGxK, v_BxLxGxK = k_BxLxGxK.astype(k_BxGxKxS.dtype), v_BxLxGxK.astype(v_BxGxSxK.dtype)
     if len(k_BxLxGxK) == 1:  # without the axis of rows, see Decoder.decode
         start = index_BxL[0, 0]
@@ -126,20 +158,26 @@ def extend_cache(
     return k_BxGxKxS, v_BxGxSxK.at[row_Bx1, :, index_BxL].set(v_BxLxGxK)
 
 
-def attend_cached(q_BxLxHxK: Array, k_BxGxKxS: Array, v_BxGxSxK: Array, query_position_BxL: Array) -> Array:
+def attend_cached(q_BxLxHxK: Array, k: Array | Narrow, v: Array | Narrow, query_position_BxL: Array) -> Array:
     """`attend` to a cache, whose rows hold no gaps: what lies at or before a query's position is valid."""
-    return _attend_visible(
-        q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, jnp.arange(k_BxGxKxS.shape[3]) <= query_position_BxL[..., None]
-    )
+    scales = (k.scale_BxGxS, v.scale_BxGxS) if isinstance(k, Narrow) else None
+    k_BxGxKxS, v_BxGxSxK = (x.integers if scales else x for x in (k, v))
+    visible = jnp.arange(k_BxGxKxS.shape[3]) <= query_position_BxL[..., None]
+    return _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, visible, scales)
 
 
-def _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, visible_BxLxS):
+def _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, visible_BxLxS, scales=None):
+    """`scales` [B, G, S] of keys and of values of 8 bits: they are multiplied where they are few."""
     L, K, G = q_BxLxHxK.shape[1], q_BxLxHxK.shape[3], k_BxGxKxS.shape[1]
+    k_BxGxKxS, v_BxGxSxK = k_BxGxKxS.astype(q_BxLxHxK.dtype), v_BxGxSxK.astype(q_BxLxHxK.dtype)
     hidden_BxLxS = jnp.where(visible_BxLxS, 0.0, HIDDEN)
     q_BxGxRLxK = rearrange(q_BxLxHxK * K**-0.5, "B L (G R) K -> B G (R L) K", G=G)  # R query heads share a key head
     scores = product(q_BxGxRLxK, k_BxGxKxS, jnp.float32)
+    if scales:
+        scores *= scales[0][:, :, None]
     scores += jnp.tile(hidden_BxLxS, (1, q_BxGxRLxK.shape[2] // L, 1))[:, None]
-    return rearrange(softmax_average(scores, v_BxGxSxK), "B G (R L) K -> B L (G R) K", L=L)
+    y_BxGxRLxK = softmax_average(scores, v_BxGxSxK, scales and scales[1][:, :, None])
+    return rearrange(y_BxGxRLxK, "B G (R L) K -> B L (G R) K", L=L)
 
 
 def attend_within(

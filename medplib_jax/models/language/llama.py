@@ -88,6 +88,7 @@ class Llama(nnx.Module):
         )
         self.final_norm = RmsNorm(llm.hidden_size, eps=llm.rms_norm_eps, rngs=rngs)
         self.head = Linear(llm.hidden_size, llm.vocab_size, axes=("embed", "vocab"), bias=False, rngs=rngs)
+        self.narrow_cache = False  # keys and values of the cache have 8 bits, see decode/layout.py
 
     def __call__(
         self,
@@ -115,7 +116,8 @@ class Llama(nnx.Module):
         position_BxL = index_BxL if segment_BxL is None else segment_positions(segment_BxL)
         ntk_B = self._ntk(valid_BxL, cache, train)
         positions = self._positions(position_BxL, index_BxL, ntk_B)
-        step = _LayerStep(self.config, self.rules, positions, index_BxL, valid_BxL, segment_BxL, train, new_cache)
+        step = _LayerStep(self.config, self.rules, positions, index_BxL, valid_BxL, segment_BxL, train)
+        step.new_cache, step.narrow_cache = new_cache, self.narrow_cache
         inputs = {"rng": None if rng is None else jax.random.split(rng, self.config.llm.num_layers)}
         if cache is None and not new_cache and not isinstance(self.layers, nnx.List):
             x_BxLxD, out = self._scan(step, x_BxLxD, inputs, router_noise)
@@ -202,8 +204,11 @@ class Llama(nnx.Module):
 class _LayerStep:
     """The body of the scan: one period of decoder layers, with what all layers share."""
 
-    def __init__(self, config, rules, positions, index_BxL, valid_BxL, segment_BxL, train, new_cache):
-        self.config, self.rules, self.positions, self.train, self.new_cache = config, rules, positions, train, new_cache
+    new_cache: int  # positions of the cache to make, 0 for none
+    narrow_cache: bool
+
+    def __init__(self, config, rules, positions, index_BxL, valid_BxL, segment_BxL, train):
+        self.config, self.rules, self.positions, self.train = config, rules, positions, train
         self.index_BxL, self.valid_BxL, self.segment_BxL = index_BxL, valid_BxL, segment_BxL
 
     def over(self, graphdefs, kinds: Sequence[bool]):
@@ -230,10 +235,10 @@ class _LayerStep:
         q, k, v = layer.attn.project(layer.input_norm(x), self.positions, project_rng)
         if buffers is None:
             y = attend_within(q, k, v, self.valid_BxL, self.segment_BxL, rules=self.rules)
-            buffers = begin_cache(k, v, self.new_cache) if self.new_cache else None
+            buffers = begin_cache(k, v, self.new_cache, self.narrow_cache) if self.new_cache else None
         else:
             buffers = extend_cache(*buffers, k, v, self.index_BxL)
-            y = attend_cached(q, *(buffer.astype(q.dtype) for buffer in buffers), self.index_BxL)
+            y = attend_cached(q, *buffers, self.index_BxL)
         x = checkpoint_name(shard_rows(x + layer.attn.output(y, output_rng)), "attended")
         h = layer.post_norm(x)
         if isinstance(mlp, SwiGlu):
@@ -242,11 +247,11 @@ class _LayerStep:
         return shard_rows(x + y), out, buffers
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> KVCache:
-    """An empty cache for `length` positions per row."""
-    heads, width = config.llm.num_kv_heads, config.llm.head_dim
-    shapes = (batch, heads, width, length), (batch, heads, length, width)
-    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.llm.num_layers)) for shape in shapes)
+def init_cache(config: ModelConfig, batch: int, length: int, dtype, narrow: bool = False) -> KVCache:
+    """An empty cache for `length` positions per row, of `dtype`, or `narrow` (8 bits)."""
+    nothing = jnp.zeros((batch, 0, config.llm.num_kv_heads, config.llm.head_dim), dtype)
+    layers = [begin_cache(nothing, nothing, length, narrow) for _ in range(config.llm.num_layers)]
+    keys, values = zip(*layers, strict=True)
     lengths = jnp.zeros(batch, jnp.int32)
     return KVCache(keys, values, lengths, jnp.zeros_like(lengths) if config.llm.trained_length else None)
 
