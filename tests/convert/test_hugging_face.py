@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -99,6 +100,15 @@ def greedy(model, **inputs):
 def test_language_models(tmp_path, kind, changes):
     model = written(tmp_path / "source", kind(kind.config_class(**LLM | changes)))
     from_torch.convert(from_torch.Options((tmp_path / "source",), tmp_path / "jax"))
+    agree(ours(tmp_path / "jax", {"llm"}), *greedy(model, input_ids=torch.tensor([IDS])))
+
+
+def test_adapters_that_peft_saved(tmp_path):
+    base = written(tmp_path / "base", transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLM)))
+    wanted = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(base, wanted).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    from_torch.convert(from_torch.Options((tmp_path / "adapter", tmp_path / "base"), tmp_path / "jax"))
     agree(ours(tmp_path / "jax", {"llm"}), *greedy(model, input_ids=torch.tensor([IDS])))
 
 
