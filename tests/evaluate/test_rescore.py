@@ -1,6 +1,7 @@
 """What lines tell without the model: the user's own metrics, and answers without a model beside every figure."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.report.sweep_load import load_sweep
 from medplib_jax.evaluate.rescore import rescore
 from tests.evaluate.report.sweep_fixture import CHECKPOINTS, write_sweep
+from tests.paths import ROOT
 
 GROUNDING, VQA = "MeCoVQA_Grounding_test", "MeCoVQA_Complex_VQA_test"
 MY_METRICS = """
@@ -74,6 +76,15 @@ def test_the_report_explains_own_metrics_and_has_their_intervals(folder):
     figures = [f for f in report["figures"] if (f["metric"], f["modality"]) == ("brevity", "all")]
     assert all(figure["low"] is not None for figure in figures) and report["metrics"]["surplus"]["unit"] == "px"
     assert any(figure["p"] is not None for figure in figures)
+
+
+def test_the_lines_of_the_readme_are_a_metric(folder, tmp_path):
+    readme = (ROOT / "medplib_jax/evaluate/evaluators/README.md").read_text()
+    (code,) = re.findall(r"^```python\n(# my_metrics.py.*?)^```", readme, re.M | re.S)
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "my_metrics.py").write_text(code.replace("brevity", "shortness"))
+    result = rescore(tmp_path / "copy", load_metrics(str(tmp_path / "my_metrics.py")))
+    assert {cell.task for cell in result.cells if "shortness" in cell.metrics} == {VQA}  # of the kind that it says
 
 
 def test_scoring_again_changes_nothing_and_a_new_metric_keeps_the_others(folder, cells, tmp_path):

@@ -245,18 +245,19 @@ def test_what_cannot_be_evaluated_is_one_line(folder, tmp_path):
     wrong = [
         ("configs/eval_folder.py:/lost", "x", "/lost: expected an annotation file or a folder"),
         (f"configs/eval_folder.py:{folder}", "/lost/run", "checkpoints '/lost/run': expected workdirs"),
+        (f"configs/eval_folder.py:{folder}", "/lost/run", "lost.py: no such file", "--config.metrics=lost.py"),
     ]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "medplib_jax.evaluate", f"--config={config}", f"--workdir={tmp_path}"]
-            + [f"--config.checkpoints={checkpoints}"],
+            + [f"--config.checkpoints={checkpoints}", *flags],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for config, checkpoints, _ in wrong
+        for config, checkpoints, _, *flags in wrong
     ]
-    for process, (_, _, expected) in zip(processes, wrong, strict=True):
+    for process, (_, _, expected, *_) in zip(processes, wrong, strict=True):
         said = process.communicate()[1]
         assert process.returncode == 1 and len(said.splitlines()) == 1, said
         assert said.startswith("error: ") and expected in said

@@ -14,6 +14,7 @@ import pytest
 
 from launch import local_multiprocess
 from medplib_jax.config.sweep import SweepConfig
+from medplib_jax.evaluate.own import load_metrics
 from medplib_jax.evaluate.rescore import rescore
 from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.evaluate.tasks import folder_tasks
@@ -22,6 +23,14 @@ from tests.paths import ROOT
 
 SETTINGS = {"select": "grounding", "shard": 2, "slots": 2, "refill": 1}
 KILLS = 20
+MINE = """
+from medplib_jax.evaluate.own import metric
+
+
+@metric("mean number of letters", unit="letters")
+def letters(answer, truth, meta):
+    return len(answer.text)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +40,7 @@ def folder(tmp_path_factory):
     (folder / "test" / "grounding.json").write_text(
         json.dumps(records + records[:1])
     )  # 7 records: 4 shards, the last one half
+    (folder / "mine.py").write_text(MINE)
     return folder
 
 
@@ -45,6 +55,7 @@ def run(tmp_path_factory):
 def command(folder, run, workdir):
     values = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
     config = f"--config=configs/eval_folder.py:{folder}"
+    mine = (folder if folder.is_dir() else folder.parent) / "mine.py"
     return [
         sys.executable,
         "-m",
@@ -52,6 +63,7 @@ def command(folder, run, workdir):
         config,
         f"--workdir={workdir}",
         f"--config.checkpoints={run}",
+        f"--config.metrics={mine}",
         *values,
     ]
 
@@ -70,7 +82,7 @@ def files(workdir):
 def alone(folder, run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
     run_sweep(SweepConfig(checkpoints=str(run), tasks=folder_tasks(folder), **SETTINGS), workdir)
-    rescore(workdir)
+    rescore(workdir, load_metrics(str(folder / "mine.py")))
     return files(workdir)
 
 
