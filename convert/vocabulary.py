@@ -8,9 +8,11 @@ import shutil
 import numpy as np
 
 from medplib_jax import checkpoint
+from medplib_jax.data.bpe_tokenizer import BPE_FILE, BpeTokenizer, is_byte_level
 from medplib_jax.data.qwen_tokenizer import RANKS_FILE, QwenTokenizer
-from medplib_jax.data.tokenizers import ADDED_FILE, ADDED_TOKENS, MODEL_FILE, Tokenizer
+from medplib_jax.data.tokenizers import ADDED_FILE, ADDED_TOKENS, MODEL_FILE, Tokenizer, load_tokenizer
 
+FILES = (MODEL_FILE, RANKS_FILE, BPE_FILE)  # the first that a folder has counts
 VOCABULARY_AXIS = {"llm/embed/embedding": 0, "llm/head/kernel": 1}
 
 
@@ -23,12 +25,12 @@ def find_tokenizer(given: pathlib.Path | None, folders: list[pathlib.Path]) -> p
     if given is None:
         if not beside:
             raise FileNotFoundError(
-                f"no {MODEL_FILE} or {RANKS_FILE} beside the weights ({', '.join(map(str, folders))}); "
+                f"no {', '.join(FILES)} beside the weights ({', '.join(map(str, folders))}); "
                 "give its folder with --tokenizer"
             )
         return beside[0]
     if not model_file(given):
-        raise FileNotFoundError(f"{given}: expected {MODEL_FILE} or {RANKS_FILE}")
+        raise FileNotFoundError(f"{given}: expected one of {', '.join(FILES)}")
     for folder in beside:
         if _digest(folder) != _digest(given):
             raise ValueError(
@@ -44,6 +46,8 @@ def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
         shutil.copyfile(path, folder / path.name)
     if (folder / MODEL_FILE).is_file() and not (folder / ADDED_FILE).exists():
         Tokenizer.load(str(folder)).save(str(folder))
+    if model_file(folder) == folder / BPE_FILE:
+        BpeTokenizer.load(str(folder), ADDED_TOKENS).save(str(folder))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ def fit(folder: pathlib.Path, rows: int, image_token: int | None = None) -> Rows
         if rows != size:
             raise ValueError(f"{folder}: wrong tokenizer: it needs {size} rows, but the weights have {rows}")
         return Rows(size)
-    size = Tokenizer.load(str(folder)).vocab_size
+    size = load_tokenizer(str(folder)).vocab_size
     base = size - len(ADDED_TOKENS)
     if rows == size or (image_token == size and image_token < rows):
         return Rows(size)
@@ -104,5 +108,6 @@ def _digest(folder: pathlib.Path) -> str:
 
 
 def model_file(folder: pathlib.Path) -> pathlib.Path | None:
-    """The tokenizer's vocabulary in a folder: LLaMA's or Qwen's."""
-    return next((path for name in (MODEL_FILE, RANKS_FILE) if (path := folder / name).is_file()), None)
+    """The tokenizer's vocabulary in a folder: LLaMA's, Qwen's, or a byte-level BPE."""
+    found = next((path for name in FILES if (path := folder / name).is_file()), None)
+    return None if found and found.name == BPE_FILE and not is_byte_level(str(found)) else found

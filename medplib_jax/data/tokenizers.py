@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import sentencepiece
 
+from medplib_jax.data.bpe_tokenizer import BPE_FILE, BpeTokenizer
 from medplib_jax.data.qwen_tokenizer import RANKS_FILE, QwenTokenizer
 
 ADDED_TOKENS = (
@@ -147,15 +148,18 @@ class Tokenizer:
         return text + self._pieces.decode(pieces)
 
 
-def load_tokenizer(folder: str) -> Tokenizer | QwenTokenizer:
+def load_tokenizer(folder: str) -> Tokenizer | QwenTokenizer | BpeTokenizer:
     """The tokenizer whose files a folder holds:
 
-    LLaMA's with MedPLIB's tokens, or Qwen's. Both have `encode`, `decode`, `vocab_size` (the rows of the model's
-    embedding), `fingerprint` and the ids that the model needs: `bos_id` (begins a row that holds nothing else),
-    `pad_id`, `stop_ids` and `seg_id` (-1 where there is no <SEG>).
+    LLaMA's or a byte-level BPE with MedPLIB's tokens, or Qwen's. All have `encode`, `decode`, `vocab_size` (the rows of
+    the model's embedding), `fingerprint` and the ids that the model needs: `bos_id` (begins a row that holds nothing
+    else), `pad_id`, `stop_ids` and `seg_id` (-1 where there is no <SEG>).
     """
-    kind = QwenTokenizer if os.path.isfile(os.path.join(folder, RANKS_FILE)) else Tokenizer
-    return kind.load(folder)
+    if os.path.isfile(os.path.join(folder, RANKS_FILE)):
+        return QwenTokenizer.load(folder)
+    if not os.path.isfile(os.path.join(folder, MODEL_FILE)) and os.path.isfile(os.path.join(folder, BPE_FILE)):
+        return BpeTokenizer.load(folder, ADDED_TOKENS)
+    return Tokenizer.load(folder)
 
 
 def train_tokenizer(texts: Iterable[str], folder: str, vocab_size: int) -> Tokenizer:

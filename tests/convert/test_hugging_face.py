@@ -12,8 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from convert import check, from_torch, to_torch
+from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.models.layers import bind
 from tests.convert.conftest import TINY, TOKENIZER, load, random_tensors, write_folder
+from tests.data.test_bpe_tokenizer import write_bpe
 
 LLM = {
     "vocab_size": 400,
@@ -101,6 +103,29 @@ def test_language_models(tmp_path, kind, changes):
     model = written(tmp_path / "source", kind(kind.config_class(**LLM | changes)))
     from_torch.convert(from_torch.Options((tmp_path / "source",), tmp_path / "jax"))
     agree(ours(tmp_path / "jax", {"llm"}), *greedy(model, input_ids=torch.tensor([IDS])))
+
+
+def test_a_small_llama_with_a_byte_level_tokenizer(tmp_path):
+    """SmolLM2's form: grouped queries, a tied head, no SentencePiece model."""
+    write_bpe(tmp_path / "source")
+    rows = len(transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "source/tokenizer.json")))
+    config = transformers.LlamaConfig(**LLM | {"vocab_size": rows, "tie_word_embeddings": True})
+    model = written(tmp_path / "source", transformers.LlamaForCausalLM(config))
+    (tmp_path / "source/tokenizer.model").unlink()
+    from_torch.convert(from_torch.Options((tmp_path / "source",), tmp_path / "jax"))
+    tokenizer = load_tokenizer(str(tmp_path / "jax/tokenizer"))
+    assert tokenizer.seg_id == rows and tokenizer.vocab_size == rows + 267
+    assert rows == 400  # `greedy` and `agree` leave the tokens behind these out
+    agree(ours(tmp_path / "jax", {"llm"}), *greedy(model, input_ids=torch.tensor([IDS])))
+
+
+def test_llamas_own_tokenizer_json_is_no_tokenizer(tmp_path):
+    written(tmp_path / "source", transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLM)))
+    (tmp_path / "source/tokenizer.model").unlink()
+    (tmp_path / "source/tokenizer.json").write_text('{"model": {"type": "BPE", "byte_fallback": true}}')
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer.model, qwen.tiktoken, tokenizer.json beside"):
+        from_torch.convert(from_torch.Options((tmp_path / "source",), tmp_path / "jax"))
+    from_torch.convert(from_torch.Options((tmp_path / "source",), tmp_path / "jax", tokenizer=TOKENIZER))
 
 
 def test_adapters_that_peft_saved(tmp_path):
