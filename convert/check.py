@@ -24,10 +24,8 @@ from medplib_jax import checkpoint
 from medplib_jax.batch import Batch
 from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConfig
 from medplib_jax.data import hub
-from medplib_jax.data.bpe_tokenizer import BpeTokenizer
 from medplib_jax.data.images import clip_pixels, load_image, sam_pixels
-from medplib_jax.data.qwen_tokenizer import QwenTokenizer
-from medplib_jax.data.tokenizers import Tokenizer, load_tokenizer
+from medplib_jax.data.tokenizers import AnyTokenizer, load_tokenizer
 from medplib_jax.decode.generator import Generator
 from medplib_jax.models.families import build_model
 from medplib_jax.models.layers import abstract_module, bind, params_of
@@ -90,7 +88,7 @@ class OurSide:
         }
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer | QwenTokenizer | BpeTokenizer:
+    def tokenizer(self) -> AnyTokenizer:
         return load_tokenizer(self.tokenizer_folder)
 
     @functools.cached_property

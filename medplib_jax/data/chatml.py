@@ -15,7 +15,7 @@ from medplib_jax.data import boxes
 from medplib_jax.data.encoded import Encoded
 from medplib_jax.data.qwen_tokenizer import SPECIALS, QwenTokenizer
 from medplib_jax.data.records import MASK, REGION, Record
-from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.data.tokenizers import AnyTokenizer
 
 TEMPLATES = ("chatml", "qwen_raw")  # qwen_raw: BiRD's released inference, where the question stands alone
 SYSTEM = "You are a helpful assistant."
@@ -60,7 +60,7 @@ def encode_question(
     return _spliced(record, ids, [False] * len(ids), image_tokens, max_images, max_length, answer)
 
 
-def stop_ids(template: str, tokenizer: QwenTokenizer | Tokenizer) -> tuple[int, ...]:
+def stop_ids(template: str, tokenizer: AnyTokenizer) -> tuple[int, ...]:
     """Before which ids an answer ends: BiRD's released inference stops at the end of the text alone."""
     return (tokenizer.eos_id,) if template == "qwen_raw" else tokenizer.stop_ids
 

@@ -24,10 +24,9 @@ from medplib_jax.data.icl import spelled_out, views
 from medplib_jax.data.packing import pack
 from medplib_jax.data.plan import BatchPlan
 from medplib_jax.data.prepared import PreparedFiles
-from medplib_jax.data.qwen_tokenizer import QwenTokenizer
 from medplib_jax.data.records import Record, check_images
 from medplib_jax.data.sources import Source, open_source
-from medplib_jax.data.tokenizers import Tokenizer, load_tokenizer
+from medplib_jax.data.tokenizers import AnyTokenizer, load_tokenizer
 
 CACHE_BYTES = 2**30  # decoded and resized pixels kept per process
 Arrays = dict[str, np.ndarray]
@@ -45,7 +44,7 @@ class Loader:
     def __init__(
         self,
         sources: Sequence[Sequence[Record]],
-        tokenizer: Tokenizer | QwenTokenizer,
+        tokenizer: AnyTokenizer,
         data: DataConfig,
         model: ModelConfig,
         cache_bytes: int = CACHE_BYTES,

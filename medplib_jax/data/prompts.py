@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 
+from medplib_jax.data.bpe_tokenizer import BpeTokenizer
 from medplib_jax.data.encoded import Encoded
 from medplib_jax.data.records import MASK, REGION, Record
 from medplib_jax.data.tokenizers import Tokenizer
@@ -23,7 +24,7 @@ _IMAGE, _WRAPPED_IMAGE = "<image>", "<im_start><image><im_end>"
 _IMAGE_SLOT, _REGION_SLOT = -1, -2  # stand for features while ids are collected
 
 
-def encode_conversation(record: Record, tokenizer: Tokenizer, **settings) -> Encoded:
+def encode_conversation(record: Record, tokenizer: Tokenizer | BpeTokenizer, **settings) -> Encoded:
     """The whole conversation, for training; `settings`: see `_encode`.
 
     DataError when it has no answer, more than `max_length` positions, too many images, or images that do not pair up
@@ -34,7 +35,7 @@ def encode_conversation(record: Record, tokenizer: Tokenizer, **settings) -> Enc
     return _encode(record, record.turns, tokenizer, **settings)
 
 
-def encode_question(record: Record, tokenizer: Tokenizer, **settings) -> Encoded:
+def encode_question(record: Record, tokenizer: Tokenizer | BpeTokenizer, **settings) -> Encoded:
     """The conversation up to the last "ASSISTANT:", for evaluation.
 
     The answer that follows in the record is `Encoded.answer`.
@@ -51,7 +52,7 @@ def encode_question(record: Record, tokenizer: Tokenizer, **settings) -> Encoded
 def _encode(
     record: Record,
     turns,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | BpeTokenizer,
     *,
     template: str,
     image_tokens: int,
@@ -107,7 +108,7 @@ def _place_images(text: str, single: bool) -> str:
     return text.replace(_IMAGE, _WRAPPED_IMAGE)
 
 
-def _token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+def _token_ids(text: str, tokenizer: Tokenizer | BpeTokenizer) -> list[int]:
     """Ids with slots for images and, between `<region>` and `</region>`, for regions."""
     ids = []
     for i, chunk in enumerate(REGION.sub("<region></region>", text).split(_IMAGE)):

@@ -148,7 +148,10 @@ class Tokenizer:
         return text + self._pieces.decode(pieces)
 
 
-def load_tokenizer(folder: str) -> Tokenizer | QwenTokenizer | BpeTokenizer:
+AnyTokenizer = Tokenizer | QwenTokenizer | BpeTokenizer
+
+
+def load_tokenizer(folder: str) -> AnyTokenizer:
     """The tokenizer whose files a folder holds:
 
     LLaMA's or a byte-level BPE with MedPLIB's tokens, or Qwen's. All have `encode`, `decode`, `vocab_size` (the rows of
