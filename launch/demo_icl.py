@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import stage4_moe, stage5_icl
+from configs import eval_icl, stage4_moe, stage5_icl
 from launch.demo_common import Stopwatch, announce, print_summary
 from medplib_jax.config.experiment import ExperimentConfig, InitConfig, LossConfig
 from medplib_jax.config.model import LoraConfig
-from medplib_jax.config.sweep import SweepConfig, TaskConfig
+from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.icl_form import REQUEST
 from medplib_jax.data.images import load_mask
 from medplib_jax.data.prompts import TEMPLATES
@@ -37,7 +37,7 @@ TEST_KINDS, TEST_PATIENTS = 8, 8
 PATIENT = r"(k\d+p\d+)"  # in a picture's name
 PIECES = 800  # at most, of the tokenizer
 GAIN = 0.25  # in mDice that three examples are to bring over none
-RETRIEVED = "3 retrieved"
+ABOUT = "generated shapes of forms that no training picture holds"
 PLACES = (("upper left", "top", "upper right"), ("left", "centre", "right"), ("lower left", "bottom", "lower right"))
 EVERYTHING = (".*",)
 RATE, STEPS, LENGTHS = 2e-3, {"IV": 300, "V": 700}, {"IV": (144,), "V": (384,)}
@@ -100,17 +100,6 @@ class IclDemo:
             init=InitConfig(stage=4) if stage == "IV" else InitConfig(stage=5, base=str(self.workdir("IV"))),
             train=dataclasses.replace(config.train, steps=STEPS[stage], checkpoint_every=STEPS[stage], seed=self.seed),
         )
-
-    def tasks(self) -> dict[str, TaskConfig]:
-        """By name: the held-out shapes after no, one, two and three examples at random, and after retrieved ones."""
-        root, about = str(self.data("test")), "generated shapes of forms that no training picture holds"
-        tasks = {f"{shots} at random": (self.records("test"), shots) for shots in range(4)} | {
-            RETRIEVED: (self.retrieved, 3)
-        }
-        return {
-            name: TaskConfig(name.replace(" ", "_"), str(file), root=root, kind="icl", shots=shots, about=about)
-            for name, (file, shots) in tasks.items()
-        }
 
 
 def run(demo: IclDemo, watch: Stopwatch) -> int:
@@ -182,18 +171,18 @@ def evaluate(demo: IclDemo) -> dict[str, float]:
     checkpoint, index = str(demo.workdir("V")), str(demo.out / "index")
     build(library_of_records(str(demo.records("test"))), index, checkpoint)
     retrieve(str(demo.records("test")), index, checkpoint, str(demo.retrieved))
-    tasks = demo.tasks()
-    config = SweepConfig(checkpoints=checkpoint, tasks=tuple(tasks.values()), max_new_tokens=4, on_error="raise")
+    tasks = eval_icl.tasks(demo.data("test"), ABOUT)
+    config = SweepConfig(checkpoints=checkpoint, tasks=tasks, max_new_tokens=4, on_error="raise")
     cells = {cell.task: cell for cell in run_sweep(config, demo.evaluation).cells}
     write_sweep_report(demo.evaluation)
     dice = {}
-    for name, task in tasks.items():
-        rows = read_rows(*(demo.evaluation / path for path in cells[task.name].predictions))
+    for name in (task.name for task in tasks):
+        rows = read_rows(*(demo.evaluation / path for path in cells[name].predictions))
         dice[name] = np.array([row["scores"]["dice"] for row in sorted(rows, key=lambda row: row["record"])])
     found = {f"mDice, {name}": float(values.mean()) for name, values in dice.items()}
     gains = {
-        "3 over 0 examples": dice["3 at random"] - dice["0 at random"],
-        "retrieved over random": dice[RETRIEVED] - dice["3 at random"],
+        "3 over 0 examples": dice["random-3"] - dice["random-0"],
+        "retrieved over random": dice["retrieved-3"] - dice["random-3"],
     }
     for name, values in gains.items():
         low, high = interval(values)

@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from configs import eval_icl
+from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.errors import DataError
 from medplib_jax.datasets.icl import IclOptions, make_icl
@@ -13,7 +15,7 @@ from medplib_jax.evaluate.plan import plan_sweep
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.report.sweep_load import load_sweep
 from medplib_jax.evaluate.sweep import run_sweep
-from medplib_jax.evaluate.tasks import read_task
+from medplib_jax.evaluate.tasks import find_tasks, read_task
 from tests.datasets.icl_pairs import write_pairs
 from tests.evaluate.evaluators import tiny
 
@@ -79,6 +81,15 @@ def test_shots_are_part_of_what_predictions_are_made_from(data):
     one, three = (read_task(task(data, shots), 0, "raise") for shots in (1, 3))
     assert one.digest != three.digest and (one.examples, three.examples, one.images) == (1, 3, 1)
     assert one.kind == "icl" and one.masks == 1
+
+
+def test_the_config_asks_every_number_of_examples(data):
+    asked = {task.name: (task.file, task.shots) for task in eval_icl.tasks(data)}
+    assert asked["random-0"] == (str(data / "test/icl.json"), 0) and "retrieved-0" not in asked
+    assert asked["retrieved-3"] == (str(data / "test/icl_retrieved.json"), 3) and len(asked) == 7
+    config = from_config_dict(eval_icl.get_config(str(data)), SweepConfig)
+    tasks, left_out = find_tasks(config.tasks, 2, "raise", "skip")
+    assert [task.examples for task in tasks] == [0, 1, 2, 3] and len(left_out) == 3
 
 
 def test_an_ordinary_record_is_no_icl_record(data, tmp_path):
