@@ -122,8 +122,8 @@ def make_tokenizer(demo: BirdDemo) -> None:
 
 def headline(result: SweepResult) -> dict[str, float]:
     """{task.metric: value} of the figures that have a bar, and how many records each task asked."""
-    found = {f"{cell.task}.{name}": value for cell in result.cells for name, value in cell.metrics.items()}
-    records = {f"{cell.task}.records": cell.records for cell in result.cells}
+    found = {f"{cell.task}.{name}": value for cell in result.of_models for name, value in cell.metrics.items()}
+    records = {f"{cell.task}.records": cell.records for cell in result.of_models}
     return {name: found[name] for name in BARS} | records
 
 

@@ -12,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from configs import eval_icl, stage4_moe, stage5_icl
@@ -28,7 +29,9 @@ from medplib_jax.datasets.index import build, library_of_records
 from medplib_jax.datasets.phantom import shapes
 from medplib_jax.datasets.retrieve import retrieve
 from medplib_jax.evaluate.evaluators.predictions import read_rows
+from medplib_jax.evaluate.provenance import note_run
 from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.rescore import rescore
 from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.train.loop import train
 
@@ -173,7 +176,9 @@ def evaluate(demo: IclDemo) -> dict[str, float]:
     retrieve(str(demo.records("test")), index, checkpoint, str(demo.retrieved))
     tasks = eval_icl.tasks(demo.data("test"), ABOUT)
     config = SweepConfig(checkpoints=checkpoint, tasks=tasks, max_new_tokens=4, on_error="raise")
-    cells = {cell.task: cell for cell in run_sweep(config, demo.evaluation).cells}
+    cells = {cell.task: cell for cell in run_sweep(config, demo.evaluation).of_models}
+    note_run(demo.evaluation, jax.devices()[0].device_kind)
+    rescore(demo.evaluation)
     write_sweep_report(demo.evaluation)
     dice = {}
     for name in (task.name for task in tasks):

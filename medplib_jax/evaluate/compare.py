@@ -26,6 +26,7 @@ from medplib_jax.evaluate.evaluators.predictions import PredictionRow, read_rows
 from medplib_jax.evaluate.kinds import find_kind
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.result import (
+    NAIVE,
     CellEntry,
     CheckpointEntry,
     SweepResult,
@@ -52,7 +53,7 @@ class Side:
         """FOLDER or FOLDER@CHECKPOINT. ValueError where the checkpoint is not there, or is one of several."""
         folder, _, name = text.partition("@")
         result = read_result(Path(folder))
-        models = [entry for entry in result.checkpoints if entry.kind != "naive"]
+        models = [entry for entry in result.checkpoints if entry.kind != NAIVE]
         wanted = [entry for entry in models if entry.name == name] if name else models
         if len(wanted) != 1:
             names = ", ".join(entry.name for entry in models)

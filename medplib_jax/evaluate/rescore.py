@@ -33,6 +33,7 @@ from medplib_jax.evaluate.kinds.refer_box import BOX_GRID
 from medplib_jax.evaluate.own import OwnMetric, load_metrics
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.result import (
+    NAIVE,
     CellEntry,
     CheckpointEntry,
     SweepResult,
@@ -42,7 +43,6 @@ from medplib_jax.evaluate.result import (
     update_result,
 )
 
-NAIVE = "naive"  # the kind of their checkpoints
 OWN_SUFFIX, EXAMPLES = ".own.jsonl", 2_000
 _KEPT = ("record", "image", "modality", "patient", "structure", "question", "expected", "answer_type")
 
@@ -58,11 +58,10 @@ def rescore(workdir: str | Path, own: Sequence[OwnMetric] = ()) -> SweepResult:
 
     def change(before: SweepResult) -> SweepResult:
         models = [entry for entry in before.checkpoints if entry.kind != NAIVE]
-        cells = [cell for cell in before.cells if not _is_naive(before, cell)]
         return dataclasses.replace(
             before,
             checkpoints=(*models, *naive),
-            cells=_in_place(cells, found.cells),
+            cells=_in_place(before.of_models, found.cells),
             metrics=merge(before.metrics, found.metrics, [entry.key for entry in found.metrics]),
         )
 
@@ -123,9 +122,9 @@ def _metrics(rows: Sequence[PredictionRow], task: TaskEntry, protocol: str) -> d
 def _add_naive(workdir: Path, result: SweepResult) -> SweepResult:
     """One more checkpoint for each way of answering without a model; made again where the answered records changed."""
     answered: dict[tuple[str, str], CellEntry] = {}  # for each task and protocol the cell with the most records
-    for cell in result.cells:
+    for cell in result.of_models:
         most = answered.get((cell.task, cell.protocol))
-        if cell.records and not _is_naive(result, cell) and (most is None or cell.records > most.records):
+        if cell.records and (most is None or cell.records > most.records):
             answered[cell.task, cell.protocol] = cell
     checkpoints: dict[str, CheckpointEntry] = {}
     cells, tasks = [], {task.name: task for task in result.tasks}
@@ -135,13 +134,8 @@ def _add_naive(workdir: Path, result: SweepResult) -> SweepResult:
         for guess_name, guess in kind.naive(_examples(task, rows)).items():
             checkpoints[guess_name] = CheckpointEntry(guess_name, run="no model", kind=NAIVE)
             cells.append(_naive_cell(workdir, guess_name, guess, rows, task, kind, protocol))
-    before = [cell for cell in result.cells if not _is_naive(result, cell)]
     models = [entry for entry in result.checkpoints if entry.kind != NAIVE]
-    return dataclasses.replace(result, checkpoints=(*models, *checkpoints.values()), cells=(*before, *cells))
-
-
-def _is_naive(result: SweepResult, cell: CellEntry) -> bool:
-    return any(entry.kind == NAIVE and entry.name == cell.checkpoint for entry in result.checkpoints)
+    return dataclasses.replace(result, checkpoints=(*models, *checkpoints.values()), cells=(*result.of_models, *cells))
 
 
 def _naive_cell(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from medplib_jax.parallel.lock import folder_lock
 
 RESULT, LOCK = "sweep.json", ".sweep.lock"
+NAIVE = "naive"  # the kind of checkpoints that answer without a model
 LOCK_SECONDS = 120.0  # a run holds the lock for as long as it writes one file
 
 
@@ -137,6 +138,12 @@ class SweepResult:
     left_out: tuple[LeftOut, ...] = ()
     metrics: tuple[MetricEntry, ...] = ()  # of the user's
     runs: tuple[RunEntry, ...] = ()
+
+    @property
+    def of_models(self) -> tuple[CellEntry, ...]:
+        """The cells of checkpoints, without the answers that need no model (`rescore`)."""
+        naive = {entry.name for entry in self.checkpoints if entry.kind == NAIVE}
+        return tuple(cell for cell in self.cells if cell.checkpoint not in naive)
 
 
 def read_result(workdir: Path) -> SweepResult:

@@ -21,6 +21,7 @@ from medplib_jax.evaluate.report.reproduction import reproduction
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.report.sweep_load import load_sweep
 from medplib_jax.evaluate.rescore import rescore
+from medplib_jax.evaluate.result import read_result
 from tests.evaluate.report.sweep_fixture import CHECKPOINTS, write_sweep
 from tests.paths import ROOT
 
@@ -156,6 +157,9 @@ def test_answers_without_a_model_stand_in_every_table(folder, cells):
     }
     figures = json.loads((folder / "report.json").read_text())["figures"]
     assert all(figure["p"] is None for figure in figures if figure["run"] == "no model")
+    result = read_result(folder)
+    names = {cell.checkpoint for cell in result.of_models}
+    assert names == {CHECKPOINTS[1][0], CHECKPOINTS[3][0]} and len(result.cells) > len(result.of_models) == 12
 
 
 def test_guesses_come_from_the_training_file_where_it_is_known(folder, tmp_path):

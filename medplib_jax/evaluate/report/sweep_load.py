@@ -13,6 +13,7 @@ from medplib_jax.evaluate.kinds import TaskKind, find_kind
 from medplib_jax.evaluate.metrics import PROTOCOLS, Statistic, values
 from medplib_jax.evaluate.metrics.catalogue import Metric, describe, register_own
 from medplib_jax.evaluate.result import (
+    NAIVE,
     CellEntry,
     CheckpointEntry,
     LeftOut,
@@ -99,7 +100,7 @@ class Sweep:
     @functools.cached_property
     def naive(self) -> frozenset[str]:
         """The names of those that answer without a model."""
-        return frozenset(entry.name for entry in self.checkpoints if entry.kind == "naive")
+        return frozenset(entry.name for entry in self.checkpoints if entry.kind == NAIVE)
 
     @property
     def protocols(self) -> tuple[str, ...]:
