@@ -53,25 +53,24 @@ def rescore(workdir: str | Path, own: Sequence[OwnMetric] = ()) -> SweepResult:
     Raises what `read_result` raises, and ValueError for a line that cannot be read and for a metric that fails.
     """
     workdir = Path(workdir)
-    found = _add_own(workdir, _add_naive(workdir, read_result(workdir)), own)  # minutes: others may write meanwhile
+    first = read_result(workdir)
+    found = _add_own(workdir, _add_naive(workdir, first), own)  # takes minutes: others may write meanwhile
+    read, scored = ({cell.key: cell for cell in result.cells} for result in (first, found))
     naive = [entry for entry in found.checkpoints if entry.kind == NAIVE]
+    guesses = [cell for cell in found.cells if cell.checkpoint in {entry.name for entry in naive}]
 
     def change(before: SweepResult) -> SweepResult:
         models = [entry for entry in before.checkpoints if entry.kind != NAIVE]
+        same = {cell.key for cell in before.cells if read.get(cell.key) == cell}
+        cells = [scored[cell.key] if cell.key in same else cell for cell in before.of_models]
         return dataclasses.replace(
             before,
             checkpoints=(*models, *naive),
-            cells=_in_place(before.of_models, found.cells),
+            cells=(*cells, *guesses),
             metrics=merge(before.metrics, found.metrics, [entry.key for entry in found.metrics]),
         )
 
     return update_result(workdir, change)
-
-
-def _in_place(before: Sequence[CellEntry], new: Sequence[CellEntry]) -> tuple[CellEntry, ...]:
-    """The cells with the new ones of their keys in their places, and behind them those that are only new."""
-    cells = {cell.key: cell for cell in before} | {cell.key: cell for cell in new}
-    return tuple(cells.values())
 
 
 def _add_own(workdir: Path, result: SweepResult, own: Sequence[OwnMetric]) -> SweepResult:

@@ -1,5 +1,6 @@
 """What lines tell without the model: the user's own metrics, and answers without a model beside every figure."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from medplib_jax.evaluate.report.reproduction import reproduction
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.report.sweep_load import load_sweep
 from medplib_jax.evaluate.rescore import rescore
-from medplib_jax.evaluate.result import read_result
+from medplib_jax.evaluate.result import read_result, update_result
 from tests.evaluate.report.sweep_fixture import CHECKPOINTS, write_sweep
 from tests.paths import ROOT
 
@@ -186,6 +187,22 @@ def test_guesses_come_from_the_training_file_where_it_is_known(folder, tmp_path)
     facts = {(what, which): value for what, which, value in reproduction(load_sweep(tmp_path / "copy"))}
     assert facts["guesses from", GROUNDING].endswith(Path(phantom.FILES["train"]["grounding"]).name)
     assert "the task itself" in facts["guesses from", VQA]
+
+
+def test_a_cell_that_another_sweep_wrote_meanwhile_stays(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    wrote = []
+
+    @own.metric("always one")
+    def slow(answer, truth, meta):
+        if not wrote:
+            newer = lambda cell: dataclasses.replace(cell, max_new_tokens=7)
+            change = lambda before: dataclasses.replace(before, cells=tuple(map(newer, before.cells[:1])))
+            wrote.append(update_result(tmp_path / "copy", change).cells[0].key)
+        return 1
+
+    cells = {cell.key: cell for cell in rescore(tmp_path / "copy", [slow.own_metric]).cells}
+    assert cells[wrote[0]].max_new_tokens == 7 and "slow" not in cells[wrote[0]].metrics
 
 
 def test_lines_of_an_old_folder_are_rescored_by_one_command_without_jax(folder):
