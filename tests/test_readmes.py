@@ -66,6 +66,7 @@ NOT_RUN = {
     "python -m medplib_jax.datasets.sa_med2d": "needs SA-Med2D; tests/datasets/test_sa_med2d.py runs it",
     "python -m medplib_jax.datasets.icl": "needs one's own data; tests/datasets/test_icl.py runs it",
     "python -m medplib_jax.datasets.index": "needs one's own data; tests/datasets/test_index.py runs it",
+    "python -m medplib_jax.evaluate --config=configs/eval_icl.py": "7B; tests/evaluate/test_icl.py has a small one",
     "python -m medplib_jax.datasets.retrieve": "needs an index; tests/datasets/test_index.py runs it",
     "python -m convert.quantize": "needs 7B to matter; tests/convert/test_quantize.py runs it",
     "python -m launch.local_multiprocess": "minutes; tests/launch/test_local_multiprocess.py runs it",
@@ -80,7 +81,6 @@ SNIPPETS = {
     "README.md": "tests/test_readmes.py",
     "medplib_jax/evaluate/evaluators/README.md": "tests/evaluate/test_rescore.py",
     "medplib_jax/evaluate/report/README.md": "needs pandas; tests/evaluate/test_table.py reads the same file",
-    "medplib_jax/datasets/README.md": "needs a model of 7B; tests/evaluate/test_icl.py sweeps a small one",
     "medplib_jax/serve/README.md": "needs a server; tests/serve/test_chat.py asks one by the same client",
 }
 
