@@ -187,6 +187,17 @@ def test_examples_that_cannot_be_shown_are_named(tmp_path, masks, spoil, message
         loader.load_eval([0, -1], (0,), question=False)
 
 
+def test_a_text_of_ones_own_may_ask_for_several_targets():
+    """Each `<SEG>` of the answer has a mask of the picture in question; the examples have none."""
+    answer = "The organ <SEG><mask>a_mask.png</mask> and its rest <SEG><mask>a_mask.png</mask>."
+    asked = "Where it is in <image>, find the organ and its rest here: <image>"
+    conversations = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+    loader = loader_of([parse(CASES[0]["record"] | {"conversations": conversations})], IclConfig(), max_masks=2)
+    arrays, _ = loader.load_eval([0], (0,), question=False)
+    assert arrays["mask_valid"][0].tolist() == [True, True] and (arrays["seg_position"][0] > 0).all()
+    assert (arrays["feature_index"][0] >= 0).sum() == 2 * MODEL.clip.num_patches
+
+
 def test_a_row_with_examples_is_shared_with_no_other(tmp_path):
     """A conversation without a mask could be packed; its examples could not."""
     talk = [{"from": "human", "value": "<examples>Query: <image>"}, {"from": "gpt", "value": "Seen."}]
