@@ -153,6 +153,15 @@ def test_a_folder_becomes_an_experiment(tmp_path):
     assert experiment("finetune_folder", str(tmp_path)).data.sources == (str(tmp_path / "slake_train.json"),)
 
 
+def test_eight_chips_train_a_row_each_of_a_folder_at_7b(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    config, lora = experiment("finetune_folder", f"7b_v5e8:{tmp_path}"), experiment("finetune_lora", str(tmp_path))
+    assert (config.data.batch_size, config.mesh.fsdp, config.mesh.data) == (8, 8, 1)
+    assert config.model == lora.model and config.optim == lora.optim and config.data.sources == lora.data.sources
+    with pytest.raises(ValueError, match="gone"):
+        experiment("finetune_folder", f"7b_v5e8:{tmp_path}/gone")
+
+
 def test_a_folder_of_boxes_becomes_an_experiment(tmp_path):
     for name in ("train/VG", "grit/train/VG", "grit/test/VG"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
