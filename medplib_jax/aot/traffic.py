@@ -1,9 +1,7 @@
 """Memory traffic of a compiled program: what each instruction moves between HBM and the chip, and what for."""
 
-import collections
 import dataclasses
 import re
-from collections.abc import Iterator
 
 from medplib_jax.aot.hlo import Computation, Instruction, Shape
 
@@ -57,6 +55,7 @@ def _kind(instruction: Instruction, computations: dict[str, Computation]) -> str
 
 _SLICING = ("dynamic-slice", "gather", "slice")
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written into the first one
+# Their results are a tuple that names the operands, too.
 _NAMES_OPERANDS = ("all-gather-start", "reduce-scatter-start", "all-to-all-start", "collective-permute-start")
 _FREE = (
     "parameter",
@@ -84,7 +83,9 @@ def bytes_moved(instruction: Instruction, computation: Computation, computations
     operands = [computation[name].shapes for name in instruction.operands]
     fusion = computations.get(instruction.called[0]) if instruction.opcode == "fusion" and instruction.called else None
     if fusion:
-        return sum(_fusion_traffic(fusion, instruction.shapes))
+        return _fusion_traffic(fusion, instruction.shapes, computations)
+    if instruction.opcode == "copy-start":  # its results are the copy, the operand again, and a token
+        return hbm_bytes(instruction.shapes[:1]) + sum(map(hbm_bytes, operands))
     if instruction.opcode in _SLICING:
         return 2.0 * hbm_bytes(instruction.shapes)
     if instruction.opcode in _IN_PLACE:
@@ -108,27 +109,39 @@ def hbm_bytes(shapes: tuple[Shape, ...]) -> float:
     return float(sum(shape.bytes for shape in shapes if not shape.on_chip))
 
 
-def _fusion_traffic(fusion: Computation, results: tuple[Shape, ...]) -> Iterator[float]:
+def _fusion_traffic(fusion: Computation, results: tuple[Shape, ...], computations: dict[str, Computation]) -> float:
     """A parameter that is only sliced costs its slices, a result that updates a parameter's slice costs the slice."""
-    users = collections.defaultdict(list)
-    for instruction in fusion.values():
-        for operand in instruction.operands:
-            users[operand].append(instruction)
-    for parameter in (i for i in fusion.values() if i.opcode == "parameter"):
-        yield _read(parameter, users, fusion) if hbm_bytes(parameter.shapes) else 0.0
+    parameters = [i for i in fusion.values() if i.opcode == "parameter"]
+    read = sum(_read(parameter, fusion, computations) for parameter in parameters if hbm_bytes(parameter.shapes))
+    # written where the parameter's slice was counted
+    return read if _updates_in_place(fusion, computations) else read + hbm_bytes(results)
+
+
+def _updates_in_place(fusion: Computation, computations: dict[str, Computation]) -> bool:
+    """Whether the result of a fusion is one of its parameters with a slice replaced."""
     root = next(i for i in fusion.values() if i.is_root)
-    updates = [i for i in fusion.values() if i.opcode in _IN_PLACE]
-    if root.opcode in (*_IN_PLACE, "bitcast") and updates:
-        return  # written where the parameter's slice was counted
-    yield hbm_bytes(results)
+    while root.opcode == "bitcast":
+        root = fusion[root.operands[0]]
+    if root.opcode == "fusion":
+        return _updates_in_place(computations[root.called[0]], computations)
+    return root.opcode in _IN_PLACE
 
 
-def _read(source: Instruction, users: dict[str, list[Instruction]], fusion: Computation) -> float:
+def _read(source: Instruction, fusion: Computation, computations: dict[str, Computation]) -> float:
     """Bytes of an array inside a fusion that are read, or written when the fusion updates it in place."""
     total, whole = 0.0, float(sum(shape.bytes for shape in source.shapes))
-    for user in users[source.name]:
+    for user in fusion.values():
+        if source.name not in user.operands:
+            continue
         if user.opcode == "bitcast":
-            total += _read(user, users, fusion)
+            total += _read(user, fusion, computations)
+        elif user.opcode == "fusion":
+            inner = computations[user.called[0]]
+            total += sum(
+                _read(parameter, inner, computations)
+                for place, parameter in enumerate(_parameters(inner))
+                if user.operands[place] == source.name
+            )
         elif user.opcode in _SLICING and user.operands[0] == source.name:
             total += sum(shape.bytes for shape in user.shapes)
         elif user.opcode in _IN_PLACE and user.operands[0] == source.name:
@@ -136,3 +149,9 @@ def _read(source: Instruction, users: dict[str, list[Instruction]], fusion: Comp
         else:
             return whole
     return min(total, whole)
+
+
+def _parameters(computation: Computation) -> list[Instruction]:
+    """In the order in which they are given: the literal of each is its number."""
+    found = [i for i in computation.values() if i.opcode == "parameter"]
+    return sorted(found, key=lambda parameter: int(parameter.literal))

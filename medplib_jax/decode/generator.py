@@ -34,10 +34,13 @@ from medplib_jax.decode.token_kinds import count_choices, token_kinds
 from medplib_jax.models.language.attention import KVCache
 from medplib_jax.models.language.llama import init_cache
 from medplib_jax.models.layers import bind
+from medplib_jax.models.quantize import num_bytes
 from medplib_jax.models.whole import WholeModel
 from medplib_jax.parallel.compilation import compiler_options
 from medplib_jax.parallel.mesh import one_device
 from medplib_jax.parallel.sharding import BATCH_AXES, activation_axes, axis_size, batch_sharding, check_model_fits
+
+LARGE = 2**30  # bytes of parameters from which on memory is short on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +203,8 @@ class Generator:
         self._rows = batch_sharding(self.mesh)
         self._dispatch = threading.Lock()  # of programs that several threads ask for, so that each is compiled once
         slots, options = self._slot_shardings(), compiler_options(self.mesh)
-        self._prefill = jax.jit(decoder.prefill, static_argnames="room", out_shardings=slots, compiler_options=options)
+        frugal = compiler_options(self.mesh, num_bytes(self.params) > LARGE)
+        self._prefill = jax.jit(decoder.prefill, static_argnames="room", out_shardings=slots, compiler_options=frugal)
         self._decode = jax.jit(decoder.decode, donate_argnums=1, out_shardings=slots, compiler_options=options)
         self._insert = jax.jit(insert_rows, donate_argnums=0, out_shardings=slots)
         self._empty = jax.jit(decoder.empty, static_argnums=(1, 2), out_shardings=slots)

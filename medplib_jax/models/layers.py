@@ -21,7 +21,9 @@ from medplib_jax.models.target import target_device
 from medplib_jax.parallel.sharding import param_shardings
 
 Rngs = nnx.Rngs
-ROWS_AT_ONCE = 16  # of a kernel of 8 bits; 8 and 32 are slower
+ROWS_AT_ONCE = 16  # of a narrow kernel; 8 and 32 are slower
+BLOCK = 1024  # columns of a narrow kernel that are widened at once, at the most
+LARGE = 2**22  # values of a kernel whose widening costs
 
 
 class _ShapesOnly:
@@ -128,10 +130,11 @@ def matmul(x: Array, kernel: Array, dtype=None) -> Array:
 
     It is one product of two matrices. With several batch axes the kernel's gradient takes twice as long on a CPU.
     """
-    if _widens_slowly(x, kernel):
-        y = vector_matmul_8bit(x.reshape(-1), kernel).astype(dtype or x.dtype)
-        return y.reshape(*x.shape[:-1], kernel.shape[-1])
-    y = product(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype), dtype or x.dtype)
+    dtype, rows = dtype or x.dtype, x.reshape(-1, x.shape[-1])
+    if widens_on_cpu(x, kernel):
+        y = _matmul_narrow(rows, kernel, dtype)
+    else:
+        y = product(rows, kernel.astype(x.dtype), dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -149,16 +152,25 @@ def matmul_by_output(x: Array, kernel: Array, dtype=None) -> Array:
     return y.reshape(*x.shape[:-1], kernel.shape[0])
 
 
-def _widens_slowly(x: Array, kernel: Array) -> bool:
-    """Whether x is a single row for a kernel of 8 bits on one CPU, where a product would write the kernel out as floats
-    first, at a tenth of the speed of reading it."""
-    if kernel.dtype != jnp.int8 or x.size != x.shape[-1] or x.size % ROWS_AT_ONCE:
-        return False
-    return target_device(x).platform == "cpu" and jax.typeof(x).sharding.mesh.size <= 1
+def widens_on_cpu(x: Array, kernel: Array) -> bool:
+    """Whether a large kernel of 8 or 16 bits meets x on one CPU. It multiplies float32 only, and writes the kernel out.
+
+    For a single row that takes ten times as long as reading it. For many rows the kernels of all layers are written out
+    at once, as soon as they can be.
+    """
+    narrow = kernel.dtype in (jnp.int8, jnp.bfloat16) and kernel.size >= LARGE
+    return narrow and target_device(x).platform == "cpu" and jax.typeof(x).sharding.mesh.size <= 1
 
 
-def vector_matmul_8bit(x: Array, kernel: Array) -> Array:
-    """x [in] @ kernel int8 [in, out] -> float32 [out], a few rows of the kernel at a time in one elementwise loop."""
+def _matmul_narrow(x_SxD: Array, kernel: Array, dtype) -> Array:
+    """`matmul` of [S, in] that never holds a whole kernel in float32."""
+    if len(x_SxD) == 1 and x_SxD.size % ROWS_AT_ONCE == 0:
+        return vector_matmul_narrow(x_SxD[0], kernel).astype(dtype)[None]
+    return in_column_blocks(lambda part: product(x_SxD, part.astype(x_SxD.dtype), dtype), kernel, len(x_SxD), dtype)
+
+
+def vector_matmul_narrow(x: Array, kernel: Array) -> Array:
+    """x [in] @ kernel [in, out] -> float32 [out], a few rows of the kernel at a time in one elementwise loop."""
     x = x.astype(jnp.float32)
 
     def add(i, y):
@@ -170,6 +182,25 @@ def vector_matmul_8bit(x: Array, kernel: Array) -> Array:
         return y
 
     return jax.lax.fori_loop(0, len(x) // ROWS_AT_ONCE, add, jnp.zeros(kernel.shape[1], jnp.float32))
+
+
+def take_rows(table: Array, index: Array) -> Array:
+    """table[index]. A CPU looks bfloat16 up as integers: else XLA writes the whole table out as float32 first."""
+    if not widens_on_cpu(index, table):
+        return table[index]
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table, jnp.uint16)[index], table.dtype)
+
+
+def in_column_blocks(multiply: Callable[[Params], Array], kernel: Params, rows: int, dtype) -> Array:
+    """`multiply(kernel)` [rows, out], worked off in blocks of the last axis of everything in `kernel`."""
+    out = jax.tree.leaves(kernel)[0].shape[-1]
+    width = max(size for size in range(1, BLOCK + 1) if out % size == 0)
+
+    def step(i, y):
+        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=x.ndim - 1), kernel)
+        return jax.lax.dynamic_update_slice_in_dim(y, multiply(part), i * width, axis=1)
+
+    return jax.lax.fori_loop(0, out // width, step, jnp.zeros((rows, out), dtype))
 
 
 def vector_matmul(x: Array, kernel: Array) -> Array:

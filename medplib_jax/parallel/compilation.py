@@ -41,13 +41,16 @@ def is_gpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "gpu"
 
 
-def compiler_options(mesh: Mesh) -> dict[str, int]:
-    """What XLA is told beside its defaults.
+def compiler_options(mesh: Mesh, frugal: bool = False) -> dict[str, int | str]:
+    """What XLA is told beside its defaults. `frugal`: on a CPU memory counts for more than doing things at once.
 
     On a GPU it does not merge products with the same factor. It would copy the other factors (the kernels of queries,
     keys and values) into one array first, in every layer and for every token.
     """
-    return {"xla_gpu_dot_merger_threshold_mb": 0} if is_gpu(mesh) else {}
+    if is_gpu(mesh):
+        return {"xla_gpu_dot_merger_threshold_mb": 0}
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if frugal and on_cpu else {}
 
 
 LOWERED, COMPILED = "/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration"

@@ -168,3 +168,48 @@ def test_traffic_says_what_moves_it(usage):
         ("collectives", ""): (2 * 16 * 64 * 2, 1),
     }
     assert usage.hbm_bytes == sum(size for size, _ in moved.values())
+
+
+NESTED = """HloModule jit_g, is_scheduled=true
+
+%one_layer (a: bf16[5,64,32], i: s32[]) -> bf16[64,32] {
+  %a = bf16[5,64,32]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %row = bf16[1,64,32]{2,1,0} dynamic-slice(%a, %i, %i, %i), dynamic_slice_sizes={1,64,32}
+  ROOT %layer = bf16[64,32]{1,0} bitcast(%row)
+}
+
+%put (stack: bf16[5,16,32], y: bf16[1,16,32], j: s32[]) -> bf16[5,16,32] {
+  %j = s32[] parameter(2)
+  %stack = bf16[5,16,32]{2,1,0} parameter(0)
+  %y = bf16[1,16,32]{2,1,0} parameter(1)
+  ROOT %new = bf16[5,16,32]{2,1,0} dynamic-update-slice(%stack, %y, %j, %j, %j)
+}
+
+%product (p0: bf16[5,64,32], p1: s32[], p2: bf16[16,64], p3: bf16[5,16,32]) -> bf16[5,16,32] {
+  %p0 = bf16[5,64,32]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = bf16[16,64]{1,0} parameter(2)
+  %p3 = bf16[5,16,32]{2,1,0} parameter(3)
+  %w = bf16[64,32]{1,0} fusion(%p0, %p1), kind=kLoop, calls=%one_layer
+  %x = bf16[16,32]{1,0} convolution(%p2, %w), dim_labels=bf_io->bf
+  %row.1 = bf16[1,16,32]{2,1,0} bitcast(%x)
+  ROOT %kept = bf16[5,16,32]{2,1,0} fusion(%p3, %row.1, %p1), kind=kLoop, calls=%put
+}
+
+ENTRY %main (ws: bf16[5,64,32], n: s32[], x.1: bf16[16,64], saved: bf16[5,16,32]) -> bf16[5,16,32] {
+  %ws = bf16[5,64,32]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %x.1 = bf16[16,64]{1,0} parameter(2)
+  %saved = bf16[5,16,32]{2,1,0} parameter(3)
+  %begun = (bf16[16,64]{1,0:S(1)}, bf16[16,64]{1,0}, u32[]{:S(2)}) copy-start(%x.1)
+  %near = bf16[16,64]{1,0:S(1)} copy-done(%begun)
+  ROOT %z = bf16[5,16,32]{2,1,0} fusion(%ws, %n, %near, %saved), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_slices_within_fusions_within_fusions_are_slices():
+    moved = {one.kind: one.bytes for one in read_usage(NESTED, lambda name, operands: 0.0).traffic}
+    layer, kept, counter, x = 64 * 32 * 2, 16 * 32 * 2, 4, 16 * 64 * 2
+    assert moved == {"products": layer + kept + counter + x, "moves": x}  # a copy into the chip's memory is read once

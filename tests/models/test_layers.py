@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
 
+from medplib_jax.models import layers
 from medplib_jax.models.layers import (
     Mlp,
     Rngs,
@@ -62,10 +65,22 @@ def test_dropout_keeps_the_share_and_the_mean():
     assert dropout(x, 0.05, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
 
 
-def test_a_row_through_a_kernel_of_8_bits():
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
+def test_no_narrow_kernel_is_written_out_whole_on_a_cpu(rows, dtype, monkeypatch):
+    monkeypatch.setattr(layers, "LARGE", 0)
+    monkeypatch.setattr(layers, "BLOCK", 8)
     rng = np.random.default_rng(0)
-    x, kernel = rng.standard_normal((1, 1, 48), np.float32), rng.integers(-127, 128, (48, 20), np.int8)
-    found = jax.jit(matmul)(x, kernel)
-    np.testing.assert_allclose(found, x @ kernel.astype(np.float32), rtol=1e-5, atol=1e-4)
-    loops = [equation.primitive.name for equation in jax.make_jaxpr(matmul)(x, kernel).jaxpr.eqns]
-    assert "dot_general" not in loops
+    x, kernel = rng.standard_normal((1, rows, 48), np.float32), rng.integers(-127, 128, (48, 20)).astype(dtype)
+    np.testing.assert_allclose(matmul(x, kernel), x @ kernel.astype(np.float32), rtol=1e-5, atol=1e-4)
+    shapes = {shape.aval.shape for shape in _results(jax.make_jaxpr(matmul)(x, kernel).jaxpr)}
+    assert kernel.shape not in shapes and {1: (48,), 5: (5, 5)}[rows] in shapes
+    table, index = kernel.astype(jnp.bfloat16), jnp.array([[3, 0]])
+    np.testing.assert_array_equal(layers.take_rows(table, index), table[np.array([[3, 0]])])
+
+
+def _results(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from equation.outvars
+        for inner in jaxprs_in_params(equation.params):
+            yield from _results(inner)

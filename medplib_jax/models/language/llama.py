@@ -25,7 +25,17 @@ from medplib_jax.models.language.attention import (
 )
 from medplib_jax.models.language.long_context import log_n, ntk_frequencies, ntk_index
 from medplib_jax.models.language.moe import MoeMlp, SwiGlu
-from medplib_jax.models.layers import Linear, RmsNorm, Rngs, layer_at, list_layers, param, scan_plan, stack_layers
+from medplib_jax.models.layers import (
+    Linear,
+    RmsNorm,
+    Rngs,
+    layer_at,
+    list_layers,
+    param,
+    scan_plan,
+    stack_layers,
+    take_rows,
+)
 from medplib_jax.models.remat import remat
 from medplib_jax.models.rng import split_rng
 from medplib_jax.parallel.sharding import shard_param, shard_rows
@@ -43,7 +53,7 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens_BxL: Array) -> Array:
-        x_BxLxD = self.embedding[...][tokens_BxL]
+        x_BxLxD = take_rows(self.embedding[...], tokens_BxL)
         x_BxLxD = jnp.where((tokens_BxL == PADDING)[..., None], jax.lax.stop_gradient(x_BxLxD), x_BxLxD)
         return x_BxLxD.astype(self.dtype)
 

@@ -43,10 +43,12 @@ from medplib_jax.models.layers import (
     abstract_module,
     adapter_axes,
     bind,
+    in_column_blocks,
     logical_axes,
     param,
     params_of,
     vector_matmul,
+    widens_on_cpu,
 )
 from medplib_jax.models.precision import einsum, product
 from medplib_jax.models.quantize import dequantize_params
@@ -371,8 +373,14 @@ class ExpertsApart(nnx.Module):
         order, inverse, member = sort_by_expert(expert_N, len(self.each))
 
         def product(name, x):
-            kernels = [dequantize_params(params_of(getattr(mlp, name)), x.dtype)["kernel"] for mlp in self.each]
-            return grouped_matmul_apart(x, kernels, member.sum(0, dtype=jnp.int32))
+            def multiply(params):
+                kernels = [dequantize_params(one, x.dtype)["kernel"] for one in params]
+                return grouped_matmul_apart(x, kernels, member.sum(0, dtype=jnp.int32))
+
+            params = [params_of(getattr(mlp, name)) for mlp in self.each]
+            if widens_on_cpu(x, params[0]["kernel"]):
+                return in_column_blocks(multiply, params, len(x), x.dtype)
+            return multiply(params)
 
         x = permute_rows(x_NxD, order, inverse)
         h = jax.nn.silu(product("gate", x)) * product("up", x)
