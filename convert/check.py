@@ -27,6 +27,7 @@ from medplib_jax.data import hub
 from medplib_jax.data.images import clip_pixels, load_image, sam_pixels
 from medplib_jax.data.tokenizers import AnyTokenizer, load_tokenizer
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.families import build_model
 from medplib_jax.models.layers import abstract_module, bind, params_of
 from medplib_jax.models.masks.sam import normalise_sam
@@ -94,7 +95,9 @@ class OurSide:
     @functools.cached_property
     def generator(self) -> Generator:
         tokens = {"stop_ids": self.tokenizer.stop_ids, "seg_id": self.tokenizer.seg_id}
-        return Generator(self.config, self.params, **tokens, max_new_tokens=self.max_new_tokens, max_masks=0)
+        return Generator(
+            self.config, self.params, DecodeOptions(max_new_tokens=self.max_new_tokens, max_masks=0), **tokens
+        )
 
     def answered(self, image: pathlib.Path, question: str, words: int, shared: Collection[str]) -> tuple[Batch, int]:
         """Picture, question, greedy answer and a last token that asks for a mask, all of them of the first `words`

@@ -13,6 +13,7 @@ from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.records import Record
 from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.layers import bind
 from medplib_jax.models.whole import WholeModel
 
@@ -30,7 +31,7 @@ def read_both(
 
     config, tokenizer = ours.config, load_tokenizer(ours.tokenizer_folder)
     reference, ends = QwenReference(source.tensors, source.config), {"stop_ids": tokenizer.stop_ids, "seg_id": -1}
-    generator = Generator(config, ours.params, **ends, max_new_tokens=ours.max_new_tokens, max_masks=0)
+    generator = Generator(config, ours.params, DecodeOptions(max_new_tokens=ours.max_new_tokens, max_masks=0), **ends)
     run = jax.jit(lambda params, batch: read(bind(ours.model, params), batch))
     data = DataConfig(template="chatml", bucket_lengths=(config.llm.max_positions,), max_regions=0, max_masks=0)
     for image in images:

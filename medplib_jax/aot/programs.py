@@ -11,6 +11,7 @@ from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode.generator import Decoder
 from medplib_jax.decode.layout import decoding_model
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.layers import bind, model_shardings, params_of
 from medplib_jax.models.whole import WholeModel
 from medplib_jax.parallel.compilation import compiler_options
@@ -58,7 +59,7 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Pro
         "stop_ids": (2,),
         "seg_id": config.model.llm.vocab_size - 1,
     }  # any will do: values do not change the program
-    decoder = Decoder(model, **ends, max_new_tokens=new_tokens, max_masks=config.data.max_masks, original_masks=False)
+    decoder = Decoder(model, **ends, options=DecodeOptions(new_tokens, config.data.max_masks))
 
     def answer(params: Params, batch: Batch, limits_B: jax.Array, steps: jax.Array):
         slots = decoder.prefill(params, batch, limits_B, draws=None, seen=None, room=new_tokens)

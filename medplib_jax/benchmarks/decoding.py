@@ -9,6 +9,7 @@ from medplib_jax.benchmarks.measure import Table, interleave, side_by_side
 from medplib_jax.benchmarks.workload import Rival, example_batch
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.layers import draw_params
 from medplib_jax.train.step import abstract_model
 
@@ -43,11 +44,9 @@ def jax_generate(config: ExperimentConfig, new_tokens: int, quantize: str = "") 
     generator = Generator(
         config.model,
         params,
+        DecodeOptions(max_new_tokens=new_tokens, max_masks=0, quantize=quantize),
         stop_ids=(NO_TOKEN,),
         seg_id=NO_TOKEN,
-        max_new_tokens=new_tokens,
-        max_masks=0,
-        quantize=quantize,
     )
     batch = jax.device_put(example_batch(config))
     return lambda: np.asarray(generator(batch).tokens)

@@ -12,6 +12,7 @@ from medplib_jax.benchmarks.measure import Table, interleave
 from medplib_jax.benchmarks.workload import example_batch
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.decode.stream import lanes_for, stream_answers
 from medplib_jax.models.layers import draw_params
 from medplib_jax.train.step import abstract_model
@@ -31,7 +32,11 @@ def measure(config: ExperimentConfig, rounds: int) -> Table:
     table = Table(f"{requests} answers in slots", ("answers", "", "fastest s", "tokens/s"))
     for kind, lengths in {"long": np.full(requests, LONG), "mixed": mixed}.items():
         generator = Generator(
-            config.model, params, stop_ids=(NO_TOKEN,), seg_id=NO_TOKEN, max_new_tokens=int(lengths.max()), max_masks=0
+            config.model,
+            params,
+            DecodeOptions(max_new_tokens=int(lengths.max()), max_masks=0),
+            stop_ids=(NO_TOKEN,),
+            seg_id=NO_TOKEN,
         )
         found = _seconds(prompts, lengths, generator, rounds)
         table.rows += [(kind, way, f"{value:.2f}", f"{lengths.sum() / value:.0f}") for way, value in found.items()]

@@ -123,8 +123,10 @@ def _field_paths(cls: Any) -> Iterator[str]:
 
 
 def flags_parser(cls: type):
-    """A parser for `absl.app.run` that ends with one line when `--config.X` is no field of `cls`."""
-    from absl import app  # not needed by data workers
+    """A parser for `absl.app.run` that ends with one line for a wrong flag, as `--config.X` where X is no field of
+    `cls`.
+    """
+    from absl import flags  # not needed by data workers
 
     def parse(argv: list[str]) -> list[str]:
         names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:]]
@@ -132,7 +134,10 @@ def flags_parser(cls: type):
         for field in fields:
             if field not in _field_paths(cls):
                 raise SystemExit(f"error: {unknown_field(cls, field)}")
-        return app.parse_flags_with_usage(argv)
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            raise SystemExit(f"error: {error}") from None
 
     return parse
 

@@ -182,9 +182,12 @@ class InitConfig(Section, name="init"):
 class TrainConfig(Section, name="train"):
     """Length of the run and what is written when. `steps` wins over `epochs` when positive.
 
-    Checkpoints that stay: the newest `keep`, and the `keep_best` of the smallest loss on the held-out records of
-    `eval.sources`, or without `eval_every` of the smallest mean training loss since the checkpoint before. A run in
-    which no step begins for `hang_seconds` (compiling counts) ends, to be started again.
+    Every `eval_every` steps the run is evaluated on `eval.sources`: the held-out loss as `eval/loss`, and for the files
+    named in `eval_tasks` the metrics of answers as `eval/FILE/METRIC`, where FILE is the name without its suffix.
+
+    Checkpoints that stay: the newest `keep`, and the `keep_best` whose figure `keep_best_by` is `keep_best_is`. Without
+    `eval_every` the figure is the mean training loss since the checkpoint before. A run in which no step begins for
+    `hang_seconds` (compiling counts) ends, to be started again.
     """
 
     steps: NotNegative[int] = 0
@@ -194,7 +197,10 @@ class TrainConfig(Section, name="train"):
     checkpoint_every: Positive[int] = 500
     keep: Positive[int] = 2
     keep_best: NotNegative[int] = 0
-    eval_every: NotNegative[int] = 0  # steps between evaluations on `eval.sources`; 0: none
+    keep_best_by: str = "eval/loss"
+    keep_best_is: Literal["lowest", "highest"] = "lowest"
+    eval_every: NotNegative[int] = 0  # steps between evaluations; 0: none
+    eval_tasks: tuple[str, ...] = ()
     eval_records: Positive[int] = 64  # of each source that an evaluation reads
     profile: str = ""  # START:STOP, steps counted from 0: a trace of these in WORKDIR/profile
     hang_seconds: Positive[float] = 3600.0
@@ -203,6 +209,8 @@ class TrainConfig(Section, name="train"):
         super().__post_init__()
         steps = self.profile_steps
         require(steps is None or steps[0] < steps[1], f"train.profile {self.profile!r}: STOP must be above START")
+        chosen = self.eval_tasks or self.keep_best_by != "eval/loss"
+        require(self.eval_every > 0 or not chosen, "train.eval_tasks and keep_best_by are read with eval_every only")
 
     @property
     def profile_steps(self) -> tuple[int, int] | None:

@@ -19,7 +19,8 @@ from medplib_jax.batch import Array, Batch, Params
 from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.decode.layout import decoding_model, is_laid_out, lay_out
-from medplib_jax.decode.sampling import GREEDY, Draws, Sampling, answer_draws, draw_token
+from medplib_jax.decode.options import DecodeOptions
+from medplib_jax.decode.sampling import Draws, answer_draws, draw_token
 from medplib_jax.decode.slots import (
     Generation,
     Slots,
@@ -50,9 +51,7 @@ class Decoder:
     model: WholeModel
     stop_ids: tuple[int, ...]
     seg_id: int
-    max_new_tokens: int
-    max_masks: int
-    original_masks: bool
+    options: DecodeOptions
 
     def empty(self, like: Slots, slots: int, room: int) -> Slots:
         """`slots` slots in which nothing happens, for prompts of the length of `like` and answers of `room` tokens."""
@@ -74,9 +73,9 @@ class Decoder:
         x_BxLxD, _ = model.embed(batch, seen)
         hidden_BxLxD, out = model.llm(x_BxLxD, batch.valid, new_cache=L + room)
         last_B = batch.valid.sum(-1) - 1
-        seg_hidden = jnp.zeros((B, self.max_masks, x_BxLxD.shape[-1]), hidden_BxLxD.dtype)
+        seg_hidden = jnp.zeros((B, self.options.max_masks, x_BxLxD.shape[-1]), hidden_BxLxD.dtype)
         seg_count = jnp.zeros(B, jnp.int32)
-        if self.original_masks:
+        if self.options.original_masks:
             said_BxL = batch.tokens == self.seg_id
             seg_count = said_BxL.any(-1).astype(jnp.int32)
             seg_hidden = seg_hidden.at[:, 0].set(take_at(hidden_BxLxD, jnp.maximum(said_BxL.argmax(-1) - 1, 0)))
@@ -93,7 +92,7 @@ class Decoder:
             active=(batch.record >= 0) & (limits_B > 0),
             limits=limits_B,
             draws=draws,
-            tokens=jnp.zeros((B, self.max_new_tokens), jnp.int32),
+            tokens=jnp.zeros((B, self.options.max_new_tokens), jnp.int32),
             lengths=jnp.zeros(B, jnp.int32),
             seg_hidden=seg_hidden,
             seg_count=seg_count,
@@ -122,11 +121,11 @@ class Decoder:
         token_S = draw_token(model.llm.logits(slots.hidden), slots.draws, slots.lengths)
         drawn_S = slots.active & (token_S[:, None] != jnp.array(self.stop_ids)).all(-1)
         token_S = jnp.where(drawn_S, token_S, 0)
-        rows, place = jnp.arange(len(token_S)), jnp.minimum(slots.lengths, self.max_new_tokens - 1)
+        rows, place = jnp.arange(len(token_S)), jnp.minimum(slots.lengths, self.options.max_new_tokens - 1)
         lengths = slots.lengths + drawn_S
         active = drawn_S & (lengths < slots.limits)
         seg_S = drawn_S & (token_S == self.seg_id)
-        slot_SxM = (jnp.arange(self.max_masks) == slots.seg_count[:, None]) & seg_S[:, None]
+        slot_SxM = (jnp.arange(self.options.max_masks) == slots.seg_count[:, None]) & seg_S[:, None]
         hidden_Sx1xD, out = model.llm(model.llm.embed(token_S[:, None]), drawn_S[:, None], cache=slots.cache)
         choices = slots.choices
         if choices is not None:
@@ -148,8 +147,8 @@ class Decoder:
 
     def prompts(self, slots: Slots) -> tuple[Array, Array]:
         """What the masks of ended answers are drawn from: states [S, M, D] and bool [S, M], which of them exist."""
-        valid_SxM = jnp.arange(self.max_masks) < slots.seg_count[:, None]
-        if not self.original_masks:
+        valid_SxM = jnp.arange(self.options.max_masks) < slots.seg_count[:, None]
+        if not self.options.original_masks:
             return slots.seg_hidden, valid_SxM
         without = slots.seg_count == 0
         first = jnp.where(without[:, None], slots.previous, slots.seg_hidden[:, 0])
@@ -169,43 +168,34 @@ class Generator:
     """Generates answers, for a batch at once or step by step for a stream of prompts (`stream.py`). Compiles once per
     prompt length and batch size.
 
-    An answer ends before a token of `stop_ids`. `max_masks` is the number of masks drawn per answer; a `<SEG>` beyond
-    it stays in the text without a mask. With `original_masks` one mask is drawn as the original does
-    (model/MedPLIB.py evaluate): from the first `<SEG>` of prompt and answer, and where there is none from the second
-    last state. `params` are a checkpoint's, or laid out already (`lay_out`). `mesh`: devices of this process that share
-    the work (its data and fsdp axes) and hold the parameters, spread over them by `rules`, which a mesh of several
-    devices needs. `quantize`: see `layout.decoding_model`.
+    An answer ends before a token of `stop_ids`. `params` are a checkpoint's, or those that `lay_out` returned. `mesh`:
+    devices of this process that share the work (its data and fsdp axes) and hold the parameters, spread over them by
+    `rules`, which a mesh of several devices needs.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         params: Params,
+        options: DecodeOptions,
         *,
         stop_ids: Sequence[int],
         seg_id: int,
-        max_new_tokens: int,
-        max_masks: int,
-        sampling: Sampling = GREEDY,
-        original_masks: bool = False,
         mesh: Mesh | None = None,
         rules: ShardingConfig | None = None,
-        quantize: str = "",
     ):
-        if original_masks and max_masks != 1:
-            raise ValueError(f"the original draws one mask per answer, not {max_masks}")
+        self.options = options
         self.mesh = mesh or one_device()
         check_model_fits(config, rules, self.mesh)
-        model = decoding_model(config, self.mesh, rules, quantize)
-        self._decoder = decoder = Decoder(model, tuple(stop_ids), seg_id, max_new_tokens, max_masks, original_masks)
-        self._sampling = sampling
-        self.params = params if is_laid_out(params) else lay_out(config, params, self.mesh, rules, quantize)
+        model = decoding_model(config, self.mesh, rules, options.quantize)
+        self._decoder = decoder = Decoder(model, tuple(stop_ids), seg_id, options)
+        self.params = params if is_laid_out(params) else lay_out(config, params, self.mesh, rules, options.quantize)
         self._rows = batch_sharding(self.mesh)
         self._dispatch = threading.Lock()  # of programs that several threads ask for, so that each is compiled once
-        slots, options = self._slot_shardings(), compiler_options(self.mesh)
+        slots, compiler = self._slot_shardings(), compiler_options(self.mesh)
         frugal = compiler_options(self.mesh, num_bytes(self.params) > LARGE)
         self._prefill = jax.jit(decoder.prefill, static_argnames="room", out_shardings=slots, compiler_options=frugal)
-        self._decode = jax.jit(decoder.decode, donate_argnums=1, out_shardings=slots, compiler_options=options)
+        self._decode = jax.jit(decoder.decode, donate_argnums=1, out_shardings=slots, compiler_options=compiler)
         self._insert = jax.jit(insert_rows, donate_argnums=0, out_shardings=slots)
         self._empty = jax.jit(decoder.empty, static_argnums=(1, 2), out_shardings=slots)
         self._prompts = jax.jit(decoder.prompts)
@@ -227,23 +217,19 @@ class Generator:
         """The answers to a batch of prompts, all of them drawn before any is returned."""
         rows = len(batch.record)
         batch = fill_batch(batch, -rows % axis_size(self.mesh, BATCH_AXES))
-        limits = np.full(len(batch.record), self._decoder.max_new_tokens, np.int32)
+        limits = np.full(len(batch.record), self.options.max_new_tokens, np.int32)
         draws = self._put(self.draws(seed, batch.record))
-        room = self._decoder.max_new_tokens
+        room = self.options.max_new_tokens
         slots = self._prefill(self.params, self._put(batch), self._put(limits), draws, None, room=room)
         slots = self._decode(self.params, slots, 0, room)
         seg_hidden, mask_valid = self._prompts(slots)
         mask_logits, predicted_iou = (
-            self._draw(self.params, seg_hidden, self._put(batch), None) if self._decoder.max_masks else (None, None)
+            self._draw(self.params, seg_hidden, self._put(batch), None) if self.options.max_masks else (None, None)
         )
         return jax.tree.map(
             lambda x: x[:rows],
             Generation(slots.tokens, slots.lengths, mask_valid, mask_logits, predicted_iou, slots.choices),
         )
-
-    @property
-    def max_new_tokens(self) -> int:
-        return self._decoder.max_new_tokens
 
     @property
     def mask_grid(self) -> int:
@@ -252,9 +238,10 @@ class Generator:
 
     def draws(self, seed: int, records: np.ndarray) -> Draws | None:
         """The draws of answers to these records in the generator's own sampling, None for greedy ones."""
-        if self._sampling.temperature == 0.0:
+        sampling = self.options.sampling
+        if sampling.temperature == 0.0:
             return None
-        return answer_draws([self._sampling] * len(records), [seed] * len(records), records)
+        return answer_draws([sampling] * len(records), [seed] * len(records), records)
 
     def start(
         self,
@@ -276,7 +263,7 @@ class Generator:
             new = self._prefill(self.params, *rows, seen, room=0)
             if slots is None:
                 beyond = max(0, longest - prompts.tokens.shape[1])
-                slots = self._empty(new, num_slots, beyond + self._decoder.max_new_tokens)
+                slots = self._empty(new, num_slots, beyond + self.options.max_new_tokens)
             return self._insert(slots, new, self._put(index_DxR))
 
     def advance(self, slots: Slots, keep: int, steps: int | None = None) -> tuple[Slots, Array, Array]:
@@ -285,7 +272,7 @@ class Generator:
         Also what the masks are drawn from, states [S, M, D] and bool [S, M].
         """
         with self._dispatch:
-            slots = self._decode(self.params, slots, keep, self._decoder.max_new_tokens if steps is None else steps)
+            slots = self._decode(self.params, slots, keep, self.options.max_new_tokens if steps is None else steps)
             return slots, *self._prompts(slots)
 
     def release(self, slots: Slots, held_S: np.ndarray) -> Slots:

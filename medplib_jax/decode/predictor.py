@@ -34,6 +34,7 @@ from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.loading import load_checkpoint
 from medplib_jax.decode.masks import PictureMasks
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.decode.sampling import GREEDY, Sampling
 from medplib_jax.decode.slots import Generation
 
@@ -103,12 +104,14 @@ class Predictor:
         self.generator = Generator(
             self._model,
             loaded.params,
+            DecodeOptions(
+                max_new_tokens=self._eval.max_new_tokens,
+                max_masks=max(1, self._data.max_masks) if self._model.draws_masks else 0,
+                sampling=sampling,
+                quantize=loaded.quantize,
+            ),
             stop_ids=self._tokenizer.stop_ids,
             seg_id=self._tokenizer.seg_id,
-            max_new_tokens=self._eval.max_new_tokens,
-            max_masks=max(1, self._data.max_masks) if self._model.draws_masks else 0,
-            sampling=sampling,
-            quantize=loaded.quantize,
         )
 
     @property

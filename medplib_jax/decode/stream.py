@@ -96,7 +96,7 @@ class Lane:
                 rows[row] = self._asked[slot] = prompt
             for row, _ in places[len(chosen) :]:
                 index_DxR[np.unravel_index(row, index_DxR.shape)] = len(self._asked)
-            batch, most = stack_rows(rows), self._generator.max_new_tokens
+            batch, most = stack_rows(rows), self._generator.options.max_new_tokens
             limits_P = np.array(
                 [min(self._limits.get(record, most), most) for record in batch.record.tolist()], np.int32
             )

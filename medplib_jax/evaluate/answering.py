@@ -16,60 +16,75 @@ from medplib_jax.config.model import LoraConfig
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import Loader, eval_batches
-from medplib_jax.data.tokenizers import load_tokenizer
+from medplib_jax.data.tokenizers import AnyTokenizer, load_tokenizer
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.loading import load_checkpoint
 from medplib_jax.decode.masks import mask_drawer
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.decode.stream import lanes_for, stream_answers
 from medplib_jax.evaluate.checkpoints import SweepCheckpoint
 from medplib_jax.evaluate.evaluators.common import Evaluator
 from medplib_jax.evaluate.evaluators.predictions import SKIPPED, PredictionRow, Shard
 from medplib_jax.evaluate.evaluators.reference import ReferenceLoader
 from medplib_jax.evaluate.kinds import find_kind
-from medplib_jax.evaluate.plan import PlannedCell, slots_of
+from medplib_jax.evaluate.plan import AnswerSettings, PlannedCell, slots_of
 from medplib_jax.evaluate.tasks import SweepTask
 from medplib_jax.parallel.compilation import compiling_shown
 from medplib_jax.parallel.processes import wait_for_others
 
 
-class LoadedModel:
-    """A checkpoint's parameters on this process's devices, with adapters merged, and its generators."""
+class AskedModel:
+    """A model's parameters on this process's devices, as `lay_out` returns them, and its generators."""
 
-    def __init__(self, checkpoint: SweepCheckpoint, experiment: ExperimentConfig, mesh: Mesh, rules: ShardingConfig):
-        wait_for_others(f"load/{checkpoint.name}")
-        loaded = load_checkpoint(
-            checkpoint.workdir, checkpoint.step, mesh=mesh, rules=rules, quantize=checkpoint.quantize
-        )
+    def __init__(
+        self,
+        experiment: ExperimentConfig,
+        params: Params,
+        tokenizer: AnyTokenizer,
+        mesh: Mesh,
+        rules: ShardingConfig,
+        quantize: str = "",
+    ):
         self.experiment = dataclasses.replace(
             experiment, model=dataclasses.replace(experiment.model, lora=LoraConfig())
         )
-        self.params: Params = loaded.params
-        self._quantize, self._rules = loaded.quantize, rules
-        self.tokenizer, self.mesh = load_tokenizer(loaded.tokenizer), mesh
+        self.params = params
+        self.tokenizer, self.quantize = tokenizer, quantize
+        self._mesh, self._rules = mesh, rules
         self._generators: dict[tuple, Generator] = {}
 
-    def generator(
-        self, max_new_tokens: int, max_masks: int, original_masks: bool, stop_ids: tuple[int, ...]
-    ) -> Generator:
+    def replace_params(self, params: Params) -> None:
+        """Other parameters of the same model; nothing is compiled anew."""
+        self.params = params
+        for generator in self._generators.values():
+            generator.params = params
+
+    def generator(self, options: DecodeOptions, stop_ids: tuple[int, ...]) -> Generator:
         """The same one for the same arguments, because each compiles its own programs."""
-        key = (max_new_tokens, max_masks, original_masks, stop_ids)
+        key = (options, stop_ids)
         if key not in self._generators:
             self._generators[key] = Generator(
                 self.experiment.model,
                 self.params,
+                options,
                 stop_ids=stop_ids,
                 seg_id=self.tokenizer.seg_id,
-                max_new_tokens=max_new_tokens,
-                max_masks=max_masks,
-                original_masks=original_masks,
-                mesh=self.mesh,
+                mesh=self._mesh,
                 rules=self._rules,
-                quantize=self._quantize,
             )
         return self._generators[key]
 
 
-def answer_cell(cell: PlannedCell, loaded: LoadedModel, workdir: Path, turn: int, config: SweepConfig) -> None:
+def load_model(
+    checkpoint: SweepCheckpoint, experiment: ExperimentConfig, mesh: Mesh, rules: ShardingConfig
+) -> AskedModel:
+    """A checkpoint of a sweep on the mesh of this process's devices."""
+    wait_for_others(f"load/{checkpoint.name}")
+    loaded = load_checkpoint(checkpoint.workdir, checkpoint.step, mesh=mesh, rules=rules, quantize=checkpoint.quantize)
+    return AskedModel(experiment, loaded.params, load_tokenizer(loaded.tokenizer), mesh, rules, loaded.quantize)
+
+
+def answer_cell(cell: PlannedCell, model: AskedModel, workdir: Path, turn: int, config: SweepConfig) -> None:
     """Writes the lines of this process's shards.
 
     `turn` says which process takes the first one. RuntimeError when a record got no line.
@@ -85,7 +100,7 @@ def answer_cell(cell: PlannedCell, loaded: LoadedModel, workdir: Path, turn: int
     initial, hidden = total - len(shard_of), jax.process_index() > 0
     bar = tqdm(total=total, initial=initial, desc=str(cell), unit="record", disable=hidden)
     with bar as progress, compiling_shown(bar):
-        for line in _lines(cell, loaded, sorted(shard_of), config):
+        for line in answers(cell.task, cell.settings, model, sorted(shard_of), config):
             shard_of[line["record"]].add(line)
             progress.update()
     forgotten = sorted(record for shard in shards for record in shard.missing)
@@ -93,15 +108,15 @@ def answer_cell(cell: PlannedCell, loaded: LoadedModel, workdir: Path, turn: int
         raise RuntimeError(f"{cell}: {len(forgotten)} records got no answer, first record {forgotten[0]}")
 
 
-def _lines(
-    cell: PlannedCell, loaded: LoadedModel, records: Sequence[int], config: SweepConfig
+def answers(
+    task: SweepTask, settings: AnswerSettings, asked: AskedModel, records: Sequence[int], config: SweepConfig
 ) -> Iterator[PredictionRow]:
     """One line per record, as the answers come."""
-    task, settings, model = cell.task, cell.settings, loaded.experiment.model
+    model = asked.experiment.model
     kind = find_kind(task.kind, task.config.part)
     is_reference, has_masks = settings.protocol == "reference", kind.draws_masks
     data = dataclasses.replace(
-        loaded.experiment.data,
+        asked.experiment.data,
         template=settings.template,
         bucket_lengths=prompt_lengths(model.llm.max_positions),
         on_error=config.on_error,
@@ -110,16 +125,19 @@ def _lines(
         max_masks=task.masks,
     )
     reads_as_original = is_reference and model.draws_masks
-    loader = (ReferenceLoader if reads_as_original else Loader)([task.source], loaded.tokenizer, data, model)
+    loader = (ReferenceLoader if reads_as_original else Loader)([task.source], asked.tokenizer, data, model)
     draw = None
     if has_masks:
         draw = mask_drawer(model.mask.image_size, settings.unpad, data.mask_canvas, settings.mask_threshold)
     evaluator = Evaluator(kind, loader, protocol=settings.protocol, draw_masks=draw)
     # one mask more than any answer should have, so that a mask too many is drawn and counted
     drawn = (1 if is_reference else task.masks + 1) if has_masks else 0
-    generator = loaded.generator(settings.max_new_tokens, drawn, is_reference and has_masks, loader.stop_ids)
-    slots, refill = slots_of(config, loaded.experiment)
-    lanes = lanes_for(loaded.params, slots)
+    options = DecodeOptions(
+        settings.max_new_tokens, drawn, original_masks=is_reference and has_masks, quantize=asked.quantize
+    )
+    generator = asked.generator(options, loader.stop_ids)
+    slots, refill = slots_of(config, asked.experiment)
+    lanes = lanes_for(asked.params, slots)
     by_length, failed = group_by_length(loader, task, records, data.bucket_lengths, config.on_error)
     for length in sorted(by_length):
         batches = eval_batches(loader, by_length[length], refill, range(refill), question=True, workers=0)

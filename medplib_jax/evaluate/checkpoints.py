@@ -77,7 +77,7 @@ def find_checkpoints(
     """
     found: dict[tuple[str, int], tuple[str, str]] = {}
     unusable: list[LeftOut] = []
-    for pattern in filter(None, map(str.strip, patterns.split(","))):
+    for pattern in split_patterns(patterns):
         paths = _glob(hub.local(pattern))
         places = [(str(path), *place) for path in paths for place in _steps(path, steps, converted, unusable)]
         if not places:
@@ -90,6 +90,17 @@ def find_checkpoints(
     for left in unusable:
         log.warning("%s", left)
     return _named(found, quantize), unusable
+
+
+def split_patterns(patterns: str) -> list[str]:
+    """Comma-separated patterns of paths; a comma of a path that exists separates nothing."""
+    pieces, found = patterns.split(","), []
+    while pieces:
+        joined = (n for n in range(len(pieces), 1, -1) if _glob(",".join(pieces[:n]).strip()))
+        length = next(joined, 1)
+        found.append(",".join(pieces[:length]).strip())
+        pieces = pieces[length:]
+    return list(filter(None, found))
 
 
 def _named(found: dict[tuple[str, int], tuple[str, str]], quantize: str) -> list[SweepCheckpoint]:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.evaluate import metrics
-from medplib_jax.evaluate.answering import LoadedModel, answer_cell
+from medplib_jax.evaluate.answering import answer_cell, load_model
 from medplib_jax.evaluate.checkpoints import SweepCheckpoint
 from medplib_jax.evaluate.evaluators import captions, router
 from medplib_jax.evaluate.evaluators.predictions import SKIPPED, PredictionRow
@@ -82,7 +82,7 @@ def _answer_checkpoint(
     """
     loaded, problem, in_use = None, "", {}
     try:
-        loaded = LoadedModel(checkpoint, plan.experiments[checkpoint.name], mesh, plan.config.sharding)
+        loaded = load_model(checkpoint, plan.experiments[checkpoint.name], mesh, plan.config.sharding)
     except Exception as error:  # whatever Orbax and TensorStore raise for files that are not what they were
         problem = f"{type(error).__name__}: {error}"
     problem = next(filter(None, of_every_process(f"loaded/{checkpoint.name}", problem)), "")

@@ -52,7 +52,7 @@ class Asker:
         Leaving the iteration cancels the question.
         """
         prompt = await asyncio.to_thread(self.model.make_prompt, wish.messages, wish.regions)
-        most = self.model.generator.max_new_tokens
+        most = self.model.generator.options.max_new_tokens
         limit = min(wish.max_tokens or most, most)
         loop, news = asyncio.get_running_loop(), asyncio.Queue()
         question = Question(

@@ -12,6 +12,7 @@ from medplib_jax.data.tokenizers import Tokenizer, load_tokenizer
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.loading import load_checkpoint
 from medplib_jax.decode.masks import PictureMasks
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.serve.pictures import png
 from medplib_jax.serve.questions import Message, Part, PromptMaker
 
@@ -66,11 +67,9 @@ def load_model(path: str | os.PathLike, quantize: str, max_new_tokens: int, thre
     generator = Generator(
         model,
         loaded.params,
+        DecodeOptions(max_new_tokens=max_new_tokens, max_masks=MASKS, quantize=loaded.quantize),
         stop_ids=tokenizer.stop_ids,
         seg_id=tokenizer.seg_id,
-        max_new_tokens=max_new_tokens,
-        max_masks=MASKS,
-        quantize=loaded.quantize,
     )
     lengths = prompt_lengths(model.image_tokens, longest)
     maker = PromptMaker(experiment.data, model, tokenizer, lengths, max(1, experiment.data.max_images), MAX_REGIONS)

@@ -27,9 +27,9 @@ from absl import app, flags
 from medplib_jax.config.base import flags_parser, from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.files import define_config
+from medplib_jax.evaluate.in_training import HeldOutFigures
 from medplib_jax.parallel.compilation import Compilations, use_cache
 from medplib_jax.parallel.processes import RESTART, exit_code, initialize_distributed
-from medplib_jax.train.held_out import HeldOutLoss
 from medplib_jax.train.loop import train
 
 log = logging.getLogger("medplib_jax.train")
@@ -53,7 +53,7 @@ def main() -> None:
             return exit_code(error)
         try:
             experiment = epochs_asked_for(from_config_dict(config.value, ExperimentConfig), sys.argv)
-            result = train(experiment, workdir.value, HeldOutLoss)
+            result = train(experiment, workdir.value, HeldOutFigures)
         except (ValueError, OSError, FloatingPointError) as error:
             log.debug("where it came from", exc_info=True)
             print(f"error: {error}", file=sys.stderr)

@@ -55,9 +55,8 @@ from medplib_jax.train.xprof import StepTrace
 log = logging.getLogger("medplib_jax.train")  # not __name__: the module is also run by python -m
 
 LOCK = ".lock"
-HELD_OUT_LOSS = "eval/loss"
 
-# (parameters where they lie, step) -> figures on held-out records, HELD_OUT_LOSS among them
+# (parameters where they lie, step) -> figures on held-out records, `train.keep_best_by` among them
 Evaluate = Callable[[Params, int], dict[str, float]]
 
 
@@ -194,6 +193,9 @@ class Run:
         jax.block_until_ready(self.state)
         figures = self.evaluate(combine(self.state.trainable, self.state.frozen), step)
         self.clock.lose(time.perf_counter() - began)
+        wanted = self.config.train.keep_best_by
+        if wanted not in figures:
+            raise ValueError(f"train.keep_best_by {wanted!r} was not measured, expected one of {sorted(figures)}")
         return figures
 
     def _save(self, reports: "Reports", saved: int) -> int:
@@ -312,12 +314,16 @@ class Reports:
     def rank(self, evaluated: bool) -> float | None:
         """What `train.keep_best` ranks a checkpoint of the newest step by, the smaller the better.
 
-        The loss on held-out records where the run evaluates (None at a step without), else the mean training loss since
-        the last call.
+        `train.keep_best_by` where the run evaluates (None at a step without), else the mean training loss since the
+        last call.
         """
         mean = float(np.mean(self._losses)) if self._losses else None
         self._losses.clear()
-        return self.last.get(HELD_OUT_LOSS) if evaluated else mean
+        if not evaluated:
+            return mean
+        config = self._run.config.train
+        figure = self.last.get(config.keep_best_by)
+        return figure if figure is None or config.keep_best_is == "lowest" else -figure
 
     def _speed(self, row: dict[str, float], shape: tuple[int, int]) -> dict[str, float]:
         clock, (rows, length) = self._run.clock, shape

@@ -12,9 +12,12 @@ import optax
 from medplib_jax.batch import Array, Params, flatten, unflatten
 from medplib_jax.config.experiment import OptimConfig
 
+# Constants that are stored with the parameters. They never train (weight decay would shrink them) and stay float32.
+CONSTANT = re.compile(r"(^|/)position_gaussian$")
+
 
 def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-    """(trainable, frozen): trainable are the leaves whose path some pattern is found in.
+    """(trainable, frozen): trainable are the leaves whose path some pattern is found in, but for `CONSTANT`.
 
     Raises ValueError for a pattern that matches nothing: it is misspelt, or the model lacks that part.
     """
@@ -23,7 +26,7 @@ def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
     for pattern, paths in matched.items():
         if not paths:
             raise ValueError(f"optim.trainable pattern {pattern!r} matches no parameter; parts are {sorted(params)}")
-    chosen = set().union(*matched.values())
+    chosen = {path for path in set().union(*matched.values()) if not CONSTANT.search(path)}
     trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
     frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
     return unflatten(trainable), unflatten(frozen)

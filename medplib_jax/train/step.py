@@ -14,7 +14,7 @@ import optax
 from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from medplib_jax.batch import Array, Batch, Params, combine
+from medplib_jax.batch import Array, Batch, Params, combine, flatten, unflatten
 from medplib_jax.config.experiment import ExperimentConfig, ShardingConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.models.families import build_model
@@ -24,7 +24,7 @@ from medplib_jax.parallel.compilation import compiler_options, release_memory
 from medplib_jax.parallel.processes import wait_for_others
 from medplib_jax.parallel.sharding import check_fits, optimizer_shardings, shard_param
 from medplib_jax.train.losses import divisors, loss_sums, total_loss
-from medplib_jax.train.optim import partition
+from medplib_jax.train.optim import CONSTANT, partition
 from medplib_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -48,11 +48,17 @@ def place(params: Params, shardings: Params) -> Params:
 
 
 def make_state(params: Params, config: ExperimentConfig, tx: optax.GradientTransformation) -> TrainState:
-    """Step 0: parameters split into trainable (float32) and frozen (`optim.frozen_dtype`), moments for the trainable
-    ones.
+    """Step 0: trainable parameters (float32) with their moments, and frozen ones (`optim.frozen_dtype`).
+
+    Constants stay in float32.
     """
     trainable, frozen = partition(params, config.optim.trainable)
-    frozen = jax.tree.map(lambda x: x.astype(config.optim.frozen_dtype), frozen)
+    frozen = unflatten(
+        {
+            path: x if CONSTANT.search(path) else x.astype(config.optim.frozen_dtype)
+            for path, x in flatten(frozen).items()
+        }
+    )
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))
 
 

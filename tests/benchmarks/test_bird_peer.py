@@ -10,6 +10,7 @@ from medplib_jax.benchmarks import workload
 from medplib_jax.benchmarks.__main__ import original_tensors
 from medplib_jax.benchmarks.bird_peer import loaded, to_torch
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.layers import bind, draw_params
 from medplib_jax.train.losses import divisors, total_loss
 from medplib_jax.train.optim import partition
@@ -58,5 +59,7 @@ def test_loss_and_gradients_are_the_same():
 
 def test_answers_are_the_same():
     batch = workload.example_batch(CONFIG)
-    found = Generator(CONFIG.model, params(), stop_ids=(-1,), seg_id=-1, max_new_tokens=4, max_masks=0)(batch).tokens
+    found = Generator(CONFIG.model, params(), DecodeOptions(max_new_tokens=4, max_masks=0), stop_ids=(-1,), seg_id=-1)(
+        batch
+    ).tokens
     np.testing.assert_array_equal(found, peer().eval().generate(to_torch(batch), 4))

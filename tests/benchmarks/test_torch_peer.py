@@ -13,6 +13,7 @@ from medplib_jax.benchmarks.__main__ import original_tensors
 from medplib_jax.benchmarks.measure import Samples, side_by_side
 from medplib_jax.benchmarks.torch_peer import loaded, to_torch
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.layers import bind, draw_params
 from medplib_jax.train.losses import divisors, total_loss
 from medplib_jax.train.optim import partition
@@ -67,7 +68,9 @@ def test_answers_are_the_same():
     config = workload.merged(CONFIG)
     ours = draw_params(abstract_model(config.model), 0)
     batch = workload.example_batch(config)
-    found = Generator(config.model, ours, stop_ids=(-1,), seg_id=-1, max_new_tokens=4, max_masks=0)(batch).tokens
+    found = Generator(config.model, ours, DecodeOptions(max_new_tokens=4, max_masks=0), stop_ids=(-1,), seg_id=-1)(
+        batch
+    ).tokens
     np.testing.assert_array_equal(found, peer_of(config.model, ours).eval().generate(to_torch(batch), 4))
 
 

@@ -17,6 +17,7 @@ from medplib_jax.config.experiment import LossConfig, OptimConfig
 from medplib_jax.config.model import IclConfig, ModelConfig
 from medplib_jax.data.tokenizers import Tokenizer, load_tokenizer
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.language.llama import init_cache
 from medplib_jax.models.layers import bind
 from medplib_jax.models.masks.sam import normalise_sam
@@ -321,10 +322,9 @@ def check_generation(converted: Converted, z: Arrays) -> Iterator[Row]:
     generator = Generator(
         converted.config,
         converted.params,
+        DecodeOptions(max_new_tokens=16, max_masks=0),
         stop_ids=Tokenizer.stop_ids,
         seg_id=converted.seg_id,
-        max_new_tokens=16,
-        max_masks=0,
     )
     for name in sorted(key.removesuffix("_output_ids") for key in z if key.endswith("_output_ids")):
         item = prompt(z, name.removesuffix("_noregion") + "_")
@@ -411,7 +411,11 @@ def _check_answer(chosen: Converted, z: Arrays, name: str, item: Arrays, size, d
     rows, columns = (int(side) for side in size)
     batch = chosen.batch(item).replace(mask_size=np.int32([[rows, columns]]))
     generator = Generator(
-        chosen.config, chosen.params, stop_ids=Tokenizer.stop_ids, seg_id=chosen.seg_id, max_new_tokens=16, max_masks=1
+        chosen.config,
+        chosen.params,
+        DecodeOptions(max_new_tokens=16, max_masks=1),
+        stop_ids=Tokenizer.stop_ids,
+        seg_id=chosen.seg_id,
     )
     made = generator(batch)
     expected = z[name + "_output_ids"]

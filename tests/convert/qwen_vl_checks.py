@@ -23,6 +23,7 @@ from medplib_jax.config.model import LoraConfig
 from medplib_jax.data import images
 from medplib_jax.data.qwen_tokenizer import QwenTokenizer
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.language.attention import Positions, attend_within, rotary_frequencies, rotary_tables
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import bind, layer_at, params_of
@@ -103,7 +104,7 @@ class Fixture:
         if key not in self.generators:  # a program is compiled once for a generator
             config, params = self.converted.config, self.converted.params
             ends = {"stop_ids": key[1], "seg_id": -1}
-            self.generators[key] = Generator(config, params, **ends, max_new_tokens=count, max_masks=0)
+            self.generators[key] = Generator(config, params, DecodeOptions(max_new_tokens=count, max_masks=0), **ends)
         made = jax.device_get(self.generators[key](batch))
         return [made.tokens[row, : made.lengths[row]].tolist() for row in range(len(made.lengths))]
 

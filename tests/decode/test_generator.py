@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from medplib_jax.config.experiment import MeshConfig, ShardingConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.decode.sampling import Sampling, answer_draws, draw_token
 from medplib_jax.decode.stream import stream_answers
 from medplib_jax.models.layers import abstract_module, bind, draw_params
@@ -39,7 +40,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def generation(params, batch):
-    return Generator(MODEL, params, stop_ids=(EOS,), seg_id=SEG, max_new_tokens=NEW, max_masks=2)(batch)
+    return Generator(MODEL, params, DecodeOptions(max_new_tokens=NEW, max_masks=2), stop_ids=(EOS,), seg_id=SEG)(batch)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_greedy_answers_and_masks_equal_full_forward_passes(batch, generation, f
 
 
 def test_an_answer_does_not_depend_on_its_batch_or_its_padding(params, batch, generation):
-    alone = Generator(MODEL, params, stop_ids=(EOS,), seg_id=SEG, max_new_tokens=NEW, max_masks=2)
+    alone = Generator(MODEL, params, DecodeOptions(max_new_tokens=NEW, max_masks=2), stop_ids=(EOS,), seg_id=SEG)
     for row in (1, 4):
         single = alone(widened(jax.tree.map(lambda x, row=row: x[row : row + 1], batch), LENGTH + 4))
         np.testing.assert_array_equal(single.tokens[0], generation.tokens[row])
@@ -109,7 +110,7 @@ def test_an_answer_does_not_depend_on_its_batch_or_its_padding(params, batch, ge
 
 @pytest.fixture(scope="module")
 def generator(params):
-    return Generator(MODEL, params, stop_ids=(EOS,), seg_id=SEG, max_new_tokens=NEW, max_masks=2)
+    return Generator(MODEL, params, DecodeOptions(max_new_tokens=NEW, max_masks=2), stop_ids=(EOS,), seg_id=SEG)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,13 @@ def test_an_answer_is_the_same_in_any_slot_beside_any_others(
 def test_devices_share_the_slots(params, batch, one_at_a_time):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
     sharing = Generator(
-        MODEL, params, stop_ids=(EOS,), seg_id=SEG, max_new_tokens=NEW, max_masks=2, mesh=mesh, rules=ShardingConfig()
+        MODEL,
+        params,
+        DecodeOptions(max_new_tokens=NEW, max_masks=2),
+        stop_ids=(EOS,),
+        seg_id=SEG,
+        mesh=mesh,
+        rules=ShardingConfig(),
     )
     found = by_record(stream_answers(sharing, [batch], slots=1, refill=1))
     assert sorted(found) == list(range(8))
@@ -173,7 +180,9 @@ def test_slots_that_could_never_be_filled_are_refused(generator, batch, slots, r
 
 def test_draws_belong_to_the_record(params, batch):
     sampling = Sampling(temperature=1.0)
-    drawing = Generator(MODEL, params, stop_ids=(EOS,), seg_id=SEG, max_new_tokens=NEW, max_masks=0, sampling=sampling)
+    drawing = Generator(
+        MODEL, params, DecodeOptions(max_new_tokens=NEW, max_masks=0, sampling=sampling), stop_ids=(EOS,), seg_id=SEG
+    )
     first, second = (
         by_record(stream_answers(drawing, [part], slots=4, refill=2))
         for part in (batch, jax.tree.map(lambda x: x[::-1], batch))
@@ -188,7 +197,9 @@ def test_draws_belong_to_the_record(params, batch):
 
 def test_filler_rows_are_not_answered(params, batch):
     empty = batch.replace(record=np.where(np.arange(len(batch.record)) < 6, batch.record, -1).astype(np.int32))
-    generation = Generator(MODEL, params, stop_ids=(EOS,), seg_id=SEG, max_new_tokens=NEW, max_masks=0)(empty)
+    generation = Generator(MODEL, params, DecodeOptions(max_new_tokens=NEW, max_masks=0), stop_ids=(EOS,), seg_id=SEG)(
+        empty
+    )
     assert (np.asarray(generation.lengths[6:]) == 0).all() and (np.asarray(generation.tokens[6:]) == 0).all()
     assert generation.mask_logits is None
 

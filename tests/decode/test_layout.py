@@ -17,6 +17,7 @@ from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode import layout as layout
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.layout import laid_out_model, lay_out
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import abstract_module, draw_params, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
@@ -49,7 +50,9 @@ def on_gpu(monkeypatch):
 
 
 def answers(model, params, batch, quantize):
-    generator = Generator(model, params, stop_ids=(2,), seg_id=7, max_new_tokens=6, max_masks=1, quantize=quantize)
+    generator = Generator(
+        model, params, DecodeOptions(max_new_tokens=6, max_masks=1, quantize=quantize), stop_ids=(2,), seg_id=7
+    )
     return jax.device_get(generator(batch))
 
 
@@ -83,7 +86,7 @@ def test_every_parameter_has_its_place_and_shape(params, quantize, on_gpu):
 
 
 def test_a_token_chooses_no_program(params, on_gpu):
-    generator = Generator(MODEL, params, stop_ids=(2,), seg_id=7, max_new_tokens=6, max_masks=0)
+    generator = Generator(MODEL, params, DecodeOptions(max_new_tokens=6, max_masks=0), stop_ids=(2,), seg_id=7)
     batch = jax.tree.map(lambda x: x[:1], random_batch(tiny_experiment(model=MODEL), 16))
     slots = jax.eval_shape(
         functools.partial(generator._decoder.prefill, draws=None, seen=None, room=6),
@@ -107,4 +110,6 @@ def test_a_checkpoint_of_other_parts_says_what_it_is(params):
     with pytest.raises(ValueError, match=r"of in-context learning: .*\(icl/compressor, icl/mask_encoder\), which this"):
         lay_out(MODEL, params | {"icl": {"mask_encoder": {}, "compressor": {}}})
     with pytest.raises(ValueError, match="the checkpoint lacks llm, .*: it holds clip alone"):
-        Generator(MODEL, {"clip": params["clip"]}, stop_ids=(2,), seg_id=3, max_new_tokens=1, max_masks=0)
+        Generator(
+            MODEL, {"clip": params["clip"]}, DecodeOptions(max_new_tokens=1, max_masks=0), stop_ids=(2,), seg_id=3
+        )

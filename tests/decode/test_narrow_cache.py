@@ -11,6 +11,7 @@ import pytest
 from medplib_jax.config.experiment import MeshConfig, ShardingConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.decode.stream import stream_answers
 from medplib_jax.models.language.attention import attend_cached, begin_cache, extend_cache
 from medplib_jax.models.layers import abstract_module, draw_params
@@ -19,7 +20,8 @@ from medplib_jax.parallel.mesh import make_mesh
 from tests.helpers import MODEL, random_batch, tiny_experiment
 
 PLAIN = dataclasses.replace(MODEL, lora=LoraConfig())
-ENDS = {"stop_ids": (2,), "seg_id": 7, "max_new_tokens": 6, "max_masks": 0}
+ENDS = {"stop_ids": (2,), "seg_id": 7}
+NARROW = DecodeOptions(max_new_tokens=6, max_masks=0, quantize="kv")
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -45,13 +47,20 @@ def params():
 def test_answers_are_the_same_in_a_batch_in_slots_and_on_a_mesh(params):
     batch = random_batch(tiny_experiment(model=PLAIN), 16)
     batch = batch.replace(record=np.arange(len(batch.record), dtype=np.int32))
-    generator = Generator(PLAIN, params, **ENDS, quantize="kv")
+    generator = Generator(PLAIN, params, NARROW, **ENDS)
     expected = jax.device_get(generator(batch))
     rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(len(batch.record))]
     for prompt, answer in stream_answers(generator, rows, slots=3, refill=1):
         np.testing.assert_array_equal(answer.tokens[0], expected.tokens[prompt.record[0]])
     mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
-    spread = Generator(PLAIN, params, **ENDS, quantize="kv", mesh=mesh, rules=ShardingConfig())(batch)
+    spread = Generator(
+        PLAIN,
+        params,
+        DecodeOptions(max_new_tokens=6, max_masks=0, quantize="kv"),
+        **ENDS,
+        mesh=mesh,
+        rules=ShardingConfig(),
+    )(batch)
     np.testing.assert_array_equal(spread.tokens, expected.tokens)
 
 

@@ -52,6 +52,13 @@ def test_patterns_and_names(runs, tmp_path):
             found(nothing)
 
 
+def test_a_comma_of_a_path_separates_nothing(runs, tmp_path):
+    odd = tmp_path / "lr 1e-4, seed 0"
+    shutil.copytree(runs / "b", odd)
+    found, _ = find_checkpoints(f"{runs}/a/model, {odd}/model,{runs}/b/*", "newest", tmp_path / "converted")
+    assert [one.path for one in found] == [f"{runs}/a/model", f"{odd}/model", f"{runs}/b/model"]
+
+
 def test_two_of_one_name_are_refused(runs, tmp_path):
     shutil.copytree(runs / "b", tmp_path / "b")
     with pytest.raises(ValueError, match="would both be called 'b-model-3'"):
@@ -68,6 +75,7 @@ def test_what_a_step_knows(runs, tmp_path):
         "step": 3,
         "kind": "jax",
         "quantize": "",
+        "weights": found.digest,
     }
     (small,), _ = find_checkpoints(f"{runs}/b/model", "newest", tmp_path, "int8")
     assert (small.name, small.run, small.quantize, small.workdir) == (

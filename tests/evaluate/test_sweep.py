@@ -18,7 +18,7 @@ from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode import generator as decode
 from medplib_jax.evaluate import answering, sweep
-from medplib_jax.evaluate.answering import LoadedModel, prompt_lengths
+from medplib_jax.evaluate.answering import load_model, prompt_lengths
 from medplib_jax.evaluate.evaluators.predictions import read_rows
 from medplib_jax.evaluate.plan import plan_sweep
 from medplib_jax.evaluate.report.sweep import write_sweep_report
@@ -95,7 +95,7 @@ def test_pieces_make_the_whole(config, whole, tmp_path):
     written = {name: content for name, content in files(tmp_path).items() if "predictions" in name}
     assert written == {name: content for name, content in files(whole[0]).items() if "/exact/" in name}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "LoadedModel", None)
+        patch.setattr(sweep, "load_model", None)
         assert run_sweep(config, tmp_path) == result
         with pytest.raises(ValueError, match="predictions of another run .different mask_threshold"):
             run_sweep(dataclasses.replace(config, mask_threshold=0.3), tmp_path)
@@ -164,7 +164,7 @@ def test_a_copied_run_goes_on_and_other_weights_do_not(config, whole, run, tmp_p
     shutil.copytree(run, copied, copy_function=shutil.copyfile)  # as cp -r: other times
     asked = dataclasses.replace(config, checkpoints=str(copied))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "LoadedModel", None)
+        patch.setattr(sweep, "load_model", None)
         found = run_sweep(asked, tmp_path / "out").cells
         assert sorted(found, key=str) == sorted(whole[1].cells, key=str)
     shutil.rmtree(copied)
@@ -199,11 +199,11 @@ def test_sweeps_side_by_side_keep_each_others_cells(config, folder, tmp_path, mo
     one, other = (dataclasses.replace(config, tasks=tasks, select=name, limit=1) for name in ("vqa", "region"))
 
     def load(*arguments):
-        monkeypatch.setattr(sweep, "LoadedModel", LoadedModel)
+        monkeypatch.setattr(sweep, "load_model", load_model)
         run_sweep(other, tmp_path)  # begins and ends while the first one runs
-        return LoadedModel(*arguments)
+        return load_model(*arguments)
 
-    monkeypatch.setattr(sweep, "LoadedModel", load)
+    monkeypatch.setattr(sweep, "load_model", load)
     run_sweep(one, tmp_path)
     found = json.loads((tmp_path / "sweep.json").read_text())
     assert {cell["task"] for cell in found["cells"]} == {task["name"] for task in found["tasks"]} == {"vqa", "region"}
@@ -266,7 +266,7 @@ def test_what_cannot_be_evaluated_is_one_line(folder, tmp_path):
 def test_answers_with_weights_of_8_bits_stand_beside_the_others(config, whole, tmp_path, monkeypatch):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     loaded = []
-    monkeypatch.setattr(sweep, "LoadedModel", lambda *arguments: loaded.append(LoadedModel(*arguments)) or loaded[-1])
+    monkeypatch.setattr(sweep, "load_model", lambda *arguments: loaded.append(load_model(*arguments)) or loaded[-1])
     small = dataclasses.replace(config, quantize="int8", baseline="runs-tiny-3", limit=3)
     result = run_sweep(small, tmp_path)
     assert {"int8", "float32"} <= {str(leaf.dtype) for leaf in jax.tree.leaves(loaded[0].params)}
@@ -320,7 +320,7 @@ def test_captions_are_scored_by_other_programs_or_it_is_said_why_not(config, fol
     ]
 
     caplog.clear()
-    monkeypatch.setattr(sweep, "LoadedModel", None)
+    monkeypatch.setattr(sweep, "load_model", None)
     with fake_spice.installed(tmp_path) as calls:
         for _ in range(2):
             cells = run_sweep(captions, tmp_path).cells

@@ -14,6 +14,7 @@ from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.config.model import LoraConfig, ModelConfig
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.families import build_model
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import abstract_module, bind, params_of
@@ -59,7 +60,7 @@ def test_greedy_answers_are_the_likeliest_tokens_of_the_whole_text(params):
     long = dataclasses.replace(bird_tiny.MODEL.llm, trained_length=8)
     config = dataclasses.replace(bird_tiny.MODEL, llm=long)
     batch = bird_tiny.batch(rows=4, length=16)
-    generator = Generator(config, params, stop_ids=(-1,), seg_id=-1, max_new_tokens=NEW, max_masks=0)
+    generator = Generator(config, params, DecodeOptions(max_new_tokens=NEW, max_masks=0), stop_ids=(-1,), seg_id=-1)
     made = jax.device_get(generator(batch))
     assert made.lengths.tolist() == [NEW] * 4 and made.mask_logits is None
     first = logits(params, batch, config)
@@ -70,7 +71,9 @@ def test_greedy_answers_are_the_likeliest_tokens_of_the_whole_text(params):
 
 def test_what_a_row_answers_depends_on_that_row_alone(params):
     batch = bird_tiny.batch(rows=4, length=16)
-    generator = Generator(bird_tiny.MODEL, params, stop_ids=(7,), seg_id=-1, max_new_tokens=NEW, max_masks=0)
+    generator = Generator(
+        bird_tiny.MODEL, params, DecodeOptions(max_new_tokens=NEW, max_masks=0), stop_ids=(7,), seg_id=-1
+    )
     together = jax.device_get(generator(batch))
     for row in range(4):
         alone = jax.device_get(generator(jax.tree.map(lambda x, row=row: x[row : row + 1], batch)))
@@ -111,9 +114,13 @@ def test_packed_conversations_are_what_they_are_alone(params):
 def test_weights_of_8_bits_answer_nearly_alike(params):
     batch = bird_tiny.batch(rows=2, length=16)
     made = [
-        Generator(bird_tiny.MODEL, params, stop_ids=(-1,), seg_id=-1, max_new_tokens=1, max_masks=0, quantize=quantize)(
-            batch
-        ).tokens.tolist()
+        Generator(
+            bird_tiny.MODEL,
+            params,
+            DecodeOptions(max_new_tokens=1, max_masks=0, quantize=quantize),
+            stop_ids=(-1,),
+            seg_id=-1,
+        )(batch).tokens.tolist()
         for quantize in ("", "int8")
     ]
     assert made[0] == made[1]

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from medplib_jax.config.experiment import DataConfig, MeshConfig, ShardingConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.kernels.grouped_matmul import grouped_matmul
 from medplib_jax.models.language.attention import attend_within
 from medplib_jax.models.layers import abstract_module, draw_params, model_shardings
@@ -122,8 +123,9 @@ def test_answers(sizes, capsys):
 
     def answers(sizes):
         mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
-        ends = {"stop_ids": (2,), "seg_id": 7, "max_new_tokens": 6, "max_masks": 1}
-        return jax.device_get(Generator(model, params, **ends, mesh=mesh, rules=ShardingConfig())(batch))
+        ends = {"stop_ids": (2,), "seg_id": 7}
+        generator = Generator(model, params, DecodeOptions(6, 1), **ends, mesh=mesh, rules=ShardingConfig())
+        return jax.device_get(generator(batch))
 
     expected = answers((1, 1, 1, 1))
     with on_tpu(capsys):

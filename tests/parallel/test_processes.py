@@ -17,8 +17,9 @@ import jax
 import psutil
 import pytest
 
-from medplib_jax.config.experiment import MeshConfig
+from medplib_jax.config.experiment import EvalConfig, MeshConfig
 from medplib_jax.data.pipeline import make_loader
+from medplib_jax.evaluate.in_training import HeldOutFigures
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import RESTART, initialize_distributed
 from medplib_jax.train import loop as train_module
@@ -30,7 +31,8 @@ TOGETHER = """
 import os, sys, time
 import jax, numpy as np
 from medplib_jax.parallel import processes as multihost
-from medplib_jax.config.experiment import MeshConfig
+from medplib_jax.config.experiment import EvalConfig, MeshConfig
+from medplib_jax.evaluate.in_training import HeldOutFigures
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import initialize_distributed
 
@@ -166,8 +168,17 @@ def test_a_hung_process_says_where_and_all_ask_for_a_restart(folder):
     assert '[1]   File "<string>"' in said and " in stuck\n" in said
 
 
-def test_two_processes_train_as_one_and_a_signal_to_one_stops_and_restarts_both(folder, tmp_path, monkeypatch):
-    process = start(training(folder, tmp_path / "two", train__steps=6), folder, processes=2, restarts=1)
+@pytest.mark.parametrize("checkpoint_every", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_and_a_signal_to_one_stops_and_restarts_both(
+    folder, tmp_path, monkeypatch, checkpoint_every
+):
+    """Metrics are read, and so signals heard, in two places: before a checkpoint and after a step without one."""
+    process = start(
+        training(folder, tmp_path / "two", train__steps=6, train__checkpoint_every=checkpoint_every),
+        folder,
+        processes=2,
+        restarts=1,
+    )
     wait_for_step(tmp_path / "two", 2, process)
     one_of(process, 1).send_signal(signal.SIGTERM)
     said = process.communicate()[0]
@@ -175,6 +186,33 @@ def test_two_processes_train_as_one_and_a_signal_to_one_stops_and_restarts_both(
     assert "exited with 75" in said and "starting all 2 processes again" in said and "resuming" in said
     assert len(list(tmp_path.glob("two/metrics.jsonl"))) == 1  # one writer
     assert_close(losses(tmp_path / "two"), train_alone(folder, tmp_path / "one", monkeypatch, devices=2, steps=6))
+
+
+@pytest.mark.slow
+def test_two_processes_answer_held_out_records_as_one(folder, tmp_path, monkeypatch):
+    source, settings = f"{folder}/phantom/train/align.json", {"steps": 4, "eval_every": 2, "eval_records": 5}
+    asked = {f"train__{name}": value for name, value in settings.items()}
+    command = training(
+        folder, tmp_path / "two", **asked, train__eval_tasks="('align',)", eval__sources=f"('{source}',)"
+    )
+    process = start([*command, "--config.eval.max_new_tokens=4"], folder, processes=2)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    config = tiny_run.experiment(str(folder))
+    config = dataclasses.replace(
+        config,
+        mesh=MeshConfig(fsdp=2),
+        train=dataclasses.replace(config.train, **settings, eval_tasks=("align",)),
+        eval=EvalConfig(sources=(source,), max_new_tokens=4),
+    )
+    monkeypatch.setattr(train_module, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:2]))
+    train_module.train(config, str(tmp_path / "one"), HeldOutFigures)
+    two, one = (
+        {(row["step"], name): row[name] for row in read_metrics(str(tmp_path / run)) for name in row if "eval/" in name}
+        for run in ("two", "one")
+    )
+    assert {step for step, _ in one} == {2, 4} and any(name.startswith("eval/align/") for _, name in one)
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import pytest
 from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import ExperimentConfig, MeshConfig, OptimConfig, ShardingConfig
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.language.llama import Llama
 from medplib_jax.models.layers import abstract_module, bind, draw_params, logical_axes, model_shardings, params_of
 from medplib_jax.parallel.mesh import make_mesh
@@ -185,13 +186,11 @@ def answers(config: ExperimentConfig, mesh, quantize: str = ""):
     generator = Generator(
         config.model,
         params,
+        DecodeOptions(max_new_tokens=4, max_masks=1, quantize=quantize),
         stop_ids=(2,),
         seg_id=7,
-        max_new_tokens=4,
-        max_masks=1,
         mesh=mesh,
         rules=config.sharding,
-        quantize=quantize,
     )
     return jax.device_get(generator(random_batch(config)))
 

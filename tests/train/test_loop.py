@@ -344,7 +344,7 @@ def test_evaluation_enters_the_metrics_and_ranks_the_checkpoints(config, uninter
     def make_evaluate(config, mesh):
         def evaluate(params, step):
             asked.append((step, sorted(params), mesh.size))
-            return {"eval/loss": abs(step - 4.5), "eval/other": 1.0}
+            return {"eval/loss": abs(step - 4.5), "eval/masks/mDice": 1.0 - abs(step - 5.5)}
 
         return evaluate
 
@@ -360,6 +360,11 @@ def test_evaluation_enters_the_metrics_and_ranks_the_checkpoints(config, uninter
     }
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["4", "8"]
     assert losses(tmp_path / "run") == uninterrupted["losses"]  # evaluation changes nothing
+    by_answers = changed(evaluated, train__keep_best_by="eval/masks/mDice", train__keep_best_is="highest")
+    train(by_answers, str(tmp_path / "other"), make_evaluate)
+    assert sorted(path.name for path in (tmp_path / "other/checkpoints").iterdir()) == ["6", "8"]
+    with pytest.raises(ValueError, match=r"'eval/mDice' was not measured, expected one of \['eval/loss', 'eval/masks"):
+        train(changed(evaluated, train__keep_best_by="eval/mDice"), str(tmp_path / "none"), make_evaluate)
 
 
 def test_a_trace_of_the_steps_asked_for(config, tmp_path):

@@ -53,6 +53,13 @@ def test_partition_and_combine():
         combine(params, {"llm": {"head": {"kernel": 0.0}}})
 
 
+def test_a_constant_never_trains():
+    tree = unflatten({"sam/prompt_encoder/position_gaussian": 1.0, "sam/prompt_encoder/no_mask": 2.0})
+    trainable, frozen = partition(tree, ("^sam/",))
+    assert set(flatten(trainable)) == {"sam/prompt_encoder/no_mask"}
+    assert set(flatten(frozen)) == {"sam/prompt_encoder/position_gaussian"}
+
+
 paths = st.lists(st.lists(st.sampled_from("abc"), min_size=3, max_size=3).map("/".join), min_size=1, unique=True)
 
 

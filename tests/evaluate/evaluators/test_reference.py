@@ -12,6 +12,7 @@ from medplib_jax.data.records import Record
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.masks import mask_drawer
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.decode.stream import stream_answers
 from medplib_jax.evaluate.evaluators.reference import TEMPLATE, UNPAD, ReferenceLoader
 from medplib_jax.models.masks.unpad import resample_to_canvas
@@ -82,11 +83,9 @@ def test_answers_and_masks_are_the_originals(case, converted, recorded, evaluate
     generator = Generator(
         model.config,
         model.params,
+        DecodeOptions(max_new_tokens=16, max_masks=1, original_masks=True),
         stop_ids=Tokenizer.stop_ids,
         seg_id=model.seg_id,
-        max_new_tokens=16,
-        max_masks=1,
-        original_masks=True,
     )
     ids = evaluated[{"history": "history_prompt_ids", "noregion": "region_input_ids"}.get(case, "input_ids")]
     prompt = prompt_batch(

@@ -10,6 +10,7 @@ from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.sources import MecovqaSource
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.decode.token_kinds import TOKEN_KINDS, count_choices, token_kinds
 from medplib_jax.evaluate.evaluators import router
 from medplib_jax.models.layers import abstract_module, bind, draw_params
@@ -59,7 +60,9 @@ def test_choices_are_counted_while_answering(setup):
     experiment, tokenizer, prompts = setup
     model = experiment.model
     params = draw_params(abstract_module(functools.partial(MedPLIB, model)), 1)
-    made = Generator(model, params, stop_ids=(-1,), seg_id=tokenizer.seg_id, max_new_tokens=3, max_masks=0)(prompts)
+    made = Generator(
+        model, params, DecodeOptions(max_new_tokens=3, max_masks=0), stop_ids=(-1,), seg_id=tokenizer.seg_id
+    )(prompts)
     # one pass over prompts with their answers
     prompts = prompts.replace(tokens=prompts.tokens.copy(), valid=prompts.valid.copy())
     for row, start in enumerate(prompts.valid.sum(-1)):
