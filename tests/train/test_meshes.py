@@ -46,7 +46,7 @@ def small(stage: str, dispatch: str) -> ExperimentConfig:
         llm=dataclasses.replace(MODEL.llm, num_heads=4, num_kv_heads=4),
         moe=dataclasses.replace(config.model.moe, dispatch=dispatch, capacity_factor=1.0),  # some tokens are dropped
         lora=dataclasses.replace(config.model.lora, rank=config.model.lora.rank and 2, dropout=0.0),
-        remat=config.model.remat,
+        remat="projections",
         icl=IclConfig("separate", compressed_tokens=2, mask_tokens=1) if stage == "stage5_icl" else IclConfig(),
     )
     loss = dataclasses.replace(config.loss, iou=0.5 * (config.data.max_masks > 0))
