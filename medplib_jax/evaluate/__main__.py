@@ -26,7 +26,7 @@ from medplib_jax.config.base import flags_parser, from_config_dict
 from medplib_jax.config.files import define_config
 from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.errors import DataError
-from medplib_jax.evaluate.own import OwnMetric, load_metrics
+from medplib_jax.evaluate.own import MetricFailed, OwnMetric, load_metrics
 from medplib_jax.evaluate.plan import SweepPlan, plan_sweep
 from medplib_jax.evaluate.provenance import note_run
 from medplib_jax.evaluate.report.sweep import write_sweep_report
@@ -92,7 +92,7 @@ def main() -> None:
                 return refuse(error)
             try:
                 return evaluate(plan, own)
-            except (DataError, IncompleteSweep, ValueError) as error:
+            except (DataError, IncompleteSweep, MetricFailed) as error:
                 return refuse(error)
 
     app.run(run, flags_parser=parse_flags)

@@ -33,6 +33,10 @@ GROUP = "medplib_jax.metrics"  # of entry points: a decorated function, or a mod
 _SIDES = {"answer", "expected", "masks", "true_masks", "boxes", "true_boxes", "router"}
 
 
+class MetricFailed(ValueError):
+    """A metric of the user's cannot be used; the message says which, and on what record."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Side:
     """One side of a record's line: the answer, or the truth."""
@@ -72,16 +76,16 @@ class OwnMetric:
     def __call__(self, row: PredictionRow, place: Mapping[str, str]) -> float | None:
         """The score of one line. `place`: checkpoint, task, kind and protocol, which `meta` holds, too.
 
-        ValueError for a function that fails or returns something else than a number, a truth value or None.
+        MetricFailed for a function that fails or returns something else than a number, a truth value or None.
         """
         meta = {name: value for name, value in row.items() if name not in _SIDES} | dict(place)
         try:
             value = self.function(Side(row, row["answer"]), Side(row, row["expected"], "true_"), meta)
             value = value if value is None else float(value)
         except Exception as error:  # whatever a stranger's function raises
-            raise ValueError(f"{self._where(row, place)}: {type(error).__name__}: {error}") from error
+            raise MetricFailed(f"{self._where(row, place)}: {type(error).__name__}: {error}") from error
         if value is not None and not math.isfinite(value):
-            raise ValueError(f"{self._where(row, place)}: expected a finite number or None, found {value}")
+            raise MetricFailed(f"{self._where(row, place)}: expected a finite number or None, found {value}")
         return value
 
     def _where(self, row: PredictionRow, place: Mapping[str, str]) -> str:

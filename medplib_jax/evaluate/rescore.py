@@ -30,7 +30,7 @@ from medplib_jax.evaluate.evaluators.predictions import PredictionRow, read_line
 from medplib_jax.evaluate.kinds import Answer, TaskKind, find_kind
 from medplib_jax.evaluate.kinds.naive import Example, Guess, box_of
 from medplib_jax.evaluate.kinds.refer_box import BOX_GRID
-from medplib_jax.evaluate.own import OwnMetric, load_metrics
+from medplib_jax.evaluate.own import MetricFailed, OwnMetric, load_metrics
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.result import (
     NAIVE,
@@ -50,7 +50,7 @@ _KEPT = ("record", "image", "modality", "patient", "structure", "question", "exp
 def rescore(workdir: str | Path, own: Sequence[OwnMetric] = ()) -> SweepResult:
     """Adds the answers without a model, and the scores of own metrics, to a sweep's folder; returns its result.
 
-    Raises what `read_result` raises, and ValueError for a line that cannot be read and for a metric that fails.
+    Raises what `read_result` raises, ValueError for a line that cannot be read, MetricFailed for a metric that cannot be used.
     """
     workdir = Path(workdir)
     first = read_result(workdir)
@@ -110,7 +110,7 @@ def _own_cell(workdir: Path, cell: CellEntry, task: TaskEntry, own: Sequence[Own
 def _check_free(names: Sequence[str], rows: Sequence[PredictionRow]) -> None:
     taken = {name for row in rows for name in row["scores"]}.intersection(names)
     if taken:
-        raise ValueError(f"metric {min(taken)}: the answers have a score of that name; give yours another name")
+        raise MetricFailed(f"metric {min(taken)}: the answers have a score of that name; give yours another name")
 
 
 def _metrics(rows: Sequence[PredictionRow], task: TaskEntry, protocol: str) -> dict[str, float]:
