@@ -50,7 +50,8 @@ _KEPT = ("record", "image", "modality", "patient", "structure", "question", "exp
 def rescore(workdir: str | Path, own: Sequence[OwnMetric] = ()) -> SweepResult:
     """Adds the answers without a model, and the scores of own metrics, to a sweep's folder; returns its result.
 
-    Raises what `read_result` raises, ValueError for a line that cannot be read, MetricFailed for a metric that cannot be used.
+    Raises what `read_result` raises, ValueError for a line that cannot be read, and MetricFailed for a metric that
+    cannot be used.
     """
     workdir = Path(workdir)
     first = read_result(workdir)
