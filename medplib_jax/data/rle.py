@@ -16,4 +16,4 @@ def encode_rle(mask: np.ndarray) -> dict[str, list[int]]:
 def decode_rle(rle: dict[str, list[int]]) -> np.ndarray:
     """The boolean mask [I, J] of `encode_rle`. Raises ValueError when the runs do not fill it."""
     values = np.arange(len(rle["counts"])) % 2 == 1
-    return np.repeat(values, rle["counts"]).reshape(rle["size"], order="F")
+    return np.ascontiguousarray(np.repeat(values, rle["counts"]).reshape(rle["size"], order="F"))

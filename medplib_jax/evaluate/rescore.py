@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -130,46 +130,60 @@ def _add_naive(workdir: Path, result: SweepResult) -> SweepResult:
     cells, tasks = [], {task.name: task for task in result.tasks}
     for (name, protocol), cell in tqdm(answered.items(), desc="answers without a model", unit="task"):
         rows = read_rows(*(workdir / path for path in cell.predictions if not path.endswith(OWN_SUFFIX)))
+        if not rows:  # the files of its answers are gone
+            continue
         kind, task = find_kind(tasks[name].kind, tasks[name].part), tasks[name]
-        for guess_name, guess in kind.naive(_examples(task, rows)).items():
-            checkpoints[guess_name] = CheckpointEntry(guess_name, run="no model", kind=NAIVE)
-            cells.append(_naive_cell(workdir, guess_name, guess, rows, task, kind, protocol))
+        guesses = kind.naive(_examples(task, rows))
+        checkpoints |= {guess: CheckpointEntry(guess, run="no model", kind=NAIVE) for guess in guesses}
+        cells += _naive_cells(workdir, guesses, rows, task, kind, protocol)
     models = [entry for entry in result.checkpoints if entry.kind != NAIVE]
     return dataclasses.replace(result, checkpoints=(*models, *checkpoints.values()), cells=(*result.of_models, *cells))
 
 
-def _naive_cell(
+def _naive_cells(
     workdir: Path,
-    name: str,
-    guess: Guess,
+    guesses: Mapping[str, Guess],
     rows: Sequence[PredictionRow],
     task: TaskEntry,
     kind: TaskKind,
     protocol: str,
-) -> CellEntry:
+) -> list[CellEntry]:
     facts = [[row["record"], row["expected"], row.get("true_masks")] for row in rows]
     made_from = hashlib.sha256(json.dumps([facts, _content(task.examples)]).encode()).hexdigest()
-    path = Path("predictions", re.sub(r"\W", "_", name), protocol, f"{task.name}.jsonl")
-    header = {"naive": name, "task": task.name, "protocol": protocol, "made_from": made_from}
-    with contextlib.suppress(ValueError):  # lines made from something else are made again
-        known = read_lines(workdir / path, header)
-        if len(known) == len(rows):
-            return CellEntry(name, task.name, protocol, (str(path),), len(rows), _metrics(known, task, protocol))
-    lines = [_naive_row(row, guess, kind, protocol) for row in rows]
-    _write(workdir / path, header, lines)
-    return CellEntry(name, task.name, protocol, (str(path),), len(rows), _metrics(lines, task, protocol))
+    header = {"task": task.name, "protocol": protocol, "made_from": made_from}
+    paths = {name: Path("predictions", re.sub(r"\W", "_", name), protocol, f"{task.name}.jsonl") for name in guesses}
+    lines: dict[str, list[PredictionRow]] = {}
+    for name, path in paths.items():
+        with contextlib.suppress(ValueError):  # lines made from something else are made again
+            lines[name] = read_lines(workdir / path, header | {"naive": name})
+    missing = [name for name in guesses if len(lines.get(name, ())) != len(rows)]
+    made = [_naive_rows(row, [guesses[name] for name in missing], kind, protocol) for row in rows]
+    for name, found in zip(missing, zip(*made, strict=True), strict=True):
+        lines[name] = list(found)
+        _write(workdir / paths[name], header | {"naive": name}, found)
+    return [
+        CellEntry(name, task.name, protocol, (str(path),), len(rows), _metrics(lines[name], task, protocol))
+        for name, path in paths.items()
+    ]
 
 
 def _content(file: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else file
 
 
-def _naive_row(row: PredictionRow, guess: Guess, kind: TaskKind, protocol: str) -> PredictionRow:
-    true = tuple(decode_rle(rle) for rle in row.get("true_masks", ()))
-    answer = guess(row, Answer("", row["expected"], row["answer_type"], (), true))
-    kept = {name: row[name] for name in _KEPT if name in row} | {"answer": answer.text}
-    masks = {"masks": [encode_rle(mask) for mask in answer.masks], "true_masks": row.get("true_masks", [])}
-    return kept | kind.score(answer, protocol) | (masks if kind.draws_masks else {})
+def _naive_rows(row: PredictionRow, guesses: Sequence[Guess], kind: TaskKind, protocol: str) -> list[PredictionRow]:
+    """The lines of the guesses about one record."""
+    true = tuple(decode_rle(rle) for rle in row.get("true_masks", ())) if guesses else ()
+    truth, lines = Answer("", row["expected"], row["answer_type"], (), true), []
+    for guess in guesses:
+        answer = guess(row, truth)
+        line = {name: row[name] for name in _KEPT if name in row} | {"answer": answer.text}
+        line |= kind.score(answer, protocol)
+        if kind.draws_masks:
+            masks = [encode_rle(mask) for mask in answer.masks]
+            line |= {"masks": masks, "true_masks": row.get("true_masks", [])}
+        lines.append(line)
+    return lines
 
 
 def _write(path: Path, header: PredictionRow, lines: Iterable[PredictionRow]) -> None:

@@ -13,7 +13,8 @@ def overlap(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
     """(intersection, union) in pixels of two boolean masks of one shape. Raises ValueError when the shapes differ."""
     if prediction.shape != truth.shape:
         raise ValueError(f"predicted mask has shape {prediction.shape}, the true one {truth.shape}")
-    return int(np.count_nonzero(prediction & truth)), int(np.count_nonzero(prediction | truth))
+    shared = int(np.count_nonzero(prediction & truth))
+    return shared, int(np.count_nonzero(prediction)) + int(np.count_nonzero(truth)) - shared
 
 
 def iou(intersection: float, union: float, protocol: str = "exact") -> float:
@@ -44,7 +45,7 @@ def surface_dice(prediction: np.ndarray, truth: np.ndarray, protocol: str = "exa
         return float(protocol == "exact")
     if not (prediction.any() and truth.any()):
         return 0.0
-    points = [np.argwhere(_outline(mask)) for mask in (prediction, truth)]
+    points = [_outline(mask) for mask in (prediction, truth)]
     tolerance = SURFACE_TOLERANCE * math.hypot(*truth.shape)
     within = math.nextafter(tolerance, math.inf)  # the bound itself is left out
     trees = [spatial.KDTree(own) for own in points]
@@ -53,10 +54,10 @@ def surface_dice(prediction: np.ndarray, truth: np.ndarray, protocol: str = "exa
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a mask bool [h, w] that have a 4-neighbour outside; beyond the picture is outside."""
+    """int [n, 2], the pixels of a mask bool [h, w] that have a 4-neighbour outside; beyond the picture is outside."""
     padded = np.pad(mask, 1)
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return mask & ~inside
+    return np.stack(np.divmod(np.flatnonzero(mask & ~inside), mask.shape[1]), axis=1)
 
 
 def mask_scores(
