@@ -10,43 +10,76 @@ import argparse
 import json
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 
+from medplib_jax.batch import Params
 from medplib_jax.decode.predictor import Predictor
+from medplib_jax.models.quantize import num_bytes
 from medplib_jax.parallel.compilation import use_cache
 
 from .benchmark import MAXRSS_BYTES, settle, write_source
 
-COLUMNS = ("", "GB on disk", "reading it, s", "until it is loaded, s", "over reading", "peak GB", "s per token")
+COLUMNS = (
+    *("", "GB on disk", "reading it, s", "until it is loaded, s", "over reading", "peak GB"),
+    *("prompt, s (positions)", "s per token", "of reading its weights"),
+)
 TOKENS = 16
 
 
 def ask(checkpoint: str, quantize: str) -> None:
-    """Loads a checkpoint, answers with 1 and with TOKENS tokens, each twice, and prints the seconds as JSON.
+    """Loads a checkpoint, answers, and prints the seconds as JSON; those of a second time, when all is compiled.
 
-    What is compiled the first time does not count.
+    `share`: of the speed at which this machine reads memory, that of a token's weights.
     """
     use_cache()
     began = time.monotonic()
     predictor = Predictor(checkpoint, quantize=quantize, max_new_tokens=TOKENS)
     found = {"loaded": time.monotonic() - began}
     picture, prompt = predictor.prompt(np.full((336, 336, 3), 127, np.uint8), "What is it?")
-    for name in ("compiled", "answered"):
+    predictor.answer(picture, prompt)
+    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES
+    generator, limits, place = predictor.generator, np.full(1, TOKENS, np.int32), np.zeros((1, 1), np.int32)
+    for _ in range(2):
         began = time.monotonic()
-        generation = predictor.generator(prompt)
-        found[f"{name}_tokens"] = int(generation.lengths[0])
-        found[name] = time.monotonic() - began
-    print(json.dumps(found))
+        slots = jax.block_until_ready(generator.start(None, prompt, limits, None, place, 1))
+        found["prefill"] = time.monotonic() - began
+        began = time.monotonic()
+        slots, *_ = jax.block_until_ready(generator.advance(slots, keep=0))
+        found["token"] = (time.monotonic() - began) / max(1, int(slots.lengths[0]))
+    found["share"] = bytes_per_token(predictor.params["llm"]) / found["token"] / reading_rate()
+    print(json.dumps(found | {"positions": prompt.tokens.shape[1]}))
+
+
+def bytes_per_token(llm: Params) -> int:
+    """Of the weights that a token reads: all but the embeddings and the experts that it does not go to."""
+    experts = sum(num_bytes(layer["experts"]) for layer in llm["moe"].values())
+    count = len(next(iter(llm["moe"].values()))["experts"]["each"])
+    return num_bytes(llm) - num_bytes(llm["embed"]) - experts * (count - 1) // count
+
+
+def reading_rate() -> float:
+    """Bytes per second that all cores read together."""
+    parts = np.ones((os.cpu_count(), 1 << 26))
+    seconds = []
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for _ in range(3):
+            began = time.monotonic()
+            list(pool.map(np.sum, parts))
+            seconds.append(time.monotonic() - began)
+    return parts.nbytes / min(seconds)
 
 
 def measure(checkpoint: pathlib.Path, quantize: str) -> dict[str, float]:
-    """What `ask` says, with `disk` and `peak` in bytes and `read`, the seconds that reading its files takes."""
+    """What `ask` says, with `disk` in bytes and `read`, the seconds that reading its files takes."""
     files = [path for path in (checkpoint / "checkpoints").rglob("*") if path.is_file()]
     for path in files:
         settle(path, forget=True)
@@ -59,12 +92,8 @@ def measure(checkpoint: pathlib.Path, quantize: str) -> dict[str, float]:
     for path in files:
         settle(path, forget=True)
     command = [sys.executable, "-m", __spec__.name, "--ask", str(checkpoint), "--quantize", quantize]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
-    return found | json.loads(said.splitlines()[-1]) | {"peak": usage.ru_maxrss * MAXRSS_BYTES}
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return found | json.loads(said.splitlines()[-1])
 
 
 def row(name: str, found: dict[str, float]) -> tuple[str, ...]:
@@ -76,7 +105,9 @@ def row(name: str, found: dict[str, float]) -> tuple[str, ...]:
         f"{found['loaded']:.1f}",
         f"{found['loaded'] / found['read']:.1f}",
         f"{found['peak'] / 1e9:.2f}",
-        f"{found['answered'] / max(1, found['answered_tokens']):.2f} ({found['answered_tokens']:.0f} tokens)",
+        f"{found['prefill']:.1f} ({found['positions']})",
+        f"{found['token']:.2f}",
+        f"{found['share']:.0%}",
     )
 
 
