@@ -1,8 +1,9 @@
-"""Weights of 8 bits leave the demo's answers as they were."""
+"""Weights and caches of 8 bits leave the demo's answers as they were."""
 
 import pytest
 
 from medplib_jax.config.sweep import SweepConfig
+from medplib_jax.decode.layout import QUANTIZE
 from medplib_jax.evaluate.evaluators.predictions import read_rows
 from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.evaluate.tasks import folder_tasks
@@ -24,9 +25,15 @@ def answers(quantize: str, workdir) -> dict[tuple[str, int], str]:
     }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return answers("", tmp_path_factory.mktemp("whole"))
+
+
 @pytest.mark.slow
 @needs_demo
-def test_98_of_100_answers_stay(tmp_path):
-    whole, small = (answers(quantize, tmp_path / (quantize or "whole")) for quantize in ("", "int8"))
+@pytest.mark.parametrize("quantize", QUANTIZE[1:])
+def test_98_of_100_answers_stay(whole, quantize, tmp_path):
+    small = answers(quantize, tmp_path)
     assert whole.keys() == small.keys() and len(whole) > 700
     assert sum(whole[key] == small[key] for key in whole) >= 0.98 * len(whole)
