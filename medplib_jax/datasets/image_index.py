@@ -128,7 +128,7 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k largest products of each query with the rows: (float32 [Q, k], rows int32 [Q, k]), -inf beyond the last.
 
-    allowed: bool [N] or [Q, N]. Compared in float32 on all devices, block by block.
+    allowed: bool [N] or [Q, N]. Compared in float32 on all devices of this process, block by block.
     """
     import jax
     import jax.numpy as jnp
@@ -136,8 +136,9 @@ def nearest(
     queries = jnp.asarray(queries_QxC, jnp.float32)
     best = jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32)
     allowed = np.ones(len(vectors_NxC), bool) if allowed is None else allowed
-    compare = _comparison(len(jax.devices()))
-    block = min(BLOCK, -(-max(1, len(vectors_NxC)) // len(jax.devices())) * len(jax.devices()))
+    parts = jax.local_device_count()
+    compare = _comparison(parts)
+    block = min(BLOCK, -(-max(1, len(vectors_NxC)) // parts) * parts)
     for start in range(0, len(vectors_NxC), block):
         rows = np.asarray(vectors_NxC[start : start + block])
         beyond = block - len(rows)
@@ -153,11 +154,11 @@ def _comparison(parts: int):
     import jax
     import jax.numpy as jnp
     from einops import rearrange
-    from jax.sharding import NamedSharding, PartitionSpec
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from medplib_jax.models.precision import product
 
-    mesh = jax.make_mesh((parts,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = Mesh(np.array(jax.local_devices()), ("rows",))
     everywhere, shared = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("rows"))
 
     def top(scores, rows, k):

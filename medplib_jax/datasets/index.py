@@ -43,6 +43,7 @@ class Embedder:
 
     def __init__(self, checkpoint_dir: str):
         import jax
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
         from medplib_jax.checkpoint import load_params
         from medplib_jax.models.icl.embedding import picture_vectors, retrieval_tower
@@ -52,15 +53,15 @@ class Embedder:
         config = experiment.model.clip
         self.side, self.width, self.digest = config.image_size, config.hidden_size, _digest(config, params["clip"])
         tower = abstract_module(functools.partial(retrieval_tower, config))
-        mesh = jax.make_mesh((jax.device_count(),), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-        everywhere, shared = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("rows",)))
+        mesh = Mesh(np.array(jax.local_devices()), ("rows",))
+        everywhere, shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("rows",)))
         self._params = jax.device_put(params["clip"], everywhere)
         self._embed = jax.jit(
             lambda params, pixels: picture_vectors(bind(tower, params), pixels),
             in_shardings=(everywhere, shared),
             out_shardings=everywhere,
         )
-        self._devices = jax.device_count()
+        self._devices = mesh.size
 
     def __call__(self, pixels_BxIxIx3: np.ndarray) -> np.ndarray:
         """Unit vectors float32 [B, C] of pictures from `read`."""
