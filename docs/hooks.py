@@ -79,7 +79,8 @@ def relink(text: str, file: str) -> str:
         path = os.path.normpath(os.path.join(os.path.dirname(file), target))
         if target == "report.png":
             return match[0]
-        return f"[{name}]({PAGES[path]}{anchor or ''})" if path in PAGES else f"{name} (`{path}`)"
+        page = PAGES.get(path) or (path.removeprefix("docs/") if re.fullmatch(r"docs/\w+\.md", path) else "")
+        return f"[{name}]({page}{anchor or ''})" if page else f"{name} (`{path}`)"
 
     return re.sub(r"(?<!\\)\[([^\]\[]+)\]\(([^)#\s]*)(#[^)\s]*)?\)", link, text)
 

@@ -43,6 +43,12 @@ def test_links_between_pages_lead_somewhere(site):
             assert not target or path.exists() or (path / "index.html").exists(), (page, target)
 
 
+def test_links_of_a_readme_are_links_between_pages(site):
+    text = (site / "index.html").read_text()
+    assert 'href="kaggle/"' in text and 'href="evaluate/#metrics-of-your-own"' in text
+    assert re.search(r"LICENSE \(<code>LICENSE</code>\)", text)  # no page: its path
+
+
 def test_the_reference_has_the_public_names(site):
     text = (site / "api/index.html").read_text()
     for name in ("Predictor", "load_params", "write_sweep_report", "TaskKind", "SweepConfig", "rescore"):

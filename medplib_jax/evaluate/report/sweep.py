@@ -66,6 +66,7 @@ def write_sweep_report(workdir: str | Path, cases: int = CASES) -> Path:
             differences=DIFFERENCES,
             beside=tables.beside_published(),
             nearest=tables.nearest,
+            none_known=not any(figure.content for figure in published()),
             routers=_routers(sweep, charts),
             charts=FIGURES if charts.folder.exists() else "",
             skipped=_skipped(sweep),

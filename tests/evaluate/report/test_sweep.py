@@ -264,6 +264,7 @@ def test_page_shows_runs_router_skipped_and_published(page):
         "images/ct_9.png",
         "MeCoVQA grounding: not compared with MeCoVQA_Grounding_test: the published test set has 2,344 records",
         "Drawings made by a program, not images of patients. All tasks.",
+        "The SHA-256 of no published test set is known",
         "MedPLIB, re-run 1: an independent group",
         "79.90",
         "arXiv 2609.37283",
