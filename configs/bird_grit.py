@@ -130,6 +130,6 @@ def tiny() -> ExperimentConfig:
         model=TINY,
         data=data,
         optim=OptimConfig(lr=2e-3, b2=0.98, warmup=0.05, schedule="cosine", trainable=(".*",)),
-        train=TrainConfig(steps=1800, checkpoint_every=600),
+        train=TrainConfig(steps=1500, checkpoint_every=500),
         eval=EvalConfig(max_new_tokens=100),
     )

@@ -35,6 +35,8 @@ BICUBIC = -0.75  # the cubic's coefficient in PyTorch's interpolate
 
 # Initial values for a tower that starts from nothing, as CLIP's here.
 RESIDUAL_GAIN, PIXEL_GAIN = 0.1, 0.3
+# Sines and cosines of neighbours differ little: without it a new resampler averages the whole picture for every query.
+OWN_PLACE_GAIN = 12.0
 
 
 class QwenVit(nnx.Module):
@@ -99,9 +101,8 @@ class Resampler(nnx.Module):
 
     def __init__(self, config: QwenVisionConfig, width: int, rngs: Rngs):
         self.query = param(rngs, (config.num_queries, width), (None, "vision"), std=0.02)
-        self.position_embed = param(
-            rngs, (config.num_queries, width), (None, "vision"), value=SinCos(config.query_grid, width)
-        )
+        positions = SinCos(config.query_grid, width, gain=OWN_PLACE_GAIN)
+        self.position_embed = param(rngs, (config.num_queries, width), (None, "vision"), value=positions)
         self.kv = (
             None
             if config.hidden_size == width
@@ -135,18 +136,19 @@ class SinCos:
     """Initial positions, float32 [grid^2, D]:
 
     Half of the channels tell the column, half the row; of each half the first half are sines and the rest cosines of
-    position * 10000^(-i / (D / 4)).
+    position * 10000^(-i / (D / 4)). `gain` is a factor on all.
     """
 
     grid: int
     dim: int
+    gain: float = 1.0
 
     def __call__(self) -> np.ndarray:
         frequencies = 10000.0 ** (-np.arange(self.dim // 4) / (self.dim / 4))
         angles = np.arange(self.grid)[:, None] * frequencies
         axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
         rows, columns = np.repeat(axis, self.grid, axis=0), np.tile(axis, (self.grid, 1))
-        return np.concatenate([columns, rows], axis=1).astype(np.float32)
+        return (self.gain * np.concatenate([columns, rows], axis=1)).astype(np.float32)
 
 
 def resize_table(table_SxC: Array, grid: int) -> Array:
