@@ -9,6 +9,7 @@ from medplib_jax.batch import Params
 from medplib_jax.config.experiment import ExperimentConfig, ShardingConfig
 from medplib_jax.decode.layout import lay_out
 from medplib_jax.decode.saved_params import open_params
+from medplib_jax.parallel.compilation import release_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,4 +41,5 @@ def load_checkpoint(
         quantize = "+".join(filter(None, (saved.quantize, quantize)))
     params = lay_out(saved.experiment.model, saved.tree, mesh, rules, quantize)
     saved.check()
+    release_memory()
     return LoadedCheckpoint(saved.experiment, params, saved.tokenizer, quantize)

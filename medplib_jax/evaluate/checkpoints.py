@@ -35,7 +35,7 @@ class SweepCheckpoint:
     """One complete step. `path` is the path that the user gave, `workdir` the training run that holds the step (of
     PyTorch weights: their conversion).
 
-    quantize: "int8" if its weights are kept in 8 bits while it answers (see `decode.layout`); a part of name and run,
+    quantize: what is kept in 8 bits while it answers (see `decode.layout.QUANTIZE`); a part of name and run,
     so that both stand side by side.
     """
 

@@ -22,7 +22,7 @@ class CheckpointEntry:
     run: str = ""
     step: int | None = None
     kind: str = "jax"  # torch: converted PyTorch weights, naive: an answer without a model (`kinds.naive`)
-    quantize: str = ""  # int8: it answered with weights of 8 bits
+    quantize: str = ""  # what had 8 bits while it answered, see `decode.layout`
     weights: str = ""  # what it is by its content (`checkpoint.step_digest`)
 
     @property

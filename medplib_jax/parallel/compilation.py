@@ -31,7 +31,7 @@ def use_cache() -> None:
 
 
 def release_memory() -> None:
-    """Gives memory that compiling has freed back to the system. glibc would keep it: half a gigabyte and more."""
+    """Gives memory that was freed (by compiling, say) back to the system. glibc would keep it: gigabytes."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

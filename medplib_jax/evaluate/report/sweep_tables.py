@@ -11,6 +11,7 @@ from medplib_jax.evaluate.report.published import Published, published
 from medplib_jax.evaluate.report.sweep_load import STRUCTURE, Sweep
 from medplib_jax.evaluate.result import TaskEntry
 
+EIGHT_BITS = {"int8": "int8 weights", "kv": "int8 KV cache", "int8+kv": "int8 weights and KV cache"}
 REWARD_SILENCE = ("no_target_accuracy", "false_mask_rate", "existence_specificity", "gIoU")
 MODALITY_TITLES = {ALL: "all records", MEAN: "mean over modalities"}
 
@@ -301,7 +302,7 @@ class Tables:
                 continue
             entries = tuple(figure and entry(figure, self.is_best(figure)) for figure in figures)
             steps = "" if checkpoint.step is None else f"step {checkpoint.step:,}"
-            weights = f"{checkpoint.quantize} weights" if checkpoint.quantize else ""
+            weights = EIGHT_BITS.get(checkpoint.quantize, "")
             note = ", ".join(
                 filter(
                     None,
