@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,8 +152,10 @@ def main() -> int:
     parser.add_argument(
         "--icl", action="store_true", help="instead, train a small model to draw what examples show, and evaluate it"
     )
+    parser.add_argument("--serve", action="store_true", help="afterwards, serve the model of stage IV to a browser")
     arguments = vars(parser.parse_args())
     with_sweep, with_bird, with_icl = (arguments.pop(name) for name in ("sweep", "bird", "icl"))
+    with_server = arguments.pop("serve")
     demo = Demo(**arguments)
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
     logging.getLogger("medplib_jax").setLevel(logging.INFO)
@@ -166,7 +169,9 @@ def main() -> int:
         if with_icl:
             return demo_icl.run(demo_icl.IclDemo(out, demo.seed), watch)
         code = run(demo, watch)
-        return sweep(demo) if with_sweep and code == 0 else code
+        if with_sweep and code == 0:
+            code = sweep(demo)
+        return serve(demo) if with_server and code == 0 else code
     except KeyboardInterrupt:
         print("\nInterrupted; run the same command to resume.", file=sys.stderr)
         return 130
@@ -230,6 +235,14 @@ def sweep(demo: Demo) -> int:
     rescore(demo.evaluation)
     print(f"\nReport of the sweep: {write_sweep_report(demo.evaluation)}")
     return 0
+
+
+def serve(demo: Demo) -> int:
+    """Serves the last stage's model until Ctrl-C, with the demo's pictures as examples."""
+    announce("Server")
+    command = [sys.executable, "-m", "medplib_jax.serve", "--checkpoint", str(demo.workdir("IV mixture")), "--open"]
+    command += ["--examples", str(demo.data / "images" / "*--test_*"), "--max-new-tokens", "64"]
+    return subprocess.call(command)
 
 
 def make_tokenizer(demo: Demo) -> None:

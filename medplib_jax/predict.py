@@ -6,6 +6,8 @@ COMMAND
         --box 40,60,90,120
     python -m medplib_jax.predict --checkpoint WORKDIR --image a.png --out answer --example b.png=b_mask.png
     python -m medplib_jax.predict --checkpoint WORKDIR --image a.png --out answer --examples INDEX --structure liver
+    python -m medplib_jax.predict --checkpoint WORKDIR --image a.png --out answer --chat \\
+        --question "Is {left} larger than {right}?" --region left=box:40,60,90,120 --region right=point:80,30
     python -m medplib_jax.predict --checkpoint WORKDIR --image SCAN --out answer --structures "liver; spleen"
     python -m medplib_jax.predict --checkpoint WORKDIR --jobs jobs.jsonl --out answers
 
@@ -13,6 +15,7 @@ A SCAN is a DICOM folder or file, NIfTI, NRRD or MetaImage; see medplib_jax/volu
 Of a picture it prints the answer; writes `mask_<k>.png` (0/255, the picture's size) and `overlay.png`.
 Up to three examples, pictures with masks, say what to draw instead of words: given by `--example`, or those of an index
 (medplib_jax.datasets.index) that are most similar to the image and have a mask of the structure.
+With --chat each line of the standard input is a question of one conversation, and answer k goes to the folder `turn_k`.
 A model that answers with boxes takes --box or --point, draws each box of its answer with its phrase on the overlay, and
 writes `boxes.json`, in pixels. With `--masks sam --sam-checkpoint WORKDIR` the SAM-Med2D of a MedPLIB checkpoint draws
 what lies in each of these boxes.
@@ -20,19 +23,22 @@ what lies in each of these boxes.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from medplib_jax.batch import Batch
 from medplib_jax.checkpoint import find_step
 from medplib_jax.data.errors import DataError
-from medplib_jax.data.icl_form import MAX_EXAMPLES
+from medplib_jax.data.icl_form import MAX_EXAMPLES, REQUEST
 from medplib_jax.data.overlay import PALETTE, draw_boxes, overlay
 from medplib_jax.datasets.image_index import ImageIndex
 from medplib_jax.datasets.index import Embedder
@@ -41,10 +47,11 @@ from medplib_jax.decode.jobs import answer_jobs, read_jobs
 from medplib_jax.decode.layout import QUANTIZE
 from medplib_jax.decode.predictor import Prediction, Predictor, read_question
 from medplib_jax.decode.sampling import Sampling
-from medplib_jax.decode.scans import add_scan_flags, answer_scan, scan_options
+from medplib_jax.decode.scans import add_scan_flags, answer_scan, scan_model, scan_options
 from medplib_jax.parallel.compilation import use_cache
 from medplib_jax.volumes.read import is_scan
 
+SINGLE = ("point", "box", "scribble", "region_mask")  # flags of a region without a name
 _MASK_FILE = re.compile(r"mask_\d+\.png")
 
 
@@ -100,12 +107,18 @@ def make_folder(out: Path) -> None:
         pass
 
 
-def region_of(arguments: argparse.Namespace) -> str:
-    """The region of the command line as a reference, empty without one."""
+def regions_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """The regions of the command line as references by name; one given by its shape has none. ValueError for others."""
+    found = {}
+    for text in arguments.region:
+        name, is_named, reference = text.partition("=")
+        if not (is_named and reference and re.fullmatch(r"\w+", name)) or name in found:
+            raise ValueError(f"--region {text}: expected NAME=SHAPE:... or NAME=FILE, each name once")
+        found[name] = reference
     for shape in ("point", "box", "scribble"):
         if getattr(arguments, shape) is not None:
-            return f"{shape}:{getattr(arguments, shape)}"
-    return arguments.region_mask or ""
+            found[""] = f"{shape}:{getattr(arguments, shape)}"
+    return found | ({"": arguments.region_mask} if arguments.region_mask else {})
 
 
 def example_of(text: str) -> tuple[str, str]:
@@ -156,18 +169,13 @@ def parse_arguments() -> tuple[argparse.Namespace, bool]:
     )
     parser.add_argument("--question", help="may hold one <region>; without it a region goes to the end")
     parser.add_argument("--out", required=True, help="folder for the masks and the overlay")
-    region = parser.add_mutually_exclusive_group()
-    region.add_argument("--point", metavar="x,y", help="in pixels of the picture, as all regions")
-    region.add_argument("--box", metavar="x0,y0,x1,y1")
-    region.add_argument("--scribble", metavar='"x,y x,y ..."')
-    region.add_argument(
-        "--region-mask", metavar="FILE", help="mask of the picture's size; the region is where it is not 0"
-    )
+    add_region_flags(parser)
     shown = parser.add_argument_group("examples")
     shown.add_argument("--example", type=example_of, action="append", default=[], metavar="IMAGE=MASK")
     shown.add_argument("--examples", metavar="INDEX", help="an index of pictures, of which the most similar are shown")
     shown.add_argument("--structure", default="", metavar="NAME", help="whose masks are shown; with --examples")
     shown.add_argument("--top-k", type=int, default=MAX_EXAMPLES, help="how many; with --examples")
+    parser.add_argument("--chat", action="store_true", help="ask on: each line of the standard input is a question")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
@@ -185,16 +193,35 @@ def parse_arguments() -> tuple[argparse.Namespace, bool]:
     arguments = parser.parse_args(join_negative(sys.argv[1:]))
     scan = bool(arguments.jobs) or is_scan(arguments.image)
     check_examples(parser, arguments, scan)
-    has_examples = arguments.example or arguments.examples
-    if not (arguments.question or has_examples or arguments.jobs or (scan and arguments.structures)):
+    has_words = arguments.question or arguments.example or arguments.examples or arguments.chat
+    if not (has_words or arguments.jobs or (scan and arguments.structures)):
         parser.error("expected --question, or --structures for a scan")
     if bool(arguments.masks) != bool(arguments.sam_checkpoint):
         parser.error("--masks sam and --sam-checkpoint WORKDIR: expected both or neither")
     if scan and arguments.masks:
         parser.error("--masks is of the boxes of an answer about a picture: expected none with a scan or with jobs")
-    if scan and region_of(arguments):
-        parser.error("a region is of a picture: expected none with a scan or with jobs, which name their own")
+    if scan and (arguments.region or arguments.chat or any(getattr(arguments, name) for name in SINGLE)):
+        parser.error("a region is of a picture, and so is --chat: expected none with a scan or with jobs")
     return arguments, scan
+
+
+def add_region_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of what is marked on a picture; `regions_of` reads them."""
+    region = parser.add_mutually_exclusive_group()
+    region.add_argument("--point", metavar="x,y", help="in pixels of the picture, as all regions")
+    region.add_argument("--box", metavar="x0,y0,x1,y1")
+    region.add_argument("--scribble", metavar='"x,y x,y ..."')
+    region.add_argument(
+        "--region-mask", metavar="FILE", help="mask of the picture's size; the region is where it is not 0"
+    )
+    parser.add_argument(
+        "--region",
+        action="append",
+        default=[],
+        metavar="NAME=SHAPE:...|FILE",
+        help="a region by name, repeatable; it stands at {NAME} in the question, else at its <region>, else behind it",
+    )
+    parser.add_argument("--normalized", action="store_true", help="coordinates are shares of width and height")
 
 
 def check_examples(parser: argparse.ArgumentParser, arguments: argparse.Namespace, scan: bool) -> None:
@@ -213,43 +240,90 @@ def main():
     arguments, scan = parse_arguments()
     use_cache()
     try:
-        options = scan_options(arguments) if scan else None
-        sampling = Sampling(arguments.temperature, arguments.top_p)
-        if not scan:  # what is wrong with a question is said before the model is loaded
-            examples = retrieved(arguments) if arguments.examples else arguments.example
-            question = arguments.question or ""
-            asked = read_question(arguments.image, question, region_of(arguments), examples)
-            for notice in asked.notices:
-                print(f"notice: {notice}", file=sys.stderr)
-            make_folder(Path(arguments.out))
+        answer = prepare_scans(arguments) if scan else prepare_picture(arguments)
         find_step(arguments.checkpoint)
         predictor = Predictor(
             arguments.checkpoint,
             max_new_tokens=arguments.max_new_tokens,
             mask_threshold=arguments.mask_threshold,
-            sampling=sampling,
+            sampling=Sampling(arguments.temperature, arguments.top_p),
             quantize=arguments.quantize,
         )
-        if arguments.jobs:
-            jobs = read_jobs(arguments.jobs, arguments.question or "", options.structures)
-            sys.exit(1 if answer_jobs(predictor, jobs, arguments.out, options) else 0)
-        if options:
-            names = answer_scan(predictor, arguments.image, arguments.out, options)
-            print(Path(arguments.out, "table.tsv").read_text(encoding="utf-8"), end="")
-            return print(*(Path(arguments.out, name) for name in names), sep="\n", file=sys.stderr)
-        picture, prompt = predictor.prompt(arguments.image, question, region_of(arguments), examples)
         drawer = box_drawer(predictor, arguments)
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # what was given cannot be used; an error in answering is ours and keeps its traceback
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    prediction = predictor.answer(picture, prompt, arguments.seed)
+    try:
+        answer(predictor, drawer)
+    except (DataError, OSError) as error:  # any other error in answering is ours and keeps its traceback
+        sys.exit(f"error: {error}")
+
+
+def prepare_scans(arguments: argparse.Namespace) -> Callable[[Predictor, BoxDrawer | None], None]:
+    """What answers scans or jobs. Whatever is wrong with the command line is raised here, before a model is loaded."""
+    options, out = scan_options(arguments), arguments.out
+    jobs = read_jobs(arguments.jobs, arguments.question or "", options.structures) if arguments.jobs else None
+    make_folder(Path(out))
+
+    def answer(predictor: Predictor, _: BoxDrawer | None) -> None:
+        if jobs is not None:
+            sys.exit(1 if answer_jobs(predictor, jobs, out, options) else 0)
+        names = answer_scan(scan_model(predictor), arguments.image, out, options)
+        print(Path(out, "table.tsv").read_text(encoding="utf-8"), end="")
+        print(*(Path(out, name) for name in names), sep="\n", file=sys.stderr)
+
+    return answer
+
+
+def prepare_picture(arguments: argparse.Namespace) -> Callable[[Predictor, BoxDrawer | None], None]:
+    """As `prepare_scans`, for a picture."""
+    regions, out = regions_of(arguments), Path(arguments.out)
+    Sampling(arguments.temperature, arguments.top_p)
+    examples = retrieved(arguments) if arguments.examples else arguments.example
+    ask = functools.partial(read_question, arguments.image, examples=examples, normalized=arguments.normalized)
+    later = arguments.chat and not (arguments.question or examples)
+    asked = ask("What is it?" if later else arguments.question or "", regions)
+    for notice in asked.notices:
+        print(f"notice: {notice}", file=sys.stderr)
+    make_folder(out)
+
+    def answer(predictor: Predictor, drawer: BoxDrawer | None) -> None:
+        if not arguments.chat:
+            show(predictor, drawer, *predictor.prompt(asked), out, arguments.seed)
+            return
+        earlier: tuple[tuple[str, str], ...] = ()
+        for number, question in enumerate(questions(arguments.question or (examples and REQUEST))):
+            mentioned = {name: one for name, one in regions.items() if not earlier or f"{{{name}}}" in question}
+            try:
+                turn = ask(question, mentioned, earlier=earlier)
+                picture, prompt = predictor.prompt(turn)
+            except ValueError as error:  # the next question may be a better one
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            text = show(predictor, drawer, picture, prompt, out / f"turn_{number}", arguments.seed)
+            earlier = (*turn.record.turns, ("gpt", text))
+
+    return answer
+
+
+def questions(first: str | None) -> Iterator[str]:
+    """The first question, then those of the standard input, until it ends."""
+    if first:
+        yield first
+    yield from filter(None, (line.strip() for line in sys.stdin))
+
+
+def show(
+    predictor: Predictor, drawer: BoxDrawer | None, picture: np.ndarray, prompt: Batch, out: Path, seed: int
+) -> str:
+    """Prints the answer to a prompt and writes its masks; returns its text."""
+    prediction = predictor.answer(picture, prompt, seed)
     if drawer:
         prediction = with_masks(prediction, drawer)
-    print(prediction.answer)
-    for path in write_prediction(prediction, arguments.out):
+    print(prediction.answer, flush=True)
+    make_folder(out)
+    for path in write_prediction(prediction, out):
         print(path, file=sys.stderr)
+    return prediction.answer
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 A phantom in Med-GRIT's form is trained on, packed, interrupted, resumed, swept and asked.
 """
 
+import asyncio
+import base64
 import dataclasses
 import json
 import shutil
@@ -24,9 +26,16 @@ from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.datasets.phantom import grit
 from medplib_jax.datasets.phantom.generate import FILES
 from medplib_jax.decode.predictor import Prediction, Predictor
+from medplib_jax.decode.sampling import GREEDY
 from medplib_jax.evaluate.kinds import refer_box
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.sweep import run_sweep
+from medplib_jax.serve.asking import Asker, Wish
+from medplib_jax.serve.engine import Engine
+from medplib_jax.serve.model import load_model
+from medplib_jax.serve.observe import ServerMetrics
+from medplib_jax.serve.questions import Message, Part, Region
+from medplib_jax.serve.refusals import Refused
 from medplib_jax.train.loop import train
 from tests.evaluate.evaluators import tiny
 from tests.tiny_bird_run import experiment, prepare
@@ -158,6 +167,40 @@ def test_drawn_boxes_are_those_of_the_answer(folder, workdir, tmp_path):
         int(0.5 * width),
         int(0.999 * height),
     ]
+
+
+def test_a_server_answers_as_predict_does(folder, workdir):
+    image = next((folder / "images").iterdir())
+    model = load_model(str(workdir), "bird", "", 6, None)
+    engine = Engine(
+        model.generator,
+        ServerMetrics().of_engine("bird"),
+        longest=model.longest,
+        slots=2,
+        refill=1,
+        chunk=4,
+        capacity=2,
+        cache_bytes=2**20,
+    )
+    engine.start(model.example())
+    url = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
+    parts = [Part(type="image_url", image_url=url), Part(type="text", text="What is <region>?")]
+    regions = [Region(type="box", points=[10, 10, 40, 40])]
+    wish = Wish([Message(role="user", content=parts)], regions, None, GREEDY, 0, ())
+
+    async def answer() -> str:
+        return "".join([piece.text async for piece in Asker(engine, model, 120).ask(wish, "a")])
+
+    try:
+        found = asyncio.run(answer())
+    finally:
+        engine.close(10)
+    assert found == Predictor(workdir, max_new_tokens=6)(image, "What is <region>?", "box:10,10,40,40").answer
+    assert model.boxes("<ref>a liver</ref><box>(100,200),(500,999)</box>", (100, 200)) == (
+        {"label": "a liver", "box": [20, 20, 100, 99]},
+    )
+    with pytest.raises(Refused, match="take box:x1,y1,x2,y2 or point:x,y"):
+        model.make_prompt(wish.messages, [Region(type="scribble", points=[1, 1, 2, 2])])
 
 
 def test_records_of_the_phantom_are_med_grits(folder):

@@ -1,6 +1,7 @@
 """One picture, one question: the prompt that the model gets, the files that are written, and what is refused."""
 
 import ast
+import io
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from medplib_jax import predict
 from medplib_jax.data.errors import DataError
 from medplib_jax.datasets.index import build, library_of_pairs
 from medplib_jax.decode import generator as decode
-from medplib_jax.decode.predictor import Predictor, place_region, read_question
+from medplib_jax.decode.predictor import Predictor, place_regions, read_question
 from medplib_jax.parallel.compilation import Compilations
 from tests.evaluate.evaluators import tiny
 
@@ -38,21 +39,41 @@ def predictor(workdir):
 
 
 def test_region_takes_its_place():
-    assert place_region("What is <region>?", "point:1,2") == "What is <region>point:1,2</region>?"
-    assert place_region("What is <region></region>?", "/a\\1.png") == "What is <region>/a\\1.png</region>?"
-    assert place_region("What is it?", "box:0,0,1,1") == "What is it? <region>box:0,0,1,1</region>"
-    assert place_region("What is it?", "") == "What is it?"
+    assert place_regions("What is <region>?", {"": "point:1,2"}) == "What is <region>point:1,2</region>?"
+    assert place_regions("What is <region></region>?", {"": "/a\\1.png"}) == "What is <region>/a\\1.png</region>?"
+    assert place_regions("What is it?", {"": "box:0,0,1,1"}) == "What is it? <region>box:0,0,1,1</region>"
+    assert place_regions("What is it?", {}) == "What is it?"
     with pytest.raises(ValueError, match="has 1 <region>, expected none"):
-        place_region("What is <region>?", "")
+        place_regions("What is <region>?", {})
     with pytest.raises(ValueError, match="has 2 <region>, expected at most 1"):
-        place_region("<region> or <region>?", "point:1,2")
+        place_regions("<region> or <region>?", {"": "point:1,2"})
+
+
+def test_several_regions_go_to_their_names_or_follow_in_their_order():
+    tags = {name: f"<region>point:{k},{k}</region>" for k, name in enumerate("abc")}
+    given = {name: tag[8:-9] for name, tag in tags.items()}
+    assert place_regions("Is {b} like {a}, or {b}?", {k: given[k] for k in "ab"}) == (
+        f"Is {tags['b']} like {tags['a']}, or {tags['b']}?"
+    )
+    assert place_regions("<region> or <region>, not {b}?", given) == f"{tags['a']} or {tags['c']}, not {tags['b']}?"
+    assert place_regions("Which?", given) == f"Which? {tags['a']} {tags['b']} {tags['c']}"
+    with pytest.raises(ValueError, match="has 1 <region>, expected none or 2"):
+        place_regions("<region> or {b}?", given)
+
+
+def test_shares_of_the_picture_are_its_pixels(folder):
+    image = folder / "images" / "ct_00--a.png"
+    asked = read_question(image, "What is it?", "box:0.1,0.25,0.5,1", normalized=True)
+    assert asked.record.turns[0][1].endswith("<region>box:3.0000,10.0000 15.0000,40.0000</region>")
+    with pytest.raises(DataError, match="expected shares from 0 to 1"):
+        read_question(image, "What is it?", "box:3,4,20,21", normalized=True)
 
 
 @pytest.mark.parametrize("region", ["point:5,20", "box:0,0,14,40", "scribble:2,5 6,30", "file", "array"])
 def test_region_is_in_the_prompt(predictor, folder, region):
     mask = folder / "masks" / "left-ct_00--a.png"
     region = {"file": str(mask), "array": np.asarray(Image.open(mask)) > 0}.get(region, region)
-    picture, prompt = predictor.prompt(folder / "images" / "ct_00--a.png", "What is it?", region)
+    picture, prompt = predictor.prompt(read_question(folder / "images" / "ct_00--a.png", "What is it?", region))
     assert picture.shape == (40, 30, 3) and prompt.mask_size.tolist() == [[40, 30]]
     points = prompt.region_points[0, 0][prompt.region_point_valid[0, 0]]
     assert len(points) and (points[:, 0] < 0.5).all()  # the left half
@@ -62,11 +83,13 @@ def test_region_is_in_the_prompt(predictor, folder, region):
 def test_files_pictures_and_arrays_are_the_same(predictor, folder):
     path = folder / "images" / "ct_00--a.png"
     opened = Image.open(path)
-    _, expected = predictor.prompt(str(path), "What is it?")
+    _, expected = predictor.prompt(read_question(str(path), "What is it?"))
     for image in (path, opened, np.asarray(opened)):
-        chex.assert_trees_all_equal(predictor.prompt(image, "What is it?")[1], expected)
+        chex.assert_trees_all_equal(predictor.prompt(read_question(image, "What is it?"))[1], expected)
     grey = np.asarray(opened.convert("L"))
-    np.testing.assert_array_equal(predictor.prompt(grey, "What is it?")[0], np.repeat(grey[..., None], 3, 2))
+    np.testing.assert_array_equal(
+        predictor.prompt(read_question(grey, "What is it?"))[0], np.repeat(grey[..., None], 3, 2)
+    )
     for wrong in (grey / 255, np.zeros((4, 4, 4), np.uint8), np.zeros(4, np.uint8)):
         with pytest.raises(ValueError, match=r"expected uint8 \[h, w\] or \[h, w, 3\], found"):
             read_question(wrong, "What is it?")
@@ -84,7 +107,7 @@ def test_a_new_picture_size_compiles_nothing(predictor, workdir, tmp_path, monke
 
 
 def test_no_region_no_slot(predictor, folder):
-    _, prompt = predictor.prompt(folder / "images" / "ct_00--a.png", "<image>\nWhat is it?")
+    _, prompt = predictor.prompt(read_question(folder / "images" / "ct_00--a.png", "<image>\nWhat is it?"))
     assert prompt.region_points.shape[1] == 0 and prompt.feature_index.max() == 3
 
 
@@ -113,20 +136,21 @@ def test_examples_come_before_the_picture(predictor, folder):
     """The tiny model has 4 patches a picture."""
     image, (shown, mask) = folder / "images" / "ct_00--a.png", example(folder)
     arrays = np.asarray(Image.open(shown)), np.asarray(Image.open(mask)) > 0
-    picture, prompt = predictor.prompt(image, "", examples=[(shown, mask), arrays])
+    picture, prompt = predictor.prompt(read_question(image, "", examples=[(shown, mask), arrays]))
     assert picture.shape == (40, 30, 3) and prompt.clip_pixels.shape[1] == 3
     assert prompt.feature_index[prompt.feature_index >= 0].tolist() == list(range(12))
     np.testing.assert_array_equal(prompt.clip_pixels[0, 0], prompt.clip_pixels[0, 1])
-    blue = np.argwhere((prompt.clip_pixels[0, 0] != predictor.prompt(shown, "Where?")[1].clip_pixels[0, 0]).any(-1))
+    plain = predictor.prompt(read_question(shown, "Where?"))[1].clip_pixels[0, 0]
+    blue = np.argwhere((prompt.clip_pixels[0, 0] != plain).any(-1))
     assert blue[:, 1].max() <= 16, "the left half is painted, and what resizing blends into it"
-    _, alone = predictor.prompt(image, "Where?")
+    _, alone = predictor.prompt(read_question(image, "Where?"))
     np.testing.assert_array_equal(prompt.clip_pixels[0, 2], alone.clip_pixels[0, 0])
     np.testing.assert_array_equal(prompt.sam_pixels, alone.sam_pixels)
 
 
 def test_a_question_of_ones_own_stands_behind_the_examples(predictor, folder):
     words = [
-        predictor.prompt(folder / "images" / "ct_00--a.png", text, examples=[example(folder)])[1]
+        predictor.prompt(read_question(folder / "images" / "ct_00--a.png", text, examples=[example(folder)]))[1]
         for text in ("", "It?")
     ]
     assert words[0].valid.sum() > words[1].valid.sum()
@@ -136,11 +160,11 @@ def test_a_question_of_ones_own_stands_behind_the_examples(predictor, folder):
 def test_examples_that_cannot_be_shown_are_named(predictor, folder):
     image, (shown, mask) = folder / "images" / "ct_00--a.png", example(folder)
     with pytest.raises(ValueError, match="4 examples: expected at most 3"):
-        predictor.prompt(image, "", examples=[(shown, mask)] * 4)
+        predictor.prompt(read_question(image, "", examples=[(shown, mask)] * 4))
     with pytest.raises(DataError, match="mask and picture differ in size.*expected 24 x 48"):
-        predictor.prompt(image, "", examples=[(shown, example(folder, "ct_00--a.png")[1])])
+        predictor.prompt(read_question(image, "", examples=[(shown, example(folder, "ct_00--a.png")[1])]))
     with pytest.raises(DataError, match="mask of an example is empty"):
-        predictor.prompt(image, "", examples=[(shown, np.zeros((24, 48)))])
+        predictor.prompt(read_question(image, "", examples=[(shown, np.zeros((24, 48)))]))
 
 
 @pytest.fixture
@@ -245,3 +269,46 @@ def test_asking_reads_no_code_of_reports_and_datasets():
         ast.literal_eval(found.stdout)
     )
     assert found.stderr == ""
+
+
+def test_a_question_may_be_longer_than_in_training(predictor, folder):
+    question = "Where is the lung? " * 16
+    _, prompt = predictor.prompt(read_question(folder / "images" / "ct_00--a.png", question))
+    assert 240 < prompt.valid.sum() <= prompt.tokens.shape[1] <= 508
+    with pytest.raises(DataError, match="too long"):
+        predictor.prompt(read_question(folder / "images" / "ct_00--a.png", question * 5))
+
+
+def test_a_chat_keeps_the_conversation(call, tmp_path, monkeypatch, capsys):
+    asked = []
+    prompt = Predictor.prompt
+    monkeypatch.setattr(Predictor, "prompt", lambda self, turn: asked.append(turn.record.turns) or prompt(self, turn))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Is {a} larger?\n\nWhat is <region>?\nWhat organ?\n"))
+    call("--chat", "--region", "a=box:1,1,20,20", "--max-new-tokens", "2")
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 3 and "has 1 <region>" in printed.err
+    region = "<region>box:1,1,20,20</region>"
+    first = ("human", f"<image>\nWhere is it? {region}")
+    assert asked[0] == (first,)
+    assert asked[1][0] == first and asked[1][1][0] == "gpt" and asked[1][2] == ("human", f"Is {region} larger?")
+    assert len(asked[2]) == 5 and asked[2][4] == ("human", "What organ?")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["turn_0", "turn_1", "turn_3"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--region", "box:1,2,3,4"], ["--region", "a=point:1,1", "--region", "a=point:2,2"]]
+)
+def test_regions_without_a_name_of_their_own_are_refused(call, monkeypatch, arguments):
+    monkeypatch.setattr(predict, "Predictor", None)
+    with pytest.raises(SystemExit, match="expected NAME=SHAPE"):
+        call(*arguments)
+
+
+@pytest.mark.parametrize("what", [["--structures", "x", "--image"], ["--question", "x", "--jobs"]])
+def test_of_scans_and_jobs_the_folder_is_checked_before_the_model(folder, tmp_path, monkeypatch, what):
+    monkeypatch.setattr(predict, "Predictor", None)
+    (tmp_path / "scan.nii").write_bytes(b"")
+    given = tmp_path / "scan.nii" if "--image" in what else folder / "images"
+    monkeypatch.setattr(sys, "argv", ["predict", "--checkpoint", "c", *what, str(given), "--out", "/proc/answer"])
+    with pytest.raises(SystemExit, match="error: .*/proc/answer"):
+        predict.main()

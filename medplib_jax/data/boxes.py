@@ -57,7 +57,7 @@ def region_text(region: str, width: int, height: int) -> str:
     """
     kind, _, numbers = region.partition(":")
     try:
-        values = tuple(float(number) for number in numbers.split(","))
+        values = tuple(float(number) for number in re.split(r"[\s,]+", numbers.strip()))
     except ValueError:
         values = ()
     if (kind, len(values)) not in (("box", 4), ("point", 2)):

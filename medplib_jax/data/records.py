@@ -8,7 +8,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.icl_form import is_icl, plain_form
@@ -29,6 +29,20 @@ PICTURE = re.compile(r"(?:Picture \d+:\s*)?<img>(.*?)</img>\n?")  # of Med-GRIT
 
 
 @dataclasses.dataclass(frozen=True)
+class VolumeSlice:
+    """Which slice of a volume a record's image is: number `slice` of `slices`.
+
+    spacing: mm between slices, rows and columns of the picture, whose size is (h, w).
+    """
+
+    name: str
+    slice: int
+    slices: int
+    spacing: tuple[float, float, float]
+    size: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Record:
     """One conversation about one image (or several, or none).
 
@@ -45,6 +59,7 @@ class Record:
     structure: str = ""  # what is asked about: what the file says, else the only <ref> of the last question
     examples: tuple[tuple[str, str], ...] | None = None  # (image, mask) shown before the images; see `icl`
     target_mask: str | None = None  # of the image in question, where examples show what is sought
+    volume: VolumeSlice | None = None  # whose slice the image is, where the file says it
     contents: Mapping[str, bytes] | None = dataclasses.field(
         default=None, repr=False
     )  # of the references, where they are no files
@@ -167,7 +182,25 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
     told = raw.get("structure")
     structure = told if isinstance(told, str) else _named(turns)
     shown = {name: raw[name] for name in ("examples", "target_mask")} if is_icl(raw) else {}
-    return Record(file, index, root, images, tuple(turns), answer_type or "", patient, structure.strip(), **shown)
+    volume = None if raw.get("volume") is None else _volume(raw["volume"], fail)
+    return Record(
+        file, index, root, images, tuple(turns), answer_type or "", patient, structure.strip(), **shown, volume=volume
+    )
+
+
+def _volume(raw: Any, fail: Callable[..., NoReturn]) -> VolumeSlice:
+    try:
+        apart, down, right = map(float, raw["spacing"])
+        height, width = map(int, raw["size"])
+        where = str(raw["name"]), int(raw["slice"]), int(raw["slices"])
+    except (TypeError, KeyError, ValueError, OverflowError):
+        fail("volume cannot be read", "name, slice, slices, spacing of 3 and size of 2 numbers", repr(raw)[:200])
+    found = VolumeSlice(*where, (apart, down, right), (height, width))
+    if not 0 < min(*found.spacing, *found.size) or max(found.spacing) == float("inf"):
+        fail("volume cannot be read", "spacing and size above 0", repr(raw)[:200])
+    if not 0 <= found.slice < found.slices:
+        fail("volume has no such slice", f"0 to {found.slices - 1}", str(found.slice))
+    return found
 
 
 def _named(turns: Sequence[tuple[str, str]]) -> str:

@@ -74,6 +74,19 @@ def draw(reference: str, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
+def scale(reference: str, size: tuple[int, int]) -> str:
+    """The reference in pixels of a picture of this size (h, w), whose coordinates were shares of its width and height.
+
+    DataError as `draw`, and for shares that are not between 0 and 1.
+    """
+    shape, _, text = reference.partition(":")
+    shares = _parse(reference, shape, text)
+    if shares.min() < 0 or shares.max() > 1:
+        raise DataError(reference, None, "region is outside the picture", "shares from 0 to 1", str(shares.tolist()))
+    points = shares * size[::-1]
+    return f"{shape}:" + " ".join(f"{x:.4f},{y:.4f}" for x, y in points.tolist())
+
+
 def _parse(reference: str, shape: str, text: str) -> np.ndarray:
     numbers = re.split(r"[\s,]+", text.strip())
     if not all(map(_NUMBER.fullmatch, numbers)) or len(numbers) % 2 or len(numbers) < 2 * _MINIMUM_POINTS[shape]:

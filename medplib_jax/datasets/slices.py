@@ -14,10 +14,11 @@ mask. labels/<scan>.json holds names for that map alone. DICOM SEG and RTSTRUCT 
 series that they name.
 
 Slices are those of the scan as it was acquired, or of --plane. Of a scan with masks only slices that show one are kept,
-unless --negatives. Metadata names each slice's patient, so that `write_qa` keeps a patient in one split: a hash of
-DICOM's PatientID (or of the study's UID), for other files the first folder or the file's name (see `patients`), or what
---patient finds in the path. Nothing else of a DICOM header but the modality is written. A second run with the same
---out equals a run into an empty folder. What is not used is named in skipped.jsonl.
+unless --negatives. With --negatives --questions test/volumes.json asks for each structure on every slice, so that
+`python -m medplib_jax.evaluate` scores whole volumes. Metadata names each slice's patient, so that `write_qa` keeps a
+patient in one split: a hash of DICOM's PatientID (or of the study's UID), for other files the first folder or the
+file's name (see `patients`), or what --patient finds in the path. Nothing else of a DICOM header but the modality is
+written. A second run with the same --out equals a run into an empty folder. What is not used is named in skipped.jsonl.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import dataclasses
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ from medplib_jax.volumes.read import ScanFile, find_scans
 from medplib_jax.volumes.volume import Volume
 from medplib_jax.volumes.windows import WINDOW_HELP, parse_window
 
+QUESTIONS = "test/volumes.json"
 _NAMES = (".json", ".tsv", ".csv", ".txt")  # of a file with names of one label map
 
 
@@ -57,7 +59,7 @@ class SliceOptions:
 
     modality: instead of what a scan tells. window: as `windows.parse_window`; "": the file's own, else percentiles.
     every: takes each so manieth slice. patient: see `patients.patient_of`. plane: see `geometry.cut`. negatives: keep
-    slices that show no mask, too.
+    slices that show no mask, too. questions: write a test file about whole volumes, which needs all of their slices.
     """
 
     modality: str = ""
@@ -66,6 +68,7 @@ class SliceOptions:
     patient: str = ""
     plane: str = "acquired"
     negatives: bool = False
+    questions: bool = False
 
     def __post_init__(self):
         if self.window:
@@ -75,6 +78,8 @@ class SliceOptions:
         if self.plane not in PLANES:
             raise ValueError(f"--plane: expected one of {', '.join(PLANES)}, found {self.plane!r}")
         check_pattern(self.patient)
+        if self.questions and not (self.negatives and self.every == 1):
+            raise ValueError("--questions is about whole volumes: expected --negatives, and no --every")
 
 
 @dataclasses.dataclass
@@ -103,17 +108,21 @@ def make_slices(source: str, out: str, options: SliceOptions) -> dict[str, Any]:
 
     DataError when `source` has no scan, or none of them can be used.
     """
-    found, metadata, failed = look_into(source), {}, []
+    found, metadata, asked, failed = look_into(source), {}, [], []
     with Folder(out, "slices", source) as folder:
         for scan in tqdm(found.scans, desc="scans", unit="scan"):
             try:
-                metadata |= _write_scan(scan, found, options, folder)
+                described, questions = _write_scan(scan, found, options, folder)
+                metadata |= described
+                asked += questions
             except DataError as error:
                 failed.append(error)
         if len(failed) == len(found.scans):
             raise failed[0]
         problems, used = found.problems + failed, len(found.scans) - len(failed)
         folder.write_json("metadata.json", metadata)
+        if options.questions:
+            folder.write_json(QUESTIONS, asked)
         patients = len({entry["patient"] for entry in metadata.values()})
         manifest = {"scans": used, "slices": len(metadata), "patients": patients, **dataclasses.asdict(options)}
         manifest |= folder.write_problems(problems)
@@ -176,8 +185,13 @@ def _dicom_masks(path: str) -> Header | None:
     return header if header.word in MASKS else None
 
 
-def _write_scan(scan: ScanFile, source: Source, options: SliceOptions, folder: Folder) -> dict[str, dict[str, str]]:
-    """Writes a scan's slices; returns their metadata. Of a scan that turns out to be unusable nothing stays."""
+def _write_scan(
+    scan: ScanFile, source: Source, options: SliceOptions, folder: Folder
+) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]]]:
+    """Writes a scan's slices; returns their metadata and, if these are wanted, questions about the volume.
+
+    Of a scan that turns out to be unusable nothing stays.
+    """
     find_file(source.root, os.path.relpath(scan.path, source.root))  # a link may leave the folder
     patient = (
         patient_of(scan.place, options.patient, scan.path) if options.patient or not scan.patient else scan.patient
@@ -192,7 +206,7 @@ def _write_scan(scan: ScanFile, source: Source, options: SliceOptions, folder: F
     modality = options.modality or volume.modality
     start = f"{modalities.prefix_of(modality)}_00--{safe_name(os.path.basename(os.path.abspath(source.root)))}"
     shown = pictures(volume, options.plane, parse_window(options.window) if options.window else None)
-    written, files = {}, []
+    written, questions, files = {}, [], []
     try:
         for number, pixels, marked in _slices(shown, masks, options.every, options.negatives or not masks):
             stem = f"{start}--{safe_name(scan.name)}--z_{number:04d}"
@@ -202,10 +216,35 @@ def _write_scan(scan: ScanFile, source: Source, options: SliceOptions, folder: F
             files.append(f"images/{stem}.png")
             folder.write(files[-1], _png(pixels))
             written[stem] = {"modality": modality, "patient": patient}
+            if options.questions:
+                questions += volume_questions(stem, number, shown, {name: name in marked for name in masks}, patient)
     except DataError:
         folder.discard(files)
         raise
-    return written
+    return written, questions
+
+
+def volume_questions(
+    stem: str, number: int, shown: Pictures, present: Mapping[str, bool], patient: str
+) -> Iterator[dict[str, Any]]:
+    """A question about each structure of the volume on one of its slices, as the sweep's kind `volume` asks them."""
+    steps = zip(shown.cut.axes[1:], shown.cut.size, strict=True)
+    pixel = [shown.volume.spacing[axis] * shown.volume.shape[axis] / side for axis, side in steps]
+    spacing = [round(float(step), 6) for step in (shown.volume.spacing[shown.cut.axes[0]], *pixel)]
+    where = {"name": shown.volume.name, "slice": number, "slices": len(shown)}
+    for name, is_there in present.items():
+        words = name.replace("_", " ")
+        mask = f"<mask>masks/{stem}/{safe_name(name)}.png</mask>"
+        answer = f"It is <SEG>.{mask}" if is_there else f"No, there is no {words}."
+        turns = [("human", f"<image>\nPlease segment the {words}."), ("gpt", answer)]
+        yield {
+            "image": f"images/{stem}.png",
+            "conversations": [{"from": role, "value": text} for role, text in turns],
+            "answer_type": "open",
+            "patient": patient,
+            "structure": words,
+            "volume": where | {"spacing": spacing, "size": list(shown.cut.size)},
+        }
 
 
 def _slices(
@@ -291,6 +330,9 @@ def main() -> int:
     parser.add_argument("--window", default="", help=WINDOW_HELP)
     parser.add_argument("--every", type=int, default=1, help="take each so manieth slice")
     parser.add_argument("--plane", default="acquired", choices=PLANES)
+    parser.add_argument(
+        "--questions", action="store_true", help=f"write {QUESTIONS}: each structure on every slice, for evaluation"
+    )
     parser.add_argument("--negatives", action="store_true", help="keep slices without a mask, too")
     parser.add_argument(
         "--patient", default="", metavar="REGEX", help="finds the patient in a scan's path below images/"

@@ -7,6 +7,7 @@ shares the batch.
 """
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.decode.layout import decoding_model, is_laid_out, lay_out
 from medplib_jax.decode.options import DecodeOptions
+from medplib_jax.decode.prefix import run_prefix, run_rest
 from medplib_jax.decode.sampling import Draws, answer_draws, draw_token
 from medplib_jax.decode.slots import (
     Generation,
@@ -31,7 +33,7 @@ from medplib_jax.decode.slots import (
     with_rows,
     without_rows,
 )
-from medplib_jax.decode.token_kinds import count_choices, token_kinds
+from medplib_jax.decode.token_kinds import TOKEN_KINDS, count_choices, token_kinds
 from medplib_jax.models.language.attention import KVCache
 from medplib_jax.models.language.llama import init_cache
 from medplib_jax.models.layers import bind
@@ -69,24 +71,47 @@ class Decoder:
         `seen`: what `MedPLIB.see` made of the pictures, where it is known already. Filler rows are not active.
         """
         model = bind(self.model, params)
-        B, L = batch.tokens.shape
         x_BxLxD, _ = model.embed(batch, seen)
-        hidden_BxLxD, out = model.llm(x_BxLxD, batch.valid, new_cache=L + room)
-        last_B = batch.valid.sum(-1) - 1
-        seg_hidden = jnp.zeros((B, self.options.max_masks, x_BxLxD.shape[-1]), hidden_BxLxD.dtype)
-        seg_count = jnp.zeros(B, jnp.int32)
+        hidden_BxLxD, out = model.llm(x_BxLxD, batch.valid, new_cache=batch.tokens.shape[1] + room)
+        slots = self._begin(batch, hidden_BxLxD, batch.valid, out["cache"], limits_B, draws)
         if self.options.original_masks:
             said_BxL = batch.tokens == self.seg_id
-            seg_count = said_BxL.any(-1).astype(jnp.int32)
-            seg_hidden = seg_hidden.at[:, 0].set(take_at(hidden_BxLxD, jnp.maximum(said_BxL.argmax(-1) - 1, 0)))
-        choices = None
+            first = take_at(hidden_BxLxD, jnp.maximum(said_BxL.argmax(-1) - 1, 0))
+            seg_hidden = slots.seg_hidden.at[:, 0].set(first)
+            slots = slots.replace(seg_hidden=seg_hidden, seg_count=said_BxL.any(-1).astype(jnp.int32))
         if model.config.moe_layers:
             pictures = batch.clip_pixels.shape[1] * model.config.image_tokens
             regions = range(pictures, pictures + batch.region_points.shape[1])
             kinds_BxL = token_kinds(batch.tokens, batch.feature_index, batch.valid, regions, self.seg_id)
-            choices = count_choices(out["expert_index"], kinds_BxL, model.config.moe.num_experts)
+            slots = slots.replace(choices=count_choices(out["expert_index"], kinds_BxL, model.config.moe.num_experts))
+        return slots
+
+    def prefill_rest(
+        self,
+        params: Params,
+        batch: Batch,
+        limits_B: Array,
+        draws: Draws | None,
+        seen: Array | None,
+        prefix: KVCache,
+        room: int,
+    ) -> Slots:
+        """Runs what follows the kept beginnings of prompts, at most `room` positions. `choices` are not counted."""
+        hidden_BxRxD, valid_BxR, cache = run_rest(self.model, params, batch, seen, prefix, room)
+        return self._begin(batch, hidden_BxRxD, valid_BxR, cache, limits_B, draws)
+
+    def _begin(
+        self, batch: Batch, hidden_BxLxD: Array, valid_BxL: Array, cache: KVCache, limits_B: Array, draws: Draws | None
+    ) -> Slots:
+        """Answers without a token yet, behind prompts whose last hidden states these are."""
+        (B, _, D), config = hidden_BxLxD.shape, self.model.config
+        last_B = valid_BxL.sum(-1) - 1
+        choices = None
+        if config.moe_layers:
+            kinds = len(TOKEN_KINDS)
+            choices = jnp.zeros((B, len(config.moe_layers), kinds, config.moe.num_experts), jnp.int32)
         return Slots(
-            cache=out["cache"],
+            cache=cache,
             hidden=take_at(hidden_BxLxD, last_B),
             previous=take_at(hidden_BxLxD, jnp.maximum(last_B - 1, 0)),
             active=(batch.record >= 0) & (limits_B > 0),
@@ -94,8 +119,8 @@ class Decoder:
             draws=draws,
             tokens=jnp.zeros((B, self.options.max_new_tokens), jnp.int32),
             lengths=jnp.zeros(B, jnp.int32),
-            seg_hidden=seg_hidden,
-            seg_count=seg_count,
+            seg_hidden=jnp.zeros((B, self.options.max_masks, D), hidden_BxLxD.dtype),
+            seg_count=jnp.zeros(B, jnp.int32),
             choices=choices,
         )
 
@@ -195,6 +220,10 @@ class Generator:
         slots, compiler = self._slot_shardings(), compiler_options(self.mesh)
         frugal = compiler_options(self.mesh, num_bytes(self.params) > LARGE)
         self._prefill = jax.jit(decoder.prefill, static_argnames="room", out_shardings=slots, compiler_options=frugal)
+        self._prefill_rest = jax.jit(
+            decoder.prefill_rest, static_argnames="room", out_shardings=slots, compiler_options=frugal
+        )
+        self._prefix = jax.jit(functools.partial(run_prefix, model), static_argnames="room", compiler_options=frugal)
         self._decode = jax.jit(decoder.decode, donate_argnums=1, out_shardings=slots, compiler_options=compiler)
         self._insert = jax.jit(insert_rows, donate_argnums=0, out_shardings=slots)
         self._empty = jax.jit(decoder.empty, static_argnums=(1, 2), out_shardings=slots)
@@ -253,18 +282,29 @@ class Generator:
         num_slots: int,
         longest: int = 0,
         seen: Array | None = None,
+        prefix: KVCache | None = None,
+        rest: int = 0,
     ) -> Slots:
         """Runs prompts and puts row r of device d into that device's slot `index[d, r]`, beyond its slots: nowhere.
 
         Slots None: all are empty; then they are made for prompts of up to `longest` positions (at least these).
+        `prefix`: what `begin` made of the prompts' beginnings; at most `rest` positions follow these.
         """
         with self._dispatch:
             rows = self._put((prompts, limits_P, draws))
-            new = self._prefill(self.params, *rows, seen, room=0)
+            if prefix is None:
+                new = self._prefill(self.params, *rows, seen, room=0)
+            else:
+                new = self._prefill_rest(self.params, *rows, seen, prefix, room=rest)
             if slots is None:
-                beyond = max(0, longest - prompts.tokens.shape[1])
+                beyond = max(longest, prompts.tokens.shape[1]) - new.cache.v[0].shape[2]
                 slots = self._empty(new, num_slots, beyond + self.options.max_new_tokens)
             return self._insert(slots, new, self._put(index_DxR))
+
+    def begin(self, prompts: Batch, lengths_P: np.ndarray, room: int, seen: Array | None = None) -> KVCache:
+        """Keys and values of the first `lengths` <= `room` positions of prompts, which a later `start` may be given."""
+        with self._dispatch:
+            return self._prefix(self.params, *self._put((prompts, seen, lengths_P)), room=room)
 
     def advance(self, slots: Slots, keep: int, steps: int | None = None) -> tuple[Slots, Array, Array]:
         """Draws at most `steps` tokens per slot (None: any number), until no more than `keep` slots are active.

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from medplib_jax.data.errors import DataError
-from medplib_jax.data.rle import encode_rle
-from medplib_jax.decode.predictor import Predictor
-from medplib_jax.decode.scans import ScanOptions, answer_scan
+from medplib_jax.data.polygons import geojson
+from medplib_jax.data.rle import decode_rle, encode_rle
+from medplib_jax.decode.many import answer_questions
+from medplib_jax.decode.masks import mask_labels
+from medplib_jax.decode.predictor import Prediction, Predictor, read_question
+from medplib_jax.decode.scans import ScanOptions, answer_scan, scan_model
 from medplib_jax.volumes.formats import SUFFIXES
 from medplib_jax.volumes.read import is_scan
 
 ANSWERS = "answers.jsonl"
+TOGETHER = 256  # pictures that are read and answered at once
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _KEYS = {"id", "image", "question", "region", "structures"}
 
@@ -71,41 +75,109 @@ def read_jobs(path: str, question: str = "", structures: tuple[str, ...] = ()) -
     return list(jobs.values())
 
 
-def answer_jobs(predictor: Predictor, jobs: Iterable[Job], out: str, options: ScanOptions) -> int:
+def answer_jobs(predictor: Predictor, jobs: Sequence[Job], out: str, options: ScanOptions) -> int:
     """Answers the jobs that answers.jsonl in `out` does not hold yet, and adds a line for each; how many failed.
 
     options: of scans, but for what a job says. A line holds the job, its answer, predicted IoU and masks as COCO run
-    lengths, or the names of the files of a scan; or what is wrong with it.
+    lengths, boxes of a model that draws none, or the names of the files of a scan; or what is wrong with it. Pictures
+    are answered `TOGETHER` at a time. In the end coco.json holds all masks.
     """
     os.makedirs(out, exist_ok=True)
     path, failed = os.path.join(out, ANSWERS), 0
-    done = _answered(path)
-    with open(path, "a", encoding="utf-8") as file:
-        for job in tqdm(list(jobs), desc="jobs", unit="job"):
-            asked = json.loads(json.dumps({**dataclasses.asdict(job), "model": predictor.identity}))
-            if asked in done:
-                continue
-            try:
-                found = _answer(predictor, job, os.path.join(out, _folder(job.id)), options)
-            except (ValueError, OSError) as error:  # DataError among them
-                found, failed = {"error": str(error)}, failed + 1
-            file.write(json.dumps({"job": asked, **found}) + "\n")
+    done = {json.dumps(job, sort_keys=True) for job in _answered(path)}
+    asked = [json.loads(json.dumps({**dataclasses.asdict(job), "model": predictor.identity})) for job in jobs]
+    todo = [number for number, job in enumerate(asked) if json.dumps(job, sort_keys=True) not in done]
+    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(jobs), desc="jobs", unit="job") as bar:
+        bar.update(len(jobs) - len(todo))
+        for number, found in _answers(predictor, {number: jobs[number] for number in todo}, out, options):
+            failed += "error" in found
+            file.write(json.dumps({"job": asked[number], **found}) + "\n")
             file.flush()
+            bar.update()
+    _write_coco(path, os.path.join(out, "coco.json"))
     return failed
 
 
-def _answer(predictor: Predictor, job: Job, folder: str, options: ScanOptions) -> dict[str, Any]:
-    if is_scan(job.image):
+def _answers(
+    predictor: Predictor, jobs: Mapping[int, Job], out: str, options: ScanOptions
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """What is found for each job, as it ends."""
+    scans = {number: job for number, job in jobs.items() if is_scan(job.image)}
+    pictures = [(number, job) for number, job in jobs.items() if number not in scans]
+    for start in range(0, len(pictures), TOGETHER):
+        yield from _answer_pictures(predictor, dict(pictures[start : start + TOGETHER]), out, options)
+    for number, job in scans.items():
         changes = {"structures": job.structures or options.structures}
         changes |= {"question": job.question} if job.question else {}
-        return {"files": answer_scan(predictor, job.image, folder, dataclasses.replace(options, **changes))}
-    question = job.question or options.question.replace("{structure}", " and the ".join(job.structures))
-    found = predictor(job.image, question, job.region, options.seed)
+        folder = os.path.join(out, _folder(job.id))
+        try:
+            files = answer_scan(scan_model(predictor), job.image, folder, dataclasses.replace(options, **changes))
+            yield number, {"files": files}
+        except (ValueError, OSError) as error:  # DataError among them
+            yield number, {"error": str(error)}
+
+
+def _answer_pictures(
+    predictor: Predictor, jobs: Mapping[int, Job], out: str, options: ScanOptions
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    asked = {}
+    for number, job in jobs.items():
+        question = job.question or options.question.replace("{structure}", " and the ".join(job.structures))
+        try:
+            asked[number] = read_question(job.image, question, job.region)
+        except (ValueError, OSError) as error:
+            yield number, {"error": str(error)}
+    for number, found in answer_questions(predictor, asked, options.seed):
+        if isinstance(found, DataError):
+            yield number, {"error": str(found)}
+        else:
+            yield number, _write_masks(found, jobs[number], os.path.join(out, _folder(jobs[number].id)))
+
+
+def _write_masks(found: Prediction, job: Job, folder: str) -> dict[str, Any]:
+    """A picture's masks as PNG and GeoJSON; its line's content."""
     os.makedirs(folder, exist_ok=True)
     for number, mask in enumerate(found.masks):
         Image.fromarray(mask.astype(np.uint8) * 255).save(os.path.join(folder, f"mask_{number}.png"))
-    masks = [encode_rle(mask) for mask in found.masks]
-    return {"answer": found.answer, "masks": masks, "predicted_iou": list(found.predicted_iou)}
+    labels = list(job.structures) if len(job.structures) == len(found.masks) else mask_labels(found.answer)
+    labels = labels[: len(found.masks)]
+    if found.masks:
+        with open(os.path.join(folder, "masks.geojson"), "w", encoding="utf-8") as file:
+            json.dump(geojson(list(zip(labels, found.masks, strict=True))), file)
+    line = {"answer": found.answer, "size": list(found.picture.shape[:2]), "labels": labels}
+    line |= {"masks": [encode_rle(mask) for mask in found.masks], "predicted_iou": list(found.predicted_iou)}
+    if found.boxes is None:
+        return line
+    size = found.picture.shape[1::-1]
+    return line | {"boxes": [{"label": box.label, "box": list(box.pixels(*size))} for box in found.boxes]}
+
+
+def _write_coco(answers: str, path: str) -> None:
+    """All masks of the answered pictures in COCO's form, with the predicted IoU as their score."""
+    with open(answers, encoding="utf-8") as file:
+        lines = [line for line in map(json.loads, file) if "masks" in line]
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    categories: dict[str, int] = {}
+    for line in lines:
+        height, width = line["size"]
+        images.append({"id": len(images), "file_name": line["job"]["image"], "height": height, "width": width})
+        for label, rle, iou in zip(line["labels"], line["masks"], line["predicted_iou"], strict=True):
+            rows, columns = np.nonzero(decode_rle(rle))
+            box = (
+                [int(columns.min()), int(rows.min()), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
+                if len(rows)
+                else [0] * 4
+            )
+            own = {"id": len(annotations), "image_id": len(images) - 1, "score": iou, "iscrowd": 0}
+            category = categories.setdefault(label, len(categories) + 1)
+            own |= {"category_id": category, "segmentation": rle, "area": len(rows), "bbox": box}
+            annotations.append(own)
+    named = [{"id": number, "name": name} for name, number in categories.items()]
+    partial = f"{path}.{os.getpid()}.tmp"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump({"images": images, "annotations": annotations, "categories": named}, file)
+    os.replace(partial, path)
 
 
 def _answered(path: str) -> list[dict[str, Any]]:

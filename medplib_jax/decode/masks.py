@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,7 @@ from medplib_jax.config.model import MaskConfig
 from medplib_jax.decode.slots import Generation
 from medplib_jax.models.masks.unpad import resample_to_canvas
 
+SEG = "<SEG>"
 MaskDrawer = Callable[[Batch, Generation], np.ndarray]
 TILE = 512  # side of what is drawn at once
 
@@ -69,3 +71,21 @@ def binarise(logits: np.ndarray, threshold: float) -> np.ndarray:
 
 def _logit(probability: float) -> float:
     return math.log(probability / (1 - probability))
+
+
+def mask_labels(text: str) -> list[str]:
+    """A name for each `<SEG>` of an answer:
+
+    The words before it in its sentence, without articles and verbs around them.
+    """
+    labels = []
+    for number, part in enumerate(text.split(SEG)[:-1], 1):
+        phrase = re.split(r"[.,;:!?]|\band\b", part)[-1]
+        phrase = re.sub(
+            r"^\s*(?:(?:it|this|here|there|yes|sure|the|an?|is|are)\b\s*)+", "", phrase, flags=re.IGNORECASE
+        )
+        phrase = re.sub(
+            r"(?:\s+|^)(?:is|are|as|at|in|segmented|shown|marked|here)*\s*$", "", phrase, flags=re.IGNORECASE
+        )
+        labels.append(phrase.strip() or f"mask {number}")
+    return labels

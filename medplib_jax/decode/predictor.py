@@ -15,7 +15,7 @@ import dataclasses
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -41,7 +41,8 @@ from medplib_jax.decode.slots import Generation
 Picture = str | os.PathLike | Image.Image | np.ndarray
 Region = str | os.PathLike | np.ndarray
 LARGEST_SIDE = 2**15  # of a picture
-_PLACEHOLDER = re.compile(r"<region>(?:\s*</region>)?")
+Turns = Sequence[tuple[str, str]]  # (human or gpt, text) of a conversation
+_PLACEHOLDER = r"<region>(?:\s*</region>)?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +64,12 @@ class Prediction:
 class Question:
     """A question about a picture (RGB uint8 [h, w, 3]), read and checked.
 
-    `notices`: what is unusual about its files.
+    `regions`: how many it has; `notices`: what is unusual about its files.
     """
 
     picture: np.ndarray
     record: Record
-    has_region: bool = False
+    regions: int = 0
     notices: tuple[Notice, ...] = ()
 
 
@@ -133,28 +134,36 @@ class Predictor:
         self,
         image: Picture,
         question: str = "",
-        region: Region = "",
+        region: Region | Mapping[str, Region] = "",
         seed: int = 0,
         examples: Sequence[tuple[Picture, Region]] = (),
     ) -> Prediction:
         """The answer to a question about an image; see `read_question`. seed: of sampling."""
-        picture, prompt = self.prompt(image, question, region, examples)
+        picture, prompt = self.prompt(read_question(image, question, region, examples))
         return self.answer(picture, prompt, seed)
 
-    def prompt(
-        self, image: Picture, question: str, region: Region = "", examples: Sequence[tuple[Picture, Region]] = ()
-    ) -> tuple[np.ndarray, Batch]:
-        """The picture (RGB uint8 [h, w, 3]) and the model's input, a batch of one; see `read_question`."""
-        asked = read_question(image, question, region, examples)
-        asked = asked if self._model.draws_masks else with_boxes(asked)
-        pictures = 1 + len(asked.record.examples or ()) * self._model.icl.pictures
-        loader = self.loader([asked.record], int(asked.has_region), pictures)
+    def prompt(self, asked: Question) -> tuple[np.ndarray, Batch]:
+        """The picture (RGB uint8 [h, w, 3]) and the model's input, a batch of one."""
+        asked = asked if self.draws_masks else with_boxes(asked)
+        loader = self.loader([asked.record], asked.regions, self.pictures_of(asked))
         arrays, _ = loader.load_eval([0], [0], question=True)
         return asked.picture, Batch(**arrays)
 
+    def pictures_of(self, asked: Question) -> int:
+        """How many pictures the model sees of a question and its examples."""
+        return 1 + len(asked.record.examples or ()) * self._model.icl.pictures
+
     def loader(self, records: Sequence[Record], regions: int = 0, pictures: int = 1) -> Loader:
-        """Reads questions about pictures, each once."""
+        """Reads questions about pictures, each once.
+
+        A question may be as long as the model's positions allow: lengths beyond training's go on in doubles.
+        """
         slots = {"max_images": pictures, "max_regions": regions, "max_masks": 0}
+        lengths = list(self._data.bucket_lengths)
+        longest = self._model.llm.max_positions - self._eval.max_new_tokens
+        while lengths[-1] < longest:
+            lengths.append(min(2 * lengths[-1], longest))
+        slots["bucket_lengths"] = tuple(lengths)
         data = dataclasses.replace(self._data, mask_canvas=LARGEST_SIDE, cache="", **slots)
         return Loader([records], self._tokenizer, data, self._model, cache_bytes=0)
 
@@ -162,7 +171,7 @@ class Predictor:
         """The answer to a prompt made from this picture."""
         generation = jax.device_get(self.generator(prompt, seed))
         text, masks, predicted_iou = self.read(picture.shape[:2], prompt, generation)
-        found = None if self._model.draws_masks else tuple(boxes.read(text))
+        found = None if self.draws_masks else tuple(boxes.read(text))
         return Prediction(text, masks, predicted_iou, picture, found)
 
     def read(
@@ -179,16 +188,24 @@ class Predictor:
 
 
 def read_question(
-    image: Picture, question: str, region: Region = "", examples: Sequence[tuple[Picture, Region]] = ()
+    image: Picture,
+    question: str,
+    region: Region | Mapping[str, Region] = "",
+    examples: Sequence[tuple[Picture, Region]] = (),
+    *,
+    earlier: Turns = (),
+    normalized: bool = False,
 ) -> Question:
     """A question about an image: a file, a PIL image, or an array uint8 [h, w] (grey) or [h, w, 3] (RGB).
 
     region: "point:x,y", "box:x0,y0,x1,y1", "polygon:x,y ...", "scribble:x,y ..." in pixels, the path of a mask file, or
-    a mask [h, w] whose region is where it is not 0; empty for none. examples: up to three pictures, each with the mask
-    of what is sought, which are shown before the question; an empty question then asks for the same in the image.
+    a mask [h, w] whose region is where it is not 0; empty for none; several by their names (see `place_regions`).
+    examples: up to three pictures, each with the mask of what is sought, which are shown before the question; an empty
+    question then asks for the same in the image. earlier: the conversation before the question. normalized: coordinates
+    are shares of the picture's width and height.
 
     Raises DataError for a picture, region or example that cannot be used. Raises ValueError for an array of another
-    kind, for a question that is empty or not Unicode, for too many examples, and when region and `<region>` do not
+    kind, for a question that is empty or not Unicode, for too many examples, and when regions and their places do not
     match.
     """
     if len(examples) > MAX_EXAMPLES:
@@ -200,21 +217,40 @@ def read_question(
     blob = _encode(image, "picture")
     picture = load_image(blob, notices)
     contents = {blob.name: blob.content}
-    if isinstance(region, str) and (not region or regions.is_shape(region)):
-        reference = region
-        if region:
-            regions.draw(region, picture.shape[:2])  # raises what is wrong with it
-    else:
-        marked = _encode_mask(region)
-        reference, contents[marked.name] = marked.name, marked.content
-        if not load_mask(marked, picture.shape[:2], notices).any():
-            raise DataError(reference, None, "region is empty", "a pixel that is not 0", "none")
-    text = place_region(question, reference)
+    given = region if isinstance(region, Mapping) else {"": region}
+    references = {
+        name: _read_region(name, one, picture.shape[:2], normalized, contents, notices)
+        for name, one in given.items()
+        if not (isinstance(one, str) and not one)
+    }
     shown = tuple(_read_example(number, *example, contents, notices) for number, example in enumerate(examples, 1))
-    if "<image>" not in text:
-        text = f"{EXAMPLES}Query: <image>\n{text}" if shown else f"<image>\n{text}"
-    record = Record("question", 0, "", (blob.name,), (("human", text),), contents=contents, examples=shown or None)
-    return Question(picture, record, bool(reference), tuple(notices))
+    turns = [*earlier, ("human", place_regions(question, references))]
+    if not any("<image>" in text for _, text in turns):
+        begin = f"{EXAMPLES}Query: <image>\n" if shown else "<image>\n"
+        turns[0] = (turns[0][0], f"{begin}{turns[0][1]}")
+    record = Record("question", 0, "", (blob.name,), tuple(turns), contents=contents, examples=shown or None)
+    in_all = sum(len(REGION.findall(text)) for _, text in turns)
+    return Question(picture, record, in_all, tuple(notices))
+
+
+def _read_region(
+    name: str,
+    region: Region,
+    size: tuple[int, int],
+    normalized: bool,
+    contents: dict[str, bytes],
+    notices: list[Notice],
+) -> str:
+    """What stands for a region in the text; a mask is put into `contents`. DataError when it cannot be used."""
+    if isinstance(region, str) and regions.is_shape(region):
+        reference = regions.scale(region, size) if normalized else region
+        regions.draw(reference, size)  # raises what is wrong with it
+        return reference
+    marked = _encode_mask(region, f"region {name}".strip())
+    if not load_mask(marked, size, notices).any():
+        raise DataError(marked.name, None, "region is empty", "a pixel that is not 0", "none")
+    contents[marked.name] = marked.content
+    return marked.name
 
 
 def _read_example(
@@ -229,13 +265,16 @@ def _read_example(
 
 
 def with_boxes(asked: Question) -> Question:
-    """The question for a model whose regions are boxes in the text. ValueError for a region that is no box or point."""
+    """The question for a model whose regions are boxes in the text. DataError for a region that is no box or point."""
     height, width = asked.picture.shape[:2]
-    turns = tuple(
-        (role, REGION.sub(lambda found: boxes.region_text(found.group(1), width, height), text))
-        for role, text in asked.record.turns
-    )
-    return dataclasses.replace(asked, record=dataclasses.replace(asked.record, turns=turns), has_region=False)
+    try:
+        turns = tuple(
+            (role, REGION.sub(lambda found: boxes.region_text(found.group(1), width, height), text))
+            for role, text in asked.record.turns
+        )
+    except ValueError as error:
+        raise DataError(asked.record.images[0], None, str(error)) from error
+    return dataclasses.replace(asked, record=dataclasses.replace(asked.record, turns=turns), regions=0)
 
 
 def _is_unicode(text: str) -> bool:
@@ -271,16 +310,24 @@ def _encode_mask(mask: Region, name: str = "region") -> Blob:
     return _encode(mask if is_file else np.where(np.asarray(mask) != 0, 255, 0).astype(np.uint8), name)
 
 
-def place_region(question: str, region: str) -> str:
-    """The question with the region in place of its `<region>`, or behind it.
+def place_regions(question: str, references: Mapping[str, str]) -> str:
+    """The question with each region in its place: `{NAME}` for the one of this name, `<region>` for the others in their
+    order. Without any `<region>` these stand behind the question.
 
-    ValueError for a place without a region or several places.
+    ValueError for a place without a region or a region without a place.
     """
-    places = len(_PLACEHOLDER.findall(question))
-    if places > 1 or places > bool(region):
-        expected = "at most 1" if region else "none, as no region is given"
+    named = [name for name in references if name and f"{{{name}}}" in question]
+    others = [reference for name, reference in references.items() if name not in named]
+    places = len(re.findall(_PLACEHOLDER, question))
+    if places not in (0, len(others)):
+        expected = {0: "none, as no region is given", 1: "at most 1"}.get(len(others), f"none or {len(others)}")
         raise ValueError(f"question {question!r} has {places} <region>, expected {expected}")
-    reference = f"<region>{region}</region>"
-    if places:
-        return _PLACEHOLDER.sub(lambda _: reference, question)
-    return f"{question} {reference}" if region else question
+    waiting = iter(others)
+
+    def put(place: re.Match) -> str:
+        reference = next(waiting) if place[0].startswith("<") else references[place[0][1:-1]]
+        return f"<region>{reference}</region>"
+
+    pattern = "|".join([_PLACEHOLDER, *(re.escape(f"{{{name}}}") for name in named)])
+    text = re.sub(pattern, put, question)
+    return " ".join([text, *(f"<region>{reference}</region>" for reference in waiting)])

@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import functools
 import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,20 +119,37 @@ def answer_slices(
         yield SliceAnswer(structure, numbers[int(prompt.record[0])], answer, mask, iou)
 
 
-def answer_scan(predictor: Predictor, path: str, out: str, options: ScanOptions) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class ScanModel:
+    """What answers slices: (pictures, structure, question, numbers of slices, seed) to answers as they end.
+
+    identity: what its answers depend on.
+    """
+
+    identity: Sequence[Any]
+    answer_slices: Callable[[Pictures, str, str, Sequence[int], int], Iterator[SliceAnswer]]
+
+
+def scan_model(predictor: Predictor) -> ScanModel:
+    return ScanModel(predictor.identity, functools.partial(answer_slices, predictor))
+
+
+def answer_scan(
+    model: ScanModel, path: str, out: str, options: ScanOptions, tell: Callable[[int, int], None] | None = None
+) -> list[str]:
     """Asks about a scan and writes what comes out to the folder `out`; returns the names of the files.
 
-    Slices that an interrupted run of the same model, scan and options answered are not asked again. DataError for a
-    scan or slices that cannot be used.
+    Slices that an interrupted run of the same model, scan and options answered are not asked again. tell: is called
+    with (slices answered, slices in all); None shows a bar. DataError for a scan or slices that cannot be used.
     """
     scan = read_scan(path, options.index)
     for notice in scan.notices:
         print(f"note: {notice}", file=sys.stderr)
     shown = pictures(scan, options.plane, parse_window(options.window) if options.window else None)
     numbers = _numbers(shown, options)
-    store = SliceStore(out, _made_of(predictor, scan.files, options))
+    store = SliceStore(out, _made_of(model, scan.files, options))
     try:
-        _answer_missing(predictor, shown, numbers, options, store)
+        _answer_missing(model, shown, numbers, options, store, tell)
     finally:
         store.close()
     masks, ious = {}, {}
@@ -151,24 +169,38 @@ def _numbers(shown: Pictures, options: ScanOptions) -> list[int]:
     return sorted({*range(first, end, options.every), end - 1})
 
 
-def _made_of(predictor: Predictor, files: Sequence[str], options: ScanOptions) -> dict[str, Any]:
+def _made_of(model: ScanModel, files: Sequence[str], options: ScanOptions) -> dict[str, Any]:
     """What answers depend on; what is done to the masks afterwards does not count, nor which slices are asked about."""
     asked = {name: getattr(options, name) for name in ("question", "plane", "window", "index", "seed")}
     states = [os.stat(file) for file in files]
-    return asked | {"files": [[s.st_size, s.st_mtime_ns] for s in states], "model": predictor.identity}
+    return asked | {"files": [[s.st_size, s.st_mtime_ns] for s in states], "model": model.identity}
 
 
 def _answer_missing(
-    predictor: Predictor, shown: Pictures, numbers: Sequence[int], options: ScanOptions, store: SliceStore
+    model: ScanModel,
+    shown: Pictures,
+    numbers: Sequence[int],
+    options: ScanOptions,
+    store: SliceStore,
+    tell: Callable[[int, int], None] | None,
 ) -> None:
     total = len(options.structures) * len(numbers)
-    with tqdm(total=total, desc="slices", unit="slice") as bar, compiling_shown(bar):
-        for structure in options.structures:
-            missing = [number for number in numbers if (structure, number) not in store.answers]
-            bar.update(len(numbers) - len(missing))
-            for one in answer_slices(predictor, shown, structure, options.question, missing, options.seed):
+    missing = {
+        structure: [number for number in numbers if (structure, number) not in store.answers]
+        for structure in options.structures
+    }
+    done = total - sum(map(len, missing.values()))
+    with (
+        tqdm(total=total, initial=done, desc="slices", unit="slice", disable=tell is not None) as bar,
+        compiling_shown(bar),
+    ):
+        for structure, asked in missing.items():
+            for one in model.answer_slices(shown, structure, options.question, asked, options.seed):
                 store.add(one.structure, one.number, one.answer, one.mask, one.predicted_iou)
                 bar.update()
+                done += 1
+                if tell:
+                    tell(done, total)
 
 
 def _volume_mask(

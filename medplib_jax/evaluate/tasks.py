@@ -100,7 +100,7 @@ def read_task(config: TaskConfig, limit: int, on_error: str) -> SweepTask:
     source = _open(config)
     source = WithShots(source, config.shots) if config.kind == "icl" else source
     records, skipped, usable = [], {}, 0
-    images = regions = masks = examples = 0
+    images = regions = masks = examples = volumes = 0
     for index in range(len(source)):
         if limit and usable == limit:
             break
@@ -119,10 +119,11 @@ def read_task(config: TaskConfig, limit: int, on_error: str) -> SweepTask:
         examples = max(examples, len(record.examples or ()))
         regions = max(regions, sum(len(REGION.findall(text)) for _, text in record.turns))
         masks = max(masks, len(MASK.findall(record.turns[-1][1])))
+        volumes += record.volume is not None
     if not usable:
         first = f", the first because of {next(iter(skipped.values()))}" if skipped else ""
         raise UnusableTask(f"{source.file}: no usable record, {len(skipped)} skipped{first}")
-    kind = config.kind or best_fit(Contents(images, regions, masks))
+    kind = config.kind or best_fit(Contents(images, regions, masks, volumes))
     mine = digest(source, range(len(source))) if jax.process_index() == 0 else ""
     shared = of_process_0(f"digest/{config.name}", mine)  # reads every picture: once is enough
     return SweepTask(config, kind, source, shared, tuple(records), skipped, images, regions, masks, examples)

@@ -1,10 +1,8 @@
 """Text of an answer while it is drawn: what may be shown of it, and where it stops."""
 
-import re
 from collections.abc import Callable, Sequence
 
 _HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-_SEG = "<SEG>"
 
 
 class AnswerText:
@@ -34,21 +32,3 @@ class AnswerText:
         new = text[self._shown :]
         self.text, self._shown = text, max(self._shown, len(text))
         return new
-
-
-def mask_labels(text: str) -> list[str]:
-    """A name for each `<SEG>` of an answer:
-
-    The words before it in its sentence, without articles and verbs around them.
-    """
-    labels = []
-    for number, part in enumerate(text.split(_SEG)[:-1], 1):
-        phrase = re.split(r"[.,;:!?]|\band\b", part)[-1]
-        phrase = re.sub(
-            r"^\s*(?:(?:it|this|here|there|yes|sure|the|an?|is|are)\b\s*)+", "", phrase, flags=re.IGNORECASE
-        )
-        phrase = re.sub(
-            r"(?:\s+|^)(?:is|are|as|at|in|segmented|shown|marked|here)*\s*$", "", phrase, flags=re.IGNORECASE
-        )
-        labels.append(phrase.strip() or f"mask {number}")
-    return labels

@@ -6,8 +6,9 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 
+from medplib_jax.decode.masks import mask_labels
 from medplib_jax.decode.sampling import Sampling
-from medplib_jax.serve.answers import AnswerText, mask_labels
+from medplib_jax.serve.answers import AnswerText
 from medplib_jax.serve.engine import Ended, Engine, Question
 from medplib_jax.serve.model import ServedModel
 from medplib_jax.serve.pictures import describe_mask
@@ -31,11 +32,12 @@ class Wish:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of an answer. The last one has a `reason` (stop or length), the masks and the counts of tokens."""
+    """A part of an answer. The last one has a `reason` (stop or length), masks or boxes, and the counts of tokens."""
 
     text: str
     reason: str = ""
     masks: tuple[dict, ...] = ()
+    boxes: tuple[dict, ...] = ()
     prompt_tokens: int = 0
     answer_tokens: int = 0
 
@@ -58,6 +60,7 @@ class Asker:
         question = Question(
             client,
             prompt.batch,
+            prompt.head,
             limit,
             wish.sampling,
             wish.seed,
@@ -77,7 +80,8 @@ class Asker:
                     return
                 shown = text.update(new, ended=False)
                 if text.stopped:
-                    yield Piece(shown, "stop", (), prompt.tokens, len(new))
+                    boxes = self.model.boxes(text.text, prompt.size)
+                    yield Piece(shown, "stop", (), boxes, prompt.tokens, len(new))
                     return
                 if shown:
                     yield Piece(shown)
@@ -97,11 +101,12 @@ class Asker:
             raise Refused(status, end.message or f"the answer was given up ({end.reason})")
         shown = text.update(end.tokens, ended=True)
         masks: tuple[dict, ...] = ()
-        if end.mask_logits is not None and prompt.size and not text.stopped:
-            drawn = self.model.drawer(end.mask_logits, prompt.batch.sam_box, prompt.size)
-            labels = mask_labels(text.text)
-            masks = tuple(map(describe_mask, drawn, labels, end.predicted_iou))
-        return Piece(shown, "stop" if text.stopped else end.reason, masks, prompt.tokens, len(end.tokens))
+        if not text.stopped:
+            drawn, predicted_iou = self.model.masks(end, prompt)
+            masks = tuple(map(describe_mask, drawn, mask_labels(text.text), predicted_iou))
+        boxes = self.model.boxes(text.text, prompt.size)
+        reason = "stop" if text.stopped else end.reason
+        return Piece(shown, reason, masks, boxes, prompt.tokens, len(end.tokens))
 
 
 def new_id(prefix: str) -> str:

@@ -1,11 +1,13 @@
-"""OpenAI's chat interface: `/v1/models` and `/v1/chat/completions`, with regions in and masks out as extensions.
+"""OpenAI's chat interface: `/v1/models` and `/v1/chat/completions`, with regions in, masks and boxes out as extensions.
 
 A field that would change the answer and that this server does not know is refused, not passed over.
 """
 
+import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -16,6 +18,7 @@ from medplib_jax.serve.asking import Asker, Piece, Wish, new_id
 from medplib_jax.serve.questions import Message, Region
 from medplib_jax.serve.refusals import Refused
 
+T = TypeVar("T")
 MAX_STOPS, MAX_STOP = 4, 64
 # Fields that change no answer.
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
@@ -60,10 +63,8 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
 
 
-def wish_of(request: ChatRequest, model: str) -> Wish:
-    """The checked request. Refused: another model's name, and fields whose values this server cannot serve."""
-    if request.model not in ("", model):
-        raise Refused(404, f"the model is called {model!r}, not {request.model!r}", "model")
+def wish_of(request: ChatRequest) -> Wish:
+    """The checked request. Refused: fields whose values this server cannot serve."""
     for name, value in (request.model_extra or {}).items():
         if value is None or name in HARMLESS:
             continue
@@ -80,29 +81,58 @@ def wish_of(request: ChatRequest, model: str) -> Wish:
     return Wish(request.messages, request.regions, limit, sampling, request.seed or 0, tuple(stops))
 
 
-def make_router(asker: Asker) -> APIRouter:
-    router, name = APIRouter(prefix="/v1", tags=["OpenAI"]), asker.model.name
+def make_router(askers: Mapping[str, Asker]) -> APIRouter:
+    """The routes for models by name; a request that names none is the first one's."""
+    router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
     @router.get("/models")
     def models() -> dict:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "medplib_jax"}]}
+        entries = [{"id": name, "object": "model", "created": 0, "owned_by": "medplib_jax"} for name in askers]
+        return {"object": "list", "data": entries}
 
     @router.post("/chat/completions")
     async def complete(body: ChatRequest, request: Request):
-        pieces = asker.ask(wish_of(body, name), request.state.client)
+        name = body.model or next(iter(askers))
+        if name not in askers:
+            raise Refused(404, f"expected one of the models {', '.join(askers)}, found {body.model!r}", "model")
+        pieces = askers[name].ask(wish_of(body), request.state.client)
         head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": name}
-        first = await anext(pieces)  # refusals come before the first byte of the answer
+        first = await unless_gone(request, anext(pieces))  # refusals come before the first byte of the answer
         if body.stream:
             wants_usage = bool(body.stream_options and body.stream_options.include_usage)
             return StreamingResponse(stream(first, pieces, head, wants_usage), media_type="text/event-stream")
-        text, last = first.text, first
-        async for last in pieces:
-            text += last.text
-        message = {"role": "assistant", "content": text, "masks": list(last.masks)}
+        text, last = await unless_gone(request, _rest(first, pieces))
+        message = {"role": "assistant", "content": text, "masks": list(last.masks), "boxes": list(last.boxes)}
         choice = {"index": 0, "message": message, "finish_reason": last.reason, "logprobs": None}
         return JSONResponse(head | {"object": "chat.completion", "choices": [choice], "usage": usage_of(last)})
 
     return router
+
+
+async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
+    """The answer. It is given up, and Refused raised, when its client goes away before."""
+    wanted, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({wanted, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not wanted.done():
+            raise Refused(499, "the client has gone")
+        return wanted.result()
+    finally:
+        wanted.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _rest(first: Piece, pieces: AsyncIterator[Piece]) -> tuple[str, Piece]:
+    """The text and the last piece of an answer."""
+    text, last = first.text, first
+    async for last in pieces:
+        text += last.text
+    return text, last
 
 
 def usage_of(last: Piece) -> dict[str, int]:
@@ -131,8 +161,8 @@ async def stream(first: Piece, pieces: AsyncIterator[Piece], head: dict, wants_u
         return
     finally:
         await pieces.aclose()
-    if piece.masks:
-        yield event({"masks": list(piece.masks)})
+    if piece.masks or piece.boxes:
+        yield event({"masks": list(piece.masks), "boxes": list(piece.boxes)})
     yield event({}, piece.reason)
     if wants_usage:
         yield _event(head | {"object": "chat.completion.chunk", "choices": [], "usage": usage_of(piece)})

@@ -17,16 +17,20 @@ import numpy as np
 
 from medplib_jax.batch import Batch
 from medplib_jax.decode.generator import Generator
+from medplib_jax.decode.prefix import join
 from medplib_jax.decode.sampling import Sampling, answer_draws
 from medplib_jax.decode.slots import Slots
 from medplib_jax.decode.stream import stack_rows
+from medplib_jax.models.language.attention import KVCache
 from medplib_jax.serve.feature_cache import FeatureCache, content_key
 from medplib_jax.serve.observe import EngineMetrics
+from medplib_jax.serve.questions import Prompt
 from medplib_jax.serve.waiting import FairQueue
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.5
+STEP = 64  # parts of prompts are padded to multiples of it, so that few programs are compiled
 
 
 @dataclasses.dataclass
@@ -38,6 +42,7 @@ class Question:
 
     client: str
     prompt: Batch  # one row, numpy
+    head: int  # positions of the prompt whose keys and values are kept for later questions
     limit: int  # most tokens of the answer
     sampling: Sampling
     seed: int
@@ -50,6 +55,14 @@ class Question:
     def cancel(self) -> None:
         """Gives up; the slot is free at the engine's next turn."""
         self.cancelled = True
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Positions of the prompt, of its head and of the rest, each with its padding: questions alike run together."""
+        length, rest = self.prompt.tokens.shape[1], STEP
+        while rest < int(self.prompt.valid.sum()) - self.head:
+            rest *= 2
+        return length, min(length, -(-self.head // STEP) * STEP), min(length, rest)
 
     @property
     def over(self) -> bool:
@@ -91,11 +104,12 @@ class Engine:
         self.waiting = FairQueue(capacity)
         self._asked: list[Question | None] = [None] * slots
         self._state: Slots | None = None
-        self._clip, self._sam = FeatureCache(cache_bytes // 2), FeatureCache(cache_bytes // 2)
-        self._closing, self._ready = threading.Event(), threading.Event()
+        self._clip, self._sam = FeatureCache(cache_bytes // 4), FeatureCache(cache_bytes // 4)
+        self._heads = FeatureCache(cache_bytes // 2)
+        self._closing, self.ready = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self, example: Batch) -> None:
+    def start(self, example: Prompt) -> None:
         """Begins to answer. Whatever questions of the length of `example` need is compiled first."""
         self._example = example
         self._thread.start()
@@ -112,7 +126,7 @@ class Engine:
     @property
     def status(self) -> str:
         """ok, loading or down."""
-        return "down" if not self._thread.is_alive() else "ok" if self._ready.is_set() else "loading"
+        return "down" if not self._thread.is_alive() else "ok" if self.ready.is_set() else "loading"
 
     @property
     def busy(self) -> int:
@@ -121,7 +135,7 @@ class Engine:
 
     def _run(self) -> None:
         self._warm_up()
-        self._ready.set()
+        self.ready.set()
         while not (self._closing.is_set() and not self.busy):
             try:
                 self._turn()
@@ -132,11 +146,15 @@ class Engine:
             question.report(Ended("error", message="the server is shutting down"))
 
     def _warm_up(self) -> None:
-        """Runs one question as far as its first token, and draws a mask."""
-        question = Question("", self._example, 1, Sampling(), 0, lambda new: None, deadline=float("inf"))
+        """Runs one question as far as its first token, and draws a mask where the model can."""
+        question = Question(
+            "", self._example.batch, self._example.head, 1, Sampling(), 0, lambda new: None, deadline=float("inf")
+        )
         self._prefill([(question, 0)])
         self._state, seg_hidden, _ = self.generator.advance(self._state, keep=0, steps=self._chunk)
-        jax.block_until_ready(self.generator.masks(seg_hidden[:1], self._example, self.generator.view(self._example)))
+        if seg_hidden.shape[1]:
+            viewed = self.generator.view(self._example.batch)
+            jax.block_until_ready(self.generator.masks(seg_hidden[:1], self._example.batch, viewed))
 
     def _give_back(self, message: str) -> None:
         """Ends everything in the slots, whose state on the device may be lost."""
@@ -176,8 +194,8 @@ class Engine:
         for question, slot in placed:  # before anything can fail, so that each of them is given back then
             self._asked[slot] = question
             self.metrics.admitted(question)
-        for length in sorted({question.prompt.tokens.shape[1] for question in questions}):
-            self._prefill([(question, slot) for question, slot in placed if question.prompt.tokens.shape[1] == length])
+        for shape in sorted({question.shape for question in questions}):
+            self._prefill([(question, slot) for question, slot in placed if question.shape == shape])
 
     def _prefill(self, placed: Sequence[tuple[Question, int]]) -> None:
         questions, slots = zip(*placed, strict=True)
@@ -186,6 +204,8 @@ class Engine:
         rows = stack_rows([*[question.prompt for question in questions], *fillers])
         features = [self._clip_features(question.prompt) for question in questions]
         features += [features[0]] * len(fillers)
+        heads = [self._head(question) for question in questions] if questions[0].head else []
+        heads += heads[:1] * len(fillers)
         self._state = self.generator.start(
             self._state,
             rows,
@@ -199,14 +219,26 @@ class Engine:
             len(self._asked),
             self._longest,
             jnp.concatenate(features),
+            join(heads) if heads else None,
+            questions[0].shape[2],
         )
 
     def _clip_features(self, prompt: Batch) -> jax.Array:
         return self._clip.get(content_key(prompt.clip_pixels), lambda: self.generator.see(prompt))
 
+    def _head(self, question: Question) -> KVCache:
+        """Keys and values of the prompt up to its last picture's end."""
+        prompt, head, room = question.prompt, question.head, question.shape[1]
+        key = content_key(prompt.tokens[:, :head], prompt.feature_index[:, :head], prompt.clip_pixels)
+        return self._heads.get(
+            key, lambda: self.generator.begin(prompt, np.array([head], np.int32), room, self._clip_features(prompt))
+        )
+
     def _advance(self) -> None:
-        """Draws tokens, reports what is new, and ends what has ended."""
-        self._state, seg_hidden, mask_valid = self.generator.advance(self._state, keep=0, steps=self._chunk)
+        """Draws tokens, reports what is new, and ends what has ended. A first token is shown at once."""
+        begins = any(question is not None and not question.shown for question in self._asked)
+        steps = 1 if begins else self._chunk
+        self._state, seg_hidden, mask_valid = self.generator.advance(self._state, keep=0, steps=steps)
         state = self._state
         active, tokens, lengths, valid = jax.device_get((state.active, state.tokens, state.lengths, mask_valid))
         for slot, question in enumerate(self._asked):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.images import Blob, load_image
+from medplib_jax.data.polygons import polygons
 from medplib_jax.data.rle import decode_rle, encode_rle
 from medplib_jax.serve.refusals import Refused
 
@@ -54,16 +55,21 @@ def check_picture(content: bytes, parameter: str) -> tuple[int, int]:
 
 
 def read_mask(rle: dict, parameter: str) -> bytes:
-    """A PNG of 0 and 255 from run lengths {"size":
+    """A PNG of 0 and 255 from run lengths; see `check_rle`."""
+    return png(decode_rle(check_rle(rle, parameter)))
 
-    [h, w], "counts": [...]}, columns first, beginning with a run of zeros (as in COCO).
+
+def check_rle(rle: dict, parameter: str) -> dict:
+    """Run lengths {"size": [h, w], "counts": [...]}, columns first, beginning with a run of zeros (as in COCO).
+
+    Refused: what is not that, or fills another number of pixels.
     """
     size, counts = rle.get("size"), rle.get("counts")
     if not (_are_counts(size, 2) and _are_counts(counts, None)) or size[0] * size[1] > MAX_PIXELS:
         raise Refused(400, 'expected {"size": [h, w], "counts": [run lengths]}', parameter)
     if sum(counts) != size[0] * size[1]:
         raise Refused(400, f"the runs fill {sum(counts)} of {size[0]} x {size[1]} pixels", parameter)
-    return png(decode_rle(rle))
+    return rle
 
 
 def _are_counts(values: object, count: int | None) -> bool:
@@ -73,16 +79,21 @@ def _are_counts(values: object, count: int | None) -> bool:
     return all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_PIXELS for value in values)
 
 
-def png(mask: np.ndarray) -> bytes:
-    """A PNG file of 0 and 255 from a boolean mask [h, w]."""
+def encoded(pixels: np.ndarray) -> bytes:
+    """A PNG file of uint8 [h, w] or [h, w, 3]."""
     buffer = io.BytesIO()
-    Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
+def png(mask: np.ndarray) -> bytes:
+    """A PNG file of 0 and 255 from a boolean mask [h, w]."""
+    return encoded(mask.astype(np.uint8) * 255)
+
+
 def describe_mask(mask: np.ndarray, label: str, predicted_iou: float) -> dict:
-    """A mask as JSON: its label, PNG, run lengths, area in pixels, box (x0, y0, x1, y1; x1 and y1 outside) and
-    predicted IoU.
+    """A mask as JSON: its label, PNG, run lengths, polygons, area in pixels, box (x0, y0, x1, y1; x1 and y1 outside)
+    and predicted IoU.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1] if len(rows) else None
@@ -90,6 +101,7 @@ def describe_mask(mask: np.ndarray, label: str, predicted_iou: float) -> dict:
         "label": label,
         "png": base64.b64encode(png(mask)).decode(),
         "rle": encode_rle(mask),
+        "polygons": polygons(mask),
         "area": int(mask.sum()),
         "box": box,
         "predicted_iou": round(float(predicted_iou), 4),

@@ -5,11 +5,14 @@ Who may ask, how large and how slow a request may be, what a browser may do.
 
 import asyncio
 import base64
+import dataclasses
 import hashlib
 import hmac
+import time
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -58,11 +61,23 @@ def given_key(headers: Headers) -> str:
     return value.strip() if scheme.lower() == "bearer" else ""
 
 
-class Guard:
-    """ASGI middleware: keys, the size of bodies and the time they may take, and the headers of every answer."""
+@dataclasses.dataclass(frozen=True)
+class BodyLimit:
+    """The most bytes that a body may have, and the seconds in which it has to arrive."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, max_body: int, body_seconds: float):
-        self._app, self._keys, self._max_body, self._body_seconds = app, keys, max_body, body_seconds
+    bytes: int
+    seconds: float
+
+
+class Guard:
+    """ASGI middleware: keys, the size of bodies and the time they may take, and the headers of every answer.
+
+    Bodies are read before the application is asked, but for `uploads`, paths and beginnings of paths (those that end
+    with "/"), whose larger bodies pass through piece by piece.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, body: BodyLimit, upload: BodyLimit, uploads: Sequence[str]):
+        self._app, self._keys, self._body, self._upload, self._uploads = app, keys, body, upload, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,34 +97,54 @@ class Guard:
             challenge = {"WWW-Authenticate": 'Basic realm="medplib_jax (the password is the key)"'}
             await _refuse(Refused(401, "a key is needed"), challenge)(scope, receive, send_with_headers)
             return
+        streamed = any(
+            scope["path"] == path or (path[-1] == "/" and scope["path"].startswith(path)) for path in self._uploads
+        )
+        limited = _limited(receive, headers, self._upload if streamed else self._body)
         try:
-            body = await asyncio.wait_for(self._read(headers, receive), self._body_seconds)
+            body = None if streamed else await _whole(limited)
         except Refused as refused:
-            await _refuse(refused, {"Connection": "close"})(scope, receive, send_with_headers)
+            await _refuse(refused, {})(scope, receive, send_with_headers)
             return
-        except TimeoutError:
-            late = Refused(408, f"the request did not arrive within {self._body_seconds:g} s")
-            await _refuse(late, {"Connection": "close"})(scope, receive, send_with_headers)
+        except ClientDisconnect:
             return
-        if body is not None:
-            await self._app(scope, _replay(body, receive), send_with_headers)
+        await self._app(scope, limited if body is None else _replay(body, receive), send_with_headers)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body; None when the client has gone. Refused as soon as it is known to be too large."""
-        too_large = Refused(413, f"the request has more than {self._max_body} bytes")
-        if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > self._max_body:
-            raise too_large
-        chunks, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > self._max_body:
-                raise too_large
-            if not message.get("more_body"):
-                return b"".join(chunks)
+
+def _limited(receive: Receive, headers: Headers, limit: BodyLimit) -> Receive:
+    """The messages of a request until its body is whole. Refused as soon as it is known to be too large or too late."""
+    size, whole, deadline = 0, False, time.monotonic() + limit.seconds
+    promised = headers.get("content-length", "0")
+
+    async def limited() -> Message:
+        nonlocal size, whole
+        if whole:
+            return await receive()
+        if promised.isdigit() and int(promised) > limit.bytes:
+            raise Refused(413, f"the request has more than {limit.bytes} bytes")
+        try:
+            message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+        except TimeoutError:
+            raise Refused(408, f"the request did not arrive within {limit.seconds:g} s") from None
+        size += len(message.get("body", b""))
+        if size > limit.bytes:
+            raise Refused(413, f"the request has more than {limit.bytes} bytes")
+        whole = not message.get("more_body")
+        return message
+
+    return limited
+
+
+async def _whole(receive: Receive) -> bytes:
+    """The whole body. ClientDisconnect when the client has gone."""
+    chunks = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(chunks)
 
 
 def _refuse(refused: Refused, headers: dict[str, str]) -> JSONResponse:

@@ -11,17 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from medplib_jax.batch import Batch
 from medplib_jax.config.experiment import DataConfig
 from medplib_jax.config.model import ModelConfig
+from medplib_jax.data import boxes
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.records import Record
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.serve.pictures import check_picture, read_data_url, read_mask
-from medplib_jax.serve.refusals import Refused
+from medplib_jax.serve.refusals import Refused, told
 
 LARGEST_SIDE = 2**13  # of a picture whose masks have its own size
 MAX_TEXT = 20_000  # characters of a conversation
 _PLACE = re.compile(r"<region>(?:[^<]*</region>)?")
-_TAGS = re.compile(r"</?(?:mask|image|im_start|im_end)>")
+_TAGS = re.compile(r"</?(?:mask|image|img|im_start|im_end)>")
 
 
 class Region(BaseModel):
@@ -59,12 +60,14 @@ class Message(BaseModel):
 class Prompt:
     """The model's input for one question.
 
-    `size`: (height, width) of the last picture, None without one; `tokens`: positions it takes.
+    `size`: (height, width) of the last picture, None without one; `tokens`: positions it takes; `head`: those up to the
+    last picture's end whose keys and values can be kept.
     """
 
     batch: Batch  # one row, numpy
     size: tuple[int, int] | None
     tokens: int
+    head: int
 
 
 class PromptMaker:
@@ -100,23 +103,27 @@ class PromptMaker:
         turns, contents, size = _read_messages(messages)
         if regions and size is None:
             raise Refused(400, "a region needs a picture", "regions")
-        references = [_reference(number, region, contents) for number, region in enumerate(regions)]
+        if self._model.draws_masks:
+            references = [_reference(number, region, contents) for number, region in enumerate(regions)]
+        else:
+            references = [_box_text(number, region, *size) for number, region in enumerate(regions)]
         turns[-1] = ("human", _place(turns[-1][1], references))
-        record = Record(
-            "request",
-            0,
-            "request",
-            tuple(name for name in contents if name.startswith("picture")),
-            tuple(turns),
-            contents=contents,
-        )
+        names = tuple(name for name in contents if name.startswith("picture"))
         try:
-            arrays, _ = Loader([[record]], self._tokenizer, self._data, self._model, cache_bytes=0).load_eval(
-                [0], [0], question=True
-            )
+            return self.of_record(Record("request", 0, "request", names, tuple(turns), contents=contents), size)
         except DataError as error:
-            raise Refused(400, f"{error.what}; expected {error.expected}, found {error.found}", "messages") from error
-        return Prompt(Batch(**arrays), size, int(np.sum(arrays["valid"])))
+            raise Refused(400, told(error), "messages") from error
+
+    def of_record(self, record: Record, size: tuple[int, int] | None) -> Prompt:
+        """The prompt of a record whose last picture has this size. DataError for what cannot be used."""
+        loader = Loader([[record]], self._tokenizer, self._data, self._model, cache_bytes=0)
+        arrays, _ = loader.load_eval([0], [0], question=True)
+        of_pictures = arrays["clip_pixels"].shape[1] * self._model.image_tokens
+        feature = arrays["feature_index"][0]
+        seen = np.flatnonzero((feature >= 0) & (feature < of_pictures))
+        scaled = bool(self._model.llm.trained_length)  # then rotary positions depend on the whole prompt
+        head = int(seen[-1]) + 1 if len(seen) and not scaled else 0
+        return Prompt(Batch(**arrays), size, int(np.sum(arrays["valid"])), head)
 
 
 def _read_messages(
@@ -174,16 +181,29 @@ def _read_parts(message: Message, parameter: str) -> tuple[str, list[bytes]]:
 
 def _reference(number: int, region: Region, contents: dict[str, bytes]) -> str:
     """What stands for a region in the text: its coordinates, or the name of its mask in `contents`."""
-    parameter = f"regions[{number}]"
     if region.type == "mask":
+        parameter = f"regions[{number}]"
         if region.rle is None:
             raise Refused(400, "a mask needs its run lengths in `rle`", parameter)
         contents[f"region{number}"] = read_mask(region.rle, parameter)
-        return f"region{number}"
+        return f"<region>region{number}</region>"
+    return f"<region>{region.type}:" + " ".join(f"{x:.3f},{y:.3f}" for x, y in _pairs(number, region)) + "</region>"
+
+
+def _box_text(number: int, region: Region, height: int, width: int) -> str:
+    """What stands for a region in the text of a model that refers with boxes."""
+    try:
+        numbers = ",".join(f"{x:.3f},{y:.3f}" for x, y in _pairs(number, region))
+        return boxes.region_text(f"{region.type}:{numbers}", width, height)
+    except ValueError as error:
+        raise Refused(400, str(error), f"regions[{number}]") from error
+
+
+def _pairs(number: int, region: Region) -> list[tuple[float, float]]:
     if len(region.points) % 2 or not np.isfinite(region.points).all():
-        raise Refused(400, f"expected pairs of finite numbers, found {len(region.points)} numbers", parameter)
-    pairs = zip(region.points[::2], region.points[1::2], strict=True)
-    return f"{region.type}:" + " ".join(f"{x:.3f},{y:.3f}" for x, y in pairs)
+        found = f"{len(region.points)} numbers"
+        raise Refused(400, f"expected pairs of finite numbers, found {found}", f"regions[{number}]")
+    return list(zip(region.points[::2], region.points[1::2], strict=True))
 
 
 def _place(text: str, references: Sequence[str]) -> str:
@@ -191,8 +211,7 @@ def _place(text: str, references: Sequence[str]) -> str:
     places = len(_PLACE.findall(text))
     if places not in (0, len(references)):
         raise Refused(400, f"the question has {places} <region> for {len(references)} regions", "regions")
-    tagged = [f"<region>{reference}</region>" for reference in references]
     if not places:
-        return " ".join([text, *tagged])
-    waiting = iter(tagged)
+        return " ".join([text, *references])
+    waiting = iter(references)
     return _PLACE.sub(lambda _: next(waiting), text)

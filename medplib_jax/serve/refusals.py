@@ -1,5 +1,9 @@
 """Why a request is not answered, in the form in which OpenAI's clients expect it."""
 
+from medplib_jax.data.errors import DataError
+
+UNREAD = (408, 413)  # what is left of such a body is not read
+
 
 class Refused(Exception):
     """A request that is not answered.
@@ -13,7 +17,8 @@ class Refused(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return headers | ({"Connection": "close"} if self.status in UNREAD else {})
 
     def as_dict(self) -> dict:
         kind = (
@@ -24,3 +29,8 @@ class Refused(Exception):
             else "invalid_request_error"
         )
         return {"error": {"message": self.message, "type": kind, "param": self.parameter, "code": None}}
+
+
+def told(error: DataError) -> str:
+    """What is wrong with something that was uploaded, without the server's own name for the file."""
+    return f"{error.what}; expected {error.expected}, found {error.found}"

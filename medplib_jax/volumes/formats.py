@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from medplib_jax.data.errors import DataError, Notice
-from medplib_jax.volumes.volume import LPS_TO_RAS, Volume, check_affine, check_size
+from medplib_jax.volumes.volume import LPS_TO_RAS, MAX_VOXELS, Volume, check_affine, check_size
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -21,14 +21,14 @@ def without_suffix(name: str) -> str:
     return name[: len(name) - len(known)]
 
 
-def read_volume_file(path: str, name: str, index: int | None = None) -> Volume:
-    """The volume of a NIfTI, NRRD or MetaImage file. index: which of a fourth axis.
+def read_volume_file(path: str, name: str, index: int | None = None, most: int = MAX_VOXELS) -> Volume:
+    """The volume of a NIfTI, NRRD or MetaImage file. index: which of a fourth axis. most: voxels that are allowed.
 
     DataError for what cannot be used.
     """
     try:
         read = _read_nifti if path.lower().endswith(NIFTI) else _read_itk
-        return read(path, name, index)
+        return read(path, name, index, most)
     except DataError:
         raise
     except ImportError as error:
@@ -40,7 +40,31 @@ def read_volume_file(path: str, name: str, index: int | None = None) -> Volume:
         ) from error
 
 
-def _read_nifti(path: str, name: str, index: int | None) -> Volume:
+def volumes_in(path: str) -> int:
+    """How many volumes lie along a file's fourth axis; 1 for a file that has none, or cannot be read."""
+    try:
+        shape = _nifti_shape(path) if path.lower().endswith(NIFTI) else _itk_shape(path)
+    except Exception:  # whoever reads the file is told what is wrong with it
+        return 1
+    return shape[3] if len(shape) > 3 else 1
+
+
+def _nifti_shape(path: str) -> tuple[int, ...]:
+    import nibabel  # only scans need it
+
+    return nibabel.load(path).shape
+
+
+def _itk_shape(path: str) -> tuple[int, ...]:
+    import SimpleITK as sitk  # only scans need it
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(path)
+    reader.ReadImageInformation()
+    return reader.GetSize()
+
+
+def _read_nifti(path: str, name: str, index: int | None, most: int) -> Volume:
     import nibabel  # only scans need it
 
     image = nibabel.load(path)
@@ -49,7 +73,7 @@ def _read_nifti(path: str, name: str, index: int | None) -> Volume:
     shape = tuple(image.shape)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    check_size(path, shape[:3])
+    check_size(path, shape[:3], most)
     pick = _pick(path, shape, index)
     values = _plain_values(
         path,
@@ -116,7 +140,7 @@ def _slice_axis(said: int | None, spacing: np.ndarray) -> int:
     return longest if spacing[longest] > 1.2 * np.delete(spacing, longest).max() else 2
 
 
-def _read_itk(path: str, name: str, index: int | None) -> Volume:
+def _read_itk(path: str, name: str, index: int | None, most: int) -> Volume:
     import SimpleITK as sitk  # only scans need it
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -124,7 +148,7 @@ def _read_itk(path: str, name: str, index: int | None) -> Volume:
     reader.SetFileName(path)
     reader.ReadImageInformation()
     size = reader.GetSize()
-    check_size(path, size[:3])
+    check_size(path, size[:3], most)
     pick = _pick(path, tuple(size), index)
     if len(size) == 4:
         reader.SetExtractSize([*size[:3], 0])

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.volumes.dicom import MASKS, Header, read_header
-from medplib_jax.volumes.formats import SUFFIXES, read_volume_file, without_suffix
+from medplib_jax.volumes.formats import SUFFIXES, read_volume_file, volumes_in, without_suffix
 from medplib_jax.volumes.series import Stack, read_stack, stacks
-from medplib_jax.volumes.volume import Volume, hashed
+from medplib_jax.volumes.volume import MAX_VOXELS, Volume, hashed
 
 _DETACHED = (".raw", ".zraw")  # voxels of a header in a file of its own (.mhd, .nhdr)
 
@@ -39,13 +39,13 @@ class ScanFile:
     def files(self) -> tuple[str, ...]:
         return self.stack.files if self.stack else (self.path,)
 
-    def read(self, index: int | None = None) -> Volume:
-        """The scan's voxels. index: which of a fourth axis. DataError for what cannot be used."""
+    def read(self, index: int | None = None, most: int = MAX_VOXELS) -> Volume:
+        """The scan's voxels, at most `most`. index: which of a fourth axis. DataError for what cannot be used."""
         if self.stack is None:
-            return read_volume_file(self.path, self.name, index)
+            return read_volume_file(self.path, self.name, index, most)
         if index not in (None, 0):
             raise DataError(self.path, None, "no such volume in the file", "index 0", str(index))
-        return read_stack(self.stack, self.name, self.patient)
+        return read_stack(self.stack, self.name, self.patient, most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,8 @@ def find_scans(path: str) -> Found:
     return Found(tuple(sorted(scans, key=lambda scan: scan.place)), tuple(masks), tuple(problems + broken))
 
 
-def read_scan(path: str, index: int | None = None) -> Volume:
-    """The one scan that a file or folder holds. DataError when it holds none or several, or is broken.
+def read_scan(path: str, index: int | None = None, most: int = MAX_VOXELS) -> Volume:
+    """The one scan that a file or folder holds. DataError when it holds none or several, is broken or too large.
 
     index: which of several, in the order of their names, or of a fourth axis. The volume's notices name files that were
     left out.
@@ -100,9 +100,15 @@ def read_scan(path: str, index: int | None = None) -> Volume:
         names = ", ".join(scan.name for scan in found.scans[:8]) + (", ..." if len(found.scans) > 8 else "")
         expected = f"an index from 0 to {len(found.scans) - 1} (--index)"
         raise DataError(path, None, "several scans", expected, f"{len(found.scans)}: {names}")
-    volume = found.scans[0].read(index) if len(found.scans) == 1 else found.scans[index].read()
+    volume = found.scans[0].read(index, most) if len(found.scans) == 1 else found.scans[index].read(most=most)
     left_out = tuple(Notice(one.file, one.record, one.what, one.expected, one.found) for one in found.problems)
     return dataclasses.replace(volume, notices=volume.notices + left_out)
+
+
+def count_volumes(path: str) -> int:
+    """How many volumes `read_scan` can be asked for by their index: scans, or entries of one file's fourth axis."""
+    scans = find_scans(path).scans
+    return volumes_in(scans[0].path) if len(scans) == 1 and scans[0].stack is None else len(scans)
 
 
 def is_scan(path: str) -> bool:

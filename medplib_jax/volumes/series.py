@@ -9,7 +9,7 @@ import numpy as np
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.volumes.dicom import Frame, Header, read_pixels
 from medplib_jax.volumes.geometry import SHEAR
-from medplib_jax.volumes.volume import LPS_TO_RAS, Volume, check_affine, check_size
+from medplib_jax.volumes.volume import LPS_TO_RAS, MAX_VOXELS, Volume, check_affine, check_size
 
 EVENNESS = 0.02  # of a step: how far a slice may lie from its place in an even row
 
@@ -57,11 +57,11 @@ def stacks(headers: Sequence[Header]) -> tuple[list[Stack], list[DataError]]:
     return found, problems
 
 
-def read_stack(stack: Stack, name: str, patient: str) -> Volume:
+def read_stack(stack: Stack, name: str, patient: str, most: int = MAX_VOXELS) -> Volume:
     """The volume with its values. DataError when a file cannot be read, or changed since its header was."""
     first, headers = stack.first, stack.headers
     shape = (len(stack.frames), *first.size)
-    check_size(first.file, shape)
+    check_size(first.file, shape, most)
     integral = all(header.integral for header in headers.values()) and all(
         float(x).is_integer() for frame in stack.frames for x in (frame.slope, frame.intercept)
     )

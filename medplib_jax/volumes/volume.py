@@ -63,12 +63,12 @@ def hashed(text: str, digits: int = 12) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:digits] if text else ""
 
 
-def check_size(file: str, shape: tuple[int, ...]) -> None:
-    """DataError for an array that is empty or larger than `MAX_VOXELS`. Runs before the array is read."""
+def check_size(file: str, shape: tuple[int, ...], most: int = MAX_VOXELS) -> None:
+    """DataError for an array that is empty or has more than `most` voxels. Runs before the array is read."""
     if not all(0 < size < 2**31 for size in shape):
         raise DataError(file, None, "scan has no voxels", "sizes above 0", str(shape))
-    if np.prod(shape, dtype=np.float64) > MAX_VOXELS:
-        raise DataError(file, None, "scan is too large", f"at most {MAX_VOXELS} voxels", str(shape))
+    if np.prod(shape, dtype=np.float64) > most:
+        raise DataError(file, None, "scan is too large", f"at most {most} voxels", str(shape))
 
 
 def check_affine(file: str, affine: np.ndarray) -> np.ndarray:

@@ -25,12 +25,19 @@ class Echo:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, image, question, region="", seed=0):
-        self.asked.append(str(image))
-        picture = np.asarray(Image.open(image).convert("RGB"))
-        mask = np.zeros(picture.shape[:2], bool)
+
+def echo_answers(echo, asked, seed):
+    for number, question in asked.items():
+        echo.asked.append(question.record.images[0])
+        mask = np.zeros(question.picture.shape[:2], bool)
         mask[: len(mask) // 2] = True
-        return Prediction(question, (mask,), (0.5,), picture)
+        text = question.record.turns[-1][1].removeprefix("<image>\n") + " <SEG>"
+        yield number, Prediction(text, (mask,), (0.5,), question.picture)
+
+
+@pytest.fixture(autouse=True)
+def without_a_model(monkeypatch):
+    monkeypatch.setattr(jobs, "answer_questions", echo_answers)
 
 
 @pytest.fixture
@@ -42,7 +49,8 @@ def folder(tmp_path):
 
 
 def lines(out):
-    return [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    return sorted(found, key=lambda line: line["job"]["id"])
 
 
 def test_a_folder_is_answered_once(tmp_path, folder):
@@ -54,9 +62,23 @@ def test_a_folder_is_answered_once(tmp_path, folder):
     assert answer_jobs(echo, found, str(tmp_path / "out"), OPTIONS) == 0
     assert [path.rsplit("/", 1)[1] for path in echo.asked] == ["a.png", "b.png"]
     first, second = lines(tmp_path / "out")
-    assert first["answer"] == "What is it?" and first["job"]["id"] == "a/a.png" and second["job"]["id"] == "b.png"
+    assert first["answer"] == "What is it? <SEG>" and first["job"]["id"] == "a/a.png" and second["job"]["id"] == "b.png"
     assert decode_rle(first["masks"][0]).sum() == 160
     assert np.asarray(Image.open(tmp_path / "out/a_a.png/mask_0.png")).sum() == 160 * 255
+    (feature,) = json.loads((tmp_path / "out/a_a.png/masks.geojson").read_text())["features"]
+    assert feature["geometry"]["coordinates"] == [[[[0, 0], [16, 0], [16, 10], [0, 10], [0, 0]]]]
+    coco = json.loads((tmp_path / "out/coco.json").read_text())
+    assert [image["file_name"].rsplit("/", 1)[1] for image in coco["images"]] == ["a.png", "b.png"]
+    assert coco["annotations"][1] == {
+        "id": 1,
+        "image_id": 1,
+        "category_id": 1,
+        "segmentation": second["masks"][0],
+        "area": 160,
+        "bbox": [0, 0, 16, 10],
+        "score": 0.5,
+        "iscrowd": 0,
+    }
     answer_jobs(echo, read_jobs(str(folder), "Where is it?"), str(tmp_path / "out"), OPTIONS)
     assert len(echo.asked) == 4  # another question is another job
 
@@ -74,7 +96,11 @@ def test_a_list_has_its_own_questions_and_what_fails_is_told_and_tried_again(tmp
     found = read_jobs(str(folder / "jobs.jsonl"), structures=("spleen",))
     assert answer_jobs(Echo(), found, str(tmp_path / "out"), OPTIONS) == 1
     first, second, third = lines(tmp_path / "out")
-    assert first["answer"] == "Q" and "lost.png" in second["error"] and third["files"] == ["masks.nii.gz"]
+    assert (
+        first["answer"] == "Q <region>point:1,2</region> <SEG>"
+        and "lost.png" in second["error"]
+        and third["files"] == ["masks.nii.gz"]
+    )
     assert scans[0][3].structures == ("spleen",) and scans[0][2].endswith("out/00002")
     assert answer_jobs(Echo(), found, str(tmp_path / "out"), OPTIONS) == 1 and len(lines(tmp_path / "out")) == 4
 

@@ -12,7 +12,7 @@ from medplib_jax import predict
 from medplib_jax.data.errors import DataError
 from medplib_jax.decode import scans
 from medplib_jax.decode.predictor import Predictor
-from medplib_jax.decode.scans import ScanOptions, SliceAnswer, answer_scan, answer_slices
+from medplib_jax.decode.scans import ScanOptions, SliceAnswer, answer_scan, answer_slices, scan_model
 from medplib_jax.volumes.pictures import pictures
 from medplib_jax.volumes.read import read_scan
 from tests.evaluate.evaluators import tiny
@@ -58,7 +58,7 @@ def test_an_oracle_is_written_voxel_for_voxel(tmp_path, monkeypatch, predictor, 
     write_nifti(tmp_path / "scan.nii.gz", some_values((12, 14, 9)), OBLIQUE)
     monkeypatch.setattr(scans, "answer_slices", oracle(truth))
     options = ScanOptions(("liver", "tumour"), plane=plane)
-    names = answer_scan(predictor, str(tmp_path / "scan.nii.gz"), str(tmp_path / "out"), options)
+    names = answer_scan(scan_model(predictor), str(tmp_path / "scan.nii.gz"), str(tmp_path / "out"), options)
     assert names == ["masks.nii.gz", "masks.json", "table.tsv", "preview.png", "preview.html"]
     written = nibabel.load(tmp_path / "out/masks.nii.gz")
     labels = np.asarray(written.dataobj)
@@ -75,7 +75,7 @@ def test_an_oracle_is_written_voxel_for_voxel(tmp_path, monkeypatch, predictor, 
 def test_a_series_gets_a_dicom_seg(tmp_path, monkeypatch, predictor):
     write_series(tmp_path / "scan", some_values((12, 14, 9)))
     monkeypatch.setattr(scans, "answer_slices", oracle({"liver": blob()}))
-    answer_scan(predictor, str(tmp_path / "scan"), str(tmp_path / "out"), ScanOptions(("liver",)))
+    answer_scan(scan_model(predictor), str(tmp_path / "scan"), str(tmp_path / "out"), ScanOptions(("liver",)))
     data = pydicom.dcmread(tmp_path / "out/segmentation.dcm")
     assert int(data.pixel_array.sum()) == int(blob().sum())
     written = b"".join(p.read_bytes() for p in (tmp_path / "out").iterdir() if p.suffix != ".dcm")
@@ -88,7 +88,7 @@ def test_every_interpolates_and_parts_and_surface_are_cleaned(tmp_path, monkeypa
     asked = []
     monkeypatch.setattr(scans, "answer_slices", oracle({"x": truth}, asked))
     options = ScanOptions(("x",), every=3, largest_component=True, smooth=0.7)
-    answer_scan(predictor, str(tmp_path / "scan.nii.gz"), str(tmp_path / "out"), options)
+    answer_scan(scan_model(predictor), str(tmp_path / "scan.nii.gz"), str(tmp_path / "out"), options)
     assert [number for _, number in asked] == [0, 3, 6, 9, 12, 15, 18, 20]
     labels, ball = (
         np.asarray(nibabel.load(tmp_path / "out/masks.nii.gz").dataobj) > 0,
@@ -99,7 +99,7 @@ def test_every_interpolates_and_parts_and_surface_are_cleaned(tmp_path, monkeypa
 
 def test_an_interruption_loses_no_finished_slice(tmp_path, monkeypatch, predictor):
     write_nifti(tmp_path / "scan.nii.gz", some_values((12, 14, 9)))
-    asked, arguments = [], (predictor, str(tmp_path / "scan.nii.gz"), str(tmp_path / "out"))
+    asked, paths = [], (str(tmp_path / "scan.nii.gz"), str(tmp_path / "out"))
 
     def interrupted(*args, **more):
         for k, one in enumerate(oracle({"x": blob()}, asked)(*args, **more)):
@@ -109,16 +109,16 @@ def test_an_interruption_loses_no_finished_slice(tmp_path, monkeypatch, predicto
 
     monkeypatch.setattr(scans, "answer_slices", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        answer_scan(*arguments, ScanOptions(("x",)))
+        answer_scan(scan_model(predictor), *paths, ScanOptions(("x",)))
     with open(tmp_path / "out/slices.jsonl", "a") as file:
         file.write('{"structure": "x", "sl')  # cut off while it was written
     asked.clear()
     monkeypatch.setattr(scans, "answer_slices", oracle({"x": blob()}, asked))
-    answer_scan(*arguments, ScanOptions(("x",)))
+    answer_scan(scan_model(predictor), *paths, ScanOptions(("x",)))
     assert [number for _, number in asked] == [4, 5, 6, 7, 8]
     np.testing.assert_array_equal(np.asarray(nibabel.load(tmp_path / "out/masks.nii.gz").dataobj) == 1, blob())
     asked.clear()
-    answer_scan(*arguments, ScanOptions(("x",), window="0,100"))
+    answer_scan(scan_model(predictor), *paths, ScanOptions(("x",), window="0,100"))
     assert len(asked) == 9  # other pictures, other answers
 
 
@@ -205,4 +205,9 @@ def test_a_region_with_a_scan_is_refused(tmp_path, monkeypatch, capsys):
 def test_slices_beyond_the_scan_are_refused(tmp_path, predictor):
     write_nifti(tmp_path / "scan.nii.gz", some_values((12, 14, 5)))
     with pytest.raises(DataError, match="A:B within 0:5"):
-        answer_scan(predictor, str(tmp_path / "scan.nii.gz"), str(tmp_path / "o"), ScanOptions(("x",), slices=(3, 9)))
+        answer_scan(
+            scan_model(predictor),
+            str(tmp_path / "scan.nii.gz"),
+            str(tmp_path / "o"),
+            ScanOptions(("x",), slices=(3, 9)),
+        )

@@ -40,7 +40,8 @@ def free_port() -> int:
 def running(workdir: Path, log: Path, *arguments: str) -> Iterator[Server]:
     """A server that answers, until the context ends."""
     port = free_port()
-    command = [sys.executable, "-m", "medplib_jax.serve", "--checkpoint", str(workdir), "--port", str(port), *arguments]
+    command = [sys.executable, "-m", "medplib_jax.serve", "--checkpoint", str(workdir), "--port", str(port)]
+    command += ["--store", str(log.with_suffix("")), *arguments]
     with log.open("w") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file) as process:
         server = Server(f"http://127.0.0.1:{port}", process, log)
         try:
@@ -70,7 +71,7 @@ def workdir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def server(workdir, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with running(workdir, log, "--max-new-tokens", str(MAX_NEW_TOKENS)) as server:
+    with running(workdir, log, "--max-new-tokens", str(MAX_NEW_TOKENS), "--structures", "lung; heart") as server:
         yield server
 
 

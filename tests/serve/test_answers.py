@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medplib_jax.serve.answers import AnswerText, mask_labels
+from medplib_jax.decode.masks import mask_labels
+from medplib_jax.serve.answers import AnswerText
 
 WORDS = ["The", " liver", " is", " ", "<SEG>", ".", "\n", "E", "N", "D", "END", " caf", "é", "肝"]
 

@@ -2,8 +2,11 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import io
 import json
+import re
+import time
 
 import httpx
 import numpy as np
@@ -88,6 +91,32 @@ def test_a_streamed_answer_adds_up_to_the_whole_one(client, model):
     assert chunks[-1].usage == whole.usage
     masks = [mask for chunk in chunks if chunk.choices for mask in getattr(chunk.choices[0].delta, "masks", [])]
     assert masks == whole.choices[0].message.masks
+
+
+def test_a_picture_that_is_known_changes_no_answer(client, model, expected):
+    """The second question skips what the first one ran, and a conversation goes on behind it."""
+    asked = [messages(5, question) for question in (*QUESTIONS, QUESTIONS[0])]
+    found = [client.chat.completions.create(model=model, messages=one).choices[0].message for one in asked]
+    assert [one.content for one in found] == [expected(5, question).answer for question in (*QUESTIONS, QUESTIONS[0])]
+    assert found[0].masks == found[-1].masks
+    turns = [*asked[0], {"role": "assistant", "content": found[0].content}, {"role": "user", "content": QUESTIONS[1]}]
+    again = [client.chat.completions.create(model=model, messages=turns).choices[0].message.content for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_a_client_that_goes_away_frees_its_slot(server, client, model):
+    asked = {"model": model, "messages": messages(1, QUESTIONS[0])}
+    for _ in range(12):
+        with contextlib.suppress(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=0.01)
+    for _ in range(200):
+        figures = httpx.get(f"{server.url}/metrics").text
+        if re.search(r"slots_busy{[^}]*} 0.0", figures) and re.search(r"queue_length{[^}]*} 0.0", figures):
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError(figures)
+    assert 'status="499"' in figures
 
 
 def test_many_at_once_change_no_answer(client, model):

@@ -15,8 +15,10 @@ import pytest
 
 from tests.serve.conftest import MAX_NEW_TOKENS, running
 from tests.serve.test_chat import QUESTIONS, messages
+from tests.volumes.scans import some_values, write_nifti
 
 pytestmark = pytest.mark.slow
+DONE = {"status": "done"}
 DOCUMENTED = {200, 400, 401, 404, 405, 408, 413, 422, 429}
 
 
@@ -79,6 +81,34 @@ def test_a_killed_server_starts_again(workdir, tmp_path):
         assert ask(server.url, bodies(1)[0]).status_code == 200
 
 
+def test_jobs_survive_twenty_kills(workdir, tmp_path):
+    """A finished job is whole after each kill, an unfinished one goes on; none is lost."""
+    write_nifti(tmp_path / "scan.nii.gz", some_values((12, 14, 12)))
+    jobs, kept, log = [], {}, tmp_path / "kept.txt"
+    for trial in range(21):
+        with running(workdir, log, "--max-new-tokens", "24") as server, httpx.Client(base_url=server.url) as client:
+            for job in kept:
+                assert client.get(f"/jobs/{job}").json()["status"] == "done"
+                assert client.get(f"/jobs/{job}/result").content == kept[job]
+            assert client.get("/healthz").status_code == 200
+            if trial == 20:
+                for job in jobs:
+                    assert json.loads(client.get(f"/jobs/{job}/events", timeout=300).text.splitlines()[-1]) == DONE
+                break
+            image = client.post("/images", content=(tmp_path / "scan.nii.gz").read_bytes(), timeout=60).json()[
+                "image_id"
+            ]
+            asked = {"image_id": image, "prompts": ["lung"], "question": "Where is the {structure}?"}
+            jobs += [client.post("/jobs", json=asked).json()["job_id"] for _ in range(2)]
+            time.sleep(random.Random(trial).random())
+            for job in jobs:
+                if job not in kept and client.get(f"/jobs/{job}").json()["status"] == "done":
+                    kept[job] = client.get(f"/jobs/{job}/result").content
+            server.process.send_signal(signal.SIGKILL)
+            server.process.wait()
+    print(f"\n{len(kept)} of {len(jobs)} jobs were finished before the last kill")
+
+
 def mutated(draw: random.Random) -> bytes:
     """A request with something wrong: a changed field, a changed byte, or no request at all."""
     body = bodies(12)[draw.randrange(12)]
@@ -111,8 +141,8 @@ def test_thousands_of_broken_requests(server):
     assert httpx.get(f"{server.url}/healthz").status_code == 200
 
 
-def test_schemathesis_finds_no_server_error(server):
+def test_schemathesis_finds_no_server_error(server, tmp_path):
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--url", server.url]
     command += ["--checks", "not_a_server_error", "--max-examples", "60", "--exclude-path", "/metrics"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

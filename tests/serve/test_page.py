@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.volumes.scans import some_values, write_nifti, write_series
+
 sync_api = pytest.importorskip("playwright.sync_api")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 BROWSER = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (Debian: apt-get install chromium)")
 QUESTION = "Where is the lung?"
@@ -153,3 +156,70 @@ def test_a_region_can_be_taken_back(page, picture):
     page.click("#undo")
     _, sent = ask(page, QUESTION)
     assert sent["regions"] == []
+
+
+def serious(page) -> list[str]:
+    """What axe-core finds to be a serious or critical fault of accessibility."""
+    found = axe.Axe().run(page).response["violations"]
+    return [f"{one['id']}: {one['nodes'][0]['html']}" for one in found if one["impact"] in ("serious", "critical")]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_fault(page, picture, scheme):
+    page.emulate_media(color_scheme=scheme)
+    assert serious(page) == []
+    open_picture(page, picture)
+    ask(page, QUESTION)
+    assert serious(page) == []
+
+
+def test_a_scan_is_shown_segmented_and_saved(page, tmp_path):
+    write_series(tmp_path / "scan", some_values((40, 48, 5)))
+    page.set_input_files("#file", [str(path) for path in sorted((tmp_path / "scan").iterdir())])
+    page.wait_for_selector("#scan:not([hidden])")
+    page.wait_for_selector("#hint", state="hidden")
+    assert page.inner_text("#place") == "3 / 5"
+    page.select_option("#tone", "lung")
+    page.locator("#stage").focus()
+    page.keyboard.press("ArrowUp")
+    page.wait_for_function("() => document.getElementById('place').value === '4 / 5'")
+    page.fill("#structures", "lung; heart")
+    page.click("#segment")
+    page.wait_for_selector("#results button")
+    assert "segmented" in page.inner_text("#status")
+    for title, first in (("NIfTI", b"\x1f\x8b"), ("DICOM SEG", b"\0\0")):
+        with page.expect_download() as saved:
+            page.click(f"#results button:text-is('{title}')")
+        assert Path(saved.value.path()).read_bytes().startswith(first)
+    assert serious(page) == []
+    page.reload()
+    page.wait_for_selector("#results button")
+    assert page.inner_text("#place") == "4 / 5" and page.input_value("#tone") == "lung"
+
+
+def test_a_question_about_a_slice_is_that_about_its_picture(page, tmp_path):
+    write_nifti(tmp_path / "scan.nii.gz", some_values((40, 48, 4)))
+    page.set_input_files("#file", str(tmp_path / "scan.nii.gz"))
+    page.wait_for_selector("#hint", state="hidden")
+    _, first = ask(page, QUESTION)
+    assert first["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    masks = page.locator("#layers li").count()
+    page.locator("#stage").focus()
+    with page.expect_response("**/slices/3?*"):
+        page.keyboard.press("ArrowUp")
+    page.wait_for_function("() => document.getElementById('layers').children.length === 0")
+    _, second = ask(page, QUESTION)
+    assert len(second["messages"]) == 1 and second["messages"] != first["messages"]
+    page.locator("#stage").focus()
+    with page.expect_response("**/slices/2?*"):
+        page.keyboard.press("ArrowDown")
+    page.wait_for_function(f"() => document.getElementById('layers').children.length === {masks}")
+
+
+def test_what_is_no_scan_is_said(page, tmp_path):
+    (tmp_path / "notes.nii.gz").write_text("no scan")
+    with page.expect_console_message():
+        page.set_input_files("#file", str(tmp_path / "notes.nii.gz"))
+        page.wait_for_selector("#status.wrong")
+    assert "cannot be opened" in page.inner_text("#status")
+    page.problems.clear()  # Chromium reports every answer that is an error

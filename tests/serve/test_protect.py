@@ -12,7 +12,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from medplib_jax.serve.protect import Guard, Keys
+from medplib_jax.serve.protect import BodyLimit, Guard, Keys
+from medplib_jax.serve.refusals import Refused
 
 KEY = "correct horse"
 
@@ -23,8 +24,16 @@ async def echo(request: Request):
 
 
 def application(keys=(), max_body=1000, seconds=5.0):
-    app = Starlette(routes=[Route("/healthz", echo), Route("/x", echo, methods=["GET", "POST"])])
-    return Guard(app, Keys(keys), max_body, seconds)
+    app = Starlette(
+        routes=[
+            Route("/healthz", echo),
+            Route("/x", echo, methods=["GET", "POST"]),
+            Route("/scans/{x}", echo, methods=["POST"]),
+        ]
+    )
+    app.add_exception_handler(Refused, lambda _, refused: PlainTextResponse(refused.message, refused.status))
+    body, upload = BodyLimit(max_body, seconds), BodyLimit(3 * max_body, seconds)
+    return Guard(app, Keys(keys), body, upload, ["/scans/"])
 
 
 def client(**options) -> TestClient:
@@ -69,7 +78,14 @@ def test_a_body_over_the_limit_is_refused_by_its_header_and_by_its_bytes():
     assert client().post("/x", content=iter([b"x" * 600] * 2)).status_code == 413
 
 
-def test_a_body_that_does_not_come_is_not_waited_for():
+def test_an_upload_may_be_larger_and_is_bounded_too():
+    assert client().post("/scans/1", content=iter([b"x" * 1500] * 2)).text.endswith(":3000")
+    assert client().post("/scans/1", content=b"x" * 3001).status_code == 413
+    assert client().post("/scans/1", content=iter([b"x" * 1501] * 2)).status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/x", "/scans/1"])
+def test_a_body_that_does_not_come_is_not_waited_for(path):
     sent = []
 
     async def never():
@@ -81,7 +97,7 @@ def test_a_body_that_does_not_come_is_not_waited_for():
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/x",
+        "path": path,
         "headers": [],
         "client": ("1", 1),
         "state": {},

@@ -53,6 +53,7 @@ def test_a_question_about_a_picture_is_what_the_loader_makes_of_it(maker):
     expected = loaded(maker, (("human", "<image>\nWhere is the lung?"),), ("a",), {"a": content})
     chex.assert_trees_all_equal({name: getattr(found.batch, name) for name in expected}, expected)
     assert found.size == (20, 30) and found.tokens == expected["valid"].sum()
+    assert expected["feature_index"][0, found.head - 1] == 3 and (expected["feature_index"][0, found.head :] < 0).all()
 
 
 def test_a_conversation_keeps_its_turns_and_the_system_message_comes_first(maker):

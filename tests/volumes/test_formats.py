@@ -10,6 +10,7 @@ import SimpleITK as sitk
 from medplib_jax.data.errors import DataError
 from medplib_jax.volumes.formats import read_volume_file
 from medplib_jax.volumes.geometry import difference, onto
+from medplib_jax.volumes.read import count_volumes
 from tests.volumes.scans import some_values, write_nifti
 
 
@@ -37,6 +38,7 @@ def test_a_fourth_axis_is_chosen_by_index(tmp_path):
     write_nifti(tmp_path / "x.nii.gz", values)
     sitk.WriteImage(sitk.GetImageFromArray(values.T, isVector=False), str(tmp_path / "x.nrrd"))
     for name in ("x.nii.gz", "x.nrrd"):
+        assert count_volumes(str(tmp_path / name)) == 3
         np.testing.assert_array_equal(read(tmp_path / name, 2).values, values[..., 2])
         for index in (None, 3):
             with pytest.raises(DataError, match="several volumes in one file.*0 to 2"):

@@ -80,6 +80,22 @@ def test_masks_written_to_dicom_are_the_ones_drawn(tmp_path, direction, overlap)
         np.testing.assert_array_equal(frame[::order].transpose(2, 1, 0), mask)
 
 
+@given(affine=affines(), plane=st.sampled_from(PLANES), seed=st.integers(0, 99))
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_masks_drawn_on_any_plane_are_those_of_the_segmentation(tmp_path_factory, affine, plane, seed):
+    """Series of any orientation and voxel size; DICOM stores directions and places in decimals."""
+    folder = tmp_path_factory.mktemp("series")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0).round(3)
+    along, down = (np.diag([-1, -1, 1]) @ affine[:3, axis] / np.linalg.norm(affine[:3, axis]) for axis in (0, 1))
+    direction = [float(f"{x:.9f}") for x in (*along, *down)]
+    write_series(folder / "scan", some_values(), spacing=spacing, direction=direction, origin=affine[:3, 3].round(2))
+    scan, masks = read_scan(str(folder / "scan")), some_masks(seed)
+    write_dicom_seg(str(folder / "seg.dcm"), by_slices(masks, scan, plane), scan, "a model")
+    found = read_dicom_masks(read_header(str(folder / "seg.dcm")), scan)
+    for name, mask in masks.items():
+        np.testing.assert_array_equal(found[name], mask)
+
+
 def test_segments_have_coded_concepts_and_frames_on_all_slices(tmp_path):
     write_series(tmp_path / "scan", some_values())
     scan = read_scan(str(tmp_path / "scan"))

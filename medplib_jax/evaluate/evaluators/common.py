@@ -3,6 +3,8 @@
 `metrics.statistics` sums the scores up.
 """
 
+import dataclasses
+
 from medplib_jax.batch import Batch
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.rle import encode_rle
@@ -59,5 +61,6 @@ class Evaluator:
         known = {"patient": record.patient, "structure": record.structure}
         row |= {name: value for name, value in known.items() if value}
         row |= {} if record.examples is None else {"examples": [list(example) for example in record.examples]}
+        row |= {"volume": dataclasses.asdict(record.volume)} if record.volume else {}
         row |= self._kind.score(answer, self._protocol) | drawn
         return row if generation.choices is None else row | {"router": generation.choices[0].tolist()}

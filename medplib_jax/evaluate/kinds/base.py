@@ -41,6 +41,7 @@ class Contents:
     images: int = 0
     regions: int = 0
     masks: int = 0
+    volumes: int = 0
 
 
 class TaskKind(abc.ABC):
@@ -53,6 +54,7 @@ class TaskKind(abc.ABC):
     name: ClassVar[str]
     part: str = ""
     draws_masks: ClassVar[bool] = False  # whether the masks of an answer are drawn
+    fields: ClassVar[Sequence[str]] = ()  # of a line, beside its scores, what `statistics` needs
     metrics: ClassVar[Mapping[str, Metric]] = {}  # those that `metrics.catalogue` does not name
     scoring: ClassVar[int] = 1  # raised when the same answer gets other scores: files of predictions hold them
     main: ClassVar[Sequence[str]] = ()  # which of its metrics stands for a task: the first that it has

@@ -143,7 +143,7 @@ def load_sweep(workdir: str | Path) -> Sweep:
 
 def _load_cell(workdir: Path, entry: CellEntry, kind: TaskKind) -> ScoredCell:
     paths = tuple(workdir / name for name in entry.predictions)
-    rows = read_rows(*paths, fields=_FIELDS)
+    rows = read_rows(*paths, fields=(*_FIELDS, *kind.fields))
     found = kind.statistics(rows, entry.protocol) if rows else {}
     return ScoredCell(
         entry,

@@ -1,14 +1,21 @@
 // Puts the page together: files in, questions out, answers and masks back; a reload keeps the conversation.
 
 import { COLOURS, blobOf, layerOf, showLayers } from "./masks.js";
+import { Scan, droppedFiles, isPicture } from "./scan.js";
 import { TOOLS } from "./shapes.js";
-import { ask, modelName } from "./talk.js";
+import { ask, modelNames } from "./talk.js";
 import { Viewer } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
 const KEPT = "conversation";
-const state = { messages: [], masks: [], picture: null, asking: null };
+// `begin`: where the conversation about the picture that is shown begins; `found`: masks and boxes, each with its place.
+const state = { messages: [], begin: 0, found: [], picture: null, asking: null };
 const viewer = new Viewer($("stage"), $("canvas"), () => status(""));
+const scan = new Scan(showSlice, status);
+const EXPORTS = {
+  NIfTI: { suffix: ".nii.gz", make: (layer) => scan.exported(layer, "nifti") },
+  "DICOM SEG": { suffix: ".dcm", make: (layer) => scan.exported(layer, "dicom_seg") },
+};
 
 function status(text, wrong = false) {
   $("status").textContent = text;
@@ -16,42 +23,76 @@ function status(text, wrong = false) {
 }
 
 function keep() {
+  const { messages, begin, found, picture } = state;
   try {
-    sessionStorage.setItem(KEPT, JSON.stringify({ messages: state.messages, masks: state.masks, picture: state.picture }));
+    sessionStorage.setItem(KEPT, JSON.stringify({ messages, begin, found, picture: scan.info ? null : picture, scan: scan.kept }));
   } catch {
     status("This conversation is too large to survive a reload.");
   }
 }
 
-async function openFile(file) {
-  if (!file) return;
-  const url = await new Promise((resolve, reject) => {
+function asUrl(blob) {
+  return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
     reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(file);
+    reader.readAsDataURL(blob);
   });
+}
+
+async function openFiles(files) {
+  if (!files.length) return;
   restart();
-  await showPicture(url, file.name);
-  keep();
+  scan.close();
+  try {
+    if (isPicture(files)) await showPicture(await asUrl(files[0]), files[0].name);
+    else {
+      status("Loading the scan ...");
+      await scan.upload(files);
+      status("");
+    }
+    keep();
+  } catch (error) {
+    status(`This cannot be opened: ${error.message}`, true);
+  }
 }
 
 async function showPicture(url, name) {
   try {
     viewer.show(await createImageBitmap(blobOf(url), { imageOrientation: "from-image" }));
   } catch {
-    return status(`${name} cannot be shown: expected a PNG, JPEG, WebP or BMP picture.`, true);
+    return status(`${name} cannot be shown: expected a PNG, JPEG, WebP or BMP picture, or a scan.`, true);
   }
   state.picture = url;
-  $("hint").hidden = true;
+  $("hint").hidden = $("examples").hidden = true;
+}
+
+// A slice of the scan with what a job found on it, and what was answered about it.
+async function showSlice(picture, masks) {
+  await showPicture(await asUrl(picture), "This slice");
+  state.begin = state.messages.length + (state.asking ? 1 : 0); // behind the answer that is on its way
+  const own = await Promise.all(masks.map((mask, number) => layerOf(mask, number, scan.place)));
+  viewer.layers = [...own, ...(await layersHere())];
+  paintLayers();
+  keep();
+}
+
+async function layersHere() {
+  const here = state.found.map((found, number) => [found, number]).filter(([found]) => found.place === scan.place);
+  return Promise.all(here.map(([found, number]) => layerOf(found, number, found.place)));
+}
+
+function paintLayers() {
+  showLayers($("layers"), viewer.layers, () => viewer.paint(), scan.info ? EXPORTS : {});
+  viewer.paint();
 }
 
 function restart() {
   state.asking?.abort();
-  Object.assign(state, { messages: [], masks: [], picture: null });
+  Object.assign(state, { messages: [], begin: 0, found: [], picture: null });
   $("messages").replaceChildren();
   viewer.layers = [];
-  showLayers($("layers"), [], () => {});
+  paintLayers();
   viewer.clear();
   sessionStorage.removeItem(KEPT);
   status("");
@@ -89,12 +130,13 @@ async function send(question) {
   state.asking = new AbortController();
   setBusy(true);
   try {
-    const first = state.masks.length;
-    const answer = await ask(requestMessages(), regions, (text) => setText(body, text, first), state.asking.signal);
+    const [first, place] = [state.found.length, scan.place];
+    const asked = { model: $("models").value, messages: requestMessages(), regions };
+    const answer = await ask(asked, (text) => setText(body, text, first), state.asking.signal);
     setText(body, answer.text || "(no answer)", first);
-    state.messages.push({ role: "assistant", text: answer.text });
-    await addMasks(answer.masks);
-    status(answer.masks.length ? "" : "The answer has no mask.");
+    state.messages.push({ role: "assistant", text: answer.text, first });
+    await addFound([...answer.masks, ...answer.boxes], place);
+    status(answer.masks.length + answer.boxes.length ? "" : "The answer has no mask or box.");
   } catch (error) {
     state.messages.pop();
     body.parentElement.remove();
@@ -102,25 +144,26 @@ async function send(question) {
   } finally {
     setBusy(false);
     state.asking = null;
+    state.begin = Math.min(state.begin, state.messages.length);
     keep();
   }
 }
 
 // The picture stands in the first message.
 function requestMessages() {
-  return state.messages.map(({ role, text }, i) => {
+  return state.messages.slice(state.begin).map(({ role, text }, i) => {
     if (i || !state.picture) return { role, content: text };
     return { role, content: [{ type: "image_url", image_url: { url: state.picture } }, { type: "text", text }] };
   });
 }
 
-async function addMasks(masks) {
-  for (const mask of masks) {
-    viewer.layers.push(await layerOf(mask, state.masks.length));
-    state.masks.push(mask);
+async function addFound(found, place) {
+  for (const one of found) {
+    const layer = await layerOf(one, state.found.length, place);
+    state.found.push({ ...one, place });
+    if (place === scan.place) viewer.layers.push(layer);
   }
-  showLayers($("layers"), viewer.layers, () => viewer.paint());
-  viewer.paint();
+  paintLayers();
 }
 
 function setBusy(busy) {
@@ -146,12 +189,12 @@ function makeTools() {
 }
 
 function listen() {
-  $("file").addEventListener("change", (event) => openFile(event.target.files[0]));
+  for (const id of ["file", "folder"]) $(id).addEventListener("change", (event) => openFiles([...event.target.files]));
   $("undo").addEventListener("click", () => viewer.undo());
   $("clear").addEventListener("click", () => viewer.clear());
   $("fit").addEventListener("click", () => viewer.fit());
   $("stop").addEventListener("click", () => state.asking?.abort());
-  $("restart").addEventListener("click", () => { const { picture } = state; restart(); state.picture = picture; keep(); });
+  $("restart").addEventListener("click", () => { const { picture } = state; restart(); state.picture = picture; if (scan.info) scan.show(); keep(); });
   for (const name of ["level", "window"]) {
     $(name).addEventListener("input", (event) => { viewer.filter[name] = Number(event.target.value); viewer.paint(); });
   }
@@ -166,7 +209,9 @@ function listen() {
     if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("ask").requestSubmit(); }
   });
   document.addEventListener("keydown", (event) => {
-    if (["TEXTAREA", "INPUT"].includes(event.target.tagName)) return;
+    if (["TEXTAREA", "INPUT", "SELECT"].includes(event.target.tagName)) return;
+    const step = { ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1 }[event.key];
+    if (step && scan.info && event.target.id === "stage") { event.preventDefault(); return scan.step(step); }
     if (event.key === "z" && (event.ctrlKey || event.metaKey)) return viewer.undo();
     if (event.key === "0") return viewer.fit();
     const tool = TOOLS.find(({ key }) => key === event.key);
@@ -175,27 +220,49 @@ function listen() {
   const stage = $("stage");
   stage.addEventListener("dragover", (event) => { event.preventDefault(); stage.classList.add("over"); });
   stage.addEventListener("dragleave", () => stage.classList.remove("over"));
-  stage.addEventListener("drop", (event) => {
+  stage.addEventListener("drop", async (event) => {
     event.preventDefault();
     stage.classList.remove("over");
-    openFile(event.dataTransfer.files[0]);
+    openFiles(await droppedFiles(event.dataTransfer));
   });
 }
 
 async function restore() {
   const kept = JSON.parse(sessionStorage.getItem(KEPT) ?? "null");
   if (!kept) return;
-  if (kept.picture) await showPicture(kept.picture, "The picture");
-  state.messages = kept.messages;
-  let masks = 0;
-  for (const { role, text, shown } of kept.messages) {
-    setText(addMessage(role, shown ?? text), shown ?? text, masks);
-    if (role === "assistant") masks += text.split("<SEG>").length - 1;
+  const { messages, begin, found } = kept;
+  Object.assign(state, { messages, found });
+  for (const { role, text, shown, first } of messages) setText(addMessage(role, shown ?? text), shown ?? text, first);
+  if (kept.scan) await scan.open(kept.scan.info, kept.scan);
+  else if (kept.picture) {
+    await showPicture(kept.picture, "The picture");
+    viewer.layers = await layersHere();
+    paintLayers();
   }
-  await addMasks(kept.masks);
+  state.begin = begin;
+  keep();
+}
+
+async function showExamples() {
+  const response = await fetch("/examples");
+  const names = response.ok ? await response.json() : [];
+  $("examples").replaceChildren(...names.map((name, number) => {
+    const picture = Object.assign(document.createElement("img"), { src: `/examples/${number}`, alt: "" });
+    const button = Object.assign(document.createElement("button"), { type: "button" });
+    button.append(picture, ` ${name}`);
+    button.addEventListener("click", async () => openFiles([new File([await (await fetch(picture.src)).blob()], name)]));
+    const item = document.createElement("li");
+    item.append(button);
+    return item;
+  }));
+  $("examples").hidden = !names.length || Boolean(state.picture);
+}
+
+function showModels(names) {
+  $("models").replaceChildren(...names.map((name) => new Option(name, name)));
 }
 
 makeTools();
 listen();
-restore();
-modelName().then((name) => ($("model").textContent = name), (error) => status(`No server: ${error.message}`, true));
+restore().then(showExamples);
+modelNames().then(showModels, (error) => status(`No server: ${error.message}`, true));

@@ -18,12 +18,15 @@ export class Viewer {
     new ResizeObserver(() => this.resize()).observe(stage);
   }
 
+  // Another picture. One of the same size keeps zoom and place, so that slices can be compared.
   show(picture) {
+    const same = this.picture?.width === picture.width && this.picture?.height === picture.height;
     this.picture = picture;
     this.layers = [];
-    this.setRegion(null);
+    this.region = null;
     this.history = [];
-    this.fit();
+    if (same) this.paint();
+    else this.fit();
   }
 
   get size() {
@@ -66,10 +69,20 @@ export class Viewer {
     context.filter = "none";
     for (const layer of this.layers.filter((each) => each.visible)) {
       context.globalAlpha = layer.opacity;
-      context.drawImage(layer.bitmap, 0, 0);
+      if (layer.bitmap) context.drawImage(layer.bitmap, 0, 0);
+      else this.paintBox(layer);
     }
     context.globalAlpha = 1;
     this.region?.paint(context, view.scale);
+  }
+
+  paintBox({ box: [x0, y0, x1, y1], colour, label }) {
+    const { context, view } = this;
+    context.strokeStyle = context.fillStyle = colour;
+    context.lineWidth = 3 / view.scale;
+    context.strokeRect(x0, y0, x1 - x0, y1 - y0);
+    context.font = `${14 / view.scale}px sans-serif`;
+    context.fillText(label, x0, Math.max(y0 - 4 / view.scale, 14 / view.scale));
   }
 
   setRegion(region) {

@@ -1,0 +1,56 @@
+"""Prompts in two parts: the beginning that many prompts share, up to their last picture, and the rest.
+
+The keys and values of a beginning can be kept, so that the next question about a picture runs its own words alone. Both
+parts are run by the same programs whether the first one was kept or not, so an answer does not depend on that.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from medplib_jax.batch import Array, Batch, Params
+from medplib_jax.models.language.attention import KVCache
+from medplib_jax.models.layers import bind
+from medplib_jax.models.whole import WholeModel
+
+
+def run_prefix(
+    model: WholeModel, params: Params, batch: Batch, seen: Array | None, lengths_B: Array, room: int
+) -> KVCache:
+    """Keys and values of the first `lengths_B` positions of prompts [B, L], in a cache of `room` <= L positions."""
+    model = bind(model, params)
+    x_BxLxD, _ = model.embed(batch, seen)
+    valid_BxP = jnp.arange(room) < lengths_B[:, None]
+    _, out = model.llm(x_BxLxD[:, :room], valid_BxP, new_cache=room)
+    return out["cache"]
+
+
+def run_rest(
+    model: WholeModel, params: Params, batch: Batch, seen: Array | None, prefix: KVCache, room: int
+) -> tuple[Array, Array, KVCache]:
+    """The rest of prompts [B, L], at most `room` positions: hidden states [B, room, D], which of them are valid, and a
+    cache of at most L positions.
+    """
+    model = bind(model, params)
+    x_BxLxD, _ = model.embed(batch, seen)
+    L = x_BxLxD.shape[1]
+    index_BxR = prefix.length_B[:, None] + jnp.arange(room)
+    valid_BxR = index_BxR < batch.valid.sum(-1, keepdims=True)
+    x_BxRxD = jnp.take_along_axis(x_BxLxD, jnp.minimum(index_BxR, L - 1)[:, :, None], axis=1)
+    hidden_BxRxD, out = model.llm(x_BxRxD, valid_BxR, cache=_resized(prefix, prefix.v[0].shape[2] + room))
+    return hidden_BxRxD, valid_BxR, _resized(out["cache"], min(L, prefix.v[0].shape[2] + room))
+
+
+def _resized(cache: KVCache, length: int) -> KVCache:
+    """With room for so many positions; what is cut off holds nothing."""
+    beyond = length - cache.v[0].shape[2]
+    if beyond <= 0:
+        return cache.replace(k=tuple(k[..., :length] for k in cache.k), v=tuple(v[:, :, :length] for v in cache.v))
+    return cache.replace(
+        k=tuple(jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, beyond))) for k in cache.k),
+        v=tuple(jnp.pad(v, ((0, 0), (0, 0), (0, beyond), (0, 0))) for v in cache.v),
+    )
+
+
+def join(prefixes: list[KVCache]) -> KVCache:
+    """The rows of several caches of one size."""
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows), *prefixes)
