@@ -7,7 +7,8 @@ COMMAND
 7b: from stage IV with its LoRA merged; a new LoRA (rank 8) on the experts, SAM-Med2D's mask decoder, the SEG MLP, the
 token compressor (576 to 256 positions a picture) and the mask encoder (64 positions a mask) train on up to three
 examples before each picture. Batch 16, 10 epochs, lr 3e-4.
-tiny: from the stage IV that `bash launch/demo.sh --icl` leaves, on its shapes; masks of examples are painted on them.
+tiny: from the demo's stage IV, on the shapes that `bash launch/demo.sh --icl` makes; masks of examples are painted on
+them.
 """
 
 import dataclasses
@@ -71,7 +72,7 @@ def tiny() -> ExperimentConfig:
             sources=(f"{common.DEMO}/icl/data/train/train/icl.json",),
             root=f"{common.DEMO}/icl/data/train",
             batch_size=8,
-            bucket_lengths=(384,),
+            bucket_lengths=(448,),
             max_images=PICTURES,
             max_regions=0,
             mask_canvas=112,
@@ -79,6 +80,6 @@ def tiny() -> ExperimentConfig:
         ),
         optim=common.tiny_optim(1e-3, *TRAINABLE),
         loss=LOSS,
-        init=InitConfig(stage=5, base=f"{common.DEMO}/icl/stage_IV", sizes="base"),
+        init=InitConfig(stage=5, base=f"{common.DEMO}/stage_IV", sizes="base"),
         train=TrainConfig(steps=400, checkpoint_every=200),
     )

@@ -1,8 +1,9 @@
 """In-context segmentation on a laptop: shapes that no training picture holds, drawn after one to three examples.
 
-Run by `bash launch/demo.sh --icl`. A small stage IV learns to draw what words ask for; stage V learns from it to draw
-what examples show. Every step leaves its result in OUT/icl and is skipped when it is there, so a second call resumes.
-Figures stand in OUT/icl/metrics.json, examples beside queries and answers in OUT/icl/evaluation/report.html.
+Run by `bash launch/demo.sh --icl`. Stage V learns to draw what examples show. It starts from the stage IV of `bash
+launch/demo.sh` or, where that has not run, from a smaller one that learns here to draw what words ask for. Every step
+leaves its result in OUT/icl and is skipped when it is there, so a second call resumes. Figures stand in
+OUT/icl/metrics.json, examples beside queries and answers in OUT/icl/evaluation/report.html.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ GAIN = 0.25  # in mDice that three examples are to bring over none
 ABOUT = "generated shapes of forms that no training picture holds"
 PLACES = (("upper left", "top", "upper right"), ("left", "centre", "right"), ("lower left", "bottom", "lower right"))
 EVERYTHING = (".*",)
-RATE, STEPS, LENGTHS = 2e-3, {"IV": 300, "V": 700}, {"IV": (144,), "V": (384,)}
+RATES, STEPS, LENGTHS = {"IV": 2e-3, "V": 1e-3}, {"IV": 300, "V": 500}, {"IV": (144,), "V": (384,)}
 LOSS = LossConfig(ce=0.2, dice=5.0, bce=2.0)
 
 
@@ -79,12 +80,22 @@ class IclDemo:
     def workdir(self, stage: str) -> Path:
         return self.out / f"stage_{stage}"
 
+    @property
+    def whole(self) -> Path:
+        """The stage IV of the demonstration without --icl, which has seen far more, if it is there."""
+        return self.out.parent / "stage_IV"
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return ("V",) if (self.whole / "checkpoints").is_dir() else ("IV", "V")
+
     def experiment(self, stage: str) -> ExperimentConfig:
-        """The stage's tiny experiment on this demonstration's data. All of the model trains: nothing is pretrained."""
+        """The stage's tiny experiment on this demonstration's data. All of the model trains."""
         config = {"IV": stage4_moe, "V": stage5_icl}[stage].tiny()
-        source = self.grounding if stage == "IV" else self.records("train")
-        vocabulary = load_tokenizer(str(self.tokenizer)).vocab_size
+        source, own = self.grounding if stage == "IV" else self.records("train"), "IV" in self.stages
+        vocabulary = load_tokenizer(str(self.tokenizer)).vocab_size if own else config.model.llm.vocab_size
         model = dataclasses.replace(config.model, lora=LoraConfig())
+        init = InitConfig(stage=5, base=str(self.workdir("IV") if own else self.whole), sizes="base")
         return dataclasses.replace(
             config,
             model=dataclasses.replace(model, llm=dataclasses.replace(model.llm, vocab_size=vocabulary)),
@@ -92,15 +103,17 @@ class IclDemo:
                 config.data,
                 sources=(str(source),),
                 root=str(self.data("train")),
-                tokenizer=str(self.tokenizer),
-                bucket_lengths=LENGTHS[stage],
+                tokenizer=str(self.tokenizer) if own else "",  # the base's
+                bucket_lengths=LENGTHS[stage] if own else config.data.bucket_lengths,
                 max_regions=0,
                 max_masks=1,
                 mask_canvas=shapes.SIDE,
             ),
-            optim=dataclasses.replace(config.optim, lr=RATE, trainable=EVERYTHING, lr_scale=(), schedule="cosine"),
+            optim=dataclasses.replace(
+                config.optim, lr=RATES[stage], trainable=EVERYTHING, lr_scale=(), schedule="cosine"
+            ),
             loss=LOSS,
-            init=InitConfig(stage=4) if stage == "IV" else InitConfig(stage=5, base=str(self.workdir("IV"))),
+            init=InitConfig(stage=4) if stage == "IV" else init,
             train=dataclasses.replace(config.train, steps=STEPS[stage], checkpoint_every=STEPS[stage], seed=self.seed),
         )
 
@@ -113,7 +126,7 @@ def run(demo: IclDemo, watch: Stopwatch) -> int:
     else:
         announce("Shapes")
         make_data(demo)
-        for stage in ("IV", "V"):
+        for stage in demo.stages:
             announce(f"Stage {stage}")
             with contextlib.redirect_stdout(sys.stderr):
                 outcome = train(demo.experiment(stage), str(demo.workdir(stage)))
