@@ -29,6 +29,7 @@ def get_config(folder: str):
         config.data,
         sources=sources,
         root=folder if own.is_dir() else root,
+        tokenizer="",
         bucket_lengths=(160, 192, 448, 1024),
         batch_size=8,
         on_error="skip",
