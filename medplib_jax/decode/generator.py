@@ -58,9 +58,9 @@ class Decoder:
     def empty(self, like: Slots, slots: int, room: int) -> Slots:
         """`slots` slots in which nothing happens, for prompts of the length of `like` and answers of `room` tokens."""
         zeros = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), like.replace(cache=None))
-        values = jax.tree.leaves(like.cache.v[0])[0]
+        dtype = jax.tree.leaves(like.cache.v)[0].dtype
         narrow = self.model.llm.narrow_cache
-        cache = init_cache(self.model.config, slots, values.shape[2] + room, values.dtype, narrow)
+        cache = init_cache(self.model.config, slots, like.cache.room + room, dtype, narrow)
         return zeros.replace(cache=cache)
 
     def prefill(
@@ -297,7 +297,7 @@ class Generator:
             else:
                 new = self._prefill_rest(self.params, *rows, seen, prefix, room=rest)
             if slots is None:
-                beyond = max(longest, prompts.tokens.shape[1]) - new.cache.v[0].shape[2]
+                beyond = max(longest, prompts.tokens.shape[1]) - new.cache.room
                 slots = self._empty(new, num_slots, beyond + self.options.max_new_tokens)
             return self._insert(slots, new, self._put(index_DxR))
 

@@ -36,19 +36,22 @@ def run_rest(
     index_BxR = prefix.length_B[:, None] + jnp.arange(room)
     valid_BxR = index_BxR < batch.valid.sum(-1, keepdims=True)
     x_BxRxD = jnp.take_along_axis(x_BxLxD, jnp.minimum(index_BxR, L - 1)[:, :, None], axis=1)
-    hidden_BxRxD, out = model.llm(x_BxRxD, valid_BxR, cache=_resized(prefix, prefix.v[0].shape[2] + room))
-    return hidden_BxRxD, valid_BxR, _resized(out["cache"], min(L, prefix.v[0].shape[2] + room))
+    hidden_BxRxD, out = model.llm(x_BxRxD, valid_BxR, cache=_resized(prefix, prefix.room + room))
+    return hidden_BxRxD, valid_BxR, _resized(out["cache"], min(L, prefix.room + room))
 
 
 def _resized(cache: KVCache, length: int) -> KVCache:
     """With room for so many positions; what is cut off holds nothing."""
-    beyond = length - cache.v[0].shape[2]
-    if beyond <= 0:
-        return cache.replace(k=tuple(k[..., :length] for k in cache.k), v=tuple(v[:, :, :length] for v in cache.v))
-    return cache.replace(
-        k=tuple(jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, beyond))) for k in cache.k),
-        v=tuple(jnp.pad(v, ((0, 0), (0, 0), (0, beyond), (0, 0))) for v in cache.v),
-    )
+    beyond = length - cache.room
+
+    def resized(x: Array, axis: int) -> Array:
+        if beyond <= 0:
+            return jax.lax.slice_in_dim(x, 0, length, axis=axis)
+        return jnp.pad(x, [(0, beyond if i == axis else 0) for i in range(x.ndim)])
+
+    # positions lie on the last axis of keys and of scales, on the third of values and of scales
+    k = jax.tree.map(lambda x: resized(x, x.ndim - 1), cache.k)
+    return cache.replace(k=k, v=jax.tree.map(lambda x: resized(x, 2), cache.v))
 
 
 def join(prefixes: list[KVCache]) -> KVCache:

@@ -49,6 +49,11 @@ class KVCache:
         None  # of each row's prompt, see `long_context`; None where the model does not scale
     )
 
+    @property
+    def room(self) -> int:
+        """Positions that a row may hold."""
+        return jax.tree.leaves(self.v)[0].shape[2]
+
 
 def rotary_frequencies(head_dim: int, theta: float) -> np.ndarray:
     """theta^(-2i/K), float32 [K/2] (Su et al. 2021, eq. 15), rounded where LLaMA's `rotary_emb.inv_freq` is.
