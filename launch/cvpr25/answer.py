@@ -79,7 +79,7 @@ def answer_case(predictor: Predictor, path: str, question: str) -> np.ndarray:
     segments, last = np.zeros(volume.shape, np.uint16), 0
     for number, text in sorted(prompts.items()):
         mask = np.zeros(volume.shape, bool)
-        planes = shown.cut.turned(mask)
+        planes = shown.cut.reoriented(mask)
         for one in answer_slices(predictor, shown, text, question, range(len(shown))):
             if one.mask is not None:
                 planes[one.number] = one.mask

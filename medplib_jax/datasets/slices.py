@@ -58,7 +58,7 @@ class SliceOptions:
     """How scans become pictures.
 
     modality: instead of what a scan tells. window: as `windows.parse_window`; "": the file's own, else percentiles.
-    every: takes each so manieth slice. patient: see `patients.patient_of`. plane: see `geometry.cut`. negatives: keep
+    every: takes every N-th slice. patient: see `patients.patient_of`. plane: see `geometry.cut`. negatives: keep
     slices that show no mask, too. questions: write a test file about whole volumes, which needs all of their slices.
     """
 
@@ -254,7 +254,7 @@ def _slices(
 
     Whatever goes wrong in making one is a DataError that names the scan.
     """
-    turned = {name: shown.cut.turned(mask) for name, mask in masks.items()}
+    turned = {name: shown.cut.reoriented(mask) for name, mask in masks.items()}
     for number in range(0, len(shown), every):
         marked = {name: shown.cut.mask_on_picture(mask[number]) for name, mask in turned.items() if mask[number].any()}
         if marked or complete:
@@ -328,7 +328,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--modality", default="", help="instead of what a scan tells, e.g. CT")
     parser.add_argument("--window", default="", help=WINDOW_HELP)
-    parser.add_argument("--every", type=int, default=1, help="take each so manieth slice")
+    parser.add_argument("--every", type=int, default=1, help="take every N-th slice")
     parser.add_argument("--plane", default="acquired", choices=PLANES)
     parser.add_argument(
         "--questions", action="store_true", help=f"write {QUESTIONS}: each structure on every slice, for evaluation"

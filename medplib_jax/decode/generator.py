@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medplib_jax.batch import Array, Batch, Params
 from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import ModelConfig
-from medplib_jax.decode.layout import decoding_model, is_laid_out, lay_out
+from medplib_jax.decode.layout import decoding_model, in_decoding_layout, to_decoding_layout
 from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.decode.prefix import run_prefix, run_rest
 from medplib_jax.decode.sampling import Draws, answer_draws, draw_token
@@ -193,9 +193,9 @@ class Generator:
     """Generates answers, for a batch at once or step by step for a stream of prompts (`stream.py`). Compiles once per
     prompt length and batch size.
 
-    An answer ends before a token of `stop_ids`. `params` are a checkpoint's, or those that `lay_out` returned. `mesh`:
-    devices of this process that share the work (its data and fsdp axes) and hold the parameters, spread over them by
-    `rules`, which a mesh of several devices needs.
+    An answer ends before a token of `stop_ids`. `params` are a checkpoint's, or those that `to_decoding_layout`
+    returned. `mesh`: devices of this process that share the work (its data and fsdp axes) and hold the parameters,
+    spread over them by `rules`, which a mesh of several devices needs.
     """
 
     def __init__(
@@ -214,7 +214,11 @@ class Generator:
         check_model_fits(config, rules, self.mesh)
         model = decoding_model(config, self.mesh, rules, options.quantize)
         self._decoder = decoder = Decoder(model, tuple(stop_ids), seg_id, options)
-        self.params = params if is_laid_out(params) else lay_out(config, params, self.mesh, rules, options.quantize)
+        self.params = (
+            params
+            if in_decoding_layout(params)
+            else to_decoding_layout(config, params, self.mesh, rules, options.quantize)
+        )
         self._rows = batch_sharding(self.mesh)
         self._dispatch = threading.Lock()  # of programs that several threads ask for, so that each is compiled once
         slots, compiler = self._slot_shardings(), compiler_options(self.mesh)

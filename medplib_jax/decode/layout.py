@@ -1,4 +1,4 @@
-"""How decoding wants a checkpoint's parameters: adapters merged, layers apart, kernels in the order in which the
+"""How decoding wants a checkpoint's parameters: adapters merged, layers unstacked, kernels in the order in which the
 platform reads them, perhaps in 8 bits.
 """
 
@@ -37,44 +37,44 @@ Piece = Callable[[], Iterator[tuple[str, Params]]]  # reads (path in the decodin
 def decoding_model(
     config: ModelConfig, mesh: Mesh | None = None, rules: ShardingConfig | None = None, quantize: str = ""
 ) -> WholeModel:
-    """`laid_out_model` whose experts have no capacity, which would let a token's expert depend on the rest of the
-    batch.
-    """
+    """`model_in_decoding_layout` whose experts drop nothing: no token depends on the rest of its batch."""
     dropless = dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dropless"))
-    return laid_out_model(dropless, mesh, rules, quantize)
+    return model_in_decoding_layout(dropless, mesh, rules, quantize)
 
 
-def laid_out_model(
+def model_in_decoding_layout(
     config: ModelConfig, mesh: Mesh | None = None, rules: ShardingConfig | None = None, quantize: str = ""
 ) -> WholeModel:
-    """The abstract model with parameters as `lay_out` gives them.
+    """The abstract model with parameters as `to_decoding_layout` gives them.
 
     `quantize` is one of QUANTIZE: "int8" gives its linear layers weights of 8 bits, "kv" its cache keys and values of
     8 bits, "int8+kv" both.
 
     On a GPU the experts of a layer stay in one array, from which the chosen one is picked while it is read: in order to
-    choose among programs the host would have to wait for the router. The decoder's kernels are turned there
+    choose among programs the host would have to wait for the router. The decoder's kernels are transposed there
     (`layers.matmul_by_output`).
     """
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize {quantize!r} is not one of {QUANTIZE}")
-    return _laid_out_model(
+    return _model_in_decoding_layout(
         dataclasses.replace(config, lora=LoraConfig()), rules, quantize, is_gpu(mesh or one_device())
     )
 
 
 @functools.lru_cache(maxsize=8)
-def _laid_out_model(config: ModelConfig, rules: ShardingConfig | None, quantize: str, for_gpu: bool) -> WholeModel:
+def _model_in_decoding_layout(
+    config: ModelConfig, rules: ShardingConfig | None, quantize: str, for_gpu: bool
+) -> WholeModel:
     """Read-only, because equal arguments share it."""
     model = abstract_module(
-        functools.partial(build_model, config, rules=rules, layers_apart=True, experts_apart=not for_gpu)
+        functools.partial(build_model, config, rules=rules, unstacked_layers=True, unstacked_experts=not for_gpu)
     )
     model = quantize_module(model) if "int8" in quantize else model
     model.llm.narrow_cache = "kv" in quantize
     return _turn_module(model) if for_gpu else model
 
 
-def lay_out(
+def to_decoding_layout(
     config: ModelConfig,
     params: Params,
     mesh: Mesh | None = None,
@@ -90,22 +90,22 @@ def lay_out(
     """
     mesh = mesh or one_device()
     check_model_fits(config, rules, mesh)
-    model = laid_out_model(config, mesh, rules, quantize)
+    model = model_in_decoding_layout(config, mesh, rules, quantize)
     check_parts(params, params_of(model))
-    arrange = functools.partial(_arrange, lora=config.lora, like=flatten(params_of(model)), turned=is_gpu(mesh))
+    arrange = functools.partial(_arrange, lora=config.lora, like=flatten(params_of(model)), transposed=is_gpu(mesh))
 
     def make(piece: Piece) -> dict[str, np.ndarray]:
         return {place: array for path, module in piece() for place, array in arrange(path, module).items()}
 
     shardings, placed = flatten(model_shardings(model, mesh)), {}
-    for made in ahead(functools.partial(make, piece) for piece in _pieces(params, experts_apart=not is_gpu(mesh))):
+    for made in ahead(functools.partial(make, piece) for piece in _pieces(params, unstacked_experts=not is_gpu(mesh))):
         placed |= {path: jax.device_put(array, shardings[path]) for path, array in made.items()}
     if missing := sorted(shardings.keys() - placed.keys()):
         raise ValueError(f"the checkpoint lacks {len(missing)} parameters of the model, first {missing[0]}")
     return unflatten(placed)
 
 
-def _pieces(params: Params, experts_apart: bool) -> Iterator[Piece]:
+def _pieces(params: Params, unstacked_experts: bool) -> Iterator[Piece]:
     """What is read together: one module, and of a stack of layers as few layers as the file allows."""
     modules = collections.defaultdict(dict)
     for path, leaf in flatten(params).items():
@@ -118,20 +118,20 @@ def _pieces(params: Params, experts_apart: bool) -> Iterator[Piece]:
         largest = max(leaves.values(), key=lambda leaf: math.prod(leaf.shape))
         count, step = largest.shape[0], getattr(largest, "rows_at_once", 1)
         for start in range(0, count, step):
-            yield functools.partial(_read_layers, module, leaves, range(count)[start : start + step], experts_apart)
+            yield functools.partial(_read_layers, module, leaves, range(count)[start : start + step], unstacked_experts)
 
 
 def _read_module(path: str, leaves: Params) -> Iterator[tuple[str, Params]]:
     yield path, {name: leaf[...] for name, leaf in leaves.items()}
 
 
-def _read_layers(path: str, leaves: Params, layers: range, experts_apart: bool) -> Iterator[tuple[str, Params]]:
-    """The module of each of these layers, and with `experts_apart` of each expert in it."""
+def _read_layers(path: str, leaves: Params, layers: range, unstacked_experts: bool) -> Iterator[tuple[str, Params]]:
+    """The module of each of these layers, and with `unstacked_experts` of each expert in it."""
     part, stack, *inner = path.split("/")
     rows = {name: leaf[layers.start : layers.stop] for name, leaf in leaves.items()}
     for i in layers:
         module = {name: row[i - layers.start] for name, row in rows.items()}
-        if inner[0] != "experts" or not experts_apart:
+        if inner[0] != "experts" or not unstacked_experts:
             yield "/".join((part, stack, str(i), *inner)), module
             continue
         for e in range(len(module["kernel"])):
@@ -139,13 +139,13 @@ def _read_layers(path: str, leaves: Params, layers: range, experts_apart: bool) 
             yield place, {name: array[e] for name, array in module.items()}
 
 
-def _arrange(path: str, module: Params, *, lora: LoraConfig, like: dict[str, Any], turned: bool) -> dict[str, Any]:
+def _arrange(path: str, module: Params, *, lora: LoraConfig, like: dict[str, Any], transposed: bool) -> dict[str, Any]:
     """{path: array} of one module of the decoding model. `like`: shapes by path; ValueError for others."""
     module = merge_lora(module, lora)
     if f"{path}/kernel_scale" in like and "kernel_scale" not in module:
         kernel, scale = quantize_kernel(module["kernel"])
         module = module | {"kernel": kernel, "kernel_scale": scale}
-    if turned and path.startswith("llm/") and "kernel" in module:
+    if transposed and path.startswith("llm/") and "kernel" in module:
         module = module | {"kernel": module["kernel"].swapaxes(-1, -2)}
     found = {f"{path}/{name}": array for name, array in module.items()}
     for place, array in found.items():
@@ -155,7 +155,7 @@ def _arrange(path: str, module: Params, *, lora: LoraConfig, like: dict[str, Any
     return found
 
 
-def is_laid_out(params: Params) -> bool:
+def in_decoding_layout(params: Params) -> bool:
     return "0" in params.get("llm", {}).get("layers", {})
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint as it answers: its parameters laid out on devices, and what it says about itself."""
+"""A checkpoint as it answers: its parameters on devices, and what it says about itself."""
 
 import dataclasses
 import os
@@ -7,14 +7,14 @@ from jax.sharding import Mesh
 
 from medplib_jax.batch import Params
 from medplib_jax.config.experiment import ExperimentConfig, ShardingConfig
-from medplib_jax.decode.layout import lay_out
+from medplib_jax.decode.layout import to_decoding_layout
 from medplib_jax.decode.saved_params import open_params
 from medplib_jax.parallel.compilation import release_memory
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedCheckpoint:
-    """`params`: see `layout.lay_out`. `tokenizer`: its folder. `quantize`: one of `layout.QUANTIZE`."""
+    """`params`: see `layout.to_decoding_layout`. `tokenizer`: its folder. `quantize`: one of `layout.QUANTIZE`."""
 
     experiment: ExperimentConfig
     params: Params
@@ -39,7 +39,7 @@ def load_checkpoint(
     saved = open_params(path, step)
     if saved.quantize and saved.quantize not in quantize:
         quantize = "+".join(filter(None, (saved.quantize, quantize)))
-    params = lay_out(saved.experiment.model, saved.tree, mesh, rules, quantize)
+    params = to_decoding_layout(saved.experiment.model, saved.tree, mesh, rules, quantize)
     saved.check()
     release_memory()
     return LoadedCheckpoint(saved.experiment, params, saved.tokenizer, quantize)

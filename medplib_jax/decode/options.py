@@ -1,4 +1,4 @@
-"""How answers are generated: what a caller of `Generator` chooses, apart from the model and its tokens."""
+"""How answers are generated: what a caller of `Generator` chooses, besides the model and its tokens."""
 
 import dataclasses
 

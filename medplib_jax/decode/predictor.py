@@ -127,7 +127,7 @@ class Predictor:
 
     @property
     def params(self) -> Params:
-        """The checkpoint's parameters, laid out for decoding."""
+        """The checkpoint's parameters, in the layout for decoding."""
         return self.generator.params
 
     def __call__(

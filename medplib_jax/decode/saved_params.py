@@ -1,7 +1,7 @@
 """The parameters of a checkpoint, opened and not yet read.
 
 MedPLIB-7B has 23 GB in bfloat16. What answers on a small machine reads a layer, makes of it what it needs (8 bits, say)
-and drops it before it reads the next (`layout.lay_out`).
+and drops it before it reads the next (`layout.to_decoding_layout`).
 """
 
 import dataclasses

@@ -38,7 +38,7 @@ class ScanOptions:
 
     slices: (first, end), None: all.
 
-    every: asks about each so manieth slice, masks between are interpolated. smooth: mm, 0 for no smoothing. index:
+    every: asks about every N-th slice, masks between are interpolated. smooth: mm, 0 for no smoothing. index:
     which of several volumes.
     """
 
@@ -208,7 +208,7 @@ def _volume_mask(
 ) -> np.ndarray:
     """A structure's mask on the scan's grid, after what the options ask for."""
     mask = np.zeros(shown.volume.shape, bool)
-    planes = shown.cut.turned(mask)
+    planes = shown.cut.reoriented(mask)
     for number in numbers:
         if (plane := store.plane(structure, number)) is not None:
             planes[number] = plane
@@ -224,7 +224,7 @@ def add_scan_flags(parser: argparse.ArgumentParser) -> None:
     scan.add_argument("--plane", choices=PLANES, default=PLANES[0], help="slices that the model sees")
     scan.add_argument("--window", default="", help=WINDOW_HELP)
     scan.add_argument("--slices", metavar="A:B", help="from A up to B, without B; all of them by default")
-    scan.add_argument("--every", type=int, default=1, help="ask about each so manieth slice, interpolate between")
+    scan.add_argument("--every", type=int, default=1, help="ask about every N-th slice, interpolate between")
     scan.add_argument("--largest-component", action="store_true", help="keep the largest part of each mask")
     scan.add_argument("--smooth", type=float, default=0.0, metavar="MM", help="smooth the masks' surface")
     scan.add_argument("--index", type=int, help="which of several volumes of a file or folder")

@@ -34,7 +34,7 @@ from medplib_jax.parallel.processes import wait_for_others
 
 
 class AskedModel:
-    """A model's parameters on this process's devices, as `lay_out` returns them, and its generators."""
+    """A model's parameters on this process's devices, as `to_decoding_layout` returns them, and its generators."""
 
     def __init__(
         self,

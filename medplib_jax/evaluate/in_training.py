@@ -13,7 +13,7 @@ from medplib_jax.config.experiment import ExperimentConfig, MeshConfig
 from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.sources import is_dataset
 from medplib_jax.data.tokenizers import load_tokenizer
-from medplib_jax.decode.layout import lay_out
+from medplib_jax.decode.layout import to_decoding_layout
 from medplib_jax.evaluate import metrics
 from medplib_jax.evaluate.answering import AskedModel, answers
 from medplib_jax.evaluate.evaluators.predictions import SKIPPED
@@ -53,7 +53,7 @@ class HeldOutFigures:
         if jax.process_count() > 1:
             params = multihost_utils.process_allgather(params, tiled=True)
         config = self._config
-        params = lay_out(config.model, params, self._mesh, config.sharding)
+        params = to_decoding_layout(config.model, params, self._mesh, config.sharding)
         if self._asked is None:
             tokenizer = load_tokenizer(config.data.tokenizer)
             self._asked = AskedModel(config, params, tokenizer, self._mesh, config.sharding)

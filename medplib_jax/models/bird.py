@@ -30,8 +30,8 @@ class Bird(WholeModel):
         config: ModelConfig,
         rngs: Rngs,
         rules: ShardingConfig | None = None,
-        layers_apart: bool = False,
-        experts_apart: bool = False,
+        unstacked_layers: bool = False,
+        unstacked_experts: bool = False,
     ):
         width = config.llm.hidden_size
         self.config, self.rules = config, rules
@@ -39,7 +39,7 @@ class Bird(WholeModel):
         self.resampler = Resampler(config.vit, width, rngs)
         self.post_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         self.proj = Linear(width, width, axes=("vision", "vision_out"), bias=False, rngs=rngs)
-        self.llm = Llama(config, rngs, rules, layers_apart, experts_apart)
+        self.llm = Llama(config, rngs, rules, unstacked_layers, unstacked_experts)
 
     def see(self, clip_pixels_BxNxIxIx3: Array) -> tuple[Array, dict[str, Any]]:
         """The resampled vectors of all pictures, [B * N, Q, D]."""

@@ -14,8 +14,8 @@ def build_model(
     config: ModelConfig,
     rngs: Rngs,
     rules: ShardingConfig | None = None,
-    layers_apart: bool = False,
-    experts_apart: bool = False,
+    unstacked_layers: bool = False,
+    unstacked_experts: bool = False,
 ) -> WholeModel:
-    """The model of `config.family`; what is `apart`: see `Llama`."""
-    return MODELS[config.family](config, rngs, rules, layers_apart, experts_apart)
+    """The model of `config.family`; `unstacked_layers`, `unstacked_experts`: see `Llama`."""
+    return MODELS[config.family](config, rngs, rules, unstacked_layers, unstacked_experts)

@@ -22,7 +22,8 @@ from medplib_jax.parallel.sharding import shard_rows
 class MedPLIB(WholeModel):
     """The whole model.
 
-    `rules`: where parameters go on a mesh; None for a model that stays on one device. What is `apart`: see `Llama`.
+    `rules`: where parameters go on a mesh; None for a model that stays on one device. `unstacked_layers` and
+    `unstacked_experts`: see `Llama`.
     """
 
     def __init__(
@@ -30,8 +31,8 @@ class MedPLIB(WholeModel):
         config: ModelConfig,
         rngs: Rngs,
         rules: ShardingConfig | None = None,
-        layers_apart: bool = False,
-        experts_apart: bool = False,
+        unstacked_layers: bool = False,
+        unstacked_experts: bool = False,
     ):
         width = config.llm.hidden_size
         self.config, self.rules = config, rules
@@ -39,7 +40,7 @@ class MedPLIB(WholeModel):
         self.projector = Mlp(config.clip.hidden_size, width, width, gelu, rngs=rngs)
         self.region = RegionEncoder(config.region, config.clip, width, rngs)
         self.icl = ExampleReader(config.icl, width, rngs) if config.icl.has_modules else None
-        self.llm = Llama(config, rngs, rules, layers_apart, experts_apart)
+        self.llm = Llama(config, rngs, rules, unstacked_layers, unstacked_experts)
         self.seg_mlp = Mlp(width, width, config.mask.out_dim, jax.nn.relu, rngs=rngs)
         self.sam = SamMed2d(config.mask, rngs)
 

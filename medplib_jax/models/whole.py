@@ -46,10 +46,10 @@ class WholeModel(nnx.Module):
         config: ModelConfig,
         rngs: Rngs,
         rules: ShardingConfig | None = None,
-        layers_apart: bool = False,
-        experts_apart: bool = False,
+        unstacked_layers: bool = False,
+        unstacked_experts: bool = False,
     ):
-        """What is `apart`: see `Llama`."""
+        """`unstacked_layers`, `unstacked_experts`: see `Llama`."""
 
     @abc.abstractmethod
     def see(self, clip_pixels_BxNxIxIx3: Array) -> tuple[Array, dict[str, Any]]:

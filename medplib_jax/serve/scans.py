@@ -103,7 +103,7 @@ class Scans:
                 raise Refused(
                     400, f"expected a mask of {shown.cut.size} on a slice from 0 to {len(shown) - 1}", "masks"
                 )
-            shown.cut.turned(masks[label])[number] |= shown.cut.mask_on_plane(plane)
+            shown.cut.reoriented(masks[label])[number] |= shown.cut.mask_on_plane(plane)
         if format == "nifti":
             path = Path(folder, "masks.nii.gz")
             write_nifti(str(path), label_map(masks, shown.volume.shape), shown.volume)
@@ -117,7 +117,7 @@ class Scans:
         if not 0 <= number < len(shown):
             raise Refused(404, f"expected a slice from 0 to {len(shown) - 1}")
         out = self._store.folder("jobs", job) / OUT
-        plane = shown.cut.turned(np.asarray(nibabel.load(out / "masks.nii.gz").dataobj))[number]
+        plane = shown.cut.reoriented(np.asarray(nibabel.load(out / "masks.nii.gz").dataobj))[number]
         ious = {row["structure"]: float(row["mean_predicted_iou"] or 0) for row in _table(out / "table.tsv")}
         pixel = float(np.min(shown.volume.spacing[list(shown.cut.axes[1:])])) ** 2
         found = []

@@ -37,7 +37,7 @@ class Cut:
     def __len__(self) -> int:
         return self.shape[self.axes[0]]
 
-    def turned(self, array: np.ndarray) -> np.ndarray:
+    def reoriented(self, array: np.ndarray) -> np.ndarray:
         """A view [slices, rows, columns, ...] of an array [i, j, k, ...] on the scan's grid."""
         view = array.transpose(*self.axes, *range(3, array.ndim))
         return view[tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)]

@@ -24,7 +24,7 @@ class Pictures:
 
     def __getitem__(self, number: int) -> np.ndarray:
         """uint8 [h, w], or [h, w, 3] in colour."""
-        plane = self.cut.turned(self.volume.values)[number]
+        plane = self.cut.reoriented(self.volume.values)[number]
         return self.cut.picture(shown(plane, self.tones, self.volume.inverted))
 
 

@@ -99,7 +99,7 @@ def _table(scan: Volume, shown: Pictures, masks: Mapping[str, np.ndarray], ious:
     writer.writerow(["value", "structure", "voxels", "ml", "slices", "mean_predicted_iou"])
     voxel = abs(np.linalg.det(scan.affine[:3, :3])) / 1000
     for value, (name, mask) in enumerate(masks.items(), start=1):
-        count, slices = int(mask.sum()), int(shown.cut.turned(mask).any(axis=(1, 2)).sum())
+        count, slices = int(mask.sum()), int(shown.cut.reoriented(mask).any(axis=(1, 2)).sum())
         volume = f"{count * voxel:.3f}" if scan.located else ""
         writer.writerow([value, name, count, volume, slices, f"{ious[name]:.3f}" if count else ""])
     return content.getvalue()
@@ -127,7 +127,7 @@ def marked_picture(view: Pictures, masks: Mapping[str, np.ndarray], number: int)
     scale = PREVIEW_SIDE / max(picture.shape[:2])
     size = tuple(max(1, round(side * scale)) for side in picture.shape[1::-1])
     large = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
-    drawn = [view.cut.mask_on_picture(view.cut.turned(mask)[number]) for mask in masks.values()]
+    drawn = [view.cut.mask_on_picture(view.cut.reoriented(mask)[number]) for mask in masks.values()]
     return overlay(large, drawn, PALETTE)
 
 
@@ -140,7 +140,7 @@ def _page(scan: Volume, shown: Pictures, masks: Mapping[str, np.ndarray]) -> str
         for k, name in enumerate(masks)
     )
     middle = max(
-        range(len(numbers)), key=lambda k: sum(int(shown.cut.turned(m)[numbers[k]].sum()) for m in masks.values())
+        range(len(numbers)), key=lambda k: sum(int(shown.cut.reoriented(m)[numbers[k]].sum()) for m in masks.values())
     )
     fields = {"TITLE": html.escape(scan.name), "LEGEND": legend, "LAST": str(len(numbers) - 1), "START": str(middle)}
     page = _PAGE

@@ -1,6 +1,6 @@
 """The layout that decoding has on a GPU, run on the CPU:
 
-The same answers, from the same programs but for kernels that are turned.
+The same answers, from the same programs but for kernels that are transposed.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from medplib_jax.batch import flatten
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode import layout as layout
 from medplib_jax.decode.generator import Generator
-from medplib_jax.decode.layout import laid_out_model, lay_out
+from medplib_jax.decode.layout import model_in_decoding_layout, to_decoding_layout
 from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import abstract_module, draw_params, logical_axes, params_of
@@ -71,10 +71,10 @@ def test_a_gpu_gives_the_same_answers(params, rows, top_k, quantize, request):
 @pytest.mark.parametrize("quantize", layout.QUANTIZE)
 def test_every_parameter_has_its_place_and_shape(params, quantize, on_gpu):
     shapes, axes = (
-        flatten(params_of(laid_out_model(MODEL, quantize=quantize))),
-        flatten(logical_axes(laid_out_model(MODEL, quantize=quantize))),
+        flatten(params_of(model_in_decoding_layout(MODEL, quantize=quantize))),
+        flatten(logical_axes(model_in_decoding_layout(MODEL, quantize=quantize))),
     )
-    found = flatten(lay_out(MODEL, params, quantize=quantize))
+    found = flatten(to_decoding_layout(MODEL, params, quantize=quantize))
     assert {path: (x.shape, x.dtype == jnp.int8) for path, x in found.items()} == {
         path: (x.shape, x.dtype == jnp.int8) for path, x in shapes.items()
     }
@@ -108,7 +108,7 @@ def _equations(jaxpr):
 
 def test_a_checkpoint_of_other_parts_says_what_it_is(params):
     with pytest.raises(ValueError, match=r"of in-context learning: .*\(icl/compressor, icl/mask_encoder\), which this"):
-        lay_out(MODEL, params | {"icl": {"mask_encoder": {}, "compressor": {}}})
+        to_decoding_layout(MODEL, params | {"icl": {"mask_encoder": {}, "compressor": {}}})
     with pytest.raises(ValueError, match="the checkpoint lacks llm, .*: it holds clip alone"):
         Generator(
             MODEL, {"clip": params["clip"]}, DecodeOptions(max_new_tokens=1, max_masks=0), stop_ids=(2,), seg_id=3

@@ -15,7 +15,7 @@ import pytest
 from medplib_jax import checkpoint
 from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import MeshConfig, ShardingConfig
-from medplib_jax.decode.layout import STACKS, lay_out
+from medplib_jax.decode.layout import STACKS, to_decoding_layout
 from medplib_jax.decode.loading import load_checkpoint
 from medplib_jax.decode.saved_params import SavedArray, open_params
 from medplib_jax.models.layers import abstract_module, draw_params
@@ -55,7 +55,7 @@ def workdir(tmp_path_factory):
 def test_parameters_are_those_that_are_read_whole(workdir, quantize):
     _, params, tokenizer = checkpoint.load_params(workdir)
     loaded = load_checkpoint(workdir, quantize=quantize)
-    chex.assert_trees_all_equal(loaded.params, lay_out(DEEP, params, quantize=quantize))
+    chex.assert_trees_all_equal(loaded.params, to_decoding_layout(DEEP, params, quantize=quantize))
     assert (loaded.experiment.model, loaded.tokenizer, loaded.quantize) == (DEEP, tokenizer, quantize)
 
 

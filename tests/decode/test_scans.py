@@ -40,7 +40,7 @@ def oracle(truth, asked=None):
         for number in numbers:
             if asked is not None:
                 asked.append((structure, number))
-            plane = shown.cut.turned(truth[structure])[number]
+            plane = shown.cut.reoriented(truth[structure])[number]
             mask = shown.cut.mask_on_plane(shown.cut.mask_on_picture(plane)) if plane.any() else None
             yield SliceAnswer(structure, number, "It is <SEG>.", mask, 0.75 if plane.any() else 0.0)
 

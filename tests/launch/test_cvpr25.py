@@ -22,7 +22,7 @@ def oracle(truth):
 
     def answers(predictor, shown, text, question, numbers, seed=0):
         for number in numbers:
-            plane = shown.cut.turned(truth[text].transpose(2, 1, 0))[number]
+            plane = shown.cut.reoriented(truth[text].transpose(2, 1, 0))[number]
             yield SliceAnswer(text, number, "", plane if plane.any() else None, 0.5)
 
     return answers

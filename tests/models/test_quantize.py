@@ -10,7 +10,7 @@ import pytest
 
 from medplib_jax.batch import flatten
 from medplib_jax.config.model import LoraConfig
-from medplib_jax.decode.layout import decoding_model, lay_out
+from medplib_jax.decode.layout import decoding_model, to_decoding_layout
 from medplib_jax.models.layers import abstract_module, bind, draw_params, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import dequantize_params, num_bytes
@@ -25,7 +25,7 @@ def params():
 
 
 def test_kernels_keep_their_values_to_half_a_step(params):
-    plain, quantized = lay_out(MODEL, params), lay_out(MODEL, params, quantize="int8")
+    plain, quantized = to_decoding_layout(MODEL, params), to_decoding_layout(MODEL, params, quantize="int8")
     back, scales = flatten(dequantize_params(quantized, jnp.float32)), flatten(quantized)
     for path, kernel in flatten(plain).items():
         step = scales.get(path.replace("/kernel", "/kernel_scale")) if path.endswith("/kernel") else None
@@ -44,7 +44,7 @@ def test_kernels_keep_their_values_to_half_a_step(params):
 def test_the_model_computes_with_them(params):
     """Hidden states and a prefill over many tokens, equal to those of the dequantised weights."""
     batch = random_batch(tiny_experiment(model=MODEL), 16)
-    model, quantized = decoding_model(MODEL, quantize="int8"), lay_out(MODEL, params, quantize="int8")
+    model, quantized = decoding_model(MODEL, quantize="int8"), to_decoding_layout(MODEL, params, quantize="int8")
     assert jax.tree.structure(params_of(model)) == jax.tree.structure(quantized)
     plain = decoding_model(MODEL)
 

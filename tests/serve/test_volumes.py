@@ -152,7 +152,7 @@ def test_a_mask_of_a_slice_is_exported_in_the_scans_own_space(client, image, sca
     found = client.post(f"/images/{image['image_id']}/export", json=body)
     labels = np.asarray(nifti(found.content).dataobj)
     shown = pictures(read_scan(str(scan)), "axial")
-    np.testing.assert_array_equal(shown.cut.mask_on_picture(shown.cut.turned(labels)[3] == 1), mask)
+    np.testing.assert_array_equal(shown.cut.mask_on_picture(shown.cut.reoriented(labels)[3] == 1), mask)
     assert labels.any(axis=(0, 1)).sum() == 1
     assert client.post(f"/images/{image['image_id']}/export?format=dicom_seg", json=body).status_code == 400
     body["masks"][0]["slice"] = 5

@@ -36,9 +36,9 @@ def test_masks_come_back_voxel_for_voxel(affine, plane, shape, slice_axis, seed)
     way = cut(volume_of(shape, affine, slice_axis), plane)
     back = np.zeros(shape, bool)
     for number in range(len(way)):
-        picture = way.mask_on_picture(way.turned(mask)[number])
+        picture = way.mask_on_picture(way.reoriented(mask)[number])
         assert picture.shape == way.size
-        way.turned(back)[number] = way.mask_on_plane(picture)
+        way.reoriented(back)[number] = way.mask_on_plane(picture)
     np.testing.assert_array_equal(back, mask)
 
 

@@ -37,8 +37,8 @@ def by_slices(masks, scan, plane):
     for name, mask in masks.items():
         made[name] = np.zeros(scan.shape, bool)
         for number in range(len(way)):
-            shown = way.mask_on_picture(way.turned(mask)[number])
-            way.turned(made[name])[number] = way.mask_on_plane(shown)
+            shown = way.mask_on_picture(way.reoriented(mask)[number])
+            way.reoriented(made[name])[number] = way.mask_on_plane(shown)
     return made
 
 

@@ -70,9 +70,9 @@ class DecoderLayer(nnx.Module):
 class Llama(nnx.Module):
     """LLaMA (Touvron et al. 2023) with MedPLIB's mixture of experts in the layers `config.moe_layers`.
 
-    `layers_apart`: each layer has parameters of its own, which is what decoding wants (`decode.layout`). A loop over
-    stacked layers inside the loop over tokens would copy all weights for every token. `experts_apart`: so do the
-    experts of a layer.
+    `unstacked_layers`: each layer has parameters of its own, as decoding needs (`decode.layout`). A loop over stacked
+    layers inside the loop over tokens would copy all weights for every token. `unstacked_experts`: so do the experts
+    of a layer.
     """
 
     def __init__(
@@ -80,19 +80,19 @@ class Llama(nnx.Module):
         config: ModelConfig,
         rngs: Rngs,
         rules: ShardingConfig | None = None,
-        layers_apart: bool = False,
-        experts_apart: bool = False,
+        unstacked_layers: bool = False,
+        unstacked_experts: bool = False,
     ):
         llm, num_layers, num_moe = config.llm, config.llm.num_layers, len(config.moe_layers)
         self.config, self.rules = config, rules
         self.embed = Embedding(llm.vocab_size, llm.hidden_size, config.dtype, rngs)
-        several = list_layers if layers_apart else stack_layers
+        several = list_layers if unstacked_layers else stack_layers
         self.layers = several(lambda r: DecoderLayer(config, r), num_layers, rngs)
         self.mlp = (
             several(lambda r: SwiGlu(llm, config.lora, r), num_layers - num_moe, rngs) if num_moe < num_layers else None
         )
         self.moe = (
-            several(lambda r: MoeMlp(llm, config.moe, config.lora, r, rules, experts_apart), num_moe, rngs)
+            several(lambda r: MoeMlp(llm, config.moe, config.lora, r, rules, unstacked_experts), num_moe, rngs)
             if num_moe
             else None
         )

@@ -397,11 +397,11 @@ class MoeMlp(nnx.Module):
         lora: LoraConfig,
         rngs: Rngs,
         rules: ShardingConfig | None = None,
-        experts_apart: bool = False,
+        unstacked_experts: bool = False,
     ):
         self.moe = moe
         self.router = Linear(llm.hidden_size, moe.num_experts, axes=("embed", None), bias=False, rngs=rngs)
-        self.experts = (ExpertsApart if experts_apart else Experts)(moe.num_experts, llm, lora, rngs, rules)
+        self.experts = (ExpertsApart if unstacked_experts else Experts)(moe.num_experts, llm, lora, rngs, rules)
         self.residual = SwiGlu(llm, lora, rngs) if moe.residual else None
         self.coefficient = Linear(llm.hidden_size, 2, axes=("embed", None), rngs=rngs) if moe.residual else None
 
