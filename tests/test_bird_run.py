@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 
-import jax
+import chex
 import numpy as np
 import pytest
 from PIL import Image
@@ -62,7 +62,7 @@ def test_a_resumed_run_is_the_run_at_a_stretch(folder, workdir, tmp_path):
     shutil.copytree(workdir / "checkpoints" / "2", tmp_path / "checkpoints" / "2")
     train(experiment(folder), str(tmp_path))
     whole, resumed = (checkpoint.load_params(str(path), 4)[1] for path in (workdir, tmp_path))
-    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    chex.assert_trees_all_equal(resumed, whole)
 
 
 def test_conversations_of_other_datasets_join_by_weight(folder):

@@ -9,7 +9,7 @@ import numpy as np
 
 from convert import torch_files
 from medplib_jax.data import images
-from tests.convert import checks, part_checks
+from tests.convert import checks, generation_checks, part_checks
 from tests.convert.checks import Converted, Row
 from tests.convert.golden_folder import ELSEWHERE, Golden, compares
 from tests.torch_weights import formula_reader
@@ -81,24 +81,24 @@ def examples(golden: Golden, name: str) -> Iterator[Row]:
     "icl_generate_separate_maskenc_compress.npz",
 )
 def answers_to_examples(golden: Golden, name: str) -> Iterator[Row]:
-    yield from checks.check_examples_evaluated(golden.converted(*ICL), golden.arrays(name))
+    yield from generation_checks.check_examples_evaluated(golden.converted(*ICL), golden.arrays(name))
 
 
 @compares("generate_vqa_56.npz", sources=TOP1_56)
 @compares("generate_vqa.npz", sources=TOP1)
 def generation(golden: Golden, name: str, sources) -> Iterator[Row]:
-    yield from checks.check_generation(golden.converted(*sources), golden.arrays(name))
+    yield from generation_checks.check_generation(golden.converted(*sources), golden.arrays(name))
 
 
 @compares("generate_vqa_top2.npz")
 def noisy_generation(golden: Golden, name: str) -> Iterator[Row]:
-    yield from checks.check_noisy_generation(golden.converted(*TOP2), golden.arrays(name))
+    yield from generation_checks.check_noisy_generation(golden.converted(*TOP2), golden.arrays(name))
 
 
 @compares("evaluate_seg_56.npz", sources=TOP1_56)
 @compares("evaluate_seg.npz", sources=TOP1)
 def evaluation(golden: Golden, name: str, sources) -> Iterator[Row]:
-    yield from checks.check_evaluate(golden.converted(*sources), golden.arrays(name))
+    yield from generation_checks.check_evaluate(golden.converted(*sources), golden.arrays(name))
 
 
 @compares("sam_tiny.npz")

@@ -133,10 +133,19 @@ def check_visual(fixture: Fixture, z: Arrays, step: int = 1) -> Iterator[Row]:
         pixels = np.asarray(normalise_clip(z["pixel_values_u8"]))
     features, out = fixture.run(_see, pixels)
     names = {
-        "ln_pre": "pre_norm", "pool_kv_proj": "kv", "pool_key": "key", "pool_value": "value", "pool_query": "query",
-        "pool_attn_out": "pooled", "ln_post": "post_norm", "positional_interp": "positions", "visual": "visual",
-        "block_0_ln_1": "first/norm", "block_0_in_proj": "first/qkv", "block_0_attn_out": "first/attn",
-    }  # fmt: skip
+        "ln_pre": "pre_norm",
+        "pool_kv_proj": "kv",
+        "pool_key": "key",
+        "pool_value": "value",
+        "pool_query": "query",
+        "pool_attn_out": "pooled",
+        "ln_post": "post_norm",
+        "positional_interp": "positions",
+        "visual": "visual",
+        "block_0_ln_1": "first/norm",
+        "block_0_in_proj": "first/qkv",
+        "block_0_attn_out": "first/attn",
+    }
     names |= {f"block_{i}": f"block/{i}" for i in range(fixture.converted.config.vit.num_layers)}
     names |= {"pool_ln_kv": "value", "pool_ln_q": "query_norm", "pos_embed_interp": "key_positions"}
     thinned = {"ln_pre", "pool_kv_proj", "pool_key", "pool_value", "pool_ln_kv", *(f"block_{i}" for i in range(9))}

@@ -9,7 +9,7 @@ from convert import from_torch, mapping
 from medplib_jax.batch import flatten
 from medplib_jax.config.model import ClipConfig, LlmConfig, MaskConfig, ModelConfig, MoeConfig
 from medplib_jax.models.layers import params_of
-from tests.convert import checks, parity
+from tests.convert import checks, generation_checks, parity
 from tests.convert.conftest import write_folder
 from tests.convert.golden_batch import CLIP_MEAN, CLIP_STD
 from tests.paths import GOLDEN
@@ -106,7 +106,10 @@ def test_masks_losses_and_gradients(converted, recorded):
 
 
 def test_generated_answer(converted, recorded):
-    check(checks.check_generation(converted, part(recorded, "generate")), {"generated ids (share that differs)"})
+    check(
+        generation_checks.check_generation(converted, part(recorded, "generate")),
+        {"generated ids (share that differs)"},
+    )
 
 
 def run_command(folder, capsys) -> tuple[int, str]:

@@ -42,9 +42,13 @@ def test_a_box_prompts_the_decoder_where_it_lies_on_the_padded_canvas(workdir, d
     dense = sam.prompt_encoder.dense()
     logits, iou = sam.mask_decoder(embedding, sam.prompt_encoder.grid_position(), prompt, dense)
     drawn, _ = resample_to_canvas(
-        logits, np.array([[top, left, height, width]]), np.array([[HEIGHT, WIDTH]]),
-        canvas=(HEIGHT, WIDTH), sam_size=side, mode=config.unpad,
-    )  # fmt: skip
+        logits,
+        np.array([[top, left, height, width]]),
+        np.array([[HEIGHT, WIDTH]]),
+        canvas=(HEIGHT, WIDTH),
+        sam_size=side,
+        mode=config.unpad,
+    )
     (mask,), (found,) = drawer(PICTURE, [(4, 2, 24, 12)])
     assert mask.shape == (HEIGHT, WIDTH) and found == pytest.approx(float(iou[0, 0]), abs=1e-4)
     certain = np.abs(np.asarray(drawn[0, 0])) > 1e-3

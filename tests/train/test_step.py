@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import optax
@@ -114,7 +115,7 @@ def test_frozen_parameters_keep_their_values_and_take_their_dtype():
     constants = {path for path in dtypes if path.endswith("position_gaussian")}  # SAM's Fourier frequencies
     assert constants and all(dtypes.pop(path) == "float32" for path in constants)
     assert set(dtypes.values()) == {"bfloat16"}
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.frozen), before[1])
+    chex.assert_trees_all_equal(jax.device_get(state.frozen), before[1])
     changed = [
         path
         for path, leaf in flatten(jax.device_get(state.trainable)).items()

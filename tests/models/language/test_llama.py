@@ -5,6 +5,7 @@ forward pass.
 import dataclasses
 import typing
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -242,7 +243,7 @@ def test_unrolling_and_remat_change_nothing(kind, change):
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     ours, expected = value_and_grad(dataclasses.replace(base, **change)), value_and_grad(base)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, expected)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("segmented", [False, True])
