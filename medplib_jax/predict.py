@@ -40,8 +40,6 @@ from medplib_jax.checkpoint import find_step
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.icl_form import MAX_EXAMPLES, REQUEST
 from medplib_jax.data.overlay import PALETTE, draw_boxes, overlay
-from medplib_jax.datasets.image_index import ImageIndex
-from medplib_jax.datasets.index import Embedder
 from medplib_jax.decode.box_masks import BoxDrawer
 from medplib_jax.decode.jobs import answer_jobs, read_jobs
 from medplib_jax.decode.layout import QUANTIZE
@@ -131,6 +129,9 @@ def example_of(text: str) -> tuple[str, str]:
 
 def retrieved(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """The examples that `--examples` finds for the image, which are printed. DataError when there is none."""
+    from medplib_jax.datasets.image_index import ImageIndex  # few questions need builders
+    from medplib_jax.datasets.index import Embedder
+
     index, name = ImageIndex(arguments.examples), arguments.structure
     if name not in index.names:
         raise DataError(arguments.examples, None, "no mask of this structure", ", ".join(index.names), repr(name))

@@ -319,7 +319,7 @@ class ModelConfig(Section, name="model"):
     lora: LoraConfig = LoraConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal[
-        "none", "full", "outputs", "projections", "gate", "products", "dots", "dots_no_batch", "offload", "auto"
+        "none", "full", "outputs", "projections", "gate", "products", "offload", "dots", "dots_no_batch", "auto"
     ] = "none"
     scan_unroll: Positive[int] = 1  # decoder layers unrolled per scan step
 

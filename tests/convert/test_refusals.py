@@ -129,7 +129,7 @@ def test_wrong_tokenizer(source, tensors, tmp_path):
     (source / "added_tokens.json").write_text(json.dumps({"<SEG>": 401}))
     refused(source, ValueError, "added_tokens.json: token '<SEG>': expected id 400, found 401")
     (source / "tokenizer.model").unlink()
-    refused(source, FileNotFoundError, "no tokenizer.model or qwen.tiktoken beside the weights")
+    refused(source, FileNotFoundError, "no tokenizer.model, qwen.tiktoken, tokenizer.json beside the weights")
     other = tmp_path.parent / f"{tmp_path.name}_other"
     other.mkdir()
     (other / "tokenizer.model").write_bytes(b"another one")

@@ -22,7 +22,8 @@ RECORDS = 20
 ZERO_SHOT = ("endoscopy", "fundus", "mr", "pet", "ultrasound", "xray")
 SPLITS = ("train", "test")
 GRIT_PARTS = ("VG", "ROC", "RC", "MIA")
-NOT_HERE = ("MODEL", "CONFIG")  # placeholders of commands that need a server, or a run's config
+# of commands that need a server, a run's config, or a checkpoint: `test_index.py` has a small one
+NOT_HERE = ("MODEL", "CONFIG", "runs/7b/stage5")
 LAYOUTS = {
     "LLaVA-Med": test_importers.llava_med,
     "VQA-RAD": test_importers.vqa_rad,

@@ -170,7 +170,7 @@ def test_the_command_says_within_seconds_that_nobody_answers(tmp_path, monkeypat
     with serve() as server:
         pass
     pairs = make_pairs(tmp_path / "pairs", 1)
-    monkeypatch.setattr(write_qa, "read_facts", lambda *_: pytest.fail("the masks were read first"))
+    monkeypatch.setattr(write_qa, "read_all", lambda *_: pytest.fail("the masks were read first"))
     command = ["write_qa", "--pairs", pairs, "--out", str(tmp_path / "out"), "--writer", "llm"]
     monkeypatch.setattr(sys, "argv", [*command, "--endpoint", server.url, "--model", "m"])
     assert write_qa.main() == 1

@@ -264,7 +264,7 @@ def test_attention_in_blocks_of_queries_equals_one_product(segmented):
 def test_unknown_remat_policy_is_named():
     with pytest.raises(ValueError, match="model.remat 'some' is not one of"):
         ModelConfig(llm=TINY, remat="some")
-    assert typing.get_args(field_types(ModelConfig)["remat"]) == ("none", *POLICIES)
+    assert typing.get_args(field_types(ModelConfig)["remat"]) == ("none", *POLICIES, "auto")
 
 
 def test_padding_changes_nothing_before_it():
