@@ -88,7 +88,8 @@ class Knobs:
 
     def arrays(self) -> "Knobs":
         """With NumPy arrays in place of numbers, in the types in which a program takes them."""
-        return jax.tree.map(lambda x: np.asarray(x, jnp.result_type(x)), self)
+        seed = np.uint32(self.seed % 2**32)  # all that `jax.random.key` uses of a larger one
+        return jax.tree.map(lambda x: np.asarray(x, jnp.result_type(x)), self.replace(seed=seed))
 
 
 def make_train_step(

@@ -97,6 +97,13 @@ def test_a_bucket_is_compiled_once(reference):
         step(state, put_batch(other, mesh, 8))
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**31 + 5, 2**40 + 3])
+def test_any_seed_draws_as_it_does_outside_a_program(seed):
+    knobs = Knobs(make_schedule(OptimConfig(), 10, 10), seed).arrays()
+    drawn = jax.jit(lambda knobs: jax.random.key_data(jax.random.key(knobs.seed)))(knobs)
+    np.testing.assert_array_equal(drawn, jax.random.key_data(jax.random.key(seed)))
+
+
 def test_frozen_parameters_keep_their_values_and_take_their_dtype():
     config = tiny_experiment(optim=OptimConfig(trainable=("lora_[ab]$",), frozen_dtype="bfloat16", lr=1e-2, warmup=0))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
