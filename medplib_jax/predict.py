@@ -14,7 +14,8 @@ COMMAND
 A SCAN is a DICOM folder or file, NIfTI, NRRD or MetaImage; see medplib_jax/volumes/README.md for what is written.
 Of a picture it prints the answer; writes `mask_<k>.png` (0/255, the picture's size) and `overlay.png`.
 Up to three examples, pictures with masks, say what to draw instead of words: given by `--example`, or those of an index
-(medplib_jax.datasets.index) that are most similar to the image and have a mask of the structure.
+(medplib_jax.datasets.index) that are most similar to the image and have a mask of the structure. Of the index the image
+itself alone is left out, not what else shows its patient.
 With --chat each line of the standard input is a question of one conversation, and answer k goes to the folder `turn_k`.
 A model that answers with boxes takes --box or --point, draws each box of its answer with its phrase on the overlay, and
 writes `boxes.json`, in pixels. With `--masks sam --sam-checkpoint WORKDIR` the SAM-Med2D of a MedPLIB checkpoint draws
@@ -128,7 +129,10 @@ def example_of(text: str) -> tuple[str, str]:
 
 
 def retrieved(arguments: argparse.Namespace) -> list[tuple[str, str]]:
-    """The examples that `--examples` finds for the image, which are printed. DataError when there is none."""
+    """The examples that `--examples` finds for the image, which are printed; the same file is none of them.
+
+    DataError when there is no mask of the structure.
+    """
     from medplib_jax.datasets.image_index import ImageIndex  # few questions need builders
     from medplib_jax.datasets.index import Embedder
 
@@ -173,7 +177,11 @@ def parse_arguments() -> tuple[argparse.Namespace, bool]:
     add_region_flags(parser)
     shown = parser.add_argument_group("examples")
     shown.add_argument("--example", type=example_of, action="append", default=[], metavar="IMAGE=MASK")
-    shown.add_argument("--examples", metavar="INDEX", help="an index of pictures, of which the most similar are shown")
+    shown.add_argument(
+        "--examples",
+        metavar="INDEX",
+        help="an index of pictures, of which the most similar are shown, those of the same patient, too; not the image",
+    )
     shown.add_argument("--structure", default="", metavar="NAME", help="whose masks are shown; with --examples")
     shown.add_argument("--top-k", type=int, default=MAX_EXAMPLES, help="how many; with --examples")
     parser.add_argument("--chat", action="store_true", help="ask on: each line of the standard input is a question")

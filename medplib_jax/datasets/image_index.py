@@ -61,16 +61,22 @@ class Hit:
 
 
 class ImageIndex:
-    """An index on disk, read-only. DataError when the folder holds none, or one whose build did not end."""
+    """An index on disk, read-only.
+
+    DataError when the folder holds none, one of another version, or one whose build did not end.
+    """
 
     def __init__(self, path: str):
         self.path, self.head = path, read_head(path)
+        if self.head.version != VERSION:
+            raise DataError(path, None, "index of another version", str(VERSION), str(self.head.version))
         if not self.head.complete:
             raise DataError(path, None, "index is not complete", "its build run to the end", "one that was interrupted")
         self.entries = read_entries(path)
         shape = (len(self.entries), self.head.width)
         self.vectors = np.memmap(os.path.join(path, VECTORS), np.float32, "r", shape=shape)
         self._root = os.path.normpath(os.path.join(path, self.head.root))
+        self._sizes = np.array([entry.status[0] for entry in self.entries])
 
     def check_weights(self, clip: str) -> None:
         """DataError when the vectors are of other CLIP weights than these: they cannot be compared."""
@@ -111,10 +117,8 @@ class ImageIndex:
 
     def _same(self, picture: str) -> list[int]:
         """The rows of pictures that are this file, byte for byte."""
-        size = os.path.getsize(picture)
-        paths = (
-            (row, os.path.join(self._root, one.image)) for row, one in enumerate(self.entries) if one.status[0] == size
-        )
+        rows = np.flatnonzero(self._sizes == os.path.getsize(picture)).tolist()
+        paths = [(row, os.path.join(self._root, self.entries[row].image)) for row in rows]
         return [row for row, path in paths if os.path.isfile(path) and filecmp.cmp(path, picture, shallow=False)]
 
     def _hit(self, score: float, row: int) -> Hit:
@@ -211,8 +215,9 @@ class IndexWriter:
             head = self._continued(read_head(path), head)
         elif others := sorted(os.listdir(path)):
             raise DataError(path, None, "folder holds other files", "a new or empty folder, or an index", others[0])
+        else:
+            self._write_head(head)
         self._head = head
-        self._write_head(head)
         for name in (VECTORS, ENTRIES):
             open(os.path.join(path, name), "ab").close()
         self._cut(self._whole_rows())
@@ -244,7 +249,8 @@ class IndexWriter:
             file.truncate(file.tell())
 
     def add(self, vectors_BxC: np.ndarray, entries: Sequence[Entry]) -> None:
-        """One batch, or what is left at the end."""
+        """One batch, or what is left at the end. From the first one on the index is not complete."""
+        self._write_head(self._head)
         with open(os.path.join(self._path, VECTORS), "ab") as file:
             file.write(np.ascontiguousarray(vectors_BxC, np.float32).tobytes())
         lines = [json.dumps(dataclasses.asdict(entry)) + "\n" for entry in entries]

@@ -11,6 +11,7 @@ index.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -99,13 +100,8 @@ def library_of_pairs(folder: str, pattern: str = "") -> Library:
     pairs, problems = scan(folder, pattern)
     notices, pictures = list(map(str, problems)), []
     for pair in pairs:
-        names = [name for name, _ in pair.masks]
-        masks = {name: mask for name, mask in sorted(pair.masks) if names.count(name) == 1 and name in pair.names}
-        notices += [
-            f"{pair.image}: {name or 'label map'} is left out; expected one mask of each name"
-            for name in dict.fromkeys(names)
-            if name not in masks
-        ]
+        masks, left_out = _one_of_each(pair.image, pair.masks, pair.names)
+        notices += left_out
         pictures.append((pair.image, masks, anonymous(pair.patient)))
     return Library(folder, tuple(pictures), tuple(notices))
 
@@ -113,13 +109,35 @@ def library_of_pairs(folder: str, pattern: str = "") -> Library:
 def library_of_records(file: str) -> Library:
     """The pictures and targets of an ICL annotation file; those of its examples are not known by name.
 
-    DataError for a record that does not tell its structure.
+    A structure of several masks in a picture is left out by name. DataError for a record that does not tell its
+    structure, whose files lie elsewhere, or whose picture was another patient's before.
     """
-    source, pictures = open_source(file, data_root(file)), {}
+    source, patients, targets, notices = open_source(file, data_root(file)), {}, collections.defaultdict(dict), []
     for record in source:
-        image, (_, masks, patient) = record.images[0], pictures.get(record.images[0], ("", {}, record.patient))
-        pictures[image] = image, masks | {structure_of(record): str(record.target_mask)}, patient
-    return Library(source.root, tuple(pictures[image] for image in sorted(pictures)))
+        image, target = record.images[0], (structure_of(record), str(record.target_mask))
+        for name in (image, target[1]):
+            record.path(name)  # raises for what lies elsewhere
+        targets[image][target] = None
+        known = patients.get(image) or record.patient
+        if record.patient not in ("", known):
+            raise record.error("picture is of another patient in an earlier record", known, record.patient)
+        patients[image] = known
+    pictures = []
+    for image in sorted(targets):
+        masks, left_out = _one_of_each(image, list(targets[image]), [name for name, _ in targets[image]])
+        notices += left_out
+        pictures.append((image, masks, patients[image]))
+    return Library(source.root, tuple(pictures), tuple(notices))
+
+
+def _one_of_each(
+    image: str, masks: Sequence[tuple[str, str]], usable: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """The masks whose name is one of `usable` and no other's, by name, and what is left out."""
+    count = collections.Counter(name for name, _ in masks)
+    kept = {name: mask for name, mask in sorted(masks) if count[name] == 1 and name in usable}
+    left_out = [name or "label map" for name in count if name not in kept]
+    return kept, [f"{image}: {name} is left out; expected one mask of each name" for name in left_out]
 
 
 def structure_of(record: Record) -> str:
@@ -133,7 +151,7 @@ def build(library: Library, out: str, checkpoint_dir: str, batch: int = 64) -> d
     """Makes the index `out` of a library's pictures, or adds those that it lacks; what is in it.
 
     A picture that cannot be read has a line with the reason and is never found. DataError when a picture is not the one
-    that was embedded, or the index is of another checkpoint.
+    that was embedded, or has other masks or another patient since, or the index is of another checkpoint.
     """
     embedder = Embedder(checkpoint_dir)
     writer = IndexWriter(out, embedder.digest, embedder.width, batch, library.root)
@@ -155,18 +173,26 @@ def build(library: Library, out: str, checkpoint_dir: str, batch: int = 64) -> d
 
 
 def _new_entries(library: Library, entries: Sequence[Entry]) -> list[Entry]:
-    """The pictures that the index lacks. DataError for one that changed after it was embedded."""
-    known = {entry.image: entry.status for entry in entries}
+    """The pictures that the index lacks. DataError for one that is not as it was when it was embedded."""
+    known = {entry.image: entry for entry in entries}
     found = []
     for image, masks, patient in library.pictures:
         file = os.path.join(library.root, image)
         status = os.stat(file)
-        now = status.st_size, status.st_mtime_ns
-        if known.get(image, now) != now:
-            expected = "the picture that was embedded, or a new index"
-            raise DataError(file, None, "picture has changed since it was indexed", expected, "another size or time")
-        found += [] if image in known else [Entry(image, masks, patient, now)]
+        new = Entry(image, masks, patient, (status.st_size, status.st_mtime_ns))
+        if image in known:
+            _check_same(known[image], new, file)
+        else:
+            found.append(new)
     return found
+
+
+def _check_same(old: Entry, new: Entry, file: str) -> None:
+    expected = "what was indexed, or a new index"
+    for field, what in (("status", "has changed"), ("masks", "has other masks"), ("patient", "has another patient")):
+        before, now = getattr(old, field), getattr(new, field)
+        if before != now:
+            raise DataError(file, None, f"picture {what} since it was indexed", expected, f"{now} after {before}"[:200])
 
 
 def _pixels(root: str, read: Callable[[str], np.ndarray], entry: Entry) -> np.ndarray | DataError:
@@ -202,6 +228,8 @@ def main() -> int:
         "--patient", default="", metavar="REGEX", help="finds the patient in an image's path below images/"
     )
     given = parse(parser)
+    if given.records and given.patient:
+        parser.error("--patient: expected with --images, records name their patients")
 
     def make() -> dict[str, Any]:
         library = library_of_records(given.records) if given.records else library_of_pairs(given.images, given.patient)

@@ -6,7 +6,8 @@ COMMAND
 
 As the original's `image_rag.augment`, without its fault: no picture of the record's own patient is an example. The
 index is of the same records, or of others below the same folder (`datasets.index --records`); the checkpoint is that of
-the index. A record for which nothing is found is left out by name.
+the index. A record for which nothing is found is left out by name. A patient is known by what the records say: of those
+that say nothing only the same picture is excluded, and how many these are is printed.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import numpy as np
 
 from medplib_jax.data.icl_form import MAX_EXAMPLES
 from medplib_jax.data.records import Record
-from medplib_jax.data.sources import data_root, open_source, read_records
+from medplib_jax.data.sources import Source, data_root, open_source, read_records
 from medplib_jax.datasets.command import finish, parse
 from medplib_jax.datasets.files import write_json
 from medplib_jax.datasets.image_index import Hit, ImageIndex
@@ -53,7 +54,17 @@ def retrieve(file: str, index_path: str, checkpoint_dir: str, out: str, top_k: i
     ]
     write_json(out, kept)
     lost = [f"{file}, record {number}: no example of another patient" for number in sorted(found) if not found[number]]
-    return {"records": len(kept), "left_out": len(lost), "notices": lost}
+    return {"records": len(kept), "left_out": len(lost), "notices": [*_unknown_patients(source, index), *lost]}
+
+
+def _unknown_patients(source: Source, index: ImageIndex) -> list[str]:
+    """What to say where a patient's other pictures cannot be kept from the examples."""
+    nameless, unknown = (sum(not one.patient for one in some) for some in (source, index.entries))
+    records = f"{nameless} of {len(source)} records do not tell their patient"
+    pictures = f"{unknown} of {len(index.entries)} pictures do not tell their patient"
+    return [f"{source.file}: {records}, whose other pictures may be among the examples"] * bool(nameless) + [
+        f"{index.path}: {pictures}, who may be that of the record"
+    ] * bool(unknown)
 
 
 def _vectors(records: Sequence[Record], embedder: Embedder) -> np.ndarray:

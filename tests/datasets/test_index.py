@@ -10,6 +10,8 @@ from PIL import Image
 
 from medplib_jax.data import images
 from medplib_jax.data.errors import DataError
+from medplib_jax.data.records import MASK
+from medplib_jax.data.sources import open_source
 from medplib_jax.datasets import index as indexing
 from medplib_jax.datasets.image_index import Entry, ImageIndex, IndexWriter, nearest
 from medplib_jax.datasets.index import build, library_of_pairs, library_of_records
@@ -96,6 +98,22 @@ def test_the_originals_augmentation_is_found_again():
     for chosen, one in zip(rows, recorded["augmented"], strict=True):
         found = [recorded["candidates"][row] for row in chosen]
         assert found == one["icl_examples"] and list(chosen) == sorted(chosen)
+
+
+def test_the_originals_candidates_are_the_pairs_of_our_records():
+    """Of a numbered record the original does not tell the target: it takes the pair for one more candidate."""
+    recorded = json.loads((FOLDER / "rag_candidates.json").read_text())
+    files = ("items.json", "rag_items.json")
+    records = [one for file in files for one in open_source(str(FOLDER / file), str(FOLDER))]
+    assert [record.images[-1] for record in records] == recorded["extract_query_image"]
+    pairs, targets = [], []
+    for record in records:
+        drawn = MASK.findall(record.turns[-1][1])
+        pairs += [(record.images[-1], mask) for mask in drawn] + [*(record.examples or ())]
+        targets += drawn or [None]
+    assert sorted(pairs) == sorted((one["image"], one["mask"]) for one in recorded["collect_candidates"])
+    assert targets[1] == "d_mask.png" and recorded["extract_target_mask"][1] is None
+    assert targets[:1] + targets[2:] == recorded["extract_target_mask"][:1] + recorded["extract_target_mask"][2:]
 
 
 @pytest.mark.parametrize(("count", "k"), [(1, 3), (40, 3), (70_000, 5)])
@@ -190,6 +208,34 @@ def test_what_does_not_belong_to_an_index_is_named(pairs, tmp_path):
         make(pairs, out)
 
 
+def test_a_picture_that_has_other_masks_or_another_patient_is_refused(pairs, tmp_path):
+    """What the index says of a picture is never kept in silence when it is no longer so."""
+    make(pairs, tmp_path / "index")
+    before = files_of(tmp_path / "index")
+    with pytest.raises(DataError, match="p00.png: picture has another patient since it was indexed"):
+        build(library_of_pairs(str(pairs), r"(p)"), str(tmp_path / "index"), "checkpoint", batch=4)
+    shutil.copy(pairs / "masks/p00/liver.png", pairs / "masks/p00/kidney.png")
+    with pytest.raises(DataError, match="p00.png: picture has other masks since it was indexed"):
+        make(pairs, tmp_path / "index")
+    assert files_of(tmp_path / "index") == before  # and can be searched still
+
+
+def test_an_index_of_another_version_is_refused(pairs, tmp_path):
+    make(pairs, tmp_path / "index")
+    head = json.loads((tmp_path / "index" / "index.json").read_text())
+    (tmp_path / "index" / "index.json").write_text(json.dumps(head | {"version": 0}))
+    with pytest.raises(DataError, match="index of another version; expected 1, found 0"):
+        ImageIndex(str(tmp_path / "index"))
+
+
+def test_the_option_patient_is_refused_for_records(monkeypatch, capsys):
+    command = ["index", "--records", "icl.json", "--patient", "(p)", "--out", "index", "--checkpoint", "run"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit):
+        indexing.main()
+    assert "--patient: expected with --images, records name their patients" in capsys.readouterr().err
+
+
 def test_a_picture_that_cannot_be_read_is_named_and_never_found(pairs, tmp_path):
     (pairs / "images" / "p05.png").write_bytes(b"no picture")
     found = make(pairs, tmp_path / "index")
@@ -242,6 +288,45 @@ def test_records_that_do_not_tell_their_structure_are_named(records, tmp_path):
     file.write_text(json.dumps(raw))
     with pytest.raises(DataError, match="record 2: record does not tell its structure"):
         library_of_records(str(file))
+
+
+def changed(records, **changes):
+    """The annotation file with these fields of its last record, whose picture is then that of record 0."""
+    file = records / "test" / "icl.json"
+    raw = json.loads(file.read_text())
+    raw[-1] |= {"image": "images/p0.png"} | changes
+    file.write_text(json.dumps(raw))
+    return str(file)
+
+
+def test_two_masks_of_a_structure_in_records_are_left_out_by_name(records):
+    library = library_of_records(changed(records))  # masks/p5/liver.png beside masks/p0/liver.png
+    assert dict((image, masks) for image, masks, _ in library.pictures)["images/p0.png"] == {}
+    assert library.notices == ("images/p0.png: liver is left out; expected one mask of each name",)
+
+
+def test_records_of_one_picture_agree_about_the_patient(records):
+    known = library_of_records(changed(records, patient=""))
+    assert dict((image, patient) for image, _, patient in known.pictures)["images/p0.png"] == "a"
+    with pytest.raises(DataError, match="record 5: picture is of another patient in an earlier record; expected a, fo"):
+        library_of_records(changed(records, patient="z"))
+
+
+def test_records_do_not_lead_out_of_their_folder(records, tmp_path):
+    shutil.copy(records / "images/p0.png", tmp_path / "secret.png")
+    with pytest.raises(DataError, match="record 5: path leaves the data folder"):
+        library_of_records(changed(records, image="../secret.png"))
+
+
+def test_unknown_patients_are_said(records, tmp_path):
+    """Where a record or an indexed picture does not tell its patient, only the same picture is excluded."""
+    file, index = changed(records, image="images/p5.png", patient=""), str(tmp_path / "index")
+    build(library_of_records(file), index, "checkpoint", batch=4)
+    made = retrieve(file, index, "checkpoint", str(records / "test" / "retrieved.json"))
+    assert made["notices"] == [
+        f"{file}: 1 of 6 records do not tell their patient, whose other pictures may be among the examples",
+        f"{index}: 1 of 6 pictures do not tell their patient, who may be that of the record",
+    ]
 
 
 def test_an_entry_survives_its_file(tmp_path):
