@@ -27,6 +27,7 @@ import numpy as np
 from medplib_jax.data.rle import decode_rle
 from medplib_jax.evaluate.evaluators.predictions import PredictionRow
 from medplib_jax.evaluate.metrics.catalogue import METRICS, Metric
+from medplib_jax.evaluate.metrics.summary import is_part
 from medplib_jax.evaluate.result import MetricEntry
 
 GROUP = "medplib_jax.metrics"  # of entry points: a decorated function, or a module with some
@@ -99,7 +100,7 @@ def metric(
 
     meaning: what reports say of it. better: "higher" or "lower". unit: "%" for values in [0, 1], which are shown in
     percent; any other is shown as it is, "mm" for instance. kinds: of tasks, as "grounding"; all by default. ValueError
-    for a name that a metric of the package has.
+    for a name that a metric of the package has, or a score that its metrics are summed from.
     """
     if better not in ("higher", "lower"):
         raise ValueError(f"better: expected higher or lower, found {better!r}")
@@ -108,6 +109,8 @@ def metric(
         name = function.__name__
         if name in METRICS:
             raise ValueError(f"metric {name} is known already: {METRICS[name].meaning}; give yours another name")
+        if is_part(name):
+            raise ValueError(f"metric {name}: metrics of the package are summed from it; give yours another name")
         described = Metric(label or name.replace("_", " "), meaning, better, by_modality=True, unit=unit)
         vars(function)["own_metric"] = OwnMetric(name, function, described, tuple(kinds))
         return function

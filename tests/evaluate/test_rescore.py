@@ -103,10 +103,11 @@ def test_scoring_again_changes_nothing_and_a_new_metric_keeps_the_others(folder,
         (("return len(answer.text) <= len(truth.text)", "return 1 / 0"), "brevity of .* record 0: ZeroDivisionError"),
         (("return len(answer.text) <= len(truth.text)", "return float('nan')"), "expected a finite number or None"),
         (("def brevity", "def mDice"), "metric mDice is known already"),
-        (("def brevity", "def dice"), "metric dice: the answers have a score of that name"),
+        (("def brevity", "def words"), "metric words: metrics of the package are summed from it"),
+        (("def brevity", "def dice"), "metric dice: metrics of the package are summed from it"),
         (("def brevity(", "def brevity("), ""),
     ],
-    ids=["fails", "not a number", "of the package", "a score", "right"],
+    ids=["fails", "not a number", "of the package", "a count", "a score", "right"],
 )
 def test_a_metric_that_cannot_be_used_is_one_line(folder, tmp_path, change, message):
     (tmp_path / "mine.py").write_text(MY_METRICS.replace(*change))
@@ -117,6 +118,14 @@ def test_a_metric_that_cannot_be_used_is_one_line(folder, tmp_path, change, mess
     with pytest.raises(ValueError, match=message):
         rescore(folder, load_metrics(str(tmp_path / "mine.py")))
     assert (folder / "sweep.json").read_text() == before
+
+
+def test_a_score_of_the_answers_keeps_its_name(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    for path in (tmp_path / "copy/predictions").rglob(f"{VQA}.0.jsonl"):
+        path.write_text(path.read_text().replace('"scores": {', '"scores": {"brevity": 1, '))
+    with pytest.raises(ValueError, match="metric brevity: the answers have a score of that name"):
+        rescore(tmp_path / "copy", load_metrics(str(folder / "my_metrics.py")))
 
 
 def test_metrics_come_from_entry_points_too(monkeypatch, tmp_path):

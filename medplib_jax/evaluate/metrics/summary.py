@@ -72,7 +72,7 @@ def statistics(rows: Sequence[Mapping[str, Any]], protocol: str = "exact") -> di
     means = {
         name: _mean_statistic([score.get(name) for score in scores])
         for name in names
-        if name not in found and not _is_part(name)
+        if name not in found and not is_part(name)
     }
     if "roc_accuracy" in means and protocol == "reference":
         means["roc_accuracy"] = dataclasses.replace(means["roc_accuracy"], modalities=MED_GRIT_MODALITIES)
@@ -91,7 +91,8 @@ def statistics(rows: Sequence[Mapping[str, Any]], protocol: str = "exact") -> di
     return found | means
 
 
-def _is_part(name: str) -> bool:
+def is_part(name: str) -> bool:
+    """Whether a score of that name is summed up together with others, so that it is no metric by itself."""
     return name in MASK_SCORES or name in BOX_SCORES or name in CAPTION_COUNTS
 
 
