@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -87,7 +88,7 @@ def _add_own(workdir: Path, result: SweepResult, own: Sequence[OwnMetric]) -> Sw
 
 
 def _own_cell(workdir: Path, cell: CellEntry, task: TaskEntry, own: Sequence[OwnMetric]) -> CellEntry:
-    """The cell with a file of own scores beside its answers, those of earlier own metrics kept."""
+    """The cell with a file of own scores beside its answers; those of earlier own metrics stay while the answers do."""
     answers = tuple(name for name in cell.predictions if not name.endswith(OWN_SUFFIX))
     path = workdir / Path(answers[0]).parent / f"{cell.task}{OWN_SUFFIX}" if answers else None
     wanted = [metric for metric in own if not metric.kinds or task.kind in metric.kinds]
@@ -96,16 +97,17 @@ def _own_cell(workdir: Path, cell: CellEntry, task: TaskEntry, own: Sequence[Own
     place = {"checkpoint": cell.checkpoint, "task": cell.task, "kind": task.kind, "protocol": cell.protocol}
     rows = read_rows(*(workdir / name for name in answers))
     _check_free([metric.name for metric in wanted], rows)
-    earlier = {line["record"]: line["scores"] for line in read_lines(path)}
+    header = {"task": cell.task, "protocol": cell.protocol, "made_from": _digest(rows)}
+    earlier = {line["record"]: line["scores"] for line in _made_before(path, header)}
     lines = []
     for row in rows:
         scores = {metric.name: metric(row, place) for metric in wanted}
         kept = {name: value for name, value in earlier.get(row["record"], {}).items() if name not in scores}
         lines.append({"record": row["record"], "scores": kept | {k: v for k, v in scores.items() if v is not None}})
-    _write(path, {"own": [metric.name for metric in wanted]}, lines)
+    _write(path, header, lines)
     names = (*answers, str(path.relative_to(workdir)))
     scored = [row | {"scores": row["scores"] | line["scores"]} for row, line in zip(rows, lines, strict=True)]
-    return dataclasses.replace(cell, predictions=names, metrics=cell.metrics | _metrics(scored, task, cell.protocol))
+    return dataclasses.replace(cell, predictions=names, metrics=_metrics(scored, task, cell.protocol))
 
 
 def _check_free(names: Sequence[str], rows: Sequence[PredictionRow]) -> None:
@@ -148,15 +150,13 @@ def _naive_cells(
     kind: TaskKind,
     protocol: str,
 ) -> list[CellEntry]:
-    facts = [[row["record"], row["expected"], row.get("true_masks")] for row in rows]
-    made_from = hashlib.sha256(json.dumps([facts, _content(task.examples)]).encode()).hexdigest()
-    header = {"task": task.name, "protocol": protocol, "made_from": made_from}
+    about = [kind.name, kind.part, kind.scoring, _content(task.examples)]
+    kept = {*_KEPT, *kind.fields, "true_masks"} - {"masks"}
+    facts = ({name: value for name, value in row.items() if name in kept} for row in rows)
+    header = {"task": task.name, "protocol": protocol, "made_from": _digest((about, *facts))}
     paths = {name: Path("predictions", re.sub(r"\W", "_", name), protocol, f"{task.name}.jsonl") for name in guesses}
-    lines: dict[str, list[PredictionRow]] = {}
-    for name, path in paths.items():
-        with contextlib.suppress(ValueError):  # lines made from something else are made again
-            lines[name] = read_lines(workdir / path, header | {"naive": name})
-    missing = [name for name in guesses if len(lines.get(name, ())) != len(rows)]
+    lines = {name: _made_before(workdir / path, header | {"naive": name}) for name, path in paths.items()}
+    missing = [name for name in guesses if len(lines[name]) != len(rows)]
     made = [_naive_rows(row, [guesses[name] for name in missing], kind, protocol) for row in rows]
     for name, found in zip(missing, zip(*made, strict=True), strict=True):
         lines[name] = list(found)
@@ -165,6 +165,21 @@ def _naive_cells(
         CellEntry(name, task.name, protocol, (str(path),), len(rows), _metrics(lines[name], task, protocol))
         for name, path in paths.items()
     ]
+
+
+def _digest(facts: Iterable[Any]) -> str:
+    total = hashlib.sha256()
+    for fact in facts:
+        total.update(json.dumps(fact, sort_keys=True).encode() + b"\n")
+    return total.hexdigest()
+
+
+def _made_before(path: Path, header: PredictionRow) -> list[PredictionRow]:
+    """The lines of a file that is there; none of one that was made from something else."""
+    try:
+        return read_lines(path, header)
+    except ValueError:
+        return []
 
 
 def _content(file: str) -> str:

@@ -17,6 +17,7 @@ from medplib_jax.data.rle import decode_rle
 from medplib_jax.datasets.phantom import generate as phantom
 from medplib_jax.evaluate import own
 from medplib_jax.evaluate.evaluators.predictions import read_rows
+from medplib_jax.evaluate.kinds.vqa import Vqa
 from medplib_jax.evaluate.own import load_metrics
 from medplib_jax.evaluate.report.reproduction import reproduction
 from medplib_jax.evaluate.report.sweep import write_sweep_report
@@ -126,6 +127,32 @@ def test_a_score_of_the_answers_keeps_its_name(folder, tmp_path):
         path.write_text(path.read_text().replace('"scores": {', '"scores": {"brevity": 1, '))
     with pytest.raises(ValueError, match="metric brevity: the answers have a score of that name"):
         rescore(tmp_path / "copy", load_metrics(str(folder / "my_metrics.py")))
+
+
+def test_scores_of_other_answers_are_no_earlier_ones(folder, tmp_path):
+    """A file of own scores whose answers were made anew since, as after another run in the same workdir."""
+    shutil.copytree(folder, tmp_path / "copy")
+    (path,) = (tmp_path / "copy/predictions" / CHECKPOINTS[3][0]).rglob(f"{VQA}.0.jsonl")
+    path.write_text(path.read_text().replace('"answer": "', '"answer": "oh '))
+    (tmp_path / "more.py").write_text(MY_METRICS.replace("brevity", "shortness"))
+    cells = rescore(tmp_path / "copy", load_metrics(str(tmp_path / "more.py"))).cells
+    found = {cell.checkpoint: cell.metrics for cell in cells if cell.task == VQA}
+    assert "shortness" in found[CHECKPOINTS[3][0]] and "brevity" not in found[CHECKPOINTS[3][0]]
+    assert "brevity" in found[CHECKPOINTS[1][0]]
+
+
+def test_guesses_follow_what_their_records_say_and_how_they_are_scored(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "copy")
+    for path in (tmp_path / "copy/predictions").rglob(f"{GROUNDING}.?.jsonl"):
+        path.write_text(path.read_text().replace('"modality": "ct"', '"modality": "mr"'))
+    scored = lambda self, answer, protocol: {"scores": {"closed_accuracy": 0.25}}
+    monkeypatch.setattr(Vqa, "score", scored)
+    monkeypatch.setattr(Vqa, "scoring", Vqa.scoring + 1)
+    rescore(tmp_path / "copy")
+    lines = read_rows(tmp_path / f"copy/predictions/mean_box/exact/{GROUNDING}.jsonl")
+    assert "mr" in {line["modality"] for line in lines} and "ct" not in {line["modality"] for line in lines}
+    lines = read_rows(tmp_path / f"copy/predictions/always_yes/exact/{VQA}.jsonl")
+    assert {line["scores"]["closed_accuracy"] for line in lines} == {0.25}
 
 
 def test_metrics_come_from_entry_points_too(monkeypatch, tmp_path):
