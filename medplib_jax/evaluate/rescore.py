@@ -157,7 +157,7 @@ def _naive_cells(
     paths = {name: Path("predictions", re.sub(r"\W", "_", name), protocol, f"{task.name}.jsonl") for name in guesses}
     lines = {name: _made_before(workdir / path, header | {"naive": name}) for name, path in paths.items()}
     missing = [name for name in guesses if len(lines[name]) != len(rows)]
-    made = [_naive_rows(row, [guesses[name] for name in missing], kind, protocol) for row in rows]
+    made = [_naive_rows(row, [guesses[name] for name in missing], kind, protocol) for row in _with_sizes(rows)]
     for name, found in zip(missing, zip(*made, strict=True), strict=True):
         lines[name] = list(found)
         _write(workdir / paths[name], header | {"naive": name}, found)
@@ -165,6 +165,18 @@ def _naive_cells(
         CellEntry(name, task.name, protocol, (str(path),), len(rows), _metrics(lines[name], task, protocol))
         for name, path in paths.items()
     ]
+
+
+def _with_sizes(rows: Sequence[PredictionRow]) -> list[PredictionRow]:
+    """Slices of volumes with the `size` of masks in them, which those without a mask do not tell by themselves."""
+    known = {
+        row["volume"]["name"]: mask["size"]
+        for row in rows
+        if row.get("volume")
+        for mask in (*row.get("masks", ()), *row.get("true_masks", ()))
+    }
+    size_of = lambda volume: known.get(volume["name"], volume["size"])
+    return [row | {"size": size_of(row["volume"])} if row.get("volume") else row for row in rows]
 
 
 def _digest(facts: Iterable[Any]) -> str:
@@ -192,7 +204,7 @@ def _naive_rows(row: PredictionRow, guesses: Sequence[Guess], kind: TaskKind, pr
     truth, lines = Answer("", row["expected"], row["answer_type"], (), true), []
     for guess in guesses:
         answer = guess(row, truth)
-        line = {name: row[name] for name in _KEPT if name in row} | {"answer": answer.text}
+        line = {name: row[name] for name in (*_KEPT, *kind.fields) if name in row} | {"answer": answer.text}
         line |= kind.score(answer, protocol)
         if kind.draws_masks:
             masks = [encode_rle(mask) for mask in answer.masks]

@@ -14,6 +14,7 @@ from medplib_jax.evaluate.kinds import find_kind
 from medplib_jax.evaluate.kinds.volume import TOLERANCE_MM
 from medplib_jax.evaluate.metrics import values
 from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.rescore import rescore
 from medplib_jax.evaluate.sweep import run_sweep
 from medplib_jax.evaluate.tasks import folder_tasks, read_task
 from medplib_jax.volumes.metrics import volume_scores
@@ -109,5 +110,7 @@ def test_slices_are_asked_as_volumes_and_swept(tmp_path):
     )
     (cell,) = result.cells
     assert cell.metrics["volume_complete"] == 1 and "volume_found" in cell.metrics and "mDice" in cell.metrics
+    naive = {cell.checkpoint: cell.metrics for cell in rescore(tmp_path / "out").cells if cell.checkpoint != "run"}
+    assert naive["empty mask"]["volume_dice"] == 0 and naive["whole image"]["volume_found"] == 1
     page = write_sweep_report(tmp_path / "out").read_text()
     assert "volume found" in page
