@@ -11,8 +11,6 @@ NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 SUFFIXES = NIFTI + ITK
 _UNITS = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's code -> mm
-_RGB = [("R", "u1"), ("G", "u1"), ("B", "u1")]
-_FIRST_BYTES = {".nrrd": b"NRRD", ".nhdr": b"NRRD"}
 
 
 def without_suffix(name: str) -> str:
