@@ -4,7 +4,10 @@ What a client calls a file decides nothing but its suffix, if that is one of `SU
 name, or a way out of the folder.
 """
 
+import mmap
+import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastapi import Request
@@ -12,12 +15,13 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from medplib_jax.serve.refusals import Refused
-from medplib_jax.volumes.formats import SUFFIXES
+from medplib_jax.volumes.formats import ITK, SUFFIXES
 
 MAX_FILES = 4096
-MAX_UNPACKED = 2**31  # bytes of all files of an archive
+MAX_UNPACKED = 2**31  # bytes of all files of all archives
 _STEP = 2**20
 _ITK_TEXT = (b"ObjectType", b"NDims")
+_DATA_FILE = re.compile(rb"(element)?data ?file\s*[:=]?\s*([^\r\n]*)", re.IGNORECASE)  # of a MetaImage or NRRD header
 
 
 async def receive(request: Request, folder: Path) -> dict[str, str]:
@@ -68,19 +72,23 @@ async def _receive_form(request: Request, folder: Path) -> dict[str, str]:
 def unpack(folder: Path) -> None:
     """Turns what was received into files that `read_scan` knows: archives are unpacked, suffixes follow the content.
 
-    Refused: nothing at all, and what is too large once it is unpacked.
+    Refused: nothing at all, what is too large once it is unpacked, and headers that name other files.
     """
     received = sorted(folder.iterdir(), key=lambda path: int(path.name))
     if not any(path.stat().st_size for path in received):
         raise Refused(400, "expected a scan in the body, found nothing")
+    archives = []
     for path in received:
         with path.open("rb") as file:
             start = file.read(400)
         if start[:4] == b"PK\x03\x04":
-            _unzip(path, folder)
-            path.unlink()
+            archives.append(path)
         elif suffix := _suffix(start):
             path.rename(path.with_name(f"{path.name}{suffix}"))
+    _unzip(archives, folder)
+    for path in folder.iterdir():
+        if path.name.endswith(ITK):
+            _check_own_voxels(path)
 
 
 def _suffix(start: bytes) -> str:
@@ -94,24 +102,48 @@ def _suffix(start: bytes) -> str:
     return ".mha" if start.startswith(_ITK_TEXT) else ""
 
 
-def _unzip(path: Path, folder: Path) -> None:
-    """Writes the files of an archive side by side, counting bytes as they come: what a header promises may be a lie."""
-    room = MAX_UNPACKED
+def _check_own_voxels(path: Path) -> None:
+    """Refused: a MetaImage or NRRD file whose header names a file of voxels, which could be any file of this machine.
+
+    The whole file is searched: where its header ends is for its reader to say.
+    """
+    if not path.stat().st_size:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if any(not found[1] or found[2].strip().lower() != b"local" for found in _DATA_FILE.finditer(content)):
+            raise Refused(400, "expected the voxels behind their header, found a header that names another file")
+
+
+def _unzip(archives: Iterable[Path], folder: Path) -> None:
+    """Writes the files of all archives side by side in their place.
+
+    Bytes are counted as they come: what a header promises may be a lie.
+    """
+    room, files = MAX_UNPACKED, 0
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = [member for member in archive.infolist() if not member.is_dir()]
-            if len(members) > MAX_FILES:
-                raise Refused(413, f"the archive has more than {MAX_FILES} files")
-            for number, member in enumerate(members):
-                suffix = next((end for end in SUFFIXES if member.filename.lower().endswith(end)), "")
-                target = folder / f"{path.name}-{number}{suffix}"
-                with archive.open(member) as source, target.open("wb") as file:
-                    while chunk := source.read(_STEP):
-                        room -= len(chunk)
-                        if room < 0:
-                            raise Refused(413, f"the archive unpacks to more than {MAX_UNPACKED} bytes")
-                        file.write(chunk)
+        for path in archives:
+            with zipfile.ZipFile(path) as archive:
+                members = [member for member in archive.infolist() if not member.is_dir()]
+                files += len(members)
+                if files > MAX_FILES:
+                    raise Refused(413, f"the archives have more than {MAX_FILES} files")
+                for number, member in enumerate(members):
+                    suffix = next((end for end in SUFFIXES if member.filename.lower().endswith(end)), "")
+                    room -= _write(archive, member, folder / f"{path.name}-{number}{suffix}", room)
+            path.unlink()
     except Refused:
         raise
     except Exception as error:  # broken archives raise errors of many types
         raise Refused(400, "the archive cannot be read") from error
+
+
+def _write(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, room: int) -> int:
+    """Writes a file of an archive; its bytes. Refused: more than there is `room` for."""
+    size = 0
+    with archive.open(member) as source, target.open("wb") as file:
+        while chunk := source.read(_STEP):
+            size += len(chunk)
+            if size > room:
+                raise Refused(413, f"the archives unpack to more than {MAX_UNPACKED} bytes")
+            file.write(chunk)
+    return size
