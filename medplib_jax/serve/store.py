@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ class Store:
     """A folder that this server alone uses, readable by its user alone. Safe to use from several threads."""
 
     def __init__(self, folder: Path, bounds: Bounds):
-        self._folder, self._bounds = folder, bounds
+        self._folder, self._bounds, self._adding = folder, bounds, threading.Lock()
         for kind in KINDS:
             (folder / kind).mkdir(parents=True, exist_ok=True, mode=0o700)
             for half in (folder / kind).glob(".*"):
@@ -49,10 +50,11 @@ class Store:
 
         It is there when the context ends, and nothing of it when that fails. Refused when the store is full.
         """
-        self._make_room(kind)
         name, content = secrets.token_hex(16), {}
         half = self._folder / kind / f".{name}"
-        half.mkdir(mode=0o700)
+        with self._adding:
+            self._check_room(kind)
+            half.mkdir(mode=0o700)
         try:
             yield name, half, content
             write_json(half / ENTRY, content | {"client": client})
@@ -63,21 +65,31 @@ class Store:
 
     def path(self, kind: str, name: str, client: str) -> Path:
         """The folder of a client's entry, which counts as used now. Refused with 404 for another's, too."""
-        path = self._folder / kind / name
-        if not _ID.fullmatch(name) or not path.is_dir() or read_json(path / ENTRY)["client"] != client:
-            raise Refused(404, f"no such entry in {kind}")
-        with contextlib.suppress(OSError):
-            os.utime(path)
-        return path
+        self.entry(kind, name, client)
+        return self.folder(kind, name)
 
     def entry(self, kind: str, name: str, client: str) -> dict[str, Any]:
-        """What was noted of a client's entry."""
-        return read_json(self.path(kind, name, client) / ENTRY)
+        """What was noted of a client's entry; see `path`."""
+        content = None
+        if _ID.fullmatch(name):
+            with contextlib.suppress(FileNotFoundError):  # it may be removed at any time
+                content = read_json(self.folder(kind, name) / ENTRY)
+        if content is None or content["client"] != client:
+            raise Refused(404, f"no such entry in {kind}")
+        with contextlib.suppress(OSError):
+            os.utime(self.folder(kind, name))
+        return content
 
     def names(self, kind: str) -> list[str]:
         """Of all clients, those used longest ago first."""
-        found = [path for path in (self._folder / kind).iterdir() if _ID.fullmatch(path.name)]
-        return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime)]
+        return [name for name, _ in sorted(self._used(kind), key=lambda entry: entry[1])]
+
+    def _used(self, kind: str) -> Iterator[tuple[str, float]]:
+        """Entries of all clients, each with the time of its last use."""
+        for path in (self._folder / kind).iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it may be removed at any time
+                if _ID.fullmatch(path.name):
+                    yield path.name, path.stat().st_mtime
 
     def folder(self, kind: str, name: str) -> Path:
         """An entry's folder, whoever it belongs to."""
@@ -94,12 +106,13 @@ class Store:
         """Removes what is older than the bounds allow, but for the names that are `in_use` by kind."""
         oldest = time.time() - 3600 * self._bounds.hours
         for kind in KINDS:
-            for name in self.names(kind):
-                if name not in in_use.get(kind, ()) and self.folder(kind, name).stat().st_mtime < oldest:
+            for name, used in self._used(kind):
+                if name not in in_use.get(kind, ()) and used < oldest:
                     self.remove(kind, name)
 
-    def _make_room(self, kind: str) -> None:
-        if len(self.names(kind)) >= self._bounds.entries:
+    def _check_room(self, kind: str) -> None:
+        """Refused: one more entry than may be kept. Those that are being made count."""
+        if len(os.listdir(self._folder / kind)) >= self._bounds.entries:
             raise Refused(429, f"the server keeps {self._bounds.entries} {kind}; delete some, or wait", retry_after=60)
         if _size(self._folder) >= self._bounds.bytes:
             raise Refused(

@@ -125,7 +125,7 @@ class JobRunner:
             self._end(job, "cancelled")
 
     def remove(self, job: Job) -> None:
-        job.wanted = False
+        self.cancel(job)
         self._store.remove("jobs", job.id)
         self._jobs.pop(job.id, None)
 
@@ -137,16 +137,20 @@ class JobRunner:
     def _run(self) -> None:
         swept = 0.0
         while not self._closing.is_set():
-            if time.monotonic() - swept > SWEEP_SECONDS:
-                swept = time.monotonic()
-                self._sweep()
-            for job in self._waiting.take(1):
-                self._answer(job)
+            try:
+                if time.monotonic() - swept > SWEEP_SECONDS:
+                    swept = time.monotonic()
+                    self._sweep()
+                for job in self._waiting.take(1):
+                    self._answer(job)
+            except Exception:  # a full disk, for one: the next job may end well
+                log.exception("the store of jobs failed")
             self._waiting.wait(IDLE_SECONDS)
 
     def _sweep(self) -> None:
         self._store.sweep(self.in_use())
-        for name in self._jobs.keys() - set(self._store.names("jobs")):
+        known = set(self._jobs)  # first: a job is in the store before it is known here
+        for name in known.difference(self._store.names("jobs")):
             self._jobs.pop(name, None)
 
     def _answer(self, job: Job) -> None:

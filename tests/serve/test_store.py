@@ -2,11 +2,12 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 from medplib_jax.serve.refusals import Refused
-from medplib_jax.serve.store import Bounds, Store
+from medplib_jax.serve.store import ENTRY, Bounds, Store
 
 
 def add(store: Store, client: str = "a", size: int = 1) -> str:
@@ -66,6 +67,41 @@ def test_number_and_size_are_bounded(tmp_path):
     store.remove("images", store.names("images")[0])
     with pytest.raises(Refused, match="keeps 1000 bytes"):
         add(store)
+
+
+def test_entries_that_are_being_made_count(tmp_path):
+    store = Store(tmp_path, Bounds(entries=1))
+    with store.add("images", "a"), pytest.raises(Refused, match="keeps 1 images"):
+        add(store)
+
+
+def test_an_entry_may_go_while_it_is_looked_at(tmp_path, monkeypatch):
+    store = Store(tmp_path, Bounds(hours=1))
+    gone, kept = add(store), add(store)
+    stat = Path.stat
+
+    def stat_of_gone(path, **more):
+        if path.name == gone:
+            raise FileNotFoundError(path)
+        return stat(path, **more)
+
+    monkeypatch.setattr(Path, "stat", stat_of_gone)
+    assert store.names("images") == [kept]
+    store.sweep({})
+    (tmp_path / "images" / gone / ENTRY).unlink()  # as when it is removed just after it was seen
+    with pytest.raises(Refused) as found:
+        store.path("images", gone, "a")
+    assert found.value.status == 404
+
+
+def test_a_stranger_keeps_no_entry_alive(tmp_path):
+    store = Store(tmp_path, Bounds(hours=1))
+    name = add(store)
+    os.utime(tmp_path / "images" / name, (0, 0))
+    with pytest.raises(Refused):
+        store.path("images", name, "b")
+    store.sweep({})
+    assert store.names("images") == []
 
 
 def test_what_was_not_used_for_long_goes_unless_it_is_needed(tmp_path):

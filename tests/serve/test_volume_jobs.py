@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from medplib_jax.decode.scans import ScanModel, ScanOptions, SliceAnswer
+from medplib_jax.serve import volume_jobs
 from medplib_jax.serve.refusals import Refused
 from medplib_jax.serve.store import Bounds, Store
 from medplib_jax.serve.volume_jobs import OUT, SCAN, JobRunner
@@ -109,6 +110,28 @@ def test_a_job_is_cancelled_while_it_waits_and_while_it_runs(store, image):
     finish(runner)
     runner.close(10)
     assert running.status == "cancelled" and oracle.asked == [0, 1, 2]
+
+
+def test_a_job_that_is_removed_while_it_waits_has_ended(store, image):
+    job = (runner := make_runner(store, Oracle())).submit("a", image, "m", OPTIONS)
+    runner.remove(job)
+    assert job.status == "cancelled" and store.names("jobs") == []
+
+
+def test_a_job_whose_state_cannot_be_written_ends_no_other(store, image, monkeypatch):
+    runner, write = make_runner(store, Oracle()), volume_jobs.write_json
+    lost, answered = (runner.submit("a", image, "m", OPTIONS) for _ in range(2))
+
+    def write_but_lost(path, content):
+        if path.parent.name == lost.id:
+            raise OSError("no space left")
+        write(path, content)
+
+    monkeypatch.setattr(volume_jobs, "write_json", write_but_lost)
+    runner.start()
+    finish(runner)
+    runner.close(10)
+    assert (lost.status, answered.status) == ("error", "done")
 
 
 def test_jobs_that_may_wait_are_bounded(store, image):
