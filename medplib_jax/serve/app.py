@@ -162,10 +162,13 @@ def _note_requests(metrics: ServerMetrics):
     """A line and a count for every request, by its route: paths and bodies may hold what is private."""
 
     async def note(request: Request, call_next):
-        began = time.monotonic()
-        response = await call_next(request)
-        route = getattr(request.scope.get("route"), "path", "unknown")
-        metrics.answered(route, request.method, response.status_code, time.monotonic() - began, new_id("req"))
-        return response
+        began, status = time.monotonic(), 500  # what an error becomes further out
+        try:
+            response = await call_next(request)
+            status = response.status_code
+            return response
+        finally:
+            route = getattr(request.scope.get("route"), "path", "unknown")
+            metrics.answered(route, request.method, status, time.monotonic() - began, new_id("req"))
 
     return note
