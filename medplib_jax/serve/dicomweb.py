@@ -1,5 +1,6 @@
 """Series of a DICOMweb server (QIDO-RS, WADO-RS), such as Orthanc, by their SeriesInstanceUID."""
 
+import http.client
 import json
 import mmap
 import re
@@ -32,10 +33,10 @@ class DicomWeb:
     def fetch(self, series: str, folder: Path) -> None:
         """Writes the files of a series into the folder. Refused: no such series, too many bytes, no answer."""
         with self._open(f"series?{urlencode({'SeriesInstanceUID': series})}", "application/dicom+json") as response:
-            content = response.read(_STEP)
+            content = _read(response)
         try:
             found = json.loads(content or b"[]")
-            study = found[0][_STUDY]["Value"][0] if found else ""
+            study = str(found[0][_STUDY]["Value"][0]) if found else ""
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise Refused(502, "the DICOMweb server's answer cannot be read") from error
         if not is_uid(study):
@@ -44,7 +45,7 @@ class DicomWeb:
         whole = folder / ".whole"
         with self._open(f"studies/{study}/series/{series}", kind) as response, whole.open("wb") as file:
             boundary = re.search(r'boundary="?([^";]+)', response.headers.get("Content-Type", ""))
-            while chunk := response.read(_STEP):
+            while chunk := _read(response):
                 file.write(chunk)
                 if file.tell() > self._most:
                     raise Refused(413, f"the series has more than {self._most} bytes", "image")
@@ -58,12 +59,20 @@ class DicomWeb:
         request = urllib.request.Request(f"{self._url}/{path}", headers={"Accept": kind})
         try:
             return urllib.request.urlopen(request, timeout=SECONDS)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise Refused(502, "the DICOMweb server does not answer") from error
 
 
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """The next bytes of an answer, b"" at its end."""
+    try:
+        return response.read(_STEP)
+    except (OSError, http.client.HTTPException) as error:
+        raise Refused(502, "the DICOMweb server's answer breaks off") from error
+
+
 def _parts(path: Path, boundary: bytes) -> Iterator[bytes]:
-    """The bodies of a multipart file, one in memory at a time."""
+    """The bodies of a multipart file, one in memory at a time. Refused when the mark of its end is missing."""
     mark = b"--" + boundary
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start = content.find(mark)
@@ -72,3 +81,5 @@ def _parts(path: Path, boundary: bytes) -> Iterator[bytes]:
             if body >= 0:
                 yield content[body + 4 : end - 2]  # behind the headers, before the line of the next mark
             start = end
+        if content[start + len(mark) : start + len(mark) + 2] != b"--":
+            raise Refused(502, "the DICOMweb server's answer breaks off")

@@ -27,6 +27,14 @@ class Archive(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/dicom-web/series?SeriesInstanceUID=1.2.3":
             return self.answer("application/dicom+json", json.dumps([{"0020000D": {"Value": ["1.2"]}}]).encode())
+        if self.path.startswith("/dicom-web/series?SeriesInstanceUID=7."):
+            return self.answer("application/dicom+json", json.dumps([{"0020000D": {"Value": ["7.2"]}}]).encode())
+        if self.path == "/dicom-web/studies/7.2/series/7.3":
+            return self.answer("multipart/related; boundary=b0", b"--b0\r\n\r\nwhole\r\n--b0\r\n\r\nbrok")
+        if self.path == "/dicom-web/studies/7.2/series/7.4":
+            return self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n99\r\n--b0")
+        if self.path == "/dicom-web/studies/7.2/series/7.5":
+            return self.wfile.write(b"nonsense\r\n")
         if self.path == "/dicom-web/studies/1.2/series/1.2.3":
             parts = [b"--b0\r\nContent-Type: application/dicom\r\n\r\n" + file + b"\r\n" for file in FILES]
             return self.answer('multipart/related; type="application/dicom"; boundary=b0', b"".join(parts) + b"--b0--")
@@ -58,7 +66,10 @@ def test_the_files_of_a_series_are_written(url, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-@pytest.mark.parametrize(("series", "most", "status"), [("4.5", 9999, 404), ("9.9", 9999, 502), ("1.2.3", 10, 413)])
+@pytest.mark.parametrize(
+    ("series", "most", "status"),
+    [("4.5", 9999, 404), ("9.9", 9999, 502), ("1.2.3", 10, 413), *[(f"7.{k}", 9999, 502) for k in (3, 4, 5)]],
+)
 def test_what_cannot_be_fetched_is_refused(url, tmp_path, series, most, status):
     with pytest.raises(Refused) as found:
         DicomWeb(url, most).fetch(series, tmp_path)
