@@ -25,6 +25,7 @@ from medplib_jax.volumes.pictures import Pictures, pictures
 from medplib_jax.volumes.read import read_scan
 from medplib_jax.volumes.results import SliceStore, write_results
 from medplib_jax.volumes.shapes import interpolate, largest_component, smooth
+from medplib_jax.volumes.volume import MAX_VOXELS
 from medplib_jax.volumes.windows import WINDOW_HELP, parse_window
 
 STRUCTURE = "{structure}"  # its place in a question
@@ -135,14 +136,21 @@ def scan_model(predictor: Predictor) -> ScanModel:
 
 
 def answer_scan(
-    model: ScanModel, path: str, out: str, options: ScanOptions, tell: Callable[[int, int], None] | None = None
+    model: ScanModel,
+    path: str,
+    out: str,
+    options: ScanOptions,
+    tell: Callable[[int, int], None] | None = None,
+    most: int = MAX_VOXELS,
 ) -> list[str]:
     """Asks about a scan and writes what comes out to the folder `out`; returns the names of the files.
 
     Slices that an interrupted run of the same model, scan and options answered are not asked again. tell: is called
-    with (slices answered, slices in all); None shows a bar. DataError for a scan or slices that cannot be used.
+    with (slices answered, slices in all); None shows a bar. most: voxels that are allowed.
+
+    DataError for a scan or slices that cannot be used.
     """
-    scan = read_scan(path, options.index)
+    scan = read_scan(path, options.index, most)
     for notice in scan.notices:
         print(f"note: {notice}", file=sys.stderr)
     shown = pictures(scan, options.plane, parse_window(options.window) if options.window else None)

@@ -19,7 +19,7 @@ from medplib_jax.serve.pictures import check_rle, describe_mask
 from medplib_jax.serve.refusals import Refused, told
 from medplib_jax.serve.store import Store, read_json
 from medplib_jax.serve.uploads import receive, unpack
-from medplib_jax.serve.volume_jobs import OUT, SCAN
+from medplib_jax.serve.volume_jobs import MAX_VOXELS, OUT, SCAN
 from medplib_jax.volumes.geometry import PLANES, cut, is_sheared
 from medplib_jax.volumes.pictures import Pictures, pictures
 from medplib_jax.volumes.read import count_volumes, read_scan
@@ -28,7 +28,6 @@ from medplib_jax.volumes.windows import Tone, parse_window
 from medplib_jax.volumes.write import label_map, write_dicom_seg, write_nifti
 
 T = TypeVar("T")
-MAX_VOXELS = 2**28  # of a scan; 512 x 512 x 1024
 KEPT_BYTES = 2**30  # of scans in memory, but always one
 KEPT_WINDOWS = 32  # of a scan
 
@@ -78,11 +77,12 @@ class Scans:
     def _shown(self, path: Path, index: int | None, plane: str, window: str) -> Pictures:
         volume = self._volume(path, index)
         tones = self._tones.setdefault((path.name, index), {})
-        if window not in tones:  # percentiles of a large scan take seconds
+        found = tones.get(window)  # once: other threads clear them
+        if found is None:  # percentiles of a large scan take seconds
             if len(tones) >= KEPT_WINDOWS:
                 tones.clear()
-            tones[window] = pictures(volume, plane, parse_window(window) if window else None).tones
-        return Pictures(volume, cut(volume, plane), tones[window])
+            found = tones[window] = pictures(volume, plane, parse_window(window) if window else None).tones
+        return Pictures(volume, cut(volume, plane), found)
 
     @staticmethod
     def _told(make: Callable[[], T]) -> T:

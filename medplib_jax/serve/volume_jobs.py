@@ -21,6 +21,7 @@ from medplib_jax.volumes.results import STORE as SLICES
 
 log = logging.getLogger(__name__)
 
+MAX_VOXELS = 2**28  # of a scan; 512 x 512 x 1024
 SCAN, OUT = "scan", "out"  # folders of an image and of a job
 UNFINISHED = ("queued", "running")
 IDLE_SECONDS = 1.0
@@ -187,7 +188,8 @@ class JobRunner:
             raise ValueError(f"{job.model} is not served any more")
         scan = self._store.folder("images", job.image_id) / SCAN
         out = self._store.folder("jobs", job.id) / OUT
-        return [*answer_scan(self._models[job.model](job.id), str(scan), str(out), job.options, tell), SLICES]
+        model = self._models[job.model](job.id)
+        return [*answer_scan(model, str(scan), str(out), job.options, tell, MAX_VOXELS), SLICES]
 
     def _end(self, job: Job, status: str, message: str = "") -> None:
         job.status, job.message = status, message

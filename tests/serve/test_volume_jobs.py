@@ -134,6 +134,16 @@ def test_a_job_whose_state_cannot_be_written_ends_no_other(store, image, monkeyp
     assert (lost.status, answered.status) == ("error", "done")
 
 
+def test_every_volume_of_an_upload_is_bounded(store, image, monkeypatch):
+    monkeypatch.setattr(volume_jobs, "MAX_VOXELS", 8 * 9 * 6 - 1)
+    runner = make_runner(store, Oracle())
+    job = runner.submit("a", image, "m", OPTIONS)
+    runner.start()
+    finish(runner)
+    runner.close(10)
+    assert job.status == "error" and "too large" in job.message
+
+
 def test_jobs_that_may_wait_are_bounded(store, image):
     runner = make_runner(store, Oracle(), capacity=2)
     for _ in range(2):
