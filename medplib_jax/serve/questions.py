@@ -61,7 +61,7 @@ class Prompt:
     """The model's input for one question.
 
     `size`: (height, width) of the last picture, None without one; `tokens`: positions it takes; `head`: those up to the
-    last picture's end whose keys and values can be kept.
+    last picture's end whose keys and values can be kept; 0 when they depend on more than tokens and pictures.
     """
 
     batch: Batch  # one row, numpy
@@ -123,6 +123,8 @@ class PromptMaker:
         seen = np.flatnonzero((feature >= 0) & (feature < of_pictures))
         scaled = bool(self._model.llm.trained_length)  # then rotary positions depend on the whole prompt
         head = int(seen[-1]) + 1 if len(seen) and not scaled else 0
+        if (feature[:head] >= of_pictures).any():  # a region between pictures: its tokens are the same wherever it lies
+            head = 0
         return Prompt(Batch(**arrays), size, int(np.sum(arrays["valid"])), head)
 
 

@@ -69,6 +69,12 @@ def test_a_conversation_keeps_its_turns_and_the_system_message_comes_first(maker
     np.testing.assert_array_equal(maker(messages, []).batch.tokens, expected["tokens"])
 
 
+def test_what_depends_on_a_region_is_not_kept_for_other_questions(maker):
+    region, content = Region(type="box", points=[2, 3, 12, 15]), picture(encoded())
+    assert maker([user(content, "Look at <region>."), user(content, "What is it?")], [region]).head == 0
+    assert maker([user(content, "What is <region>?")], [region]).head > 0
+
+
 @pytest.mark.parametrize(
     "text", ["What is <region>?", "What is <region></region>?", "What is <region>/etc/passwd</region>?"]
 )
