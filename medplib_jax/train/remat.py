@@ -8,6 +8,8 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,18 +39,19 @@ def candidates(config: ExperimentConfig) -> Iterator[ExperimentConfig]:
 def with_policy(config: ExperimentConfig, mesh: Mesh) -> ExperimentConfig:
     """The config with a policy in place of "auto": the first that leaves SPARE of the memory, or the last of them.
 
-    Every process compiles, and all take what process 0 finds.
+    Every process compiles what process 0 does not know, and all take what process 0 finds.
     """
     if config.model.remat != AUTO:
         return config
     limit, found = _memory(mesh), config
+    known = json.loads(of_process_0("remat/known", json.dumps(_read_cache())))
     for found in candidates(config):
-        peak = _peak(found, mesh)
+        peak = _peak(found, mesh, known)
         needs = "more than there is" if peak is None else f"{peak / 1e9:.2f} GB"
         log.info("model.remat %s needs %s of %.2f GB", found.model.remat, needs, limit / 1e9)
         if peak is not None and peak <= (1 - SPARE) * limit:
             break
-    policy = of_process_0("remat", found.model.remat)
+    policy = of_process_0("remat/chosen", found.model.remat)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))
 
 
@@ -59,22 +62,32 @@ def _memory(mesh: Mesh) -> float:
     return chip.hbm_bytes if chip else psutil.virtual_memory().total / len(mesh.local_devices)
 
 
-def _peak(config: ExperimentConfig, mesh: Mesh) -> int | None:
-    """Bytes that a step on the longest batch needs on each device, None if the compiler refuses it."""
+def _peak(config: ExperimentConfig, mesh: Mesh, known: dict[str, int | None]) -> int | None:
+    """Bytes that a step on the longest batch needs on each device, None if the compiler refuses it.
+
+    `known`: those of programs that were compiled before, by `_key`.
+    """
     program = train_program(config, mesh, config.data.batch_size, config.data.bucket_lengths[-1])
     lowered = program.trace().lower()
     device = mesh.devices.flat[0]
-    made_of = f"{jax.__version__} {device.client.platform_version} {device.device_kind} {lowered.as_text()}"
-    key, known = hashlib.sha256(made_of.encode()).hexdigest(), _read_cache()
-    if key not in known:
-        try:
-            known[key] = peak_bytes(lowered.compile(), device.platform)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            known[key] = None
-        _write_cache(key, known[key])
-    return known[key]
+    key = _key(lowered.as_text(), program.jit["compiler_options"], device)
+    if key in known:
+        return known[key]
+    try:
+        peak = peak_bytes(lowered.compile(), device.platform)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        peak = None
+    _write_cache(key, peak)
+    return peak
+
+
+def _key(text: str, options: dict[str, int | str], device: jax.Device) -> str:
+    """Of all that a compiled program's peak depends on."""
+    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    compiler = jax.__version__, device.client.platform_version, device.device_kind, options, flags
+    return hashlib.sha256(f"{compiler} {text}".encode()).hexdigest()
 
 
 def _cache_file() -> Path | None:
@@ -83,13 +96,29 @@ def _cache_file() -> Path | None:
 
 
 def _read_cache() -> dict[str, int | None]:
+    """The peaks on disk; none, with a warning, where the file cannot be used: compiling finds them again."""
     file = _cache_file()
-    return json.loads(file.read_text()) if file and file.exists() else {}
+    if not file or not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        log.warning("%s is not used: %s", file, error)
+        return {}
+    if isinstance(found, dict) and all(peak is None or type(peak) is int for peak in found.values()):
+        return found
+    log.warning("%s is not used: expected numbers of bytes by key", file)
+    return {}
 
 
 def _write_cache(key: str, peak: int | None) -> None:
-    if (file := _cache_file()) and jax.process_index() == 0:
+    if not (file := _cache_file()) or jax.process_index() != 0:
+        return
+    partial = file.with_name(f"{CACHE}.{secrets.token_hex(4)}")  # several runs may share the folder
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{jax.process_index()}")
-        partial.write_text(json.dumps(_read_cache() | {key: peak}))
+        partial.write_text(json.dumps(_read_cache() | {key: peak}), encoding="utf-8")
         partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        log.warning("%s is not written: %s", file, error)

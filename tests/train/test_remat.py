@@ -1,6 +1,7 @@
 """The policy in place of "auto": the least recomputation that fits, found once and written down."""
 
 import dataclasses
+import json
 
 import jax
 import pytest
@@ -40,13 +41,44 @@ def test_each_recomputes_more_than_the_one_before(mesh):
 def test_the_first_that_leaves_room_is_chosen_and_remembered(mesh, tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "LEAST_FIRST", ("products", "full"))
     monkeypatch.setattr(choosing, "_cache_file", lambda: tmp_path / "remat.json")
-    most, least = (choosing._peak(config, mesh) for config in choosing.candidates(CONFIG))
+    most, least = (choosing._peak(config, mesh, {}) for config in choosing.candidates(CONFIG))
     assert least < most
     count = Compilations()
     for limit, policy in ((most / 0.89, "products"), (most, "full"), (least / 2, "full")):
         monkeypatch.setattr(choosing, "_memory", lambda mesh, limit=limit: limit)
         assert choosing.with_policy(CONFIG, mesh).model.remat == policy
     assert count.requested == 0, "it was compiled before"
+
+    said = {"remat/known": choosing._cache_file().read_text()}  # by process 0, to one that has compiled nothing yet
+    monkeypatch.setattr(choosing, "_cache_file", lambda: tmp_path / "other" / "remat.json")
+    monkeypatch.setattr(choosing, "of_process_0", said.get)
+    assert choosing.with_policy(CONFIG, mesh).model.remat == "full" and count.requested == 0
+
+
+def test_compiler_flags_make_another_program(mesh, monkeypatch):
+    device = mesh.devices.flat[0]
+    keys = {choosing._key("text", options, device) for options in ({}, {"xla_some": 1})}
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        monkeypatch.setenv(name, "--xla_other=1")
+        keys.add(choosing._key("text", {}, device))
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize("content", ['{"a', "[1]", '{"a": "words"}', '{"a": true}', b"\xff\xfe"])
+def test_a_damaged_file_of_peaks_is_replaced(content, tmp_path, monkeypatch, caplog):
+    file = tmp_path / "remat.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setattr(choosing, "_cache_file", lambda: file)
+    assert choosing._read_cache() == {} and f"{file} is not used" in caplog.text
+    choosing._write_cache("b", 7)
+    assert choosing._read_cache() == {"b": 7} == json.loads(file.read_text())
+
+
+def test_a_folder_that_takes_no_peaks_ends_no_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(choosing, "_cache_file", lambda: tmp_path / "remat.json")
+    (tmp_path / "remat.json").mkdir()
+    choosing._write_cache("a", 7)
+    assert "is not written" in caplog.text and [path.name for path in tmp_path.iterdir()] == ["remat.json"]
 
 
 def test_a_policy_that_was_given_stays(mesh):
