@@ -31,7 +31,7 @@ def read_arrays(file: pathlib.Path) -> dict[str, np.ndarray]:
             loaded = _Arrays(stream).load()
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file}: refused or damaged: {error}") from error
-    except (EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (EOFError, AttributeError, LookupError, MemoryError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: truncated or damaged: {error}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{file}: expected a dictionary of arrays, found {type(loaded).__name__}")
@@ -41,7 +41,9 @@ def read_arrays(file: pathlib.Path) -> dict[str, np.ndarray]:
     for name, value in arrays.items():
         if not isinstance(value, np.ndarray) or value.dtype.hasobject:
             raise ValueError(f"{file}: {name!r}: expected an array of numbers, found {type(value).__name__}")
-    rows = {len(array) for name, array in arrays.items() if name.endswith("wte.weight")}
+        if not isinstance(name, str):
+            raise ValueError(f"{file}: expected names of arrays, found {name!r}")
+    rows = {array.shape[0] for name, array in arrays.items() if name.endswith("wte.weight") and array.ndim}
     return {name: _as_torch(name, array, rows) for name, array in arrays.items()}
 
 

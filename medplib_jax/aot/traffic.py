@@ -18,7 +18,7 @@ _MOVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All executions of one instruction. `bytes`: what they move. `float32`: whether its result is of that type."""
+    """All executions of one instruction. `bytes`: what they move. `result`: its largest one."""
 
     kind: str  # one of KINDS
     bytes: float

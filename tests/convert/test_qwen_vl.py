@@ -143,6 +143,9 @@ def test_a_pickle_that_holds_more_than_arrays_is_refused(tmp_path, capsys):
         (pickle.dumps([np.zeros(3)]), "expected a dictionary of arrays, found list"),
         (pickle.dumps({"x": "words"}), "'x': expected an array of numbers, found str"),
         (pickle.dumps({"UnpackBigParamInfor@@": {}}), "save it anew with paddle.save"),
+        (pickle.dumps({3: np.zeros(3)}), "expected names of arrays, found 3"),
+        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x01\x00\x00\x00b\x86R.", "damaged: unknown encoding"),
+        (b"\x80\x04cnumpy\nndarray\n\x8a\x08" + b"\xff" * 7 + b"\x0f\x85\x85R.", "damaged"),
     ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=what):
