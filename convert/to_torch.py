@@ -9,6 +9,7 @@ training checkpoints. `peft` writes what `PeftModel.from_pretrained` loads, and 
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -19,10 +20,10 @@ import jax
 import numpy as np
 
 from medplib_jax import checkpoint
-from medplib_jax.batch import combine, flatten
+from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import LoraConfig, ModelConfig
-from medplib_jax.decode.saved_params import open_stores
+from medplib_jax.decode.saved_params import SavedArray, SavedParams, open_params
 
 from . import hf_config, hf_llava, mapping, torch_files, vocabulary
 from .from_torch import DTYPES, SIDE_FOLDER, staged
@@ -37,11 +38,23 @@ EMBEDDING = "llm/embed/embedding"
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A checkpoint that is open but not read: path -> TensorStore."""
+    """A checkpoint that is open but not read."""
 
-    experiment: ExperimentConfig
-    arrays: dict
-    folder: pathlib.Path  # of the step
+    saved: SavedParams
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, SavedArray]:
+        """By path."""
+        return flatten(self.saved.tree)
+
+    @property
+    def experiment(self) -> ExperimentConfig:
+        return self.saved.experiment
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Of the step."""
+        return pathlib.Path(self.saved.folder)
 
     @property
     def config(self) -> ModelConfig:
@@ -56,7 +69,7 @@ class Stored:
         return {path.split("/")[0] for path in self.arrays}
 
     def dtype(self, path: str) -> np.dtype:
-        return self.arrays[path].dtype.numpy_dtype
+        return self.arrays[path].dtype
 
     def adapted(self, path: str) -> bool:
         return path.endswith("/kernel") and path.removesuffix("kernel") + "lora_a" in self.arrays
@@ -64,12 +77,9 @@ class Stored:
 
 def open_checkpoint(path: pathlib.Path) -> Stored:
     """The step that a path names: WORKDIR/checkpoints/STEP, or the newest of WORKDIR. FileNotFoundError without one."""
-    workdir, step = checkpoint.find_step(path)
-    experiment, _ = checkpoint.load_experiment(path)
-    folder = pathlib.Path(workdir) / checkpoint.FOLDER / str(step)
-    arrays = flatten(combine(*open_stores(folder).values()))
-    checkpoint.refuse_quantized(folder, arrays)
-    return Stored(experiment, arrays, folder)
+    stored = Stored(open_params(path))
+    checkpoint.refuse_quantized(stored.saved.folder, stored.arrays)
+    return stored
 
 
 def convert(
@@ -80,8 +90,8 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     dtype: str | None = None,
 ) -> None:
-    """Writes `out`. Raises FileNotFoundError without a checkpoint, ValueError when a parameter has no PyTorch name, is
-    not finite or overflows `dtype`; then nothing is left behind."""
+    """Writes `out`. Raises FileNotFoundError without a checkpoint, ValueError when a parameter is not what was saved,
+    has no PyTorch name, is not finite or overflows `dtype`; then nothing is left behind."""
     stored = open_checkpoint(checkpoint_path)
     with staged(out) as folder:
         model = folder
@@ -91,6 +101,7 @@ def convert(
             model.mkdir()
         tensors = planned_llava(stored, dtype) if layout == "hf_llava" else planned(stored, layout, dtype)
         torch_files.write_shards(model, tensors, file_format, shard_bytes)
+        stored.saved.check()
         if EMBEDDING in stored.arrays:
             write_side_files(model, stored, layout, DTYPES[dtype] if dtype else stored.dtype(EMBEDDING))
 
@@ -157,7 +168,7 @@ def _planned(
 
 
 def _read(stored: Stored, path: str, index: tuple[int, ...]) -> np.ndarray:
-    return np.ascontiguousarray(stored.arrays[path][index].read().result())
+    return stored.arrays[path][index]
 
 
 def rotary_buffers(stored: Stored, layout: str, dtype: str | None = None) -> Iterator[torch_files.Planned]:

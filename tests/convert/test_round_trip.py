@@ -12,10 +12,11 @@ import pytest
 
 from convert import from_torch, mapping, to_torch, torch_files
 from medplib_jax import checkpoint
-from medplib_jax.batch import flatten
+from medplib_jax.batch import combine, flatten
 from medplib_jax.config.experiment import ExperimentConfig, MeshConfig
 from medplib_jax.config.model import IclConfig, MoeConfig
 from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.decode.saved_params import SavedParams, open_stores
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.train.state import TrainState
 from tests.convert.conftest import LORA, TINY, TOKENIZER, bits, load, random_tensors, save, write_folder
@@ -164,15 +165,12 @@ def test_rotary_buffers_equal_pytorchs():
     import torch
 
     model = dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, hidden_size=256))
-    stored = to_torch.Stored(ExperimentConfig(model=model), {"llm/embed/embedding": FakeArray}, TOKENIZER)
+    tree = {"llm": {"embed": {"embedding": np.zeros(1, np.float32)}}}
+    saved = SavedParams(ExperimentConfig(model=model), {"trainable": tree, "frozen": {}}, TOKENIZER)
+    stored = to_torch.Stored(saved)
     made = next(to_torch.rotary_buffers(stored, "merged")).make()
     expected = 1.0 / (10000.0 ** (torch.arange(0, 128, 2).float() / 128))
     np.testing.assert_allclose(made, expected.numpy(), rtol=1e-6)  # the last bits of PyTorch's powers depend on the CPU
-
-
-class FakeArray:
-    class dtype:
-        numpy_dtype = np.dtype(np.float32)
 
 
 def test_parts_from_several_sources_make_one_model(tmp_path):
@@ -287,7 +285,9 @@ def test_dtype_and_mesh_options(tmp_path):
     convert(tmp_path / "jax", source, dtype="bf16", mesh=MeshConfig(data=1, fsdp=2, tensor=2))
     stored = to_torch.open_checkpoint(tmp_path / "jax")
     assert {stored.dtype(path) for path in stored.arrays} == {np.dtype(ml_dtypes.bfloat16)}
-    assert stored.arrays["llm/mlp/gate/kernel"].chunk_layout.read_chunk.shape == (1, 8, 12)
+    stores = open_stores(stored.folder)
+    gate = combine(*stores.values())["llm"]["mlp"]["gate"]["kernel"]
+    assert gate.chunk_layout.read_chunk.shape == (1, 8, 12)
     to_torch.convert(tmp_path / "jax", tmp_path / "torch")
     expected = {name: x.astype(ml_dtypes.bfloat16).view(np.int16) for name, x in tensors.items()}
     assert_same(without_rotary(load(tmp_path / "torch")), expected)
