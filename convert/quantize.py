@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from medplib_jax.batch import Params, flatten
+from medplib_jax.checkpoint import check_arrays
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode.layout import check_parts
 from medplib_jax.decode.saved_params import SavedArray, SavedParams, open_params
@@ -29,7 +30,8 @@ from medplib_jax.models.quantize import quantize_kernel, quantize_module
 from . import orbax_stream, vocabulary
 from .from_torch import staged, write_checkpoint
 
-SOURCES = ("kernel", "lora_a", "lora_b")  # what a kernel of 8 bits is made of
+ADAPTER = ("lora_a", "lora_b")
+SOURCES = ("kernel", *ADAPTER)  # what a kernel of 8 bits is made of
 
 
 def quantize(checkpoint: pathlib.Path, out: pathlib.Path) -> None:
@@ -44,8 +46,11 @@ def quantize(checkpoint: pathlib.Path, out: pathlib.Path) -> None:
     experiment = saved.experiment
     model = dataclasses.replace(experiment.model, lora=LoraConfig())
     data = dataclasses.replace(experiment.data, tokenizer=str(out.absolute() / "tokenizer"))
-    like = params_of(quantize_module(abstract_module(functools.partial(build_model, model))))
-    check_parts(saved.tree, like)
+    module = abstract_module(functools.partial(build_model, model))
+    check_parts(saved.tree, params_of(module))
+    merged = {path: array for path, array in flatten(saved.tree).items() if not path.endswith(ADAPTER)}
+    check_arrays(saved.folder, merged, flatten(params_of(module)))
+    like = params_of(quantize_module(module))
     with staged(out) as folder:
         vocabulary.copy_tokenizer(pathlib.Path(saved.tokenizer), folder / "tokenizer")
         write_checkpoint(folder, dataclasses.replace(experiment, model=model, data=data), quantized(saved, like))
@@ -53,7 +58,7 @@ def quantize(checkpoint: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def quantized(saved: SavedParams, like: Params) -> dict[str, orbax_stream.Streamed]:
-    """What is written, by path. `like`: the model's parameters of 8 bits. ValueError when the saved ones are others."""
+    """What is written, by path. `like`: the model's parameters of 8 bits."""
     arrays, expected = flatten(saved.tree), flatten(like)
     made = {}
     for path, leaf in expected.items():

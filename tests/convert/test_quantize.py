@@ -1,11 +1,15 @@
 """A checkpoint written in 8 bits answers as the first one does in 8 bits, and is refused for anything else."""
 
+import shutil
+
 import chex
+import jax.numpy as jnp
 import pytest
 
 from convert import quantize, to_torch
 from medplib_jax import checkpoint
 from medplib_jax.decode.loading import load_checkpoint
+from medplib_jax.train.state import TrainState
 from tests.decode.test_loading import write
 
 
@@ -29,6 +33,37 @@ def test_a_second_time_is_refused(folders, tmp_path):
     with pytest.raises(SystemExit, match="its weights have 8 bits already"):
         quantize.main(["--checkpoint", str(folders[1]), "--out", str(tmp_path / "again")])
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda norm: norm.clear(), "llm/final_norm/scale: found no such array, expected shape"),
+        (lambda norm: norm.update(shift=jnp.zeros(3)), r"llm/final_norm/shift: found shape \(3,\), expected no such"),
+        (lambda norm: norm.update(scale=jnp.zeros(3)), r"llm/final_norm/scale: found shape \(3,\), expected shape"),
+    ],
+    ids=["lacking", "beyond", "other shape"],
+)
+def test_parameters_of_another_model_are_refused(folders, tmp_path, change, what):
+    experiment, params, _ = checkpoint.load_params(folders[0])
+    change(params["llm"]["final_norm"])
+    state = TrainState(step=jnp.asarray(1), trainable=params, frozen={}, opt_state={})
+    with checkpoint.make_manager(str(tmp_path / "other")) as manager:
+        checkpoint.save(manager, state, experiment, total_steps=1, loss=None)
+    with pytest.raises(SystemExit, match=what):
+        quantize.main(["--checkpoint", str(tmp_path / "other"), "--out", str(tmp_path / "small")])
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("convert", [quantize.quantize, to_torch.convert])
+def test_what_is_not_what_was_saved_is_refused(folders, tmp_path, convert):
+    first, other = folders[0] / "checkpoints/3", tmp_path / "run/checkpoints/3"
+    write(tmp_path / "run", 2)
+    shutil.rmtree(other / "state")
+    shutil.copytree(first / "state", other / "state")
+    with pytest.raises(ValueError, match=r"arrays are not what was saved, first trainable/clip"):
+        convert(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_neither_training_nor_conversion_takes_it_for_a_whole_one(folders, tmp_path):
