@@ -27,6 +27,7 @@ from medplib_jax.evaluate.kinds import find_kind
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.result import (
     NAIVE,
+    RESULT,
     CellEntry,
     CheckpointEntry,
     SweepResult,
@@ -37,7 +38,9 @@ from medplib_jax.evaluate.result import (
 )
 
 _OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-_GATE = re.compile(r"\s*(\S+)\.(\S+?)\s*(<=|>=|<|>)\s*(baseline)?\s*([+-]?\s*\d*\.?\d*)\s*")
+_NUMBER = r"\s*(?:\d+\.?\d*|\.\d+)"
+_VALUE = rf"(?:(baseline)\s*([+-]{_NUMBER})?|([+-]?{_NUMBER}))"
+_GATE = re.compile(rf"\s*(\S+\.\S+?)\s*(<=|>=|<|>)\s*{_VALUE}\s*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,26 +83,26 @@ class Side:
 def compare_runs(new: Side, old: Side, out: Path) -> SweepResult:
     """Writes sweep.json, report and changed.csv of the two sides below `out`.
 
-    ValueError where they have no task in common, or one whose annotation files differ.
+    ValueError where they have no task in common, one whose data differ, or an own metric of two files; and where `out`
+    is the folder of a sweep.
     """
     out = out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
     names = _distinct(new, old)
-    tasks, others = new.tasks(), old.tasks()
-    for name in tasks.keys() & others.keys():
-        if tasks[name].content != others[name].content:
-            raise ValueError(f"task {name}: the annotation files differ ({tasks[name].file}, {others[name].file})")
-    common = [name for name in tasks if name in others]
-    if not common:
-        raise ValueError(f"no task in common: {', '.join(tasks) or 'none'} and {', '.join(others) or 'none'}")
+    common = _common_tasks(new.tasks(), old.tasks())
+    _check_metrics(new.result, old.result)
+    _check_out(out)
+    out.mkdir(parents=True, exist_ok=True)
     sides = [(new, names[0]), (old, names[1])]
-    cells = [cell for side, name in sides for cell in side.cells(name, out) if cell.task in common]
+    cells = [
+        cell for side, name in sides for cell in side.cells(name, out) if cell.task in {task.name for task in common}
+    ]
     found = SweepResult(
         names[1],
         tuple(dataclasses.replace(side.checkpoint, name=name) for side, name in sides),
-        tuple(tasks[name] for name in common),
+        tuple(common),
         tuple(cells),
         metrics=merge(old.result.metrics, new.result.metrics, [entry.key for entry in new.result.metrics]),
+        runs=merge(old.result.runs, new.result.runs, ()),
     )
     update_result(out, lambda before: found)
     write_sweep_report(out)
@@ -119,6 +122,37 @@ def _distinct(new: Side, old: Side) -> tuple[str, str]:
     if (new.workdir, new.checkpoint) == (old.workdir, old.checkpoint):
         raise ValueError(f"both sides are {new.checkpoint.name} of {new.workdir}")
     return f"{new.checkpoint.name} (new)", f"{old.checkpoint.name} (old)"
+
+
+def _common_tasks(new: dict[str, TaskEntry], old: dict[str, TaskEntry]) -> list[TaskEntry]:
+    common = [task for name, task in new.items() if name in old]
+    if not common:
+        raise ValueError(f"no task in common: {', '.join(new) or 'none'} and {', '.join(old) or 'none'}")
+    for task in common:
+        other = old[task.name]
+        if (task.content, task.data) != (other.content, other.data):
+            raise ValueError(
+                f"task {task.name}: the annotation files or what they name differ ({task.file}, {other.file})"
+            )
+    return common
+
+
+def _check_metrics(new: SweepResult, old: SweepResult) -> None:
+    """Refuses a metric of the user's by which the sides were scored in two ways."""
+    others = {entry.name: entry for entry in old.metrics}
+    for entry in new.metrics:
+        other = others.get(entry.name, entry)
+        if other.content != entry.content:
+            raise ValueError(
+                f"metric {entry.name}: scored by two files ({entry.file}, {other.file}); rescore both sweeps by one"
+            )
+
+
+def _check_out(out: Path) -> None:
+    """Refuses to write over the figures of a sweep: those of a comparison are of predictions elsewhere."""
+    cells = read_result(out).of_models if (out / RESULT).exists() else ()
+    if any(path.startswith("predictions/") for cell in cells for path in cell.predictions):
+        raise ValueError(f"{out}: expected a folder for the comparison alone, found a sweep")
 
 
 def changes(out: Path, result: SweepResult) -> Iterator[dict[str, Any]]:
@@ -157,8 +191,7 @@ class Gate:
     """A condition on one figure under which the comparison fails."""
 
     text: str
-    task: str
-    metric: str
+    figure: str  # TASK.METRIC, both of which may have dots
     operator: str
     of_baseline: bool
     number: float
@@ -166,45 +199,73 @@ class Gate:
     @classmethod
     def of(cls, text: str) -> "Gate":
         match = _GATE.fullmatch(text)
-        if match is None or not (match[4] or match[5].strip()):
+        if match is None:
             raise ValueError(f"--fail-if {text!r}: expected TASK.METRIC < NUMBER or TASK.METRIC < baseline - NUMBER")
-        return cls(text, match[1], match[2], match[3], bool(match[4]), float(match[5].replace(" ", "") or 0))
+        number = (match[4] or match[5] or "0").replace(" ", "")
+        return cls(text, match[1], match[2], bool(match[3]), float(number))
 
     def check(self, result: SweepResult) -> list[str]:
-        """A line for each protocol in which it holds. ValueError for a task or metric that is not there."""
-        tasks = [task.name for task in result.tasks if task.name.lower() == self.task.lower()]
-        tasks = tasks or [task.name for task in result.tasks if task.kind == self.task]
-        if len(tasks) != 1:
-            names = ", ".join(f"{task.name} ({task.kind})" for task in result.tasks)
-            raise ValueError(f"--fail-if {self.text!r}: expected one task {self.task}, there are {names}")
-        cells = [cell for cell in result.cells if cell.task == tasks[0]]
-        baseline = {cell.protocol: self._value(cell) for cell in cells if cell.checkpoint == result.baseline}
+        """A line for each protocol in which it holds.
+
+        ValueError for a task or metric that is not there, and for a baseline that answered other records.
+        """
+        task, metric = self._find(result.tasks)
+        cells = [cell for cell in result.cells if cell.task == task]
+        baseline = {cell.protocol: cell for cell in cells if cell.checkpoint == result.baseline}
         found = []
         for cell in cells:
             if cell.checkpoint == result.baseline:
                 continue
-            value, limit = self._value(cell), self.number + self.of_baseline * baseline.get(cell.protocol, 0)
-            if self.of_baseline and cell.protocol not in baseline:
-                raise ValueError(f"--fail-if {self.text!r}: the baseline was not asked under protocol {cell.protocol}")
+            value, limit = self._value(cell, metric), self.number
+            if self.of_baseline:
+                limit += self._value(self._counterpart(cell, baseline), metric)
             if _OPERATORS[self.operator](value, limit):
                 found.append(f"{self.text}: {value:.4f} {self.operator} {limit:.4f} ({cell.protocol})")
         return found
 
-    def _value(self, cell: CellEntry) -> float:
+    def _find(self, tasks: Sequence[TaskEntry]) -> tuple[str, str]:
+        """The task, by its name or else its kind, and the metric."""
+        dots = [place for place, character in enumerate(self.figure) if character == "."]
+        splits = [(self.figure[:dot], self.figure[dot + 1 :]) for dot in dots]
+        named = [(one.name, metric) for name, metric in splits for one in tasks if one.name.lower() == name.lower()]
+        named = named or [(one.name, metric) for kind, metric in splits for one in tasks if one.kind == kind]
+        if len(named) != 1:
+            names = ", ".join(f"{task.name} ({task.kind})" for task in tasks)
+            raise ValueError(f"--fail-if {self.text!r}: expected one task {splits[0][0]}, there are {names}")
+        return named[0]
+
+    def _counterpart(self, cell: CellEntry, baseline: dict[str, CellEntry]) -> CellEntry:
+        """The baseline's cell of the same protocol and records."""
+        if cell.protocol not in baseline:
+            raise ValueError(f"--fail-if {self.text!r}: the baseline was not asked under protocol {cell.protocol}")
+        other = baseline[cell.protocol]
+        answered = [(one.records, {error["record"] for error in one.skipped}) for one in (cell, other)]
+        if answered[0] != answered[1]:
+            raise ValueError(
+                f"--fail-if {self.text!r}: {cell.checkpoint} and {other.checkpoint} answered different records of "
+                f"{cell.task} ({cell.records} and {other.records}), so that their figures cannot be compared"
+            )
+        return other
+
+    def _value(self, cell: CellEntry, metric: str) -> float:
         by_name = {name.lower(): value for name, value in cell.metrics.items()}
-        if self.metric.lower() not in by_name:
+        if metric.lower() not in by_name:
             names = ", ".join(name for name in cell.metrics if "/" not in name)
             raise ValueError(f"--fail-if {self.text!r}: {cell.checkpoint} on {cell.task} has {names}")
-        return by_name[self.metric.lower()]
+        return by_name[metric.lower()]
 
 
 def summary(out: Path, result: SweepResult) -> Iterator[str]:
-    """A line for each task: how many answers got better and worse."""
-    lines = list(changes(out, result))
-    for task in result.tasks:
-        mine = [line for line in lines if line["task"] == task.name and None not in (line["before"], line["after"])]
+    """A line for each task and protocol of both sides: how many answers got better and worse."""
+    lines = [line for line in changes(out, result) if None not in (line["before"], line["after"])]
+    asked = {cell.key[1:] for cell in result.cells if cell.checkpoint == result.baseline}
+    for cell in result.cells:
+        if cell.checkpoint == result.baseline or cell.key[1:] not in asked:
+            continue
+        mine = [line for line in lines if (line["task"], line["protocol"]) == cell.key[1:]]
         worse = sum(line["after"] < line["before"] for line in mine)
-        yield f"{task.name}: {len(mine) - worse} answers better, {worse} worse, of {task.records:,} records"
+        better = f"{len(mine) - worse} answers better, {worse} worse"
+        yield f"{cell.task}: {better}, of {cell.records:,} records ({cell.protocol})"
 
 
 def run(new: str, old: str, out: Path, conditions: Sequence[str]) -> int:

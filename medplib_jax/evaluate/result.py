@@ -42,6 +42,7 @@ class TaskEntry:
     part: str = ""  # of a kind that has parts
     source: str = ""  # where the data are from, if known
     content: str = ""  # SHA-256 of the annotation file
+    data: str = ""  # of every record and what it names (`data.sources.digest`), of datasets, too
     examples: str = ""  # the training file whose majority and mean box the answers without a model are
     generated: bool = False  # its pictures are drawings, not images of patients
 

@@ -59,6 +59,7 @@ class SweepTask:
             part=config.part,
             source=config.about,
             content=content,
+            data=self.digest,
             examples=_training_file(config),
             generated=is_phantom(source.root),
         )
@@ -92,8 +93,8 @@ def read_task(config: TaskConfig, limit: int, on_error: str) -> SweepTask:
     """Reads every record of a task's file once. An unusable one is raised or, with `on_error` skip, kept with its
     reason.
 
-    kind, unless given: what claims the file's contents most (grounding when any answer has a mask, region when any
-    question has a region, else vqa). limit: usable records, 0 for all. UnusableTask when there is none.
+    kind, unless given: what claims the file's contents most (`kinds.best_fit`): volume when slices of volumes have
+    masks, grounding when any answer has one, region when any question has a region, else vqa. limit: usable records, 0 for all. UnusableTask when there is none.
     """
     if config.kind:
         _check_kind(config)
