@@ -131,7 +131,7 @@ def example_of(text: str) -> tuple[str, str]:
 def retrieved(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """The examples that `--examples` finds for the image, which are printed; the same file is none of them.
 
-    DataError when there is no mask of the structure.
+    DataError when there is none.
     """
     from medplib_jax.datasets.image_index import ImageIndex  # few questions need builders
     from medplib_jax.datasets.index import Embedder
@@ -143,6 +143,8 @@ def retrieved(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     index.check_weights(embedder.digest)
     query = embedder(embedder.read(arguments.image)[None])
     (hits,) = index.search(query, arguments.top_k, name, pictures=[arguments.image])
+    if not hits:
+        raise DataError(arguments.examples, None, f"no other picture with a mask of {name}", "at least one", "none")
     for hit in hits:
         print(f"example: {hit.image} (cosine {hit.score:.3f})", file=sys.stderr)
     return [(hit.image, hit.masks[name]) for hit in hits]

@@ -1,5 +1,6 @@
 """The index of pictures: exact search, growth, resumption byte for byte, and what is refused by name."""
 
+import argparse
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medplib_jax import predict
 from medplib_jax.data import images
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import MASK
@@ -188,6 +190,20 @@ def test_search_keeps_to_structures_patients_and_other_pictures(pairs, tmp_path)
     copy = tmp_path / "copy.png"
     shutil.copy(own, copy)
     assert [hit.image for hit in index.search(query, 3, pictures=[str(copy)])[0]] == [hit.image for hit in without]
+
+
+def test_predict_says_that_no_example_is_left(tmp_path, monkeypatch):
+    add_picture(tmp_path / "pairs", "p0", 0, ("liver", "kidney"))
+    add_picture(tmp_path / "pairs", "p1", 1)
+    make(tmp_path / "pairs", tmp_path / "index")
+    image = str(tmp_path / "pairs/images/p0.png")
+    asked = argparse.Namespace(
+        examples=str(tmp_path / "index"), checkpoint="run", image=image, structure="liver", top_k=3
+    )
+    assert [os.path.basename(found) for found, _ in predict.retrieved(asked)] == ["p1.png"]
+    asked.structure = "kidney"
+    with pytest.raises(DataError, match="no other picture with a mask of kidney; expected at least one, found none"):
+        predict.retrieved(asked)
 
 
 def test_what_does_not_belong_to_an_index_is_named(pairs, tmp_path):
