@@ -35,7 +35,10 @@ class BpeTokenizer:
         self._encode = functools.lru_cache(maxsize=1024)(self._ids)  # the sentences around questions come again
         self.bos_id, self.eos_id = self._id(bos), self._id(eos)
         self.pad_id, self.stop_ids = self.eos_id, (self.eos_id,)
-        self.vocab_size = self._core.get_vocab_size(with_added_tokens=True)
+        ids = self._core.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = len(ids)
+        if holes := set(range(len(ids))).difference(ids):  # in one an added token gets an id that another one has
+            raise ValueError(f"expected ids from 0 on without a hole, found none with id {min(holes)}")
         self.seg_id = self._id("<SEG>")
         self.region_ids = (self._id("<region>"), self._id("</region>"))
         self._added = frozenset(added)
@@ -52,7 +55,8 @@ class BpeTokenizer:
     def load(cls, folder: str, added: Sequence[str]) -> "BpeTokenizer":
         """Reads `tokenizer.json` and, for the tokens that begin and end a row, `tokenizer_config.json`.
 
-        ValueError for another kind of tokenizer than byte-level BPE, and where no file names these tokens.
+        ValueError for another kind of tokenizer than byte-level BPE, for ids with a hole, and where no file names these
+        tokens.
         """
         path, config = os.path.join(folder, BPE_FILE), os.path.join(folder, BPE_CONFIG)
         with open(path, "rb") as file:

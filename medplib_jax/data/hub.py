@@ -6,7 +6,7 @@ import pathlib
 import re
 
 SCHEME = "hf://"
-_NAME = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)@([\w./-]+?)/?")
+_NAME = re.compile(r"hf://([\w.-]+/[\w.-]+)@([\w./-]+?)/?")
 # Other frameworks' copies of the same weights.
 _IGNORED = ("*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot")
 
@@ -23,7 +23,7 @@ def local(path: str | os.PathLike) -> str:
         return name
     match = _NAME.fullmatch(name)
     if match is None:
-        raise ValueError(f"{name}: expected hf://OWNER/NAME@REVISION, where REVISION is a commit or tag")
+        raise ValueError(f"{name}: expected hf://OWNER/NAME@REVISION, where REVISION is a commit, tag or branch")
     import huggingface_hub  # slow to import, and rarely needed
 
     try:

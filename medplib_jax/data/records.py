@@ -5,6 +5,7 @@ A record that cannot be used is a `DataError`, never a silent guess.
 
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -196,7 +197,7 @@ def _volume(raw: Any, fail: Callable[..., NoReturn]) -> VolumeSlice:
     except (TypeError, KeyError, ValueError, OverflowError):
         fail("volume cannot be read", "name, slice, slices, spacing of 3 and size of 2 numbers", repr(raw)[:200])
     found = VolumeSlice(*where, (apart, down, right), (height, width))
-    if not 0 < min(*found.spacing, *found.size) or max(found.spacing) == float("inf"):
+    if not all(0 < measure < math.inf for measure in (*found.spacing, *found.size)):
         fail("volume cannot be read", "spacing and size above 0", repr(raw)[:200])
     if not 0 <= found.slice < found.slices:
         fail("volume has no such slice", f"0 to {found.slices - 1}", str(found.slice))

@@ -82,6 +82,17 @@ def test_a_conversation_has_its_answer_image_and_region(folder):
     assert (found.feature_index >= 0).sum() == 4 + 1 and len(found.seg_positions) == 1
 
 
+def test_ids_with_a_hole_are_refused(folder, tmp_path):
+    """MedPLIB's tokens would get ids that others have, or that lie beyond the rows of the embedding."""
+    model = json.loads((folder / "tokenizer.json").read_text())
+    last = max(model["model"]["vocab"], key=model["model"]["vocab"].get)
+    model["model"]["vocab"][last] += 5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(model))
+    (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
+    with pytest.raises(ValueError, match="tokenizer.json: expected ids from 0 on without a hole, found none with id"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_what_is_no_such_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer_config.json: expected eos_token"):
         load_tokenizer(str(write_bpe(tmp_path / "a", config={})))

@@ -40,6 +40,27 @@ def test_a_greeting_is_left_out_and_numbers_become_text():
     assert record.images == ()
 
 
+VOLUME = {"name": "v", "slice": 0, "slices": 2, "spacing": [1.0, 1.0, 1.0], "size": [4, 4]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spacing": [1.0, float("nan"), 1.0]},
+        {"spacing": [1.0, 1.0, float("inf")]},
+        {"spacing": [1.0, 0.0, 1.0]},
+        {"size": [4, 0]},
+        {"slice": 2},
+        {"size": [4]},
+    ],
+)
+def test_a_volume_without_measures_is_named(change):
+    record = {"image": "a.png", "conversations": conversation()}
+    assert parse(record | {"volume": VOLUME}).volume.spacing == (1, 1, 1)
+    with pytest.raises(DataError, match="train.json, record 7: volume (cannot be read|has no such slice)"):
+        parse(record | {"volume": VOLUME | change})
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
