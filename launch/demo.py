@@ -5,13 +5,11 @@ the run stand in metrics.json, everything else in report.html.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import json
 import logging
 import math
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +21,7 @@ import numpy as np
 
 from configs import stage1_align, stage2_vqa, stage3_grounding, stage4_moe
 from launch import demo_bird, demo_icl
-from launch.demo_common import Stopwatch, announce, print_summary
+from launch.demo_common import Stopwatch, announce, print_summary, report_sweep, train_stage
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.images import load_image
@@ -33,14 +31,11 @@ from medplib_jax.datasets.phantom import generate as phantom
 from medplib_jax.datasets.train_tokenizer import build_tokenizer
 from medplib_jax.evaluate import report
 from medplib_jax.evaluate.evaluators.predictions import read_rows
-from medplib_jax.evaluate.provenance import commit, note_run
+from medplib_jax.evaluate.provenance import commit
 from medplib_jax.evaluate.report.comparisons import ALL, compare
-from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.report.sweep_load import load_sweep
 from medplib_jax.evaluate.report.sweep_tables import entry
-from medplib_jax.evaluate.rescore import rescore
 from medplib_jax.evaluate.sweep import run_sweep
-from medplib_jax.train.loop import train
 from medplib_jax.train.metrics_log import read_metrics
 
 STAGES = {
@@ -189,10 +184,8 @@ def run(demo: Demo, watch: Stopwatch) -> int:
         results = {}
         for stage in STAGES:
             announce(f"Stage {stage}")
-            with contextlib.redirect_stdout(sys.stderr):
-                outcome = train(demo.experiment(stage), str(demo.workdir(stage)))
-            if outcome["interrupted"]:
-                return 130 if outcome["interrupted"] == signal.SIGINT else 143
+            if status := train_stage(demo.experiment(stage), demo.workdir(stage)):
+                return status
             results[stage] = evaluate(demo, stage)
         announce("Report")
         metrics = flat_metrics(results)
@@ -231,9 +224,7 @@ def sweep(demo: Demo) -> int:
     checkpoints = ",".join(str(demo.workdir(stage)) for stage in SWEPT)
     tasks = tuple(demo.task(name) for name in (*phantom.FILES["test"], "absent"))
     run_sweep(SweepConfig(checkpoints=checkpoints, tasks=tasks, on_error="raise"), demo.evaluation)
-    note_run(demo.evaluation, jax.devices()[0].device_kind)
-    rescore(demo.evaluation)
-    print(f"\nReport of the sweep: {write_sweep_report(demo.evaluation)}")
+    print(f"\nReport of the sweep: {report_sweep(demo.evaluation)}")
     return 0
 
 

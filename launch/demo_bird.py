@@ -5,17 +5,15 @@ Run by `bash launch/demo.sh --bird`. Every step leaves its result in OUT/bird an
 second call resumes. Figures stand in OUT/bird/metrics.json, drawn boxes in OUT/bird/evaluation/report.html.
 """
 
-import contextlib
 import dataclasses
 import json
-import signal
 import sys
 from pathlib import Path
 
 import jax
 
 from configs import bird_grit
-from launch.demo_common import Stopwatch, announce, print_summary
+from launch.demo_common import Stopwatch, announce, print_summary, report_sweep, train_stage
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.sources import open_source
@@ -23,12 +21,8 @@ from medplib_jax.datasets.phantom import generate as phantom
 from medplib_jax.datasets.phantom import grit
 from medplib_jax.datasets.train_ranks import conversation_texts, train_ranks
 from medplib_jax.evaluate.kinds import refer_box
-from medplib_jax.evaluate.provenance import note_run
-from medplib_jax.evaluate.report.sweep import write_sweep_report
-from medplib_jax.evaluate.rescore import rescore
 from medplib_jax.evaluate.result import SweepResult
 from medplib_jax.evaluate.sweep import run_sweep
-from medplib_jax.train.loop import train
 
 MODALITIES = ("ct", "mr", "x_ray", "ultrasound")  # as many as so small a model tells apart in so few steps
 TEST_IMAGES = 208  # held-out pictures: at least 200 questions a task
@@ -99,15 +93,11 @@ def run(demo: BirdDemo, watch: Stopwatch) -> int:
         grit.write_grit(demo.data, demo.seed)
         make_tokenizer(demo)
         announce("Training")
-        with contextlib.redirect_stdout(sys.stderr):
-            outcome = train(demo.experiment(), str(demo.model))
-        if outcome["interrupted"]:
-            return 130 if outcome["interrupted"] == signal.SIGINT else 143
+        if status := train_stage(demo.experiment(), demo.model):
+            return status
         announce("Evaluation")
         found = headline(run_sweep(demo.sweep(), demo.evaluation))
-        note_run(demo.evaluation, jax.devices()[0].device_kind)
-        rescore(demo.evaluation)
-        write_sweep_report(demo.evaluation)
+        report_sweep(demo.evaluation)
         metrics.write_text(json.dumps(found | watch.read(), indent=1) + "\n")
     found = {with_bar(name): value for name, value in json.loads(metrics.read_text()).items()}
     print_summary("Held-out phantom questions in Med-GRIT's form:", found, demo.evaluation / "report.html")

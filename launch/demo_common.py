@@ -1,11 +1,21 @@
-"""What both demonstrations share: time and memory used, headings, the table at the end."""
+"""What the demonstrations share: training, the sweep's report, time and memory used, headings, the table at the end."""
 
+import contextlib
 import json
 import resource
+import signal
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+import jax
+
+from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.evaluate.provenance import note_run
+from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.rescore import rescore
+from medplib_jax.train.loop import train
 
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
 
@@ -28,6 +38,20 @@ class Stopwatch:
 
     def save(self) -> None:
         self._file.write_text(json.dumps(self.read()))
+
+
+def train_stage(experiment: ExperimentConfig, workdir: Path) -> int:
+    """Trains to the end; the demonstration's exit status: 0, or 130 or 143 when a signal interrupted it."""
+    with contextlib.redirect_stdout(sys.stderr):
+        interrupted = train(experiment, str(workdir))["interrupted"]
+    return {None: 0, signal.SIGINT: 130}.get(interrupted, 143)
+
+
+def report_sweep(evaluation: Path) -> Path:
+    """Scores the answers of a sweep that was run here in both protocols; the page that it writes."""
+    note_run(evaluation, jax.devices()[0].device_kind)
+    rescore(evaluation)
+    return write_sweep_report(evaluation)
 
 
 def announce(title: str) -> None:

@@ -6,10 +6,8 @@ leaves its result in OUT/icl and is skipped when it is there, so a second call r
 OUT/icl/metrics.json, examples beside queries and answers in OUT/icl/evaluation/report.html.
 """
 
-import contextlib
 import dataclasses
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import jax
 import numpy as np
 
 from configs import eval_icl, stage4_moe, stage5_icl
-from launch.demo_common import Stopwatch, announce, print_summary
+from launch.demo_common import Stopwatch, announce, print_summary, report_sweep, train_stage
 from medplib_jax.config.experiment import ExperimentConfig, InitConfig, LossConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.config.sweep import SweepConfig
@@ -30,11 +28,7 @@ from medplib_jax.datasets.index import build, library_of_records
 from medplib_jax.datasets.phantom import shapes
 from medplib_jax.datasets.retrieve import retrieve
 from medplib_jax.evaluate.evaluators.predictions import read_rows
-from medplib_jax.evaluate.provenance import note_run
-from medplib_jax.evaluate.report.sweep import write_sweep_report
-from medplib_jax.evaluate.rescore import rescore
 from medplib_jax.evaluate.sweep import run_sweep
-from medplib_jax.train.loop import train
 
 TRAIN_KINDS, TRAIN_PATIENTS = 150, 6
 TEST_KINDS, TEST_PATIENTS = 8, 8
@@ -128,10 +122,8 @@ def run(demo: IclDemo, watch: Stopwatch) -> int:
         make_data(demo)
         for stage in demo.stages:
             announce(f"Stage {stage}")
-            with contextlib.redirect_stdout(sys.stderr):
-                outcome = train(demo.experiment(stage), str(demo.workdir(stage)))
-            if outcome["interrupted"]:
-                return 130 if outcome["interrupted"] == signal.SIGINT else 143
+            if status := train_stage(demo.experiment(stage), demo.workdir(stage)):
+                return status
         announce("Evaluation")
         found = evaluate(demo) | watch.read()
         metrics_file.write_text(json.dumps(found, indent=1) + "\n")
@@ -190,9 +182,7 @@ def evaluate(demo: IclDemo) -> dict[str, float]:
     tasks = eval_icl.tasks(demo.data("test"), ABOUT)
     config = SweepConfig(checkpoints=checkpoint, tasks=tasks, max_new_tokens=4, on_error="raise")
     cells = {cell.task: cell for cell in run_sweep(config, demo.evaluation).of_models}
-    note_run(demo.evaluation, jax.devices()[0].device_kind)
-    rescore(demo.evaluation)
-    write_sweep_report(demo.evaluation)
+    report_sweep(demo.evaluation)
     dice = {}
     for name in (task.name for task in tasks):
         rows = read_rows(*(demo.evaluation / path for path in cells[name].predictions))
