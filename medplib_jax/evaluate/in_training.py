@@ -66,10 +66,11 @@ class HeldOutFigures:
         settings = AnswerSettings.of(how, self._config, "exact")
         own = task.records[jax.process_index() :: jax.process_count()]
         rows = [row for row in answers(task, settings, model, own, how) if SKIPPED not in row]
-        rows = [{name: value for name, value in row.items() if "masks" not in name} for row in rows]
+        kind = find_kind(task.kind, task.config.part)
+        dropped = {"masks", "true_masks"} - {*kind.fields}  # large, and most metrics need their scores alone
+        rows = [{name: value for name, value in row.items() if name not in dropped} for row in rows]
         shared = of_every_process(f"eval/{task.name}/{step}", json.dumps(rows))
         everyone = sorted((row for part in shared for row in json.loads(part)), key=lambda row: row["record"])
-        kind = find_kind(task.kind, task.config.part)
         return metrics.values(kind.statistics(everyone, "exact")) if everyone else {}
 
 

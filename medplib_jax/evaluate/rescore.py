@@ -8,10 +8,10 @@ own metrics stand in `<task>.own.jsonl` beside the answers and are made again ea
 """
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from medplib_jax.data import images
 from medplib_jax.data.errors import DataError
-from medplib_jax.data.records import MASK
+from medplib_jax.data.records import MASK, Record
 from medplib_jax.data.rle import decode_rle, encode_rle
 from medplib_jax.data.sources import open_source
 from medplib_jax.evaluate import metrics
@@ -43,6 +43,8 @@ from medplib_jax.evaluate.result import (
     read_result,
     update_result,
 )
+
+log = logging.getLogger(__name__)
 
 OWN_SUFFIX, EXAMPLES = ".own.jsonl", 2_000
 _KEPT = ("record", "image", "modality", "patient", "structure", "question", "expected", "answer_type")
@@ -135,7 +137,10 @@ def _add_naive(workdir: Path, result: SweepResult) -> SweepResult:
         if not rows:  # the files of its answers are gone
             continue
         kind, task = find_kind(tasks[name].kind, tasks[name].part), tasks[name]
-        guesses = kind.naive(_examples(task, rows))
+        examples = _examples(task, rows)
+        if not examples:
+            continue
+        guesses = kind.naive(examples)
         checkpoints |= {guess: CheckpointEntry(guess, run="no model", kind=NAIVE) for guess in guesses}
         cells += _naive_cells(workdir, guesses, rows, task, kind, protocol)
     models = [entry for entry in result.checkpoints if entry.kind != NAIVE]
@@ -222,20 +227,41 @@ def _write(path: Path, header: PredictionRow, lines: Iterable[PredictionRow]) ->
 
 
 def _examples(task: TaskEntry, rows: Sequence[PredictionRow]) -> list[Example]:
-    """The truth of training records (at most EXAMPLES, evenly spread), or of the answered ones where none are known."""
+    """The truth of training records (EXAMPLES of them or a few more, evenly spread), or of the answered ones where none
+    are known.
+
+    None, with a warning, where most cannot be used: a mean over the others would be of negatives, for instance.
+    """
     if not task.examples:
         return [Example(row["expected"], _row_boxes(row)) for row in rows]
-    source = open_source(task.examples, task.root)
-    found = []
-    for index in range(0, len(source), max(1, len(source) // EXAMPLES)):
-        with contextlib.suppress(DataError):  # a record that cannot be used is no example
-            record = source[index]
-            text, boxes = record.turns[-1][1], [_text_boxes(record.turns[-1][1])]
-            if names := MASK.findall(text):
-                size = images.load_image(record.find(record.images[0])).shape[:2]
-                boxes += [box_of(images.load_mask(record.find(name), size) > 0) for name in names]
-            found.append(Example(MASK.sub("", text).strip(), np.concatenate(boxes)))
-    return found
+    found, problems = [], []
+    try:
+        source = open_source(task.examples, task.root)
+        for index in range(0, len(source), max(1, len(source) // EXAMPLES)):
+            try:
+                found.append(_example(source[index]))
+            except DataError as error:  # a record that cannot be used is no example
+                problems.append(error)
+    except DataError as error:  # the file itself
+        problems.append(error)
+    if len(problems) <= len(found):
+        return found
+    log.warning(
+        "%s has no answers without a model: %d of %d training records can be used, the first problem is: %s",
+        task.name,
+        len(found),
+        len(found) + len(problems),
+        problems[0],
+    )
+    return []
+
+
+def _example(record: Record) -> Example:
+    text, boxes = record.turns[-1][1], [_text_boxes(record.turns[-1][1])]
+    if names := MASK.findall(text):
+        size = images.load_image(record.find(record.images[0])).shape[:2]
+        boxes += [box_of(images.load_mask(record.find(name), size) > 0) for name in names]
+    return Example(MASK.sub("", text).strip(), np.concatenate(boxes))
 
 
 def _row_boxes(row: PredictionRow) -> np.ndarray:

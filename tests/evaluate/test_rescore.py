@@ -225,6 +225,21 @@ def test_guesses_come_from_the_training_file_where_it_is_known(folder, tmp_path)
     assert "the task itself" in facts["guesses from", VQA]
 
 
+def test_no_guesses_come_from_training_records_without_their_masks(folder, tmp_path, caplog):
+    """The mean box of the few that can be read would be another one, that of none the whole picture."""
+    shutil.copytree(folder, tmp_path / "copy")
+    sweep = json.loads((tmp_path / "copy/sweep.json").read_text())
+    for task in sweep["tasks"]:
+        if task["name"] == GROUNDING:
+            task["examples"] = str(Path(task["root"]) / phantom.FILES["train"]["grounding"])
+            task["root"] = str(tmp_path / "nothing")
+    (tmp_path / "copy/sweep.json").write_text(json.dumps(sweep))
+    cells = rescore(tmp_path / "copy").cells
+    assert "mean box" not in {cell.checkpoint for cell in cells if cell.task == GROUNDING}
+    assert "always yes" in {cell.checkpoint for cell in cells if cell.task == VQA}
+    assert f"{GROUNDING} has no answers without a model" in caplog.text
+
+
 def test_a_cell_that_another_sweep_wrote_meanwhile_stays(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     wrote = []

@@ -1,15 +1,17 @@
 """Whole volumes in a sweep: slices are put together, and what is missing or empty counts as said."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from medplib_jax.config.sweep import SweepConfig
+from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import parse_record
 from medplib_jax.data.rle import encode_rle
 from medplib_jax.datasets.slices import QUESTIONS, SliceOptions, make_slices
+from medplib_jax.evaluate import in_training
 from medplib_jax.evaluate.kinds import find_kind
 from medplib_jax.evaluate.kinds.volume import TOLERANCE_MM
 from medplib_jax.evaluate.metrics import values
@@ -72,6 +74,15 @@ def test_empty_volumes_count_as_said():
 def test_a_volume_that_lacks_a_slice_is_counted_and_left_out():
     found = measured(rows("a", ball(), ball()), rows("b", ball(), ~ball())[:-1])
     assert found["volume_complete"] == 0.5 and found["volume_dice"] == 1
+
+
+def test_volumes_are_measured_while_a_run_trains(monkeypatch, tmp_path):
+    truth, drawn = ball(), ball(centre=(5, 10, 8))
+    monkeypatch.setattr(in_training, "answers", lambda *_: iter(rows("a", truth, drawn)))
+    task = SimpleNamespace(name="scans", kind="volume", records=range(9), config=TaskConfig("scans", "scans.json"))
+    run = SimpleNamespace(_config=tiny.make_experiment(tmp_path))
+    found = in_training.HeldOutFigures._metrics(run, None, task, 1)
+    assert found["volume_dice"] == pytest.approx(volume_scores(truth, drawn, SPACING, TOLERANCE_MM)["dice"])
 
 
 def test_masks_of_shrunk_pictures_keep_their_millimetres():
