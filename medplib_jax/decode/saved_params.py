@@ -62,7 +62,8 @@ def open_stores(folder: epath.PathLike) -> dict[str, Params]:
 class SavedArray:
     """An array of a checkpoint. `saved[place]` reads a part of it; two parts must not overlap, or be the same.
 
-    The bits of what is read are summed, as `checkpoint.bit_sums` does.
+    The bits of what is read are summed, as `checkpoint.bit_sums` does. ValueError for a part that is read again and is
+    not what it was: the sum would tell of one of them.
     """
 
     def __init__(self, store: ts.TensorStore):
@@ -83,7 +84,9 @@ class SavedArray:
 
     def __getitem__(self, place: Any) -> np.ndarray:
         found = np.ascontiguousarray(self._store[place].read().result())
-        self._read[str(place)] = found.size, *bit_sums({"": found}).values()
+        summed = found.size, *bit_sums({"": found}).values()
+        if self._read.setdefault(str(place), summed) != summed:
+            raise ValueError(f"{self._store.kvstore.url}: changed while it was read")
         return found
 
 

@@ -10,7 +10,9 @@ import weakref
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import tensorstore as ts
 
 from medplib_jax import checkpoint
 from medplib_jax.batch import flatten
@@ -95,3 +97,14 @@ def test_what_is_not_what_was_saved_is_refused(workdir, tmp_path):
     shutil.copytree(workdir / "checkpoints/3/state", tmp_path / "checkpoints/3/state")
     with pytest.raises(ValueError, match=r"arrays are not what was saved, first trainable/clip"):
         load_checkpoint(tmp_path)
+
+
+def test_a_part_that_changes_between_two_readings_is_refused():
+    zarr = {"driver": "zarr", "kvstore": "memory://weights/"}
+    store = ts.open(zarr, create=True, dtype=ts.float32, shape=[2, 3]).result()
+    store.write(np.ones((2, 3), np.float32)).result()
+    array = SavedArray(store)
+    np.testing.assert_array_equal(array[0], array[0])
+    store[0].write(np.zeros(3, np.float32)).result()
+    with pytest.raises(ValueError, match="memory://weights/: changed while it was read"):
+        array[0]
