@@ -44,6 +44,7 @@ from medplib_jax.data.overlay import PALETTE, draw_boxes, overlay
 from medplib_jax.decode.box_masks import BoxDrawer
 from medplib_jax.decode.jobs import answer_jobs, read_jobs
 from medplib_jax.decode.layout import QUANTIZE
+from medplib_jax.decode.masks import remove_answer
 from medplib_jax.decode.predictor import Prediction, Predictor, read_question
 from medplib_jax.decode.sampling import Sampling
 from medplib_jax.decode.scans import add_scan_flags, answer_scan, scan_model, scan_options
@@ -51,18 +52,15 @@ from medplib_jax.parallel.compilation import use_cache
 from medplib_jax.volumes.read import is_scan
 
 SINGLE = ("point", "box", "scribble", "region_mask")  # flags of a region without a name
-_MASK_FILE = re.compile(r"mask_\d+\.png")
 
 
 def write_prediction(prediction: Prediction, out_dir: str | os.PathLike) -> list[Path]:
     """Writes the masks and the overlay as PNG files, and returns their paths.
 
-    Masks of an earlier answer are removed.
+    Masks and boxes of an earlier answer are removed.
     """
     out = Path(out_dir)
-    for old in out.iterdir():
-        if _MASK_FILE.fullmatch(old.name):
-            old.unlink()
+    remove_answer(out)
     pictures = {f"mask_{k}.png": mask.astype(np.uint8) * 255 for k, mask in enumerate(prediction.masks)}
     height, width = prediction.picture.shape[:2]
     boxes = [

@@ -193,7 +193,8 @@ def test_command_line_writes_masks_of_the_pictures_size(call, workdir, tmp_path,
     assert mask.shape == (24, 48) and (mask == 255).all() and shown.shape == (24, 48, 3)
     assert (shown[0] == [0, 114, 178]).all()  # the mask's outline
 
-    (tmp_path / "out" / "mask_of_mine.png").touch()
+    for name in ("mask_of_mine.png", "boxes.json"):
+        (tmp_path / "out" / name).touch()
     say(monkeypatch, tokenizer.eos_id)
     call("--checkpoint", workdir / "checkpoints" / "3")  # a step, and an answer without a mask
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"overlay.png", "mask_of_mine.png"}

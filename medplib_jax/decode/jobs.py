@@ -5,6 +5,7 @@ A job is {"image": path, "question": text, "region": "box:...", "id": name} for 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.data.polygons import geojson
 from medplib_jax.data.rle import decode_rle, encode_rle
 from medplib_jax.decode.many import answer_questions
-from medplib_jax.decode.masks import mask_labels
+from medplib_jax.decode.masks import mask_labels, remove_answer
 from medplib_jax.decode.predictor import Prediction, Predictor, read_question
 from medplib_jax.decode.scans import ScanOptions, answer_scan, scan_model
 from medplib_jax.volumes.formats import SUFFIXES
@@ -53,10 +54,9 @@ def read_jobs(path: str, question: str = "", structures: tuple[str, ...] = ()) -
         entries = _entries(path)
     jobs: dict[str, Job] = {}
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry.keys() <= _KEYS:
-            raise DataError(
-                path, number, "not a job", f"an object with image, and of {sorted(_KEYS)}", str(entry)[:200]
-            )
+        if not _is_job(entry):
+            expected = f"an object of texts, with image and of {sorted(_KEYS)}, structures a list"
+            raise DataError(path, number, "not a job", expected, str(entry)[:200])
         image = os.path.join(os.path.dirname(os.path.abspath(path)), entry["image"])
         wanted = entry.get("structures", [] if entry.get("question") else list(structures))
         job = Job(
@@ -75,17 +75,28 @@ def read_jobs(path: str, question: str = "", structures: tuple[str, ...] = ()) -
     return list(jobs.values())
 
 
+def _is_job(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not entry.keys() <= _KEYS:
+        return False
+    structures = entry.get("structures", [])
+    texts = [entry.get("image"), entry.get("question", ""), entry.get("region", "")]
+    return isinstance(structures, list) and all(isinstance(text, str) for text in (*texts, *structures))
+
+
 def answer_jobs(predictor: Predictor, jobs: Sequence[Job], out: str, options: ScanOptions) -> int:
     """Answers the jobs that answers.jsonl in `out` does not hold yet, and adds a line for each; how many failed.
 
+    What another model, other options or other files answered is asked again.
+
     options: of scans, but for what a job says. A line holds the job, its answer, predicted IoU and masks as COCO run
     lengths, boxes of a model that draws none, or the names of the files of a scan; or what is wrong with it. Pictures
-    are answered `TOGETHER` at a time. In the end coco.json holds all masks.
+    are answered `TOGETHER` at a time. In the end coco.json holds the masks of the last answer to each id.
     """
     os.makedirs(out, exist_ok=True)
     path, failed = os.path.join(out, ANSWERS), 0
     done = {json.dumps(job, sort_keys=True) for job in _answered(path)}
-    asked = [json.loads(json.dumps({**dataclasses.asdict(job), "model": predictor.identity})) for job in jobs]
+    same = {"model": predictor.identity, "options": dataclasses.asdict(options)}
+    asked = [json.loads(json.dumps({**dataclasses.asdict(job), **same, "files": _state(job)})) for job in jobs]
     todo = [number for number, job in enumerate(asked) if json.dumps(job, sort_keys=True) not in done]
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(jobs), desc="jobs", unit="job") as bar:
         bar.update(len(jobs) - len(todo))
@@ -96,6 +107,15 @@ def answer_jobs(predictor: Predictor, jobs: Sequence[Job], out: str, options: Sc
             bar.update()
     _write_coco(path, os.path.join(out, "coco.json"))
     return failed
+
+
+def _state(job: Job) -> str:
+    """A digest of the sizes and times of the files that a job names."""
+    files = [path for path in (job.image, job.region) if os.path.isfile(path)]
+    files += [os.path.join(folder, name) for folder, _, names in os.walk(job.image) for name in names]
+    found = [(path, os.stat(path)) for path in sorted(files) if os.path.exists(path)]
+    states = [[path, state.st_size, state.st_mtime_ns] for path, state in found]
+    return hashlib.blake2b(json.dumps(states).encode(), digest_size=16).hexdigest()
 
 
 def _answers(
@@ -137,6 +157,7 @@ def _answer_pictures(
 def _write_masks(found: Prediction, job: Job, folder: str) -> dict[str, Any]:
     """A picture's masks as PNG and GeoJSON; its line's content."""
     os.makedirs(folder, exist_ok=True)
+    remove_answer(folder)
     for number, mask in enumerate(found.masks):
         Image.fromarray(mask.astype(np.uint8) * 255).save(os.path.join(folder, f"mask_{number}.png"))
     labels = list(job.structures) if len(job.structures) == len(found.masks) else mask_labels(found.answer)
@@ -153,9 +174,10 @@ def _write_masks(found: Prediction, job: Job, folder: str) -> dict[str, Any]:
 
 
 def _write_coco(answers: str, path: str) -> None:
-    """All masks of the answered pictures in COCO's form, with the predicted IoU as their score."""
+    """The masks of the answered pictures in COCO's form, with the predicted IoU as their score."""
     with open(answers, encoding="utf-8") as file:
-        lines = [line for line in map(json.loads, file) if "masks" in line]
+        last = {line["job"]["id"]: line for line in map(json.loads, file)}
+    lines = [line for line in last.values() if "masks" in line]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     categories: dict[str, int] = {}

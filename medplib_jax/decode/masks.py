@@ -3,8 +3,10 @@
 import functools
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from medplib_jax.models.masks.unpad import resample_to_canvas
 
 SEG = "<SEG>"
 MaskDrawer = Callable[[Batch, Generation], np.ndarray]
+_FILES = re.compile(r"mask_\d+\.png|masks\.geojson|boxes\.json")  # of an answer about a picture
 TILE = 512  # side of what is drawn at once
 
 
@@ -71,6 +74,13 @@ def binarise(logits: np.ndarray, threshold: float) -> np.ndarray:
 
 def _logit(probability: float) -> float:
     return math.log(probability / (1 - probability))
+
+
+def remove_answer(folder: str | os.PathLike) -> None:
+    """Removes the masks and boxes of an earlier answer from a folder."""
+    for path in Path(folder).iterdir():
+        if _FILES.fullmatch(path.name):
+            path.unlink()
 
 
 def mask_labels(text: str) -> list[str]:

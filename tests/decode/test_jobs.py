@@ -1,5 +1,6 @@
 """Many pictures by one command: lists, folders, answers as they end, resumed by record."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -83,6 +84,27 @@ def test_a_folder_is_answered_once(tmp_path, folder):
     assert len(echo.asked) == 4  # another question is another job
 
 
+def test_other_options_and_other_files_are_asked_again(tmp_path, folder):
+    echo, out, found = Echo(), tmp_path / "out", read_jobs(str(folder), "What is it?")
+    answer_jobs(echo, found, str(out), OPTIONS)
+    answer_jobs(echo, found, str(out), dataclasses.replace(OPTIONS, seed=1))
+    assert len(echo.asked) == 4
+    Image.fromarray(np.zeros((40, 16), np.uint8)).save(folder / "b.png")
+    answer_jobs(echo, found, str(out), dataclasses.replace(OPTIONS, seed=1))
+    assert [path.rsplit("/", 1)[1] for path in echo.asked[4:]] == ["b.png"]
+    coco = json.loads((out / "coco.json").read_text())
+    assert [image["height"] for image in coco["images"]] == [20, 40] and len(coco["annotations"]) == 2
+
+
+def test_nothing_stays_of_an_earlier_answer(tmp_path, folder):
+    (tmp_path / "out/b.png").mkdir(parents=True)
+    for name in ("mask_0.png", "mask_7.png", "boxes.json", "notes.txt"):
+        (tmp_path / "out/b.png" / name).write_text("old")
+    answer_jobs(Echo(), read_jobs(str(folder), "What is it?"), str(tmp_path / "out"), OPTIONS)
+    names = sorted(path.name for path in (tmp_path / "out/b.png").iterdir())
+    assert names == ["mask_0.png", "masks.geojson", "notes.txt"]
+
+
 def test_a_list_has_its_own_questions_and_what_fails_is_told_and_tried_again(tmp_path, folder, monkeypatch):
     write_nifti(folder / "scan.nii.gz", some_values())
     entries = [
@@ -113,6 +135,9 @@ def test_a_list_has_its_own_questions_and_what_fails_is_told_and_tried_again(tmp
         ("[]", "no jobs"),
         ('[{"image": 3}]', "record 0: not a job"),
         ('[{"image": "x", "quest": "y"}]', "not a job"),
+        ('[{"image": "x", "structures": "liver"}]', "not a job"),
+        ('[{"image": "x", "question": 3}]', "not a job"),
+        ('[{"image": "x", "question": "y", "region": null}]', "not a job"),
         ('[{"image": "x"}]', "job without a question"),
         (
             '[{"image": "x", "question": "y", "id": "a b"}, {"image": "x", "question": "y", "id": "a/b"}]',
