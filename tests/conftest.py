@@ -2,9 +2,34 @@
 
 import importlib.metadata
 import os
+import shutil
+
+import pytest
 
 flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jax").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")  # XLA refuses to start on a flag that it no longer has
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")]).strip()
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A tiny checkpoint of random weights, to be read only."""
+    from tests.evaluate.evaluators import tiny  # after JAX's flags
+
+    path = tmp_path_factory.mktemp("run")
+    tiny.write_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A browser for pages; what needs it is skipped where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if (chromium := shutil.which("chromium")) is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()

@@ -27,13 +27,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    tiny.write_checkpoint(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def predictor(workdir):
     return predict.Predictor(workdir)
 

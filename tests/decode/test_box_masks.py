@@ -10,17 +10,9 @@ from medplib_jax.decode.box_masks import BoxDrawer
 from medplib_jax.models.layers import abstract_module, bind
 from medplib_jax.models.masks.sam import SamMed2d, normalise_sam
 from medplib_jax.models.masks.unpad import resample_to_canvas
-from tests.evaluate.evaluators import tiny
 
 HEIGHT, WIDTH = 20, 40
 PICTURE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    tiny.write_checkpoint(path)
-    return path
 
 
 @pytest.fixture(scope="module")

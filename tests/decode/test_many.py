@@ -1,20 +1,11 @@
 """Many questions at once: each answer as if it had been asked alone."""
 
 import numpy as np
-import pytest
 
 from medplib_jax.data.errors import DataError
 from medplib_jax.decode.many import answer_questions
 from medplib_jax.decode.predictor import Predictor, read_question
 from medplib_jax.decode.sampling import Sampling
-from tests.evaluate.evaluators import tiny
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    tiny.write_checkpoint(path)
-    return path
 
 
 def picture(seed: int) -> np.ndarray:

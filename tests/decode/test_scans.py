@@ -15,17 +15,9 @@ from medplib_jax.decode.predictor import Predictor
 from medplib_jax.decode.scans import ScanOptions, SliceAnswer, answer_scan, answer_slices, scan_model
 from medplib_jax.volumes.pictures import pictures
 from medplib_jax.volumes.read import read_scan
-from tests.evaluate.evaluators import tiny
 from tests.volumes.scans import some_values, write_nifti, write_series
 
 OBLIQUE = np.array([[0.5, 0.2, 0, 5], [-0.2, 0.5, 0, 6], [0, 0, 2.0, 7], [0, 0, 0, 1]])
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    tiny.write_checkpoint(path)
-    return path
 
 
 @pytest.fixture(scope="module")

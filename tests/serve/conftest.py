@@ -15,7 +15,6 @@ import httpx
 import pytest
 
 from medplib_jax.decode.predictor import Predictor
-from tests.evaluate.evaluators import tiny
 from tests.paths import ROOT
 
 MAX_NEW_TOKENS = 24
@@ -59,13 +58,6 @@ def wait_until_healthy(server: Server, seconds: float = 300) -> None:
             if httpx.get(f"{server.url}/healthz", timeout=5).status_code == 200:
                 return
     raise AssertionError(server.log.read_text())
-
-
-@pytest.fixture(scope="session")
-def workdir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    tiny.write_checkpoint(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

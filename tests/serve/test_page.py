@@ -4,7 +4,6 @@ Each kind of region gets the answer that `predict` gives for it, and a reload ke
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,7 @@ from PIL import Image
 
 from tests.volumes.scans import some_values, write_nifti, write_series
 
-sync_api = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-BROWSER = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (Debian: apt-get install chromium)")
 QUESTION = "Where is the lung?"
 
 
@@ -26,14 +22,6 @@ def picture(tmp_path_factory) -> Path:
     pixels = np.random.default_rng(5).integers(0, 255, (60, 80, 3), np.uint8)
     Image.fromarray(pixels).save(path)
     return path
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[(1280, 900), (390, 844)], ids=["wide", "narrow"])

@@ -15,7 +15,6 @@ from medplib_jax.evaluate import metrics
 from medplib_jax.evaluate.own import load_metrics
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.rescore import rescore
-from tests.evaluate.report.test_pages import BROWSER, sync_api
 from tests.evaluate.test_rescore import MY_METRICS
 
 pytestmark = pytest.mark.slow
@@ -84,19 +83,16 @@ def folder(tmp_path_factory):
     shutil.rmtree(folder)  # hundreds of megabytes
 
 
-def test_the_page_of_a_large_sweep_is_small_and_opens_at_once(folder):
+def test_the_page_of_a_large_sweep_is_small_and_opens_at_once(folder, browser):
     began = time.perf_counter()
     page = write_sweep_report(folder)
     seconds = time.perf_counter() - began
     files = [page, *(folder / "report_cases").iterdir()]
     size = sum(path.stat().st_size for path in files) / 1e6
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page(viewport={"width": 1280, "height": 900})
-        tab.goto(page.as_uri(), wait_until="load")
-        tab.wait_for_timeout(500)
-        paint = tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1e3
-        browser.close()
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.goto(page.as_uri(), wait_until="load")
+    tab.wait_for_timeout(500)
+    paint = tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1e3
     print(f"report {seconds:.0f} s, first paint {paint:.2f} s, {size:.1f} MB in {len(files)} files")
     assert size < 20 and paint < 2
 

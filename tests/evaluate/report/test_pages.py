@@ -1,7 +1,6 @@
 """The report in a real browser: nothing is cut off, cases are looked at, and their addresses can be sent."""
 
 import json
-import shutil
 
 import pytest
 
@@ -11,9 +10,6 @@ from medplib_jax.evaluate.rescore import rescore
 from tests.evaluate.report.sweep_fixture import CHECKPOINTS, write_sweep
 from tests.evaluate.report.test_page import full_report
 
-sync_api = pytest.importorskip("playwright.sync_api")
-BROWSER = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (Debian: apt-get install chromium)")
 TASK = "MeCoVQA_Grounding_test"
 # Elements that stick out of the page and are in nothing that scrolls.
 CUT_OFF = """() => {
@@ -36,14 +32,6 @@ def address(tmp_path_factory):
     write_sweep(folder, 8, CHECKPOINTS[1:4:2])
     rescore(folder)
     return write_sweep_report(folder).as_uri()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
