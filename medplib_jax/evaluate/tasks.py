@@ -94,7 +94,8 @@ def read_task(config: TaskConfig, limit: int, on_error: str) -> SweepTask:
     reason.
 
     kind, unless given: what claims the file's contents most (`kinds.best_fit`): volume when slices of volumes have
-    masks, grounding when any answer has one, region when any question has a region, else vqa. limit: usable records, 0 for all. UnusableTask when there is none.
+    masks, grounding when any answer has one, region when any question has a region, else vqa. limit: usable records, 0
+    for all. UnusableTask when there is none.
     """
     if config.kind:
         _check_kind(config)
