@@ -7,10 +7,7 @@ second call resumes. Figures stand in OUT/bird/metrics.json, drawn boxes in OUT/
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
-
-import jax
 
 from configs import bird_grit
 from launch.demo_common import Stopwatch, announce, print_summary, report_sweep, train_stage

@@ -8,10 +8,8 @@ OUT/icl/metrics.json, examples beside queries and answers in OUT/icl/evaluation/
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from configs import eval_icl, stage4_moe, stage5_icl
