@@ -10,7 +10,8 @@ _ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[sufc]\d+\w*)\[([\d,]*)\](?:\{([
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(
-    r"(?:calls|body|to_apply|branch_computations|true_computation|false_computation|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+    r"(?:calls|body|to_apply|branch_computations|true_computation|false_computation|called_computations)"
+    r"=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 

@@ -68,8 +68,9 @@ class TfdsSource(Source):
         try:
             import tensorflow_datasets as tfds  # only who reads such a dataset needs it
 
-            builder, raw = tfds.builder_from_directory(self.root), tfds.decode.DeserializeMethod.RAW_BYTES
-            self._examples = builder.as_data_source(split=split or "train", deserialize_method=raw)  # pyright: ignore[reportCallIssue]
+            raw = tfds.decode.DeserializeMethod.RAW_BYTES
+            as_source = tfds.builder_from_directory(self.root).as_data_source
+            self._examples = as_source(split=split or "train", deserialize_method=raw)  # pyright: ignore[reportCallIssue]
         except Exception as error:  # the library raises errors of many types
             expected = "FOLDER#SPLIT of an assembled dataset"
             raise DataError(name, None, "dataset cannot be read", expected, str(error)) from error
