@@ -202,6 +202,7 @@ class TrainConfig(Section, name="train"):
     eval_every: NotNegative[int] = 0  # steps between evaluations; 0: none
     eval_tasks: tuple[str, ...] = ()
     eval_records: Positive[int] = 64  # of each source that an evaluation reads
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)  # beside metrics.jsonl
     profile: str = ""  # START:STOP, steps counted from 0: a trace of these in WORKDIR/profile
     hang_seconds: Positive[float] = 3600.0
 

@@ -273,7 +273,7 @@ class Reports:
         self._late, self._losses = LateMetrics(), []  # losses since the last checkpoint
         self._shapes: dict[int, tuple[int, int]] = {}  # step -> rows x positions
         self._evaluations: dict[int, dict[str, float]] = {}
-        self._writer = MetricWriter(run.workdir, run.start)
+        self._writer = MetricWriter(run.workdir, run.start, run.config)
 
     def __enter__(self) -> "Reports":
         hidden = jax.process_index() > 0

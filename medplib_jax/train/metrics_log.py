@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl and TensorBoard events, skipped records, and how well the time was used."""
+"""What a run leaves to read: metrics.jsonl and its trackers, skipped records, and how well the time was used."""
 
 import collections
 import json
@@ -11,54 +11,54 @@ from typing import Any
 import jax
 from etils import epath
 
+from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.data.errors import DataError, Notice
+from medplib_jax.train.trackers import TRACKERS, Tracker, check_installed
 
 log = logging.getLogger("medplib_jax.train")
 
 METRICS = "metrics.jsonl"
-FLUSH_SECONDS = 5  # what a killed process may lose of TensorBoard's events
 NUMBERS = ("loss", "ce", "dice", "bce", "focal", "iou", "aux", "grad_norm")  # what a message on a bad loss lists
 
 
 class MetricWriter:
-    """Appends {"step": ..., **metrics} lines to metrics.jsonl and the same scalars to TensorBoard, of process 0 only.
+    """Appends {"step": ..., **metrics} lines to metrics.jsonl and tells `train.trackers` the same, of process 0 only.
 
-    A line is on disk when `write` returns, scalars are on disk within seconds, and whenever the context ends. Lines
-    of steps after `start_step`, which an interrupted run wrote after its last checkpoint, are removed by the first
-    `write`, so that a run that fails before it changes nothing.
+    A line is on disk when `write` returns, scalars are with their trackers within seconds, and whenever the context
+    ends. Lines of steps after `start_step`, which an interrupted run wrote after its last checkpoint, are removed by
+    the first `write`, so that a run that fails before it changes nothing. ValueError for a tracker that is not
+    installed.
     """
 
-    def __init__(self, workdir: str, start_step: int):
-        self._workdir, self._start_step = epath.Path(workdir), start_step
-        self._board = None
+    def __init__(self, workdir: str, start_step: int, config: ExperimentConfig):
+        check_installed(config.train.trackers)
+        self._workdir, self._start_step, self._config = epath.Path(workdir), start_step, config
+        self._trackers: list[Tracker] | None = None
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *_) -> None:
-        if self._board:
-            self._board.close()
+        for tracker in self._trackers or ():
+            tracker.close()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         if jax.process_index() > 0:
             return
-        if self._board is None:
-            self._begin()
+        if self._trackers is None:
+            self._trackers = self._begin()
         with (self._workdir / METRICS).open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.write(step, metrics)
 
-    def _begin(self) -> None:
-        from tensorboardX import SummaryWriter  # slow to import, and only process 0 needs it
-
+    def _begin(self) -> list[Tracker]:
         kept = [json.dumps(row) for row in read_metrics(str(self._workdir)) if row["step"] <= self._start_step]
         partial = self._workdir / f"{METRICS}.partial"
         partial.write_text("".join(f"{line}\n" for line in kept))
         partial.replace(self._workdir / METRICS)
-        self._board = SummaryWriter(
-            str(self._workdir / "tensorboard"), purge_step=self._start_step + 1, flush_secs=FLUSH_SECONDS
-        )
+        names = self._config.train.trackers
+        return [TRACKERS[name](str(self._workdir), self._start_step, self._config) for name in names]
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:

@@ -4,6 +4,7 @@ import struct
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.train.metrics_log import Clock, MetricWriter, read_metrics
 
 
@@ -24,7 +25,7 @@ def test_rows_after_the_resumed_step_and_half_written_ones_are_removed(tmp_path)
         "".join(json.dumps({"step": step, "loss": 1.0 / step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo'
     )
     before = path.read_text()
-    with pytest.raises(KeyError), MetricWriter(str(tmp_path), start_step=2) as writer:
+    with pytest.raises(KeyError), MetricWriter(str(tmp_path), 2, ExperimentConfig()) as writer:
         assert path.read_text() == before  # a run that fails before it writes changes nothing
         writer.write(3, {"loss": 7.0})
         raise KeyError
