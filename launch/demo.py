@@ -187,6 +187,8 @@ def run(demo: Demo, watch: Stopwatch) -> int:
             if status := train_stage(demo.experiment(stage), demo.workdir(stage)):
                 return status
             results[stage] = evaluate(demo, stage)
+            if stage == "III grounding":
+                print(f"The first masks, while stage IV trains: {report_sweep(demo.evaluation)}", file=sys.stderr)
         announce("Report")
         metrics = flat_metrics(results)
         write(demo, results, metrics, watch)
