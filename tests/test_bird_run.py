@@ -178,6 +178,7 @@ def test_a_server_answers_as_predict_does(folder, workdir):
         longest=model.longest,
         slots=2,
         refill=1,
+        together=1,
         chunk=4,
         capacity=2,
         cache_bytes=2**20,
@@ -186,7 +187,7 @@ def test_a_server_answers_as_predict_does(folder, workdir):
     url = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
     parts = [Part(type="image_url", image_url=url), Part(type="text", text="What is <region>?")]
     regions = [Region(type="box", points=[10, 10, 40, 40])]
-    wish = Wish([Message(role="user", content=parts)], regions, None, GREEDY, 0, ())
+    wish = Wish([Message(role="user", content=parts)], regions, None, GREEDY, 0, (), True)
 
     async def answer() -> str:
         return "".join([piece.text async for piece in Asker(engine, model, 120).ask(wish, "a")])

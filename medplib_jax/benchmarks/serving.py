@@ -1,5 +1,7 @@
 """A server under load: answers checked against `predict`, throughput beside one client's, first tokens, memory.
 
+CPU time stands beside wall time, and the server's own beside that of the clients, which share the cores with it.
+
 COMMAND
     python -m medplib_jax.benchmarks.serving --checkpoint runs/demo/stage_IV \\
         --pictures "runs/demo/phantom/images/*--test_*" [--clients 64] [--seconds 120]
@@ -28,6 +30,7 @@ from pathlib import Path
 import psutil
 
 from medplib_jax.decode.predictor import Predictor
+from medplib_jax.parallel.compilation import use_cache
 
 QUESTIONS = (
     "Please segment the liver in this image.",
@@ -36,7 +39,8 @@ QUESTIONS = (
     "Please segment the kidney and the spleen in this image.",
 )
 MAX_NEW_TOKENS = 64
-PICTURES, FIRST_TOKENS = 8, 12  # how many are asked about; pairs of questions whose first tokens are timed
+PICTURES = 8  # that are asked about under load
+FIRST_TOKENS, COMPILING = 32, 2  # pictures whose first tokens are timed, and how many of them while programs compile
 
 
 @contextlib.contextmanager
@@ -85,6 +89,12 @@ def text_of(url: str, body: bytes) -> str | None:
         return None
 
 
+def figure(url: str, name: str) -> float:
+    """One of the server's own figures."""
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        return sum(float(line.split()[-1]) for line in response.read().decode().splitlines() if line.startswith(name))
+
+
 def first_token_seconds(url: str, body: bytes) -> float:
     """From the request to the first event with text, or to the end of an empty answer."""
     began = time.monotonic()
@@ -97,9 +107,37 @@ def first_token_seconds(url: str, body: bytes) -> float:
     return took
 
 
-def rate(url: str, bodies: Sequence[bytes], expected: Sequence[str], clients: int, seconds: float) -> dict:
-    """What so many clients at once get in that time: answers by kind, per second, and the time each waited."""
+def first_tokens(url: str, process: psutil.Process, pictures: Sequence[str]) -> dict[str, float]:
+    """Seconds to the first token of the first and the second question about a picture, asked one at a time.
+
+    Medians in all and in the engine; the server's CPU time (which comes in hundredths of a second) is a mean.
+    """
+    name, rows = "medplib_first_token_seconds_sum", ([], [])
+    for picture in pictures[:FIRST_TOKENS]:
+        for place, question in zip(rows, QUESTIONS, strict=False):
+            before, cpu = figure(url, name), cpu_seconds(process)
+            took = first_token_seconds(url, body_of(picture, question, stream=True))
+            cpu = cpu_seconds(process) - cpu
+            place.append((took, figure(url, name) - before, cpu))
+    found = {}
+    for which, place in zip(("first", "again"), rows, strict=True):
+        took, inside, cpu = zip(*place[COMPILING:], strict=True)
+        found |= {f"{which}.seconds": statistics.median(took), f"{which}.in_engine": statistics.median(inside)}
+        found |= {f"{which}.server_cpu": statistics.mean(cpu)}
+    return found | {"again_over_first": found["again.seconds"] / found["first.seconds"]}
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def rate(
+    url: str, process: psutil.Process, bodies: Sequence[bytes], expected: Sequence[str], clients: int, seconds: float
+) -> dict:
+    """What so many clients at once get in that time: answers by kind and per second, what each waited and cost."""
     end, waited, found = time.monotonic() + seconds, [], {"right": 0, "wrong": 0, "busy": 0}
+    server_cpu, own_cpu = cpu_seconds(process), time.process_time()
 
     def client(number: int) -> None:
         draw = random.Random(number)
@@ -115,6 +153,8 @@ def rate(url: str, bodies: Sequence[bytes], expected: Sequence[str], clients: in
     waited.sort()
     return found | {
         "per_second": found["right"] / seconds,
+        "server_cpu_seconds": (cpu_seconds(process) - server_cpu) / len(waited),
+        "clients_cpu_seconds": (time.process_time() - own_cpu) / len(waited),
         "p50_seconds": waited[len(waited) // 2],
         "p99_seconds": waited[int(0.99 * len(waited))],
     }
@@ -138,21 +178,12 @@ def measure(checkpoint: str, pictures: Sequence[str], clients: int, seconds: flo
     expected = [predictor(picture, question).answer for picture, question in asked]
     bodies = [body_of(picture, question) for picture, question in asked]
     with server(checkpoint) as (url, process):
-        first, second = [], []
-        for picture in pictures[:FIRST_TOKENS]:
-            first.append(first_token_seconds(url, body_of(picture, QUESTIONS[0], stream=True)))
-            second.append(first_token_seconds(url, body_of(picture, QUESTIONS[1], stream=True)))
-        one = rate(url, bodies, expected, 1, seconds / 4)
-        many, growth = memory_during(process, lambda: rate(url, bodies, expected, clients, seconds))
+        tokens = first_tokens(url, process, pictures)
+        one = rate(url, process, bodies, expected, 1, seconds / 4)
+        many, growth = memory_during(process, lambda: rate(url, process, bodies, expected, clients, seconds))
     found = {f"one.{name}": value for name, value in one.items()} | {f"many.{n}": value for n, value in many.items()}
-    first, second = (statistics.median(times[2:]) for times in (first, second))  # what compiles comes first
-    return found | {
-        "many_over_one": many["per_second"] / one["per_second"],
-        "memory_last_over_second_quarter": growth,
-        "first_token_seconds": first,
-        "first_token_seconds_again": second,
-        "again_over_first": second / first,
-    }
+    ratio = many["per_second"] / one["per_second"]
+    return tokens | found | {"many_over_one": ratio, "memory_last_over_second_quarter": growth}
 
 
 def main() -> int:
@@ -162,6 +193,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120.0)
     arguments = parser.parse_args()
+    use_cache()
     pictures = sorted(glob.glob(arguments.pictures))
     if len(pictures) < FIRST_TOKENS:
         sys.exit(

@@ -61,6 +61,12 @@ class Loader:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def over(self, sources: Sequence[Sequence[Record]]) -> "Loader":
+        """A loader of other records with the same settings and the same cache."""
+        other = Loader(sources, *self._arguments[1:])
+        other._files = self._files
+        return other
+
     @property
     def starts(self) -> list[int]:
         """The number of each source's first record, and that of all records."""

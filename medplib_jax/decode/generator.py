@@ -340,4 +340,5 @@ class Generator:
             return self._view(self.params, self._put(batch))
 
     def _put(self, tree):
-        return jax.device_put(tree, self._rows)
+        """Rows where they are computed. To a single device the programs bring what they read, which is faster."""
+        return jax.device_put(tree, self._rows) if self.mesh.size > 1 else tree

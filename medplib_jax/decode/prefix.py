@@ -4,6 +4,8 @@ The keys and values of a beginning can be kept, so that the next question about 
 parts are run by the same programs whether the first one was kept or not, so an answer does not depend on that.
 """
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,8 @@ from medplib_jax.batch import Array, Batch, Params
 from medplib_jax.models.language.attention import KVCache
 from medplib_jax.models.layers import bind
 from medplib_jax.models.whole import WholeModel
+
+T = TypeVar("T")
 
 
 def run_prefix(
@@ -54,6 +58,6 @@ def _resized(cache: KVCache, length: int) -> KVCache:
     return cache.replace(k=k, v=jax.tree.map(lambda x: resized(x, 2), cache.v))
 
 
-def join(prefixes: list[KVCache]) -> KVCache:
-    """The rows of several caches of one size."""
-    return jax.tree.map(lambda *rows: jnp.concatenate(rows), *prefixes)
+def join(rows: list[T]) -> T:
+    """Caches, or features, of several rows as those of one batch."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows) if len(rows) > 1 else rows[0]

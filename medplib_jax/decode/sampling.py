@@ -43,10 +43,16 @@ class Draws:
 
 def answer_draws(samplings: Sequence[Sampling], seeds: Sequence[int], records: Sequence[int]) -> Draws:
     """Draws for one answer per row, each from its own sampling, seed and record."""
-    fold = jax.vmap(lambda seed, record: jax.random.fold_in(jax.random.key(seed), record))
-    keys = jax.random.key_data(fold(jnp.asarray(seeds, jnp.uint32), jnp.asarray(records, jnp.int32)))
+    keys = _keys(np.asarray(seeds, np.uint32), np.asarray(records, np.int32))
     values = np.array([(sampling.temperature, sampling.top_p) for sampling in samplings], np.float32)
     return Draws(keys, values[:, 0], values[:, 1])
+
+
+@jax.jit
+def _keys(seeds_B: Array, records_B: Array) -> Array:
+    """uint32 [B, 2]"""
+    fold = jax.vmap(lambda seed, record: jax.random.fold_in(jax.random.key(seed), record))
+    return jax.random.key_data(fold(seeds_B, records_B))
 
 
 def draw_token(logits_BxV: Array, draws: Draws | None, place_B: Array) -> Array:

@@ -13,6 +13,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medplib_jax.serve import chat, monai_label, volumes
 from medplib_jax.serve.asking import Asker, new_id
@@ -83,7 +84,7 @@ def make_app(
     app.exception_handler(Refused)(_refused)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(ClientDisconnect)(_gone)
-    app.middleware("http")(_note_requests(metrics))
+    app.add_middleware(Noting, metrics=metrics)
     app.include_router(chat.make_router(askers))
     app.include_router(volumes.make_router(scans, runner, store, drawing))
     app.include_router(monai_label.make_router(monai_label.Monai(scans, runner, store, drawing, structures, source)))
@@ -158,17 +159,27 @@ def _gone(_: Request, error: ClientDisconnect) -> JSONResponse:
     return _refused(_, Refused(499, "the client has gone"))
 
 
-def _note_requests(metrics: ServerMetrics):
-    """A line and a count for every request, by its route: paths and bodies may hold what is private."""
+class Noting:
+    """ASGI middleware: a line and a count for every request, by its route, since paths and bodies may hold what is
+    private.
+    """
 
-    async def note(request: Request, call_next):
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics):
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         began, status = time.monotonic(), 500  # what an error becomes further out
-        try:
-            response = await call_next(request)
-            status = response.status_code
-            return response
-        finally:
-            route = getattr(request.scope.get("route"), "path", "unknown")
-            metrics.answered(route, request.method, status, time.monotonic() - began, new_id("req"))
 
-    return note
+        async def noting(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            self._metrics.answered(route, scope["method"], status, time.monotonic() - began, new_id("req"))

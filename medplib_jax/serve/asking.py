@@ -28,6 +28,7 @@ class Wish:
     sampling: Sampling
     seed: int
     stops: tuple[str, ...]
+    stream: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Asker:
             wish.sampling,
             wish.seed,
             report=lambda new: loop.call_soon_threadsafe(news.put_nowait, new),
+            streamed=wish.stream or bool(wish.stops),
             deadline=time.monotonic() + self._seconds,
         )
         if not self._engine.submit(question):

@@ -78,7 +78,8 @@ def wish_of(request: ChatRequest) -> Wish:
     # greedy unless the client asks for something else: an evaluation that names no temperature has to be reproducible
     sampling = Sampling(request.temperature or 0.0, 1.0 if request.top_p is None else request.top_p)
     limit = request.max_completion_tokens or request.max_tokens
-    return Wish(request.messages, request.regions, limit, sampling, request.seed or 0, tuple(stops))
+    seed = request.seed or 0
+    return Wish(request.messages, request.regions, limit, sampling, seed, tuple(stops), request.stream)
 
 
 def make_router(askers: Mapping[str, Asker]) -> APIRouter:

@@ -5,14 +5,15 @@ shown as they are drawn. All programs have fixed shapes and a row depends on its
 answer.
 """
 
+import concurrent.futures
 import dataclasses
+import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from medplib_jax.batch import Batch
@@ -30,14 +31,15 @@ from medplib_jax.serve.waiting import FairQueue
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.5
-STEP = 64  # parts of prompts are padded to multiples of it, so that few programs are compiled
+# Parts of prompts are padded, so that few programs are compiled: heads to multiples, rests to powers of two from here.
+HEAD, REST = 64, 16
 
 
 @dataclasses.dataclass
 class Question:
-    """One question on its way through the engine, which calls `report` from its own thread.
+    """One question on its way through the engine, which calls `report` from threads of its own.
 
-    The calls get the tokens drawn so far; the last one is an `Ended`.
+    The last call gets an `Ended`; those before, which come only when it is `streamed`, the tokens drawn so far.
     """
 
     client: str
@@ -47,6 +49,7 @@ class Question:
     sampling: Sampling
     seed: int
     report: Callable[["list[int] | Ended"], None]
+    streamed: bool
     deadline: float  # of time.monotonic()
     arrived: float = dataclasses.field(default_factory=time.monotonic)
     cancelled: bool = False
@@ -59,10 +62,10 @@ class Question:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Positions of the prompt, of its head and of the rest, each with its padding: questions alike run together."""
-        length, rest = self.prompt.tokens.shape[1], STEP
+        length, rest = self.prompt.tokens.shape[1], REST
         while rest < int(self.prompt.valid.sum()) - self.head:
             rest *= 2
-        return length, min(length, -(-self.head // STEP) * STEP), min(length, rest)
+        return length, min(length, -(-self.head // HEAD) * HEAD), min(length, rest)
 
     @property
     def over(self) -> bool:
@@ -81,10 +84,10 @@ class Ended:
 
 
 class Engine:
-    """Answers questions. `slots`:
+    """Answers questions. Masks are drawn by a second thread, while the slots go on.
 
-    Answers in the making; `refill`: prompts that are run together; `chunk`: tokens drawn between two looks at the
-    queue.
+    slots: answers in the making; refill: most prompts that are let in before the slots go on; together: prompts that
+    one program runs, filled up where fewer wait; chunk: tokens drawn between two looks at the queue.
     """
 
     def __init__(
@@ -95,19 +98,21 @@ class Engine:
         longest: int,
         slots: int,
         refill: int,
+        together: int,
         chunk: int,
         capacity: int,
         cache_bytes: int,
     ):
         self.generator, self.metrics = generator, metrics
-        self._longest, self._refill, self._chunk = longest, refill, chunk
+        self._longest, self._refill, self._together, self._chunk = longest, refill, together, chunk
         self.waiting = FairQueue(capacity)
         self._asked: list[Question | None] = [None] * slots
         self._state: Slots | None = None
-        self._clip, self._sam = FeatureCache(cache_bytes // 4), FeatureCache(cache_bytes // 4)
+        self._clip, self._sam = FeatureCache(cache_bytes // 4), FeatureCache(cache_bytes // 4)  # a thread each
         self._heads = FeatureCache(cache_bytes // 2)
         self._closing, self.ready = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._drawing = concurrent.futures.ThreadPoolExecutor(1, "masks")
 
     def start(self, example: Prompt) -> None:
         """Begins to answer. Whatever questions of the length of `example` need is compiled first."""
@@ -144,12 +149,12 @@ class Engine:
                 self._give_back(f"{type(error).__name__}: {error}")
         for question in self.waiting.take(len(self.waiting)):
             question.report(Ended("error", message="the server is shutting down"))
+        self._drawing.shutdown()
 
     def _warm_up(self) -> None:
         """Runs one question as far as its first token, and draws a mask where the model can."""
-        question = Question(
-            "", self._example.batch, self._example.head, 1, Sampling(), 0, lambda new: None, deadline=float("inf")
-        )
+        prompt, head = self._example.batch, self._example.head
+        question = Question("", prompt, head, 1, Sampling(), 0, lambda new: None, False, float("inf"))
         self._prefill([(question, 0)])
         self._state, seg_hidden, _ = self.generator.advance(self._state, keep=0, steps=self._chunk)
         if seg_hidden.shape[1]:
@@ -194,12 +199,14 @@ class Engine:
         for question, slot in placed:  # before anything can fail, so that each of them is given back then
             self._asked[slot] = question
             self.metrics.admitted(question)
-        for shape in sorted({question.shape for question in questions}):
-            self._prefill([(question, slot) for question, slot in placed if question.shape == shape])
+        for _, alike in itertools.groupby(sorted(placed, key=_shape), key=_shape):
+            while chosen := list(itertools.islice(alike, self._together)):
+                self._prefill(chosen)
 
     def _prefill(self, placed: Sequence[tuple[Question, int]]) -> None:
+        """Runs at most `together` prompts of one shape."""
         questions, slots = zip(*placed, strict=True)
-        fillers = [None] * (self._refill - len(questions))
+        fillers = [None] * (self._together - len(questions))
         index = np.array([*slots, *[len(self._asked)] * len(fillers)], np.int32)[None]
         rows = stack_rows([*[question.prompt for question in questions], *fillers])
         features = [self._clip_features(question.prompt) for question in questions]
@@ -213,12 +220,12 @@ class Engine:
             answer_draws(
                 [*[question.sampling for question in questions], *[Sampling()] * len(fillers)],
                 [*[question.seed for question in questions], *[0] * len(fillers)],
-                [0] * self._refill,
+                [0] * self._together,
             ),
             index,
             len(self._asked),
             self._longest,
-            jnp.concatenate(features),
+            join(features),
             join(heads) if heads else None,
             questions[0].shape[2],
         )
@@ -235,30 +242,52 @@ class Engine:
         )
 
     def _advance(self) -> None:
-        """Draws tokens, reports what is new, and ends what has ended. A first token is shown at once."""
-        begins = any(question is not None and not question.shown for question in self._asked)
+        """Draws tokens, reports what is new, and ends what has ended.
+
+        A first token is shown at once. While questions wait, the slots go on until there is room for as many as are
+        let in together.
+        """
+        begins = any(question is not None and question.streamed and not question.shown for question in self._asked)
+        keep = len(self._asked) - self._refill if len(self.waiting) and not begins else 0
         steps = 1 if begins else self._chunk
-        self._state, seg_hidden, mask_valid = self.generator.advance(self._state, keep=0, steps=steps)
+        self._state, seg_hidden, mask_valid = self.generator.advance(self._state, keep, steps)
         state = self._state
         active, tokens, lengths, valid = jax.device_get((state.active, state.tokens, state.lengths, mask_valid))
+        ended = []
         for slot, question in enumerate(self._asked):
             if question is None:
                 continue
             drawn = tokens[slot, : lengths[slot]].tolist()
             self.metrics.drew(question, len(drawn))
-            if active[slot]:
+            if active[slot] and question.streamed:
                 question.report(drawn)
+            elif not active[slot]:
+                ended.append((question, drawn, slot))
+        hidden = jax.device_get(seg_hidden) if any(valid[slot].any() for *_, slot in ended) else None
+        for question, drawn, slot in ended:
+            self._asked[slot] = None
+            end = Ended("length" if len(drawn) >= question.limit else "stop", tuple(drawn))
+            if valid[slot].any():
+                self._drawing.submit(self._draw, question, end, hidden[slot : slot + 1], valid[slot])
             else:
-                self._asked[slot] = None
-                self._end(question, drawn, seg_hidden[slot : slot + 1], valid[slot])
+                question.report(end)
 
-    def _end(self, question: Question, drawn: list[int], seg_hidden: jax.Array, valid: np.ndarray) -> None:
-        logits = predicted_iou = None
-        if valid.any():
+    def _draw(self, question: Question, end: Ended, seg_hidden: np.ndarray, valid: np.ndarray) -> None:
+        """Reports the answer with its masks."""
+        try:
+            if question.cancelled:
+                question.report(Ended("cancelled"))
+                return
             prompt = question.prompt
             key = content_key(prompt.sam_pixels, prompt.sam_box)
             viewed = self._sam.get(key, lambda: self.generator.view(prompt))
-            logits, predicted_iou = jax.device_get(self.generator.masks(seg_hidden, prompt, viewed))
-            logits, predicted_iou = logits[0, valid], predicted_iou[0, valid]
-        reason = "length" if len(drawn) >= question.limit else "stop"
-        question.report(Ended(reason, tuple(drawn), logits, predicted_iou))
+            drawn = self.generator.masks(seg_hidden, prompt, viewed)
+            logits, predicted_iou = (each[0, valid] for each in jax.device_get(drawn))
+            question.report(dataclasses.replace(end, mask_logits=logits, predicted_iou=predicted_iou))
+        except Exception as error:
+            log.exception("masks could not be drawn")
+            question.report(Ended("error", message=f"{type(error).__name__}: {error}"))
+
+
+def _shape(placed: tuple[Question, int]) -> tuple[int, int, int]:
+    return placed[0].shape

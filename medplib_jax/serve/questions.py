@@ -1,6 +1,7 @@
 """From a chat request to the model's input. Whatever a client writes is text: it can name no file of this machine."""
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -12,6 +13,7 @@ from medplib_jax.batch import Batch
 from medplib_jax.config.experiment import DataConfig
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.data import boxes
+from medplib_jax.data.cache import MemoryCache
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.records import Record
@@ -21,6 +23,7 @@ from medplib_jax.serve.refusals import Refused, told
 
 LARGEST_SIDE = 2**13  # of a picture whose masks have its own size
 MAX_TEXT = 20_000  # characters of a conversation
+PREPARED_BYTES, SIZES_BYTES = 2**28, 2**20  # of pictures as the model reads them, and of pictures' sizes
 _PLACE = re.compile(r"<region>(?:[^<]*</region>)?")
 _TAGS = re.compile(r"</?(?:mask|image|img|im_start|im_end)>")
 
@@ -93,14 +96,22 @@ class PromptMaker:
             on_error="raise",
             pack=False,
         )
-        self._model, self._tokenizer = model, tokenizer
+        self._model = model
+        # one for contents that are named by their digest, one for those that are not and may not be kept
+        self._kept = Loader([], tokenizer, self._data, model, PREPARED_BYTES)
+        self._unkept = Loader([], tokenizer, self._data, model, cache_bytes=0)
+        self._sizes = MemoryCache(SIZES_BYTES)
 
     def __call__(self, messages: Sequence[Message], regions: Sequence[Region]) -> Prompt:
         """The prompt of a conversation that ends with a question.
 
         Refused: what cannot be asked, with the field that is at fault.
         """
-        turns, contents, size = _read_messages(messages)
+        turns, pictures = _read_messages(messages)
+        names = tuple(_name(content) for content, _ in pictures)
+        sizes = [self._size(name, *picture) for name, picture in zip(names, pictures, strict=True)]
+        size = sizes[-1] if sizes else None
+        contents = {name: content for name, (content, _) in zip(names, pictures, strict=True)}
         if regions and size is None:
             raise Refused(400, "a region needs a picture", "regions")
         if self._model.draws_masks:
@@ -108,15 +119,23 @@ class PromptMaker:
         else:
             references = [_box_text(number, region, *size) for number, region in enumerate(regions)]
         turns[-1] = ("human", _place(turns[-1][1], references))
-        names = tuple(name for name in contents if name.startswith("picture"))
+        record = Record("request", 0, "request", names, tuple(turns), contents=contents)
         try:
-            return self.of_record(Record("request", 0, "request", names, tuple(turns), contents=contents), size)
+            return self._prompt(self._kept.over([[record]]), size)
         except DataError as error:
             raise Refused(400, told(error), "messages") from error
 
     def of_record(self, record: Record, size: tuple[int, int] | None) -> Prompt:
         """The prompt of a record whose last picture has this size. DataError for what cannot be used."""
-        loader = Loader([[record]], self._tokenizer, self._data, self._model, cache_bytes=0)
+        return self._prompt(self._unkept.over([[record]]), size)
+
+    def _size(self, name: str, content: bytes, parameter: str) -> tuple[int, int]:
+        """(height, width) of a picture, which is checked when it is seen for the first time."""
+        found = self._sizes.get(name, lambda: {"size": np.array(check_picture(content, parameter))})
+        height, width = found["size"].tolist()
+        return height, width
+
+    def _prompt(self, loader: Loader, size: tuple[int, int] | None) -> Prompt:
         arrays, _ = loader.load_eval([0], [0], question=True)
         of_pictures = arrays["clip_pixels"].shape[1] * self._model.image_tokens
         feature = arrays["feature_index"][0]
@@ -128,28 +147,29 @@ class PromptMaker:
         return Prompt(Batch(**arrays), size, int(np.sum(arrays["valid"])), head)
 
 
-def _read_messages(
-    messages: Sequence[Message],
-) -> tuple[list[tuple[str, str]], dict[str, bytes], tuple[int, int] | None]:
-    """Turns (role, text), contents of the pictures by name, and the last picture's size.
+def _name(content: bytes) -> str:
+    """What a client's file is called here: its digest, so that what was made of it can be kept."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _read_messages(messages: Sequence[Message]) -> tuple[list[tuple[str, str]], list[tuple[bytes, str]]]:
+    """Turns (role, text), and the pictures in their order with the message of each.
 
     System messages stand before the first question.
     """
     turns: list[tuple[str, str]] = []
-    contents: dict[str, bytes] = {}
-    size, system = None, []
+    pictures: list[tuple[bytes, str]] = []
+    system = []
     for number, message in enumerate(messages):
-        text, pictures = _read_parts(message, f"messages[{number}]")
+        text, shown = _read_parts(message, f"messages[{number}]")
         if message.role in ("system", "developer"):
             system.append(text)
             continue
         role = "gpt" if message.role == "assistant" else "human"
-        if pictures and role == "gpt":
+        if shown and role == "gpt":
             raise Refused(400, "pictures stand in the user's messages only", f"messages[{number}]")
-        for content in pictures:
-            size = check_picture(content, f"messages[{number}]")
-            contents[f"picture{len(contents)}"] = content
-        text = "".join("<image>\n" for _ in pictures) + text
+        pictures += [(content, f"messages[{number}]") for content in shown]
+        text = "".join("<image>\n" for _ in shown) + text
         if turns and turns[-1][0] == role:
             turns[-1] = (role, f"{turns[-1][1]}\n{text}")
         else:
@@ -160,7 +180,7 @@ def _read_messages(
         raise Refused(413, f"the conversation has more than {MAX_TEXT} characters", "messages")
     if system:
         turns[0] = ("human", "\n".join([*system, turns[0][1]]))
-    return turns, contents, size
+    return turns, pictures
 
 
 def _read_parts(message: Message, parameter: str) -> tuple[str, list[bytes]]:
@@ -187,8 +207,9 @@ def _reference(number: int, region: Region, contents: dict[str, bytes]) -> str:
         parameter = f"regions[{number}]"
         if region.rle is None:
             raise Refused(400, "a mask needs its run lengths in `rle`", parameter)
-        contents[f"region{number}"] = read_mask(region.rle, parameter)
-        return f"<region>region{number}</region>"
+        content = read_mask(region.rle, parameter)
+        contents[_name(content)] = content
+        return f"<region>{_name(content)}</region>"
     return f"<region>{region.type}:" + " ".join(f"{x:.3f},{y:.3f}" for x, y in _pairs(number, region)) + "</region>"
 
 

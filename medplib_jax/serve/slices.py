@@ -54,6 +54,7 @@ def _ask_all(
                     GREEDY,
                     seed,
                     report=_report(ended, number),
+                    streamed=False,
                     deadline=time.monotonic() + seconds,
                 )
                 if not engine.submit(question):

@@ -8,6 +8,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from fastapi import FastAPI
 
 from medplib_jax.parallel.compilation import use_cache
@@ -72,6 +73,14 @@ def named(paths: Sequence[str]) -> dict[str, str]:
     return {path: "/".join(each[-deep:]) for path, each in zip(paths, parts, strict=True)}
 
 
+def prompts_together() -> int:
+    """Prompts that one program runs.
+
+    Always as many, so that no answer depends on who else asks. A CPU's time is that of the rows, fillers too.
+    """
+    return 1 if jax.default_backend() == "cpu" else 4
+
+
 def _serve(path: str, name: str, arguments: argparse.Namespace, metrics: ServerMetrics) -> Served:
     model = load_model(path, name, arguments.quantize, arguments.max_new_tokens, arguments.mask_threshold)
     engine = Engine(
@@ -80,6 +89,7 @@ def _serve(path: str, name: str, arguments: argparse.Namespace, metrics: ServerM
         longest=model.longest,
         slots=arguments.slots,
         refill=max(1, arguments.slots // 2),
+        together=prompts_together(),
         chunk=CHUNK,
         capacity=arguments.queue,
         cache_bytes=CACHE_BYTES,

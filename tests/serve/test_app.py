@@ -3,13 +3,13 @@
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from medplib_jax.serve.app import _note_requests
+from medplib_jax.serve.app import Noting
 from medplib_jax.serve.observe import ServerMetrics
 
 
 def test_a_request_that_fails_is_counted():
     app, metrics = FastAPI(), ServerMetrics()
-    app.middleware("http")(_note_requests(metrics))
+    app.add_middleware(Noting, metrics=metrics)
 
     @app.get("/broken/{name}")
     def broken(name: str):

@@ -43,7 +43,7 @@ def maker(tmp_path_factory):
 def loaded(maker, turns, images, contents):
     """What the loader of evaluation makes of the same conversation."""
     record = Record("x", 0, "x", images, turns, contents=contents)
-    arrays, _ = Loader([[record]], maker._tokenizer, maker._data, maker._model).load_eval([0], [0], question=True)
+    arrays, _ = Loader([[record]], maker._kept.tokenizer, maker._data, maker._model).load_eval([0], [0], question=True)
     return arrays
 
 
@@ -54,6 +54,26 @@ def test_a_question_about_a_picture_is_what_the_loader_makes_of_it(maker):
     chex.assert_trees_all_equal({name: getattr(found.batch, name) for name in expected}, expected)
     assert found.size == (20, 30) and found.tokens == expected["valid"].sum()
     assert expected["feature_index"][0, found.head - 1] == 3 and (expected["feature_index"][0, found.head :] < 0).all()
+
+
+def test_a_picture_that_was_asked_about_is_not_read_again(maker, monkeypatch):
+    content, other = encoded(24, 31), encoded(25, 31)
+    first = maker([user(picture(content), "Where is the lung?")], [])
+    of_other = maker([user(picture(other), "Where is the lung?")], [])
+    monkeypatch.setattr("PIL.Image.open", None)
+    again = maker([user(picture(content), "Where is the lung?")], [])
+    chex.assert_trees_all_equal(again.batch, first.batch)
+    twice = maker([user(picture(other), picture(other), "Which one?")], []).batch.clip_pixels[0]
+    np.testing.assert_array_equal(twice, of_other.batch.clip_pixels[0, [0, 0]])
+
+
+def test_regions_of_one_size_are_told_apart_by_what_they_hold(maker):
+    def points(row: int) -> np.ndarray:
+        rle = {"size": [20, 30], "counts": [row, 5, 600 - row - 5]}
+        asked = [user(picture(encoded()), "What is <region>?")]
+        return maker(asked, [Region(type="mask", rle=rle)]).batch.region_points
+
+    assert not np.array_equal(points(3), points(300))
 
 
 def test_a_conversation_keeps_its_turns_and_the_system_message_comes_first(maker):

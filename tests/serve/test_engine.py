@@ -1,0 +1,45 @@
+"""What the engine does around the model's programs: which prompts run together, and what a failure leaves."""
+
+import types
+
+import numpy as np
+import pytest
+
+from medplib_jax.decode.sampling import GREEDY
+from medplib_jax.serve.engine import Ended, Engine, Question
+from medplib_jax.serve.observe import ServerMetrics
+
+
+def question(length: int, head: int, tokens: int, report=print) -> Question:
+    valid = np.arange(length)[None] < tokens
+    prompt = types.SimpleNamespace(tokens=np.zeros((1, length)), valid=valid, sam_pixels=valid, sam_box=valid)
+    return Question("a", prompt, head, 4, GREEDY, 0, report, streamed=False, deadline=float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("length", "head", "tokens", "shape"),
+    [(128, 97, 108, (128, 128, 16)), (256, 130, 171, (256, 192, 64)), (128, 97, 113, (128, 128, 16))],
+)
+def test_behind_a_kept_beginning_only_the_rest_is_run(length, head, tokens, shape):
+    assert question(length, head, tokens).shape == shape
+
+
+def test_masks_that_cannot_be_drawn_end_their_question_alone():
+    def view(prompt):
+        raise MemoryError("no room")
+
+    generator = types.SimpleNamespace(view=view)
+    engine = Engine(
+        generator,
+        ServerMetrics().of_engine("x"),
+        longest=1,
+        slots=1,
+        refill=1,
+        together=1,
+        chunk=1,
+        capacity=1,
+        cache_bytes=4,
+    )
+    told = []
+    engine._draw(question(4, 0, 4, told.append), Ended("stop", (1,)), np.zeros((1, 1, 1)), np.array([True]))
+    assert told == [Ended("error", message="MemoryError: no room")]
