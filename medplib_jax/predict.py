@@ -131,8 +131,8 @@ def retrieved(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 
     DataError when there is none.
     """
+    from medplib_jax.datasets.embedding import Embedder
     from medplib_jax.datasets.image_index import ImageIndex  # few questions need builders
-    from medplib_jax.datasets.index import Embedder
 
     index, name = ImageIndex(arguments.examples), arguments.structure
     if name not in index.names:

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 
 from launch.demo import Demo, make_tokenizer
+from launch.demo_bird import MODALITIES, BirdDemo
+from launch.demo_bird import make_tokenizer as make_bird_tokenizer
 from medplib_jax import checkpoint
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.datasets.phantom import generate as phantom
+from medplib_jax.datasets.phantom import grit
 from medplib_jax.models.layers import draw_params
 from medplib_jax.train.state import TrainState
 from medplib_jax.train.step import abstract_model
@@ -204,6 +207,11 @@ def after_the_demo(tmp_path_factory) -> Path:
             make_tokenizer(demo)
         for stage in ("II visual-language", "IV mixture"):
             save(demo.experiment(stage), demo.workdir(stage))
+        bird = BirdDemo(Path("runs/demo/bird"), examples=40, seed=0)
+        phantom.generate(bird.data, bird.examples, 4, bird.seed, processes=1, modalities=MODALITIES)
+        grit.write_grit(bird.data, bird.seed)
+        make_bird_tokenizer(bird)
+        save(bird.experiment(), bird.model)
     return folder
 
 

@@ -20,6 +20,7 @@ from medplib_jax.config.model import ModelConfig
 from medplib_jax.data import pipeline
 from medplib_jax.data.prompts import encode_conversation
 from medplib_jax.datasets.assemble.dataset import assemble
+from medplib_jax.datasets.processes import HERE
 
 MODEL = ModelConfig()  # 336 and 256 pixels, 576 image tokens
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -148,7 +149,7 @@ def assembled(data: DataConfig, out: str) -> DataConfig:
 
     ValueError when it leaves records out, because the comparison would be uneven.
     """
-    manifest = assemble(data.root, data.root, out, workers=0)
+    manifest = assemble(data.root, data.root, out, HERE)
     if manifest["left_out"]:
         raise ValueError(f"{data.root}: expected records that can all be assembled, found {manifest['left_out']}")
     return dataclasses.replace(data, sources=tuple(manifest["sources"]))

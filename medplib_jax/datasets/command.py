@@ -3,9 +3,12 @@
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from medplib_jax.datasets.processes import Workers
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,6 +31,28 @@ def window(text: str) -> tuple[float, float]:
     if not width > 0:
         raise argparse.ArgumentTypeError(f"expected a width above 0, found {width:g}")
     return centre, width
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """The options of who makes the shards; read by `workers_of`."""
+    parser.add_argument("--workers", type=int, help="processes of this machine; one for each core, 0: this one only")
+    add_beam(parser)
+
+
+def add_beam(parser: argparse.ArgumentParser) -> None:
+    """As `add_workers`, where this process alone does the work otherwise."""
+    parser.add_argument(
+        "--beam_runner", default="", help="shards are made by Apache Beam: DirectRunner, FlinkRunner, DataflowRunner"
+    )
+    parser.add_argument(
+        "--beam_options", default="", help="for Beam, as one argument: --beam_options='--direct_num_workers=4'"
+    )
+
+
+def workers_of(arguments: argparse.Namespace) -> Workers:
+    """ValueError where Beam cannot be used as it is asked for."""
+    count = vars(arguments).get("workers", 0)
+    return Workers(count, arguments.beam_runner, tuple(shlex.split(arguments.beam_options)))
 
 
 def finish(make: Callable[[], dict[str, Any]]) -> int:

@@ -20,7 +20,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from medplib_jax.data.cache import fingerprint
 from medplib_jax.data.errors import DataError, Notice
+from medplib_jax.data.records import find_file
 
 LIST = "made.txt"
 UNUSED = "file is not used"
@@ -66,7 +68,15 @@ def unused(root: str, names: Iterable[str], expected: str) -> list[DataError]:
 
 def write_json(path: str, value: Any) -> None:
     """Writes the whole file or none of it."""
-    _replace(path, json.dumps(value, indent=1).encode())
+    replace(path, json.dumps(value, indent=1).encode())
+
+
+def age_of(root: str, reference: str) -> list[int] | None:
+    """Size and time of the file that a reference names, which change with its content; None when it is not there."""
+    try:
+        return list(fingerprint(find_file(root, reference))[1:])
+    except DataError:
+        return None
 
 
 @functools.cache
@@ -92,6 +102,7 @@ class Folder:
             [command, *(os.path.relpath(os.path.realpath(one), os.path.realpath(path)) for one in sources)]
         )
         self.path, self._run = path, f"# {uuid.uuid4().hex}"
+        self.claimed: list[str] = []  # by this copy of the folder
         self._list = os.path.join(path, LIST)
         lines = _lines(self._list)
         if lines and lines[0] != f"# {maker}":
@@ -110,11 +121,11 @@ class Folder:
         made = {name for name in lines[start + 1 :] if os.path.isfile(self._target(name))}
         for name in sorted({name for name in lines[:start] if not name.startswith("#")} - made):
             self._remove(name)
-        _replace(self._list, "\n".join([lines[0], *sorted(made), ""]).encode())
+        replace(self._list, "\n".join([lines[0], *sorted(made), ""]).encode())
 
     def write(self, name: str, content: bytes) -> None:
         """Writes the whole file `name` or none of it. DataError for a file that this builder did not make."""
-        _replace(self.claim(name), content)
+        replace(self.claim(name), content)
 
     def write_json(self, name: str, value: Any) -> None:
         write_json(self.claim(name), value)
@@ -148,6 +159,7 @@ class Folder:
             what = "file is there already and was not made by this command"
             raise DataError(target, None, what, "another --out, or this file removed", "a file that is not in " + LIST)
         self._append(name)
+        self.claimed.append(name)
         return target
 
     def keep(self, names: Iterable[str]) -> None:
@@ -202,7 +214,7 @@ def _is_equal(first: str, second: str) -> bool:
     return filecmp.cmp(first, second, shallow=False)
 
 
-def _replace(path: str, content: bytes) -> None:
+def replace(path: str, content: bytes) -> None:
     """Writes the whole file or none of it. One of this content stays as it is, and as old."""
     if os.path.isfile(path) and os.path.getsize(path) == len(content) and Path(path).read_bytes() == content:
         return

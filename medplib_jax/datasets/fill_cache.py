@@ -24,7 +24,7 @@ from medplib_jax.config.files import define_config
 from medplib_jax.config.model import ModelConfig
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import Loader, make_loader
-from medplib_jax.datasets.processes import make_pool
+from medplib_jax.datasets.processes import Workers, map_shards
 
 CHUNK = 32  # records per task of a worker process
 log = logging.getLogger("medplib_jax.data")
@@ -54,11 +54,7 @@ def fill_cache(data: DataConfig, model: ModelConfig, workers: int) -> dict[str, 
 
 def _prepare_all(data: DataConfig, model: ModelConfig, chunks: list[range], workers: int) -> Iterator[list[DataError]]:
     prepare = functools.partial(_prepare, data, model)
-    if not workers:
-        yield from map(prepare, chunks)
-        return
-    with make_pool(workers) as pool:
-        yield from pool.map(prepare, chunks)
+    return map_shards(prepare, chunks, Workers(workers))
 
 
 def _prepare(data: DataConfig, model: ModelConfig, indices: range) -> list[DataError]:

@@ -12,78 +12,23 @@ index.
 
 import argparse
 import collections
-import dataclasses
 import functools
-import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
-from medplib_jax.data import images
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import Record
 from medplib_jax.data.sources import data_root, open_source
-from medplib_jax.datasets.command import finish, parse
+from medplib_jax.datasets.command import add_beam, finish, parse, workers_of
+from medplib_jax.datasets.embedding import Embedder, batch_key, embed_all, embed_batch
 from medplib_jax.datasets.image_index import Entry, IndexWriter
 from medplib_jax.datasets.patients import anonymous, check_pattern
+from medplib_jax.datasets.processes import HERE, Keeping, Workers, map_shards
 from medplib_jax.datasets.qa.folder import scan
-
-READERS = 8  # pictures that are read at a time
-
-
-class Embedder:
-    """The CLIP of a checkpoint as pictures' vectors for retrieval.
-
-    `digest` names its weights. FileNotFoundError without a checkpoint, ValueError for one without CLIP.
-    """
-
-    def __init__(self, checkpoint_dir: str):
-        import jax
-        from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-        from medplib_jax.checkpoint import load_params
-        from medplib_jax.models.icl.embedding import picture_vectors, retrieval_tower
-        from medplib_jax.models.layers import abstract_module, bind
-
-        experiment, params, _ = load_params(checkpoint_dir, part="clip")
-        config = experiment.model.clip
-        self.side, self.width, self.digest = config.image_size, config.hidden_size, _digest(config, params["clip"])
-        tower = abstract_module(functools.partial(retrieval_tower, config))
-        mesh = Mesh(np.array(jax.local_devices()), ("rows",))
-        everywhere, shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("rows",)))
-        self._params = jax.device_put(params["clip"], everywhere)
-        self._embed = jax.jit(
-            lambda params, pixels: picture_vectors(bind(tower, params), pixels),
-            in_shardings=(everywhere, shared),
-            out_shardings=everywhere,
-        )
-        self._devices = mesh.size
-
-    def __call__(self, pixels_BxIxIx3: np.ndarray) -> np.ndarray:
-        """Unit vectors float32 [B, C] of pictures from `read`."""
-        rows = len(pixels_BxIxIx3)
-        padded = np.pad(pixels_BxIxIx3, ((0, -rows % self._devices), (0, 0), (0, 0), (0, 0)))
-        return np.asarray(self._embed(self._params, padded))[:rows]
-
-    def read(self, file: str | images.Blob) -> np.ndarray:
-        """A picture as the tower reads it for retrieval, uint8 [side, side, 3]."""
-        return images.cropped(images.load_pixels(file), self.side)
-
-
-def _digest(config, params: dict) -> str:
-    """16 hex digits that change with CLIP's sizes and weights."""
-    from medplib_jax.batch import flatten
-
-    total = hashlib.blake2b(repr(config).encode(), digest_size=8)
-    for path, leaf in sorted(flatten(params).items()):
-        total.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
-        total.update(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1).data)
-    return total.hexdigest()
 
 
 class Library(NamedTuple):
@@ -147,24 +92,25 @@ def structure_of(record: Record) -> str:
     return record.structure
 
 
-def build(library: Library, out: str, checkpoint_dir: str, batch: int = 64) -> dict[str, Any]:
+def build(library: Library, out: str, checkpoint_dir: str, batch: int = 64, workers: Workers = HERE) -> dict[str, Any]:
     """Makes the index `out` of a library's pictures, or adds those that it lacks; what is in it.
 
-    A picture that cannot be read has a line with the reason and is never found. DataError when a picture is not the one
-    that was embedded, or has other masks or another patient since, or the index is of another checkpoint.
+    A picture that cannot be read has a line with the reason and is never found. This process embeds, or Beam's workers.
+    DataError when a picture is not the one that was embedded, or has other masks or another patient since, or the index
+    is of another checkpoint.
     """
     embedder = Embedder(checkpoint_dir)
     writer = IndexWriter(out, embedder.digest, embedder.width, batch, library.root)
     new = _new_entries(library, writer.entries)
-    read = functools.partial(_pixels, library.root, embedder.read)
-    for entries, pixels in tqdm(_read_ahead(new, batch, read), total=-(-len(new) // batch), desc="embed"):
-        canvas = np.zeros((batch, embedder.side, embedder.side, 3), np.uint8)
-        for row, one in enumerate(pixels):
-            if isinstance(one, np.ndarray):
-                canvas[row] = one
-            else:
-                entries[row] = dataclasses.replace(entries[row], problem=str(one))
-        writer.add(embedder(canvas)[: len(entries)], entries)
+    batches = [new[start : start + batch] for start in range(0, len(new), batch)]
+    if workers.runner:
+        embed = functools.partial(embed_batch, checkpoint_dir, library.root, batch)
+        key = functools.partial(batch_key, embedder.digest, library.root, batch)
+        embedded = map_shards(embed, batches, workers, Keeping(os.path.join(out, ".beam"), key))
+    else:
+        embedded = embed_all(embedder, library.root, batch, batches)
+    for entries, vectors in tqdm(embedded, total=len(batches), desc="embed"):
+        writer.add(vectors, entries)
     writer.finish()
     unreadable = [entry.problem for entry in writer.entries if entry.problem]
     counts = {"pictures": len(writer.entries), "embedded_now": len(new), "unreadable": len(unreadable)}
@@ -195,27 +141,6 @@ def _check_same(old: Entry, new: Entry, file: str) -> None:
             raise DataError(file, None, f"picture {what} since it was indexed", expected, f"{now} after {before}"[:200])
 
 
-def _pixels(root: str, read: Callable[[str], np.ndarray], entry: Entry) -> np.ndarray | DataError:
-    try:
-        return read(os.path.join(root, entry.image))
-    except DataError as error:
-        return error
-
-
-def _read_ahead(
-    entries: Sequence[Entry], batch: int, read: Callable[[Entry], np.ndarray | DataError]
-) -> Iterator[tuple[list[Entry], list[np.ndarray | DataError]]]:
-    """Batches of entries with their pixels, or why they have none; the next batch is read meanwhile."""
-    with ThreadPoolExecutor(READERS) as pool:
-        waiting = None
-        for start in (*range(0, len(entries), batch), len(entries)):
-            group = list(entries[start : start + batch])
-            coming = group, [pool.submit(read, entry) for entry in group]
-            if waiting:
-                yield waiting[0], [future.result() for future in waiting[1]]
-            waiting = coming
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -227,13 +152,14 @@ def main() -> int:
     parser.add_argument(
         "--patient", default="", metavar="REGEX", help="finds the patient in an image's path below images/"
     )
+    add_beam(parser)
     given = parse(parser)
     if given.records and given.patient:
         parser.error("--patient: expected with --images, records name their patients")
 
     def make() -> dict[str, Any]:
         library = library_of_records(given.records) if given.records else library_of_pairs(given.images, given.patient)
-        return build(library, given.out, given.checkpoint, given.batch)
+        return build(library, given.out, given.checkpoint, given.batch, workers_of(given))
 
     return finish(make)
 

@@ -23,9 +23,10 @@ from medplib_jax.data.icl_form import MAX_EXAMPLES
 from medplib_jax.data.records import Record
 from medplib_jax.data.sources import Source, data_root, open_source, read_records
 from medplib_jax.datasets.command import finish, parse
+from medplib_jax.datasets.embedding import Embedder
 from medplib_jax.datasets.files import write_json
 from medplib_jax.datasets.image_index import Hit, ImageIndex
-from medplib_jax.datasets.index import Embedder, structure_of
+from medplib_jax.datasets.index import structure_of
 
 BATCH = 64  # pictures that are embedded together
 

@@ -29,9 +29,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from medplib_jax.data.errors import DataError, Notice
-from medplib_jax.datasets.command import finish, parse, window
+from medplib_jax.datasets.command import add_workers, finish, parse, window, workers_of
 from medplib_jax.datasets.files import Folder
 from medplib_jax.datasets.patients import check_pattern, split_of
+from medplib_jax.datasets.processes import CORES, Workers
 from medplib_jax.datasets.qa import grit, records, template
 from medplib_jax.datasets.qa.facts import ImageFacts
 from medplib_jax.datasets.qa.folder import read_all, scan
@@ -59,7 +60,9 @@ class QaOptions:
         check_pattern(self.patient)
 
 
-def write_qa(pairs: str, out: str, writer: records.Writer, options: QaOptions) -> dict[str, Any]:
+def write_qa(
+    pairs: str, out: str, writer: records.Writer, options: QaOptions, workers: Workers = CORES
+) -> dict[str, Any]:
     """Makes the dataset `out` of the folder `pairs`; returns its manifest. DataError when the folder has no image.
 
     An image, mask or question that cannot be used is named in skipped.jsonl, and so are files that belong to no image.
@@ -67,7 +70,7 @@ def write_qa(pairs: str, out: str, writer: records.Writer, options: QaOptions) -
     found, problems = scan(pairs, options.patient)
     with Folder(out, "write_qa", pairs) as folder:
         facts = []
-        for one, errors in read_all(found, folder, options.complete, options.window):
+        for one, errors in read_all(found, folder, options.complete, options.window, workers):
             problems += errors
             facts += [one] if one else []
         files: dict[str, list] = {}
@@ -186,6 +189,7 @@ def main() -> int:
     parser.add_argument(
         "--patient", default="", metavar="REGEX", help="finds the patient in an image's path below images/"
     )
+    add_workers(parser)
     llm = parser.add_argument_group(
         "--writer llm",
         f"asks an OpenAI-compatible chat API; the key comes from {KEY} in the environment, where one is needed",
@@ -211,7 +215,7 @@ def main() -> int:
             arguments.seed, arguments.test_share, arguments.complete, arguments.window, arguments.patient
         )
         writer = _llm_writer(arguments) if arguments.writer == "llm" else TemplateWriter(options.seed)
-        return write_qa(arguments.pairs, arguments.out, writer, options)
+        return write_qa(arguments.pairs, arguments.out, writer, options, workers_of(arguments))
 
     return finish(make)
 

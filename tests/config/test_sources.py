@@ -16,6 +16,7 @@ from medplib_jax.data.sources import open_source
 from medplib_jax.datasets.assemble.dataset import assemble
 from medplib_jax.datasets.icl import IclOptions, make_icl
 from medplib_jax.datasets.import_dataset import import_dataset
+from medplib_jax.datasets.processes import HERE
 from tests.datasets import collection
 from tests.datasets.icl_pairs import write_pairs
 from tests.datasets.test_importers import CASES
@@ -34,7 +35,7 @@ def data(tmp_path_factory) -> Path:
     for name in eval_sweep.ZERO_SHOT:
         collection.write(annotations, f"zeroshot4grounding/{name}.json", [collection.grounding(3)])
     images = collection.make_images(published / "SA-Med2D-20M")
-    assemble(str(annotations), str(images), str(folder / "data/assembled"), workers=0)
+    assemble(str(annotations), str(images), str(folder / "data/assembled"), HERE)
     for dataset in ("llava_med_alignment", *(dataset for dataset, _ in eval_sweep.IMPORTED.values())):
         CASES[dataset][0](published / dataset)
         import_dataset(dataset, str(published / dataset), str(folder / f"data/{dataset}"))

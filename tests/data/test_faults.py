@@ -16,6 +16,7 @@ from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.pipeline import make_loader, train_batches
 from medplib_jax.datasets.assemble.dataset import assemble
 from medplib_jax.datasets.audit.collect import audit
+from medplib_jax.datasets.processes import HERE
 from tests.data.faults import NOTED, REFUSED, Faults
 from tests.paths import GOLDEN
 
@@ -94,7 +95,7 @@ def test_on_error_raise_stops_at_the_fault(dataset):
 
 def test_assembling_names_every_fault(dataset, tmp_path):
     root, outcomes = dataset
-    manifest = assemble(str(root), str(root), str(tmp_path), 0)
+    manifest = assemble(str(root), str(root), str(tmp_path), HERE)
     problems = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
     assert manifest["records"] == GOOD + COUNT == manifest["written"] + sum(manifest["left_out"].values())
     refused = {problem["record"] for problem in problems if problem["action"] == "left out"}

@@ -13,6 +13,7 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.datasets import import_dataset, sa_med2d, slices, write_qa
 from medplib_jax.datasets.assemble import dataset as assemble
 from medplib_jax.datasets.assemble import records as assemble_records
+from medplib_jax.datasets.processes import HERE
 from medplib_jax.datasets.qa import folder as qa_folder
 from medplib_jax.datasets.qa import template
 from tests.datasets import collection
@@ -138,7 +139,7 @@ class Assemble(SaMed2d):
     def run(self, root, out, changed=False):
         if changed:  # another set of files is another source
             (root / "annotations/train/MeCoVQA-Grounding.json").unlink(missing_ok=True)
-        assemble.assemble(str(root / "annotations"), str(root), str(out), 0)
+        assemble.assemble(str(root / "annotations"), str(root), str(out), HERE)
 
     def change_code(self, monkeypatch):
         monkeypatch.setattr(assemble, "code_version", lambda: "another")

@@ -21,6 +21,7 @@ from medplib_jax.data.pipeline import make_loader
 from medplib_jax.data.sources import open_source
 from medplib_jax.datasets.assemble import dataset as program
 from medplib_jax.datasets.assemble.dataset import assemble
+from medplib_jax.datasets.processes import Workers
 from tests.datasets import collection
 from tests.datasets.collection import CT, grounding, record, rectangle, region, vqa, write
 from tests.paths import GOLDEN, ROOT
@@ -39,7 +40,7 @@ def until_the_third(tasks, workers):
         yield result
 
 assemble._build = until_the_third
-assemble.assemble(*sys.argv[1:], workers=1)
+assemble.assemble(*sys.argv[1:], assemble.Workers(1))
 """
 
 
@@ -54,7 +55,7 @@ def folders(tmp_path):
 
 def run(folders, workers=0):
     annotations, pictures, out = map(str, folders)
-    return assemble(annotations, pictures, out, workers)
+    return assemble(annotations, pictures, out, Workers(workers))
 
 
 def problems(out):

@@ -12,6 +12,7 @@ from medplib_jax.data.splits import is_held_out
 from medplib_jax.datasets.assemble.dataset import assemble
 from medplib_jax.datasets.audit import __main__ as program
 from medplib_jax.datasets.audit.collect import audit
+from medplib_jax.datasets.processes import HERE
 from tests.datasets import collection
 from tests.datasets.collection import CT, SIZE, grounding, record, rectangle, region, vqa, write
 from tests.paths import GOLDEN
@@ -176,7 +177,7 @@ def test_the_report_counts(root):
 
 def test_an_assembled_dataset_is_audited_alike(tmp_path):
     annotations, pictures = collection.make_annotations(tmp_path / "MeCoVQA"), collection.make_images(tmp_path)
-    assemble(str(annotations), str(pictures), str(tmp_path / "out"), 0)
+    assemble(str(annotations), str(pictures), str(tmp_path / "out"), HERE)
     report, _ = audit(str(tmp_path / "out"))
     assert (report["records"], report["usable"]) == (9, 9)
     assert report["by_split"] == {"training": 7, "held out": 2}

@@ -56,3 +56,10 @@ def test_a_wrong_folder_or_option_is_named_in_the_last_line(name, tmp_path, monk
     assert module.main() == 1
     printed = capsys.readouterr()
     assert message in printed.err.splitlines()[-1] and "Traceback" not in printed.err and not printed.out
+
+
+def test_beam_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["write_qa", "--pairs", "x", "--out", str(tmp_path), "--beam_runner=FlinkRunner"])
+    assert write_qa.main() == 1
+    assert capsys.readouterr().err.startswith("--beam_runner=FlinkRunner: Apache Beam is not installed here: pip inst")

@@ -48,6 +48,7 @@ class FakeEmbedder:
 def fake(monkeypatch):
     monkeypatch.setattr(indexing, "Embedder", FakeEmbedder)
     monkeypatch.setattr("medplib_jax.datasets.retrieve.Embedder", FakeEmbedder)
+    monkeypatch.setattr("medplib_jax.datasets.embedding.Embedder", FakeEmbedder)
 
 
 def add_picture(root, name, seed, masks=("liver",)):

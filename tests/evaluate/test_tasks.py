@@ -10,6 +10,7 @@ from medplib_jax.config.sweep import TaskConfig
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.sources import data_root
 from medplib_jax.datasets.assemble.dataset import assemble
+from medplib_jax.datasets.processes import HERE
 from medplib_jax.evaluate.report import sweep_cases
 from medplib_jax.evaluate.tasks import annotation_files, find_tasks, folder_tasks, read_task
 from tests.evaluate.evaluators import tiny
@@ -109,7 +110,7 @@ def test_missing_and_repeated_tasks(folder, tmp_path):
 
 
 def test_a_split_of_an_assembled_dataset_is_a_task(folder, tmp_path):
-    manifest = assemble(str(folder / "test"), str(folder), str(tmp_path / "out"), 0)
+    manifest = assemble(str(folder / "test"), str(folder), str(tmp_path / "out"), HERE)
     (name,) = (source for source in manifest["sources"] if "/grounding/" in source)
     tasks, left_out = find_tasks([TaskConfig("a", name), TaskConfig("b", f"{tmp_path}/gone#test")], 0, "raise", "skip")
     file = read_task(TaskConfig("a", str(folder / "test" / "grounding.json")), 0, "raise")

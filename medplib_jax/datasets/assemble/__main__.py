@@ -5,10 +5,10 @@ COMMAND
 """
 
 import argparse
-import os
 import sys
 
 from medplib_jax.datasets.assemble.dataset import assemble, describe
+from medplib_jax.datasets.command import add_workers, workers_of
 
 
 def main() -> int:
@@ -18,11 +18,11 @@ def main() -> int:
         "--images", required=True, help="SA-Med2D-20M: the folder that has images/ and masks/, or SAMed2Dv1/ with them"
     )
     parser.add_argument("--out", required=True)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: this one only")
+    add_workers(parser)
     arguments = parser.parse_args()
     try:
-        manifest = assemble(arguments.annotations, arguments.images, arguments.out, arguments.workers)
-    except (ValueError, OSError) as error:  # DataError among them
+        manifest = assemble(arguments.annotations, arguments.images, arguments.out, workers_of(arguments))
+    except (ValueError, RuntimeError, OSError) as error:  # DataError among them
         print(error, file=sys.stderr)
         return 1
     print(describe(manifest, arguments.out))

@@ -18,7 +18,6 @@ grounding, questions with regions are region, others complex.
 """
 
 import collections
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -35,9 +34,9 @@ from medplib_jax.data.sources import read_records
 from medplib_jax.data.splits import annotation_files, is_held_out
 from medplib_jax.datasets.assemble import records as assemble_records
 from medplib_jax.datasets.assemble import shards as assemble_shards
-from medplib_jax.datasets.files import Folder, code_version
+from medplib_jax.datasets.files import Folder, age_of, code_version
 from medplib_jax.datasets.mecovqa import merged_name, read_class_names
-from medplib_jax.datasets.processes import make_pool
+from medplib_jax.datasets.processes import Keeping, Workers, map_shards
 
 PUBLISHED = {
     "train/MeCoVQA-Complex.json": ("complex", "train"),
@@ -88,7 +87,7 @@ class ShardTask:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def assemble(annotations: str, images: str, out: str, workers: int) -> dict[str, Any]:
+def assemble(annotations: str, images: str, out: str, workers: Workers) -> dict[str, Any]:
     """Does what the module says, and returns the manifest.
 
     DataError when an annotation file or the image folder cannot be read.
@@ -182,31 +181,23 @@ def make_tasks(plan, loaded, root: str, folder: Folder, instances, names) -> Ite
             counts[config, split] += 1
 
 
-def run(tasks: list[ShardTask], workers: int) -> list[dict[str, Any]]:
+def run(tasks: list[ShardTask], workers: Workers) -> list[dict[str, Any]]:
     """The note of each shard, in order; shards that are there already are not written again."""
     notes = [finished(task) for task in tasks]
     todo = [i for i, note in enumerate(notes) if note is None]
     total, left = (sum(len(task.records) for task in some) for some in (tasks, [tasks[i] for i in todo]))
     with tqdm(total=total, initial=total - left, desc="assemble", unit=" records") as bar:
-        for i, note in _build([tasks[i] for i in todo], workers):
-            notes[todo[i]] = note
-            bar.update(len(tasks[todo[i]].records))
+        for i, note in zip(todo, _build([tasks[i] for i in todo], workers), strict=True):
+            tasks[i].folder.keep([f"{tasks[i].name}.json", *note["made"]])
+            notes[i] = note
+            bar.update(len(tasks[i].records))
     return notes
 
 
-def _build(tasks: list[ShardTask], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Index and note of each shard as it is finished."""
-    if not workers:
-        yield from enumerate(map(build_shard, tasks))
-        return
-    with make_pool(workers) as pool:
-        futures = {pool.submit(build_shard, task): i for i, task in enumerate(tasks)}
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:  # Ctrl-C, too: the shards under way are finished, no other is begun
-            pool.shutdown(cancel_futures=True)
-            raise
+def _build(tasks: list[ShardTask], workers: Workers) -> Iterator[dict[str, Any]]:
+    """The note of each shard. One that is finished is known by its note, so that Beam keeps nothing else of it."""
+    if tasks:
+        yield from map_shards(build_shard, tasks, workers, Keeping(os.path.join(tasks[0].folder.path, ".beam")))
 
 
 def finished(task: ShardTask) -> dict[str, Any] | None:
@@ -218,7 +209,7 @@ def finished(task: ShardTask) -> dict[str, Any] | None:
         return None
     if note.get("fingerprint") != task.fingerprint:
         return None
-    same = all(assemble_records.age_of(task.root, name) == age for name, age in note["files"].items())
+    same = all(age_of(task.root, name) == age for name, age in note["files"].items())
     there = all(os.path.exists(os.path.join(task.folder.path, name)) for name in note["made"])
     if not same or not there:
         return None
@@ -244,7 +235,7 @@ def build_shard(task: ShardTask) -> dict[str, Any]:
                 for what in dict.fromkeys(repairs)
             ]
     note = {"fingerprint": task.fingerprint, "written": written, "problems": problems, "missing": sorted(files.missing)}
-    note |= {"files": files.ages, "made": [task.name, *files.made]}
+    note |= {"files": files.ages, "made": [task.name, *sorted(files.made)]}
     task.folder.write_json(f"{task.name}.json", note)
     return note
 

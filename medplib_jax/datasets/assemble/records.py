@@ -14,11 +14,10 @@ import numpy as np
 from PIL import Image
 
 from medplib_jax.data import images
-from medplib_jax.data.cache import fingerprint
 from medplib_jax.data.errors import DataError, Notice
 from medplib_jax.data.records import MASK, REGION, Record, check_complete, find_file, parse_record
 from medplib_jax.data.regions import draw, is_shape
-from medplib_jax.datasets.files import Folder
+from medplib_jax.datasets.files import Folder, age_of
 from medplib_jax.datasets.mecovqa import class_name, merged_name, parse_mask_name, stem, unite
 
 _REFERENCE = re.compile(r"<(region|mask)>(.*?)</\1>")
@@ -74,14 +73,6 @@ class Files:
         self.folder.write(reference, encode(united, "PNG"))
         self.made.add(reference)
         return encode(united)
-
-
-def age_of(root: str, reference: str) -> list[int] | None:
-    """Size and time of the file that a reference names, which change with its content; None when it is not there."""
-    try:
-        return list(fingerprint(find_file(root, reference))[1:])
-    except DataError:
-        return None
 
 
 def prepare(raw: Any, file: str, index: int, files: Files) -> tuple[dict[str, Any], list[str]]:

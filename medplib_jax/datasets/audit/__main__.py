@@ -5,10 +5,10 @@ COMMAND
 """
 
 import argparse
-import os
 import sys
 
 from medplib_jax.datasets.audit.collect import audit, describe
+from medplib_jax.datasets.command import add_workers, parse, workers_of
 from medplib_jax.datasets.files import write_json
 
 
@@ -21,17 +21,23 @@ def main() -> int:
     parser.add_argument(
         "--patient", default="", metavar="REGEX", help="finds the patient in an image's path below images/"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: this one only")
-    arguments = parser.parse_args()
+    add_workers(parser)
+    parser.add_argument(
+        "--beam_folder", default="", help="folder that all of Beam's workers see, for what they find until all is found"
+    )
+    arguments = parse(parser)
+    if bool(arguments.beam_runner) != bool(arguments.beam_folder):
+        parser.error("--beam_runner and --beam_folder: expected both or neither")
     try:
-        report, facts = audit(arguments.folder, arguments.tokenizer, arguments.workers, arguments.patient)
+        workers = workers_of(arguments)
+        report, facts = audit(arguments.folder, arguments.tokenizer, workers, arguments.patient, arguments.beam_folder)
         if arguments.json:
             write_json(arguments.json, report)
         if arguments.html:
             from medplib_jax.datasets.audit.page import write_page
 
             write_page(report, facts, arguments.folder, arguments.html)
-    except (ValueError, OSError) as error:  # DataError among them
+    except (ValueError, RuntimeError, OSError) as error:  # DataError among them
         print(error, file=sys.stderr)
         return 1
     print(describe(report))

@@ -17,36 +17,39 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from medplib_jax.data.cache import fingerprint
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import Record
-from medplib_jax.data.sources import open_source
+from medplib_jax.data.sources import Source, open_source
 from medplib_jax.data.splits import annotation_files, is_held_out
 from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.datasets.assemble.shards import DATASET, dataset_folder
 from medplib_jax.datasets.audit.facts import Reader, RecordFacts, plain
 from medplib_jax.datasets.audit.findings import AuditFinding, find
+from medplib_jax.datasets.files import age_of, code_version
 from medplib_jax.datasets.mecovqa import read_class_names
 from medplib_jax.datasets.patients import check_pattern
-from medplib_jax.datasets.processes import make_pool
+from medplib_jax.datasets.processes import HERE, Keeping, Workers, map_shards
 
 CHUNK = 200  # records per task of a worker process
 AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the picture
 
 
 def audit(
-    folder: str, tokenizer: str = "", workers: int = 0, patient: str = ""
+    folder: str, tokenizer: str = "", workers: Workers = HERE, patient: str = "", beam_folder: str = ""
 ) -> tuple[dict[str, Any], list[RecordFacts]]:
-    """The report (see `summarize`) and the facts of every record.
+    """The report (see `summarize`) and the facts of every record. beam_folder: what Beam's workers find lies there.
 
     DataError when the folder holds no dataset or a file cannot be read.
     """
     sources, others = find_sources(folder)
-    facts = collect(sources, Reading(folder, tokenizer, patient), workers)
+    facts = collect(sources, Reading(folder, tokenizer, patient), workers, beam_folder)
     return {**summarize(facts, find(facts), "tokens" if tokenizer else "words"), "not_read": others}, facts
 
 
@@ -84,7 +87,7 @@ class Reading:
         check_pattern(self.patient)
 
 
-def collect(sources: Sequence[str], reading: Reading, workers: int) -> list[RecordFacts]:
+def collect(sources: Sequence[str], reading: Reading, workers: Workers, beam_folder: str) -> list[RecordFacts]:
     """Facts of every record of the sources, in order."""
     chunks, folder = [], reading.folder
     for source in sources:
@@ -94,10 +97,8 @@ def collect(sources: Sequence[str], reading: Reading, workers: int) -> list[Reco
         raise DataError(folder, None, "no records", "at least one", "none")
     read = functools.partial(_read_chunk, reading)
     with tqdm(total=sum(len(indices) for _, indices in chunks), desc="audit", unit=" records") as bar:
-        if not workers:
-            return [one for chunk in chunks for one in _counted(read(chunk), bar)]
-        with make_pool(workers) as pool:
-            return [one for facts in pool.map(read, chunks) for one in _counted(facts, bar)]
+        keeping = Keeping(beam_folder, functools.partial(_chunk_key, reading))
+        return [one for facts in map_shards(read, chunks, workers, keeping) for one in _counted(facts, bar)]
 
 
 def _counted(facts: list[RecordFacts], bar: tqdm) -> list[RecordFacts]:
@@ -109,6 +110,24 @@ def _read_chunk(reading: Reading, chunk: tuple[str, Iterable[int]]) -> list[Reco
     source, indices = chunk
     reader = _reader(reading, source)
     return [reader.facts(index) for index in indices]
+
+
+def _chunk_key(reading: Reading, chunk: tuple[str, Iterable[int]]) -> str:
+    """Changes with the records, the files that they name, and how they are read."""
+    source, indices = chunk
+    records, names = open_source(source, reading.folder), read_class_names(reading.folder)
+    tokenizer = sorted(map(fingerprint, Path(reading.tokenizer).glob("*"))) if reading.tokenizer else ()
+    files = {name for index in indices for name in _references(records, index)}
+    ages = [(name, age_of(records.root, name)) for name in sorted(files)]
+    return repr((reading, chunk, records.fingerprint, sorted(names.items()), tokenizer, ages, code_version()))
+
+
+def _references(records: Source, index: int) -> tuple[str, ...]:
+    try:
+        record = records[index]
+    except DataError:
+        return ()
+    return () if record.contents is not None else record.references
 
 
 @functools.lru_cache(maxsize=1)

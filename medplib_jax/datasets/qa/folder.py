@@ -24,16 +24,17 @@ from medplib_jax.data import images
 from medplib_jax.data.errors import DataError
 from medplib_jax.data.records import find_file
 from medplib_jax.datasets import labels, modalities
-from medplib_jax.datasets.files import Folder, files_below, safe_name, unused
+from medplib_jax.datasets.files import Folder, age_of, code_version, files_below, safe_name, unused
 from medplib_jax.datasets.mecovqa import merged_name, stem
 from medplib_jax.datasets.patients import patient_of
-from medplib_jax.datasets.processes import make_pool
+from medplib_jax.datasets.processes import CORES, HERE, Keeping, Workers, map_shards
 from medplib_jax.datasets.qa.facts import ImageFacts, measure
 from medplib_jax.volumes.masks import Labels
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 METADATA = "metadata.json"
 _IN_PROCESS = 64  # fewer images are not worth starting processes for
+_SHARD = 16  # images that a process reads at a time
 _INSTANCE = re.compile(r"_\d{3}$")
 _NAME = re.compile(r"\w[\w .+()'%=,-]{0,79}")  # what `safe_name` keeps, so that two names never share a file
 _LETTERS = "up to 80 letters, digits, or . + ( ) ' % = , -"
@@ -163,30 +164,56 @@ def vocabulary(pairs: Sequence[Pair]) -> dict[str, tuple[str, ...]]:
 
 
 def read_all(
-    pairs: Sequence[Pair], folder: Folder, complete: bool = False, window: images.Window | None = None
+    pairs: Sequence[Pair],
+    folder: Folder,
+    complete: bool = False,
+    window: images.Window | None = None,
+    workers: Workers = CORES,
 ) -> Iterator[tuple[ImageFacts | None, list[DataError]]]:
-    """`read_facts` of every image, in order, by several processes; None for one that cannot be used.
+    """`read_facts` of every image, in order; None for one that cannot be used.
 
     complete: a name of the modality without a mask is not in the image.
     """
     names = vocabulary(pairs) if complete else {}
     jobs = [(pair, names.get(pair.modality, ())) for pair in pairs]
-    read = functools.partial(_read_or_error, folder, window)
-    progress = functools.partial(tqdm, total=len(jobs), desc="masks", unit="image")
-    if len(jobs) < _IN_PROCESS:
-        yield from progress(map(read, jobs))
-        return
-    with make_pool() as pool:
-        yield from progress(pool.map(read, jobs, chunksize=8))
+    shards = [tuple(jobs[start : start + _SHARD]) for start in range(0, len(jobs), _SHARD)]
+    read, key = functools.partial(_read_shard, folder, window), functools.partial(_shard_key, window)
+    keeping = Keeping(os.path.join(folder.path, ".beam"), key, functools.partial(_is_whole, folder.path))
+    if len(jobs) < _IN_PROCESS and not workers.runner:
+        workers = HERE
+    with tqdm(total=len(jobs), desc="masks", unit="image") as bar:
+        for found, made in map_shards(read, shards, workers, keeping):
+            folder.keep(made)
+            bar.update(len(found))
+            yield from found
 
 
-def _read_or_error(
-    folder: Folder, window: images.Window | None, job: tuple[Pair, tuple[str, ...]]
-) -> tuple[ImageFacts | None, list[DataError]]:
+Job = tuple[Pair, Sequence[str]]  # an image, and the names that are not in it unless it has a mask of them
+Found = tuple[ImageFacts | None, list[DataError]]
+
+
+def _read_shard(folder: Folder, window: images.Window | None, jobs: Sequence[Job]) -> tuple[list[Found], list[str]]:
+    """What each image tells, and the files that were made of them."""
+    before = len(folder.claimed)
+    found = [_read_or_error(job, folder, window) for job in jobs]
+    return found, folder.claimed[before:]
+
+
+def _read_or_error(job: Job, folder: Folder, window: images.Window | None) -> Found:
     try:
         return read_facts(job[0], folder, job[1], window)
     except DataError as error:
         return None, [error]
+
+
+def _shard_key(window: images.Window | None, jobs: Sequence[Job]) -> str:
+    """Changes with the images, their masks and how they are read."""
+    files = [(pair.root, name) for pair, _ in jobs for name in (pair.image, *(mask for _, mask in pair.masks))]
+    return repr((window, jobs, [age_of(*file) for file in files], code_version()))
+
+
+def _is_whole(path: str, result: tuple[list[Found], list[str]]) -> bool:
+    return all(os.path.isfile(os.path.join(path, name)) for name in result[1])
 
 
 def read_facts(
