@@ -114,6 +114,7 @@ class Decoder:
             cache=cache,
             hidden=take_at(hidden_BxLxD, last_B),
             previous=take_at(hidden_BxLxD, jnp.maximum(last_B - 1, 0)),
+            known=jnp.zeros(B, jnp.int32),
             active=(batch.record >= 0) & (limits_B > 0),
             limits=limits_B,
             draws=draws,
@@ -143,8 +144,7 @@ class Decoder:
 
     def _advance(self, model: WholeModel, slots: Slots) -> Slots:
         """Draws one token per active slot and runs it through the decoder."""
-        token_S = draw_token(model.llm.logits(slots.hidden), slots.draws, slots.lengths)
-        drawn_S = slots.active & (token_S[:, None] != jnp.array(self.stop_ids)).all(-1)
+        token_S, drawn_S = self._draw_tokens(model, slots)
         token_S = jnp.where(drawn_S, token_S, 0)
         rows, place = jnp.arange(len(token_S)), jnp.minimum(slots.lengths, self.options.max_new_tokens - 1)
         lengths = slots.lengths + drawn_S
@@ -162,6 +162,7 @@ class Decoder:
             cache=out["cache"],
             hidden=hidden_Sx1xD[:, 0],
             previous=jnp.where(active[:, None], slots.hidden, slots.previous),
+            known=jnp.zeros_like(slots.known),
             active=active,
             tokens=slots.tokens.at[rows, place].set(jnp.where(drawn_S, token_S, slots.tokens[rows, place])),
             lengths=lengths,
@@ -169,6 +170,16 @@ class Decoder:
             seg_count=slots.seg_count + seg_S,
             choices=choices,
         )
+
+    def _draw_tokens(self, model: WholeModel, slots: Slots) -> tuple[Array, Array]:
+        """The next token of each slot, int32 [S], and whether its answer goes on with it, bool [S]."""
+        token_S = draw_token(model.llm.logits(slots.hidden), slots.draws, slots.lengths)
+        token_S = jnp.where(slots.known > 0, slots.known - 1, token_S)
+        return token_S, slots.active & (token_S[:, None] != jnp.array(self.stop_ids)).all(-1)
+
+    def peek(self, params: Params, slots: Slots) -> tuple[Slots, Array]:
+        token_S, drawn_S = self._draw_tokens(bind(self.model, params), slots)
+        return slots.replace(known=token_S + 1), jnp.where(drawn_S, token_S, -1)
 
     def prompts(self, slots: Slots) -> tuple[Array, Array]:
         """What the masks of ended answers are drawn from: states [S, M, D] and bool [S, M], which of them exist."""
@@ -232,6 +243,7 @@ class Generator:
         self._insert = jax.jit(insert_rows, donate_argnums=0, out_shardings=slots)
         self._empty = jax.jit(decoder.empty, static_argnums=(1, 2), out_shardings=slots)
         self._prompts = jax.jit(decoder.prompts)
+        self._peek = jax.jit(decoder.peek, donate_argnums=1, out_shardings=(slots, None))
         self._draw = jax.jit(decoder.draw)
         self._see, self._view = jax.jit(decoder.see), jax.jit(decoder.view)
         self._release = jax.jit(lambda slots, held: slots.replace(active=slots.active & held), donate_argnums=0)
@@ -318,6 +330,14 @@ class Generator:
         with self._dispatch:
             slots = self._decode(self.params, slots, keep, self.options.max_new_tokens if steps is None else steps)
             return slots, *self._prompts(slots)
+
+    def peek(self, slots: Slots) -> tuple[Slots, Array]:
+        """Draws the next tokens, without what it takes to go on behind them.
+
+        Also these tokens, int32 [S]; -1 where an answer ends or none is being made.
+        """
+        with self._dispatch:
+            return self._peek(self.params, slots)
 
     def release(self, slots: Slots, held_S: np.ndarray) -> Slots:
         """Gives up the answers in the slots that are not held."""

@@ -36,6 +36,7 @@ class Slots:
     previous: Float[
         Array, "S D"
     ]  # the state before that; of an answer that ended, before the one that predicted its last token
+    known: Int[Array, " S"]  # 1 + the next token where it was drawn before its turn (`peek`), else 0
     active: Bool[Array, " S"]
     limits: Int[Array, " S"]  # most tokens of the answer
     draws: Draws | None  # None: all answers are greedy

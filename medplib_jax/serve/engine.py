@@ -156,6 +156,7 @@ class Engine:
         prompt, head = self._example.batch, self._example.head
         question = Question("", prompt, head, 1, Sampling(), 0, lambda new: None, False, float("inf"))
         self._prefill([(question, 0)])
+        self._state, _ = self.generator.peek(self._state)
         self._state, seg_hidden, _ = self.generator.advance(self._state, keep=0, steps=self._chunk)
         if seg_hidden.shape[1]:
             viewed = self.generator.view(self._example.batch)
@@ -244,13 +245,11 @@ class Engine:
     def _advance(self) -> None:
         """Draws tokens, reports what is new, and ends what has ended.
 
-        A first token is shown at once. While questions wait, the slots go on until there is room for as many as are
-        let in together.
+        While questions wait, the slots go on until there is room for as many as are let in together.
         """
-        begins = any(question is not None and question.streamed and not question.shown for question in self._asked)
-        keep = len(self._asked) - self._refill if len(self.waiting) and not begins else 0
-        steps = 1 if begins else self._chunk
-        self._state, seg_hidden, mask_valid = self.generator.advance(self._state, keep, steps)
+        self._show_first()
+        keep = len(self._asked) - self._refill if len(self.waiting) and self.busy == len(self._asked) else 0
+        self._state, seg_hidden, mask_valid = self.generator.advance(self._state, keep, self._chunk)
         state = self._state
         active, tokens, lengths, valid = jax.device_get((state.active, state.tokens, state.lengths, mask_valid))
         ended = []
@@ -271,6 +270,19 @@ class Engine:
                 self._drawing.submit(self._draw, question, end, hidden[slot : slot + 1], valid[slot])
             else:
                 question.report(end)
+
+    def _show_first(self) -> None:
+        """Reports first tokens before they are run through the decoder."""
+        begin = [i for i, question in enumerate(self._asked) if question and question.streamed and not question.shown]
+        if not begin:
+            return
+        self._state, tokens = self.generator.peek(self._state)
+        tokens = jax.device_get(tokens).tolist()
+        for slot in begin:
+            if tokens[slot] >= 0:
+                question = self._asked[slot]
+                self.metrics.drew(question, 1)
+                question.report([tokens[slot]])
 
     def _draw(self, question: Question, end: Ended, seg_hidden: np.ndarray, valid: np.ndarray) -> None:
         """Reports the answer with its masks."""

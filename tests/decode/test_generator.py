@@ -195,6 +195,20 @@ def test_draws_belong_to_the_record(params, batch):
     )
 
 
+def test_tokens_that_are_drawn_before_their_turn_are_those_of_the_answer(params, batch, generation):
+    generator = Generator(MODEL, params, DecodeOptions(max_new_tokens=NEW, max_masks=2), stop_ids=(EOS,), seg_id=SEG)
+    rows = len(batch.record)
+    limits, index = np.full(rows, NEW, np.int32), np.arange(rows, dtype=np.int32)[None]
+    slots, shown = generator.start(None, batch, limits, None, index, rows), []
+    for _ in range(NEW):
+        slots, tokens = generator.peek(slots)
+        shown.append(np.maximum(tokens, 0))
+        slots, *_ = generator.advance(slots, keep=0, steps=1)
+    np.testing.assert_array_equal(np.stack(shown, 1), generation.tokens)
+    np.testing.assert_array_equal(slots.tokens, generation.tokens)
+    np.testing.assert_array_equal(slots.lengths, generation.lengths)
+
+
 def test_filler_rows_are_not_answered(params, batch):
     empty = batch.replace(record=np.where(np.arange(len(batch.record)) < 6, batch.record, -1).astype(np.int32))
     generation = Generator(MODEL, params, DecodeOptions(max_new_tokens=NEW, max_masks=0), stop_ids=(EOS,), seg_id=SEG)(
