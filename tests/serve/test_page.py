@@ -103,6 +103,15 @@ def test_a_drawn_region_is_asked_about(page, picture, predictor, tool):
     assert shown == as_shown(predictor(picture, "What is <region>?", reference).answer)
 
 
+def test_an_example_is_asked_about_like_a_picture(page, picture, predictor):
+    page.route("**/examples", lambda route: route.fulfill(json=["scan.png"]))
+    page.route("**/examples/0", lambda route: route.fulfill(path=picture))
+    page.reload()
+    page.click("#examples button")
+    page.wait_for_selector("#hint", state="hidden")
+    assert ask(page, QUESTION)[0] == as_shown(predictor(picture, QUESTION).answer)
+
+
 def test_a_reload_keeps_the_conversation(page, picture, predictor):
     open_picture(page, picture)
     shown, _ = ask(page, QUESTION)

@@ -83,6 +83,7 @@ async function layersHere() {
 }
 
 function paintLayers() {
+  $("found").hidden = !viewer.layers.length;
   showLayers($("layers"), viewer.layers, () => viewer.paint(), scan.info ? EXPORTS : {});
   viewer.paint();
 }
@@ -247,10 +248,13 @@ async function showExamples() {
   const response = await fetch("/examples");
   const names = response.ok ? await response.json() : [];
   $("examples").replaceChildren(...names.map((name, number) => {
-    const picture = Object.assign(document.createElement("img"), { src: `/examples/${number}`, alt: "" });
-    const button = Object.assign(document.createElement("button"), { type: "button" });
-    button.append(picture, ` ${name}`);
-    button.addEventListener("click", async () => openFiles([new File([await (await fetch(picture.src)).blob()], name)]));
+    const picture = Object.assign(document.createElement("img"), { src: `/examples/${number}`, alt: name });
+    const button = Object.assign(document.createElement("button"), { type: "button", title: name });
+    button.append(picture);
+    button.addEventListener("click", async () => {
+      const content = await (await fetch(picture.src)).blob();
+      openFiles([new File([content], name, { type: content.type })]);
+    });
     const item = document.createElement("li");
     item.append(button);
     return item;
