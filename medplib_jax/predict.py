@@ -14,8 +14,8 @@ COMMAND
 A SCAN is a DICOM folder or file, NIfTI, NRRD or MetaImage; see medplib_jax/volumes/README.md for what is written.
 Of a picture it prints the answer; writes `mask_<k>.png` (0/255, the picture's size) and `overlay.png`.
 Up to three examples, pictures with masks, say what to draw instead of words: given by `--example`, or those of an index
-(medplib_jax.datasets.index) that are most similar to the image and have a mask of the structure. Of the index the image
-itself alone is left out, not what else shows its patient.
+(medplib_jax.datasets.index) that are most similar to the image and have a mask of the structure. An image that
+is in the index itself, and what else it holds of its patient, is left out.
 With --chat each line of the standard input is a question of one conversation, and answer k goes to the folder `turn_k`.
 A model that answers with boxes takes --box or --point, draws each box of its answer with its phrase on the overlay, and
 writes `boxes.json`, in pixels. With `--masks sam --sam-checkpoint WORKDIR` the SAM-Med2D of a MedPLIB checkpoint draws
@@ -127,9 +127,9 @@ def example_of(text: str) -> tuple[str, str]:
 
 
 def retrieved(arguments: argparse.Namespace) -> list[tuple[str, str]]:
-    """The examples that `--examples` finds for the image, which are printed; the same file is none of them.
+    """The examples that `--examples` finds for the image, which are printed.
 
-    DataError when there is none.
+    The same file is none of them, nor are others of its patient where the index knows it. DataError when there is none.
     """
     from medplib_jax.datasets.embedding import Embedder
     from medplib_jax.datasets.image_index import ImageIndex  # few questions need builders
@@ -142,7 +142,9 @@ def retrieved(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     query = embedder(embedder.read(arguments.image)[None])
     (hits,) = index.search(query, arguments.top_k, name, pictures=[arguments.image])
     if not hits:
-        raise DataError(arguments.examples, None, f"no other picture with a mask of {name}", "at least one", "none")
+        raise DataError(
+            arguments.examples, None, f"no other patient's picture with a mask of {name}", "at least one", "none"
+        )
     for hit in hits:
         print(f"example: {hit.image} (cosine {hit.score:.3f})", file=sys.stderr)
     return [(hit.image, hit.masks[name]) for hit in hits]
@@ -180,7 +182,8 @@ def parse_arguments() -> tuple[argparse.Namespace, bool]:
     shown.add_argument(
         "--examples",
         metavar="INDEX",
-        help="an index of pictures, of which the most similar are shown, those of the same patient, too; not the image",
+        help="an index of pictures, of which the most similar are shown; not the image, nor others of its patient "
+        "where it holds the image",
     )
     shown.add_argument("--structure", default="", metavar="NAME", help="whose masks are shown; with --examples")
     shown.add_argument("--top-k", type=int, default=MAX_EXAMPLES, help="how many; with --examples")

@@ -100,7 +100,8 @@ class ImageIndex:
         """The k most similar pictures to each unit vector, best first; of equal ones the first that was added.
 
         name: only pictures with a mask of it (empty: any). patients (empty for an unknown one) and pictures (files):
-        what each query is not to find. Fewer than k where there are no more.
+        what each query is not to find; of a picture that is in the index its patient's others neither. Fewer than k
+        where there are no more.
         """
         allowed = np.array([not one.problem and (not name or name in one.masks) for one in self.entries], bool)
         found_in = np.array([one.patient for one in self.entries])
@@ -108,7 +109,10 @@ class ImageIndex:
         for row, patient in enumerate(patients):
             excluded[row] |= (found_in == patient) & bool(patient)
         for row, picture in enumerate(pictures):
-            excluded[row, self._same(picture)] = True
+            same = self._same(picture)
+            known = [self.entries[i].patient for i in same if self.entries[i].patient]
+            excluded[row] |= np.isin(found_in, known)
+            excluded[row, same] = True
         scores, rows = nearest(self.vectors, queries_QxC, k, allowed & ~excluded if excluded.any() else allowed)
         return [
             [self._hit(float(score), int(i)) for score, i in zip(*one, strict=True) if np.isfinite(score)]

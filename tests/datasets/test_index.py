@@ -193,6 +193,13 @@ def test_search_keeps_to_structures_patients_and_other_pictures(pairs, tmp_path)
     assert [hit.image for hit in index.search(query, 3, pictures=[str(copy)])[0]] == [hit.image for hit in without]
 
 
+def test_a_picture_of_the_index_finds_no_other_of_its_patient(pairs, tmp_path):
+    build(library_of_pairs(str(pairs), r"p(\d)"), str(tmp_path / "index"), "checkpoint", batch=4)
+    index, picture = ImageIndex(str(tmp_path / "index")), str(pairs / "images" / "p03.png")
+    found = index.search(index.vectors[3:4], 20, pictures=[picture])[0]
+    assert [os.path.basename(hit.image) for hit in found] == ["p10.png"]  # p00 to p09 are one patient here
+
+
 def test_predict_says_that_no_example_is_left(tmp_path, monkeypatch):
     add_picture(tmp_path / "pairs", "p0", 0, ("liver", "kidney"))
     add_picture(tmp_path / "pairs", "p1", 1)
@@ -203,7 +210,9 @@ def test_predict_says_that_no_example_is_left(tmp_path, monkeypatch):
     )
     assert [os.path.basename(found) for found, _ in predict.retrieved(asked)] == ["p1.png"]
     asked.structure = "kidney"
-    with pytest.raises(DataError, match="no other picture with a mask of kidney; expected at least one, found none"):
+    with pytest.raises(
+        DataError, match="no other patient's picture with a mask of kidney; expected at least one, found none"
+    ):
         predict.retrieved(asked)
 
 
