@@ -381,15 +381,15 @@ def load_params(
         saved = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
         trees = {name: saved.get(name) or {} for name in PARTS}
         if part:
-            trees = {name: {part: tree[part]} if part in tree else {} for name, tree in trees.items()}
-            if not any(trees.values()):
+            trees = {name: {part: tree[part]} for name, tree in trees.items() if part in tree}
+            if not trees:
                 raise ValueError(f"{folder}: expected a model with the part {part!r}, found none")
         parts = {name: _restore_args(tree, shardings) for name, tree in trees.items()}
         refuse_quantized(folder, _named(parts))
         args = ocp.args.PyTreeRestore(item=jax.tree.map(lambda _: 0, parts), restore_args=parts, partial_restore=True)
         state = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
     check_bits(folder, state)
-    return config, combine(state["trainable"], state["frozen"]), str(folder / "tokenizer")
+    return config, combine(*(state.get(name, {}) for name in PARTS)), str(folder / "tokenizer")
 
 
 def is_quantized(paths: Iterable[str]) -> bool:

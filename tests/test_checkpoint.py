@@ -81,6 +81,14 @@ def test_load_params_joins_the_parts_and_brings_the_tokenizer(tmp_path, experime
     np.testing.assert_array_equal(older["blocks"]["0"]["kernel"], 3 + np.arange(16.0).reshape(8, 2))
 
 
+def test_a_part_that_trains_as_a_whole_is_read_beside_frozen_others(tmp_path, experiment):
+    state = make_state(3, make_mesh(MeshConfig(data=2, fsdp=4))).replace(frozen={"other": {"bias": jnp.zeros(2)}})
+    with checkpoint.make_manager(str(tmp_path / "run"), 5, 0) as manager:
+        checkpoint.save(manager, state, experiment, total_steps=9, loss=1.0)
+    for part in ("blocks", "other"):
+        assert checkpoint.load_params(str(tmp_path / "run"), part=part)[1].keys() == {part}
+
+
 def test_load_params_places_by_shardings(tmp_path, experiment):
     write(tmp_path / "run", experiment, [1])
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
