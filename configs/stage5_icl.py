@@ -7,8 +7,7 @@ COMMAND
 7b: from stage IV with its LoRA merged; a new LoRA (rank 8) on the experts, SAM-Med2D's mask decoder, the SEG MLP, the
 token compressor (576 to 256 positions a picture) and the mask encoder (64 positions a mask) train on up to three
 examples before each picture. Batch 16, 10 epochs, lr 3e-4.
-tiny: from the demo's stage IV, on the shapes that `bash launch/demo.sh --icl` makes; masks of examples are painted on
-them.
+tiny: from stage IV of `bash launch/demo.sh --icl`, on the shapes that it makes.
 """
 
 import dataclasses
@@ -24,12 +23,24 @@ from medplib_jax.config.experiment import (
     TrainConfig,
 )
 from medplib_jax.config.model import IclConfig
+from medplib_jax.datasets.phantom.shapes import SIDE
 
 from . import common
 
 TRAINABLE = (common.LORA, common.MASK_DECODER, common.SEG_MLP)
 LOSS = LossConfig(ce=1.0, dice=5.0, bce=1.0, focal=1.0, iou=0.0)
 PICTURES = 4  # three examples and the picture in question
+
+# Still smaller than the other tiny stages: 16 positions a picture. Masks of examples are pictures of their own.
+TINY = dataclasses.replace(
+    common.TINY,
+    clip=dataclasses.replace(common.TINY.clip, patch_size=SIDE // 4),
+    mask=dataclasses.replace(
+        common.TINY.mask, image_size=SIDE, patch_size=SIDE // 8, num_layers=2, global_layers=(0, 1), adapter=False
+    ),
+    moe=common.EXPERTS,
+    icl=IclConfig("separate"),
+)
 
 
 def get_config(size: str = "7b"):
@@ -65,21 +76,19 @@ def large() -> ExperimentConfig:
 
 def tiny() -> ExperimentConfig:
     return ExperimentConfig(
-        model=dataclasses.replace(
-            common.TINY, moe=common.EXPERTS, lora=common.tiny_lora((*common.MLP_LINEAR, "q", "k", "v", "o"))
-        ),
+        model=dataclasses.replace(TINY, lora=common.tiny_lora((*common.MLP_LINEAR, "q", "k", "v", "o"))),
         data=DataConfig(
-            sources=(f"{common.DEMO}/icl/data/train/train/icl.json",),
+            sources=(f"{common.DEMO}/icl/data/train/train/shown.json",),
             root=f"{common.DEMO}/icl/data/train",
             batch_size=8,
-            bucket_lengths=(448,),
-            max_images=PICTURES,
+            bucket_lengths=(216,),
+            max_images=2 * PICTURES - 1,
             max_regions=0,
-            mask_canvas=112,
+            mask_canvas=SIDE,
             workers=0,
         ),
         optim=common.tiny_optim(1e-3, *TRAINABLE),
         loss=LOSS,
-        init=InitConfig(stage=5, base=f"{common.DEMO}/stage_IV", sizes="base"),
+        init=InitConfig(stage=5, base=f"{common.DEMO}/icl/stage_IV", sizes="base"),
         train=TrainConfig(steps=400, checkpoint_every=200),
     )

@@ -1,13 +1,15 @@
 """In-context segmentation on a laptop: shapes that no training picture holds, drawn after one to three examples.
 
-Run by `bash launch/demo.sh --icl`. Stage V learns to draw what examples show. It starts from the stage IV of `bash
-launch/demo.sh` or, where that has not run, from a smaller one that learns here to draw what words ask for. Every step
-leaves its result in OUT/icl and is skipped when it is there, so a second call resumes. Figures stand in
-OUT/icl/metrics.json, examples beside queries and answers in OUT/icl/evaluation/report.html.
+Run by `bash launch/demo.sh --icl`. Stage IV learns to draw the shape at a place that is named, and to name the place of
+a mask. Stage V learns that the masks of examples name the place in question. In both the answer names it before <SEG>,
+as "north <SEG>". A model that starts from nothing and answers <SEG> alone learns neither in so few steps: it draws all
+shapes, whatever is asked. Every step leaves its result in OUT/icl and is skipped when it is there, so a second call
+resumes. Figures stand in OUT/icl/metrics.json, examples beside queries and answers in OUT/icl/evaluation/report.html.
 """
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,8 @@ import numpy as np
 from configs import eval_icl, stage4_moe, stage5_icl
 from launch.demo_common import Stopwatch, announce, print_summary, report_sweep, train_stage
 from medplib_jax.config.experiment import ExperimentConfig, InitConfig, LossConfig
-from medplib_jax.config.model import LoraConfig
 from medplib_jax.config.sweep import SweepConfig
-from medplib_jax.data.icl_form import REQUEST
+from medplib_jax.data.icl_form import EXAMPLES, QUESTION, REQUEST
 from medplib_jax.data.images import load_mask
 from medplib_jax.data.prompts import TEMPLATES
 from medplib_jax.data.tokenizers import load_tokenizer, train_tokenizer
@@ -28,16 +29,16 @@ from medplib_jax.datasets.retrieve import retrieve
 from medplib_jax.evaluate.evaluators.predictions import read_rows
 from medplib_jax.evaluate.sweep import run_sweep
 
-TRAIN_KINDS, TRAIN_PATIENTS = 150, 6
+TRAIN_KINDS, TRAIN_PATIENTS = 100, 4
 TEST_KINDS, TEST_PATIENTS = 8, 8
 PATIENT = r"(k\d+p\d+)"  # in a picture's name
 PIECES = 800  # at most, of the tokenizer
 GAIN = 0.25  # in mDice that three examples are to bring over none
 ABOUT = "generated shapes of forms that no training picture holds"
-PLACES = (("upper left", "top", "upper right"), ("left", "centre", "right"), ("lower left", "bottom", "lower right"))
+PLACES = (("northwest", "north", "northeast"), ("west", "centre", "east"), ("southwest", "south", "southeast"))
 EVERYTHING = (".*",)
-RATES, STEPS, LENGTHS = {"IV": 2e-3, "V": 1e-3}, {"IV": 300, "V": 500}, {"IV": (144,), "V": (384,)}
-LOSS = LossConfig(ce=0.2, dice=5.0, bce=2.0)
+RATES, STEPS, LENGTHS = {"IV": 1.5e-3, "V": 1e-3}, {"IV": 600, "V": 300}, {"IV": 72, "V": 216}
+LOSS = LossConfig(ce=3.0, dice=5.0, bce=2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +54,9 @@ class IclDemo:
     def records(self, split: str) -> Path:
         return self.data(split) / split / "icl.json"
 
-    @property
-    def grounding(self) -> Path:
-        return self.data("train") / "train" / "grounding.json"
+    def asked(self, stage: str) -> Path:
+        """The stage's training records."""
+        return self.data("train") / "train" / {"IV": "named.json", "V": "shown.json"}[stage]
 
     @property
     def retrieved(self) -> Path:
@@ -72,31 +73,19 @@ class IclDemo:
     def workdir(self, stage: str) -> Path:
         return self.out / f"stage_{stage}"
 
-    @property
-    def whole(self) -> Path:
-        """The stage IV of the demonstration without --icl, which has seen far more, if it is there."""
-        return self.out.parent / "stage_IV"
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        return ("V",) if (self.whole / "checkpoints").is_dir() else ("IV", "V")
-
     def experiment(self, stage: str) -> ExperimentConfig:
         """The stage's tiny experiment on this demonstration's data. All of the model trains."""
-        config = {"IV": stage4_moe, "V": stage5_icl}[stage].tiny()
-        source, own = self.grounding if stage == "IV" else self.records("train"), "IV" in self.stages
-        vocabulary = load_tokenizer(str(self.tokenizer)).vocab_size if own else config.model.llm.vocab_size
-        model = dataclasses.replace(config.model, lora=LoraConfig())
-        init = InitConfig(stage=5, base=str(self.workdir("IV") if own else self.whole), sizes="base")
+        config, steps = {"IV": stage4_moe, "V": stage5_icl}[stage].tiny(), STEPS[stage]
+        llm = dataclasses.replace(stage5_icl.TINY.llm, vocab_size=load_tokenizer(str(self.tokenizer)).vocab_size)
         return dataclasses.replace(
             config,
-            model=dataclasses.replace(model, llm=dataclasses.replace(model.llm, vocab_size=vocabulary)),
+            model=dataclasses.replace(stage5_icl.TINY, llm=llm),
             data=dataclasses.replace(
                 config.data,
-                sources=(str(source),),
+                sources=(str(self.asked(stage)),),
                 root=str(self.data("train")),
-                tokenizer=str(self.tokenizer) if own else "",  # the base's
-                bucket_lengths=LENGTHS[stage] if own else config.data.bucket_lengths,
+                tokenizer=str(self.tokenizer),
+                bucket_lengths=(LENGTHS[stage],),
                 max_regions=0,
                 max_masks=1,
                 mask_canvas=shapes.SIDE,
@@ -105,8 +94,8 @@ class IclDemo:
                 config.optim, lr=RATES[stage], trainable=EVERYTHING, lr_scale=(), schedule="cosine"
             ),
             loss=LOSS,
-            init=InitConfig(stage=4) if stage == "IV" else init,
-            train=dataclasses.replace(config.train, steps=STEPS[stage], checkpoint_every=STEPS[stage], seed=self.seed),
+            init=InitConfig(stage=4) if stage == "IV" else InitConfig(stage=5, base=str(self.workdir("IV"))),
+            train=dataclasses.replace(config.train, steps=steps, checkpoint_every=steps, seed=self.seed),
         )
 
 
@@ -118,7 +107,7 @@ def run(demo: IclDemo, watch: Stopwatch) -> int:
     else:
         announce("Shapes")
         make_data(demo)
-        for stage in demo.stages:
+        for stage in STEPS:
             announce(f"Stage {stage}")
             if status := train_stage(demo.experiment(stage), demo.workdir(stage)):
                 return status
@@ -141,35 +130,42 @@ def make_data(demo: IclDemo) -> None:
         shapes.generate_shapes(pairs, kinds, patients, forms, 2 * demo.seed + number)
         options = IclOptions(seed=demo.seed, test_share=share, patient=PATIENT)
         make_icl(str(pairs), str(demo.data(split)), options)
-    asked = grounding_records(demo)
-    demo.grounding.write_text(json.dumps(asked, indent=1) + "\n")
-    questions = {record["conversations"][0]["value"].replace("<image>", " ") for record in asked}
-    train_tokenizer([*texts(), *sorted(questions)], str(demo.tokenizer), PIECES)
+    said = set()
+    for stage in STEPS:
+        asked = training_records(demo, stage)
+        demo.asked(stage).write_text(json.dumps(asked, indent=1) + "\n")
+        said |= {turn["value"] for record in asked for turn in record["conversations"]}
+    plain = {re.sub(f"<image>|<mask>.*</mask>|{EXAMPLES}", " ", text) for text in said}
+    train_tokenizer([*texts(), *sorted(plain)] * 50, str(demo.tokenizer), PIECES)
 
 
-def grounding_records(demo: IclDemo) -> list[dict]:
-    """The training targets asked for in words: what form, in which part of the picture."""
+def training_records(demo: IclDemo, stage: str) -> list[dict]:
+    """The stage's records of every training target, see above."""
     records = []
     for record in json.loads(demo.records("train").read_text()):
-        rows, columns = np.nonzero(
-            load_mask(str(demo.data("train") / record["target_mask"]), (shapes.SIDE, shapes.SIDE))
-        )
-        place = PLACES[int(3 * rows.mean() / shapes.SIDE)][int(3 * columns.mean() / shapes.SIDE)]
-        question = f"<image>\nPlease segment the {record['structure'].split()[0]} at the {place}."
-        turns = [("human", question), ("gpt", f"<SEG><mask>{record['target_mask']}</mask>")]
-        conversations = [{"from": role, "value": text} for role, text in turns]
-        records.append({"image": record["image"], "conversations": conversations})
+        mask = record["target_mask"]
+        pixels = load_mask(str(demo.data("train") / mask), (shapes.SIDE, shapes.SIDE))
+        row, column = (int(3 * indices.mean() / shapes.SIDE) for indices in np.nonzero(pixels))
+        place = PLACES[row][column]
+        answer = f"{place} <SEG><mask>{mask}</mask>"
+        if stage == "V":
+            records.append(record | {"conversations": turns(QUESTION, answer)})
+        else:
+            named = turns(f"<image>\nPlease segment the shape in the {place}.", answer)
+            records.append({"image": record["image"], "conversations": named})
+            records.append({"image": mask, "conversations": turns(f"<image>\n{REQUEST}", answer)})
     return records
 
 
+def turns(question: str, answer: str) -> list[dict]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
 def texts() -> list[str]:
-    """What stands around every question, often enough for whole words."""
+    """What stands around every question."""
     frames = [f"{sentence} USER: ASSISTANT:" for sentence in TEMPLATES.values()]
-    shown = [
-        f"Example {number}: \nThe blue overlay is the reference segmentation mask.\nQuery: \n{REQUEST}"
-        for number in (1, 2, 3)
-    ]
-    return [*frames, *shown] * 50
+    shown = [f"Example {number} image: \nExample {number} mask: \nQuery: \n{REQUEST}" for number in (1, 2, 3)]
+    return [*frames, *shown]
 
 
 def evaluate(demo: IclDemo) -> dict[str, float]:

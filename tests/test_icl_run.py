@@ -30,8 +30,14 @@ def test_no_training_picture_holds_a_form_that_is_tested(demo):
         report, _ = audit(str(demo.data(split)))
         assert not [kind for kind in report["finding_counts"] if "own picture" in kind or "unusable" in kind]
     assert forms["train"] <= set(shapes.FORMS) and forms["test"] <= set(shapes.HELD_OUT_FORMS)
-    asked = json.loads(demo.grounding.read_text())
-    assert len(asked) == 2 * 4 * shapes.SHAPES and asked[0]["conversations"][0]["value"].startswith("<image>\nPlease")
+    named, shown = (json.loads(demo.asked(stage).read_text()) for stage in ("IV", "V"))
+    assert len(named) == 2 * len(shown) == 2 * 2 * 4 * shapes.SHAPES
+    places = [record["conversations"][1]["value"].split()[0] for record in shown]
+    assert [record["conversations"][1]["value"].split()[0] for record in named[::2]] == places
+    assert all(
+        f"in the {place}." in record["conversations"][0]["value"]
+        for record, place in zip(named[::2], places, strict=True)
+    )
 
 
 @pytest.mark.slow
