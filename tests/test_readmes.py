@@ -77,8 +77,14 @@ NOT_RUN = {
     "bash launch/queued_resource.sh": "costs money; tests/launch/test_launchers.py replaces gcloud",
     "bash launch/build_image.sh": "needs Docker; tests/launch/test_launchers.py replaces it",
     "bash launch/what_fits.sh": "minutes; it calls medplib_jax.aot, see tests/aot",
+    "python -m lmms_eval": "needs the suite; tests/serve/test_suites.py asks by its client",
+    "evalscope": "needs the suite; tests/serve/test_suites.py asks by its client",
+    "curl": "needs a server; tests/serve asks it the same",
+    "python eval.py": "needs MedEvalKit; tests/launch/test_suites.py makes its calls",
     "sbatch": "needs SLURM; tests/launch/test_launchers.py runs the script",
 }
+PROGRAM = r"\s*(?:[A-Z_]+=\S* )*(python|bash|sbatch|pip|curl|evalscope) "
+FOREIGN = ("sbatch", "pip", "curl", "evalscope", "eval.py", "lmms_eval", "pytest")
 # The Python of readmes: what runs it, or why it is not run.
 SNIPPETS = {
     "README.md": "tests/test_readmes.py",
@@ -95,7 +101,8 @@ def commands(readme: Path) -> list[list[str]]:
     blocks = [block for language, block in fenced if language in ("", "bash")]
     blocks += re.findall(r"^    \S.*(?:\n    .*)*", text, re.M)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = [shlex.split(line, comments=True) for line in lines if re.match(r"\s*(python|bash|sbatch|pip) ", line)]
+    found = [shlex.split(line, comments=True) for line in lines if re.match(PROGRAM, line)]
+    found = [words[next(i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)) :] for words in found]
     return [words[: words.index("|")] if "|" in words else words for words in found]
 
 
@@ -134,7 +141,7 @@ def files_of(module: str) -> list[Path]:
 
 @pytest.mark.parametrize("words", programs(), ids=" ".join)
 def test_programs_and_their_flags_are_there(words):
-    if words[0] in ("sbatch", "pip") or words[:3] == ["python", "-m", "pytest"]:
+    if not {*words[:3]}.isdisjoint(FOREIGN):
         return  # not ours
     program = words[2] if words[:2] == ["python", "-m"] else words[1]
     text = source(program)
