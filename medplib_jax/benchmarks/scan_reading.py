@@ -1,4 +1,4 @@
-"""How long a CT of many DICOM files takes to read, and how much memory, beside SimpleITK.
+"""How long a CT of many DICOM files takes to read, in time and CPU time, and how much memory, beside SimpleITK.
 
 COMMAND
     python -m medplib_jax.benchmarks.scan_reading [--slices 300] [--side 512] [--rounds 5]
@@ -19,11 +19,11 @@ import numpy as np
 _MEASURE = """
 import json, resource, sys, time
 {imports}
-before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+before, began, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter(), time.process_time()
 {read}
-seconds = time.perf_counter() - began
+seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(json.dumps([seconds, grown / 1024, int(values.astype("int64").sum())]))
+print(json.dumps([seconds, cpu, grown / 1024, int(values.astype("int64").sum())]))
 """
 READERS = {
     "medplib_jax": _MEASURE.format(
@@ -66,7 +66,7 @@ def write_series(folder: Path, slices: int, side: int) -> None:
 
 
 def measure(slices: int, side: int, rounds: int) -> dict[str, float]:
-    """Seconds (median), MiB (median) of each reader, and the ratios. ValueError when they read different values."""
+    """Medians of each reader's seconds, CPU seconds and MiB, and ratios. ValueError when they read different values."""
     found: dict[str, list[list[float]]] = {name: [] for name in READERS}
     with tempfile.TemporaryDirectory() as folder:
         write_series(Path(folder), slices, side)
@@ -77,18 +77,19 @@ def measure(slices: int, side: int, rounds: int) -> dict[str, float]:
                 )
                 if turn:
                     found[name].append(json.loads(done.stdout))
-    sums = {sample[2] for samples in found.values() for sample in samples}
+    sums = {sample[-1] for samples in found.values() for sample in samples}
     if len(sums) > 1:
         raise ValueError(f"the readers' values add up to {sorted(sums)}")
-    seconds, mebibytes = (
-        {name: statistics.median(sample[place] for sample in samples) for name, samples in found.items()}
-        for place in (0, 1)
-    )
-    return {
-        **{f"{name}.seconds": value for name, value in seconds.items()},
-        **{f"{name}.mebibytes": value for name, value in mebibytes.items()},
-        "seconds_over_simpleitk": seconds["medplib_jax"] / seconds["SimpleITK"],
+    figures = {
+        f"{name}.{what}": statistics.median(sample[place] for sample in samples)
+        for place, what in enumerate(("seconds", "cpu_seconds", "mebibytes"))
+        for name, samples in found.items()
     }
+    ratios = {
+        f"{what}_over_simpleitk": figures[f"medplib_jax.{what}"] / figures[f"SimpleITK.{what}"]
+        for what in ("seconds", "cpu_seconds")
+    }
+    return figures | ratios
 
 
 def main() -> None:
