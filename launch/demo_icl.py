@@ -37,7 +37,7 @@ GAIN = 0.25  # in mDice that three examples are to bring over none
 ABOUT = "generated shapes of forms that no training picture holds"
 PLACES = (("northwest", "north", "northeast"), ("west", "centre", "east"), ("southwest", "south", "southeast"))
 EVERYTHING = (".*",)
-RATES, STEPS, LENGTHS = {"IV": 1.5e-3, "V": 1e-3}, {"IV": 600, "V": 300}, {"IV": 72, "V": 216}
+RATES, STEPS, LENGTHS = {"IV": 1.5e-3, "V": 1.5e-3}, {"IV": 600, "V": 400}, {"IV": 72, "V": 216}
 LOSS = LossConfig(ce=3.0, dice=5.0, bce=2.0)
 
 
