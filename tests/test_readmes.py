@@ -84,7 +84,7 @@ NOT_RUN = {
     "sbatch": "needs SLURM; tests/launch/test_launchers.py runs the script",
 }
 PROGRAM = r"\s*(?:[A-Z_]+=\S* )*(python|bash|sbatch|pip|curl|evalscope) "
-FOREIGN = ("sbatch", "pip", "curl", "evalscope", "eval.py", "lmms_eval", "pytest")
+FOREIGN = ("sbatch", "pip", "curl", "evalscope", "eval.py", "lmms_eval", "pytest", "build")
 # The Python of readmes: what runs it, or why it is not run.
 SNIPPETS = {
     "README.md": "tests/test_readmes.py",

@@ -1,6 +1,7 @@
 """The wheel is the whole program: everything imports, trains, converts and evaluates from it in an empty folder."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,18 +24,70 @@ print(len(names), medplib_jax.__file__)
 """
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that the checkout stays clean; pip asks no index."""
-    copy, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+def copy_sources(copy: Path) -> None:
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(ROOT / name, copy / name)
+
+
+def make_wheel(source: Path, dist: Path) -> Path:
+    """pip asks no index."""
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(dist)]
-    subprocess.run([*pip, str(copy)], check=True, capture_output=True)
+    subprocess.run([*pip, str(source)], check=True, capture_output=True)
     return next(dist.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, so that the checkout stays clean."""
+    copy = tmp_path_factory.mktemp("source")
+    copy_sources(copy)
+    return make_wheel(copy, tmp_path_factory.mktemp("dist"))
+
+
+def git(folder: Path, *words: str) -> None:
+    who = ("-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+    subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
+
+
+def version_of(folder: Path) -> str:
+    done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=folder, capture_output=True, text=True)
+    return done.stdout.split()[-1]
+
+
+def test_tags_give_the_version(tmp_path):
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    assert version_of(tmp_path) == "0+unknown"
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "one")
+    assert re.fullmatch(r"0\+g[0-9a-f]{7,}", version_of(tmp_path))
+    git(tmp_path, "tag", "v1.2.3")
+    git(tmp_path, "tag", "other")
+    assert version_of(tmp_path) == "1.2.3"
+    git(tmp_path, "commit", "--allow-empty", "-m", "two")
+    assert re.fullmatch(r"1\.2\.3\.post1\+g[0-9a-f]{7,}", version_of(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_sdist_of_a_tag_makes_the_same_wheel(wheel, tmp_path):
+    source, dist, unpacked = tmp_path / "source", tmp_path / "dist", tmp_path / "unpacked"
+    source.mkdir()
+    copy_sources(source)
+    git(source, "init")
+    git(source, "add", ".")
+    git(source, "commit", "-m", "one")
+    git(source, "tag", "v1.2.3")
+    build = [sys.executable, "-c", f"import setuptools.build_meta as build; build.build_sdist({str(dist)!r})"]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    shutil.unpack_archive(dist / "medplib_jax-1.2.3.tar.gz", unpacked, filter="data")
+    made = make_wheel(unpacked / "medplib_jax-1.2.3", dist)
+    assert made.name == "medplib_jax-1.2.3-py3-none-any.whl"
+    names = [{name for name in zipfile.ZipFile(one).namelist() if ".dist-info/" not in name} for one in (made, wheel)]
+    assert names[0] == names[1]
 
 
 def test_the_wheel_holds_every_file_and_nothing_else(wheel):

@@ -82,6 +82,16 @@ def calls(folder: Path) -> list[str]:
     return (folder / "calls").read_text().splitlines()
 
 
+def test_dockerfiles_have_no_findings():
+    hadolint = Path(sys.executable).parent / "hadolint"
+    if not hadolint.exists():
+        pytest.skip("no hadolint here")
+    files = [str(path) for path in sorted((ROOT / "launch").rglob("Dockerfile"))]
+    assert len(files) == 2
+    done = subprocess.run([hadolint, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_every_script_is_valid_bash():
     scripts = sorted((ROOT / "launch").glob("*.sh"))
     assert scripts
