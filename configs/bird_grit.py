@@ -5,14 +5,16 @@ COMMAND
     python -m medplib_jax.datasets.import_dataset --dataset med_grit --source Med-GRIT
     python -m medplib_jax.train --config=configs/bird_grit.py:9b --workdir=runs/bird/9b
     python -m medplib_jax.train --config=configs/bird_grit.py:lora --workdir=runs/bird/lora
-    python -m medplib_jax.train --config=configs/bird_grit.py:tiny --workdir=runs/bird/tiny
+    python -m medplib_jax.train --config=configs/bird_grit.py:look --workdir=runs/bird/look
+    python -m medplib_jax.train --config=configs/bird_grit.py:tiny --workdir=runs/bird/tiny \
+        --config.init.base=runs/bird/look
 
 9b: the published recipe (Huang et al., MICCAI 2024). From Qwen-VL-Chat; the decoder with embedding and head, and the
 resampler train, the ViT and what follows the resampler do not. Packed rows of 2048, 2 epochs, lr 2e-5 falling as a
 cosine, weight decay 0.1 on all but biases. The authors' batch is 4 rows x 8 accumulated per device, their number of
 devices is not stated: here 256 rows in all. Packed conversations see themselves only, which the original meant but did
-not do. lora: Qwen-VL's own LoRA recipe (finetune.py) on the same data: rank 64 on c_attn, attn.c_proj, w1 and w2. tiny:
-everything trains from nothing, on what `bash launch/demo.sh --bird` generates: pictures of
+not do. lora: Qwen-VL's own LoRA recipe (finetune.py) on the same data: rank 64 on c_attn, attn.c_proj, w1 and w2. look,
+then tiny: everything trains from nothing, on what `bash launch/demo.sh --bird` generates: pictures of
 `medplib_jax.datasets.phantom` asked in Med-GRIT's form (`medplib_jax.datasets.phantom.grit`).
 
 Other conversations join by weight, as long as they hold neither masks nor regions: MeCoVQA-Complex and public VQA do.
@@ -35,6 +37,7 @@ from medplib_jax.config.experiment import (
     TrainConfig,
 )
 from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, QwenVisionConfig
+from medplib_jax.datasets.phantom import grit
 
 QWEN_VL_CHAT = "checkpoints/qwen-vl-chat"  # as `convert.from_torch` makes it
 LARGE = ModelConfig(
@@ -68,7 +71,7 @@ DECODER_AND_RESAMPLER = (common.LLM, "^resampler/")
 
 
 def get_config(size: str = "9b"):
-    return to_config_dict(common.choose(size, **{"9b": large, "lora": lora, "tiny": tiny})())
+    return to_config_dict(common.choose(size, **{"9b": large, "lora": lora, "look": look, "tiny": tiny})())
 
 
 def large() -> ExperimentConfig:
@@ -117,10 +120,11 @@ def lora() -> ExperimentConfig:
     )
 
 
-def tiny() -> ExperimentConfig:
+def look() -> ExperimentConfig:
+    """What `tiny` starts from: it names what it sees. Digits of boxes, few of which can be known, would drown that."""
     data = dataclasses.replace(
-        common.phantom(bucket_lengths=(192, 240, 304, 448), max_regions=0, max_masks=0),
-        sources=(f"{DEMO}/phantom/grit/train/mixed.json",),
+        common.phantom(bucket_lengths=(272,), max_regions=0, max_masks=0),
+        sources=(f"{DEMO}/phantom/{grit.LOOK}",),
         root=f"{DEMO}/phantom",
         tokenizer=f"{DEMO}/tokenizer",
         template="chatml",
@@ -130,6 +134,17 @@ def tiny() -> ExperimentConfig:
         model=TINY,
         data=data,
         optim=OptimConfig(lr=2e-3, b2=0.98, warmup=0.05, schedule="cosine", trainable=(".*",)),
-        train=TrainConfig(steps=1500, checkpoint_every=500),
+        train=TrainConfig(steps=800, checkpoint_every=400),
         eval=EvalConfig(max_new_tokens=100),
+    )
+
+
+def tiny() -> ExperimentConfig:
+    config = look()
+    sources = tuple(f"{DEMO}/phantom/{name}" for name in (grit.LOOK, grit.FIND))
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, sources=sources, weights=(1, 2)),
+        train=TrainConfig(steps=1200, checkpoint_every=400),
+        init=InitConfig(base=f"{DEMO}/look"),
     )

@@ -6,12 +6,13 @@ second call resumes. Figures stand in OUT/bird/metrics.json, drawn boxes in OUT/
 """
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 from configs import bird_grit
 from launch.demo_common import Stopwatch, announce, print_summary, report_sweep, train_stage
-from medplib_jax.config.experiment import ExperimentConfig
+from medplib_jax.config.experiment import ExperimentConfig, InitConfig
 from medplib_jax.config.sweep import SweepConfig, TaskConfig
 from medplib_jax.data.sources import open_source
 from medplib_jax.datasets.phantom import generate as phantom
@@ -46,6 +47,10 @@ class BirdDemo:
         return self.out / "phantom"
 
     @property
+    def look(self) -> Path:
+        return self.out / "look"
+
+    @property
     def model(self) -> Path:
         return self.out / "model"
 
@@ -57,11 +62,14 @@ class BirdDemo:
     def evaluation(self) -> Path:
         return self.out / "evaluation"
 
-    def experiment(self) -> ExperimentConfig:
-        """The tiny experiment with its paths in the demo's folder."""
-        config = bird_grit.tiny()
-        source, root = str(self.data / grit.MIXED), str(self.data)
-        data = dataclasses.replace(config.data, sources=(source,), root=root, tokenizer=str(self.tokenizer))
+    def experiments(self) -> dict[Path, ExperimentConfig]:
+        """The two tiny experiments with their paths in the demo's folder, by the folder of their result."""
+        look, tiny = (self._placed(make()) for make in (bird_grit.look, bird_grit.tiny))
+        return {self.look: look, self.model: dataclasses.replace(tiny, init=InitConfig(base=str(self.look)))}
+
+    def _placed(self, config: ExperimentConfig) -> ExperimentConfig:
+        sources = tuple(source.replace(f"{bird_grit.DEMO}/phantom", str(self.data)) for source in config.data.sources)
+        data = dataclasses.replace(config.data, sources=sources, root=str(self.data), tokenizer=str(self.tokenizer))
         return dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, seed=self.seed))
 
     def sweep(self) -> SweepConfig:
@@ -89,9 +97,10 @@ def run(demo: BirdDemo, watch: Stopwatch) -> int:
         phantom.generate(demo.data, demo.examples, TEST_IMAGES, demo.seed, modalities=MODALITIES)
         grit.write_grit(demo.data, demo.seed)
         make_tokenizer(demo)
-        announce("Training")
-        if status := train_stage(demo.experiment(), demo.model):
-            return status
+        for workdir, experiment in demo.experiments().items():
+            announce(f"Training: {workdir.name}")
+            if status := train_stage(experiment, workdir):
+                return status
         announce("Evaluation")
         found = headline(run_sweep(demo.sweep(), demo.evaluation))
         report_sweep(demo.evaluation)
@@ -103,8 +112,8 @@ def run(demo: BirdDemo, watch: Stopwatch) -> int:
 
 def make_tokenizer(demo: BirdDemo) -> None:
     if not (demo.tokenizer / "qwen.tiktoken").exists():
-        records = open_source(str(demo.data / grit.MIXED), str(demo.data))
-        train_ranks(conversation_texts(records), str(demo.tokenizer))
+        files = (open_source(str(demo.data / name), str(demo.data)) for name in (grit.LOOK, grit.FIND))
+        train_ranks(conversation_texts(itertools.chain(*files)), str(demo.tokenizer))
 
 
 def headline(result: SweepResult) -> dict[str, float]:

@@ -45,7 +45,7 @@ from tests.tiny_bird_run import experiment, prepare
 def folder(tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
     prepare(data)
-    assert grit.write_grit(data)[grit.MIXED] == 16
+    assert grit.write_grit(data)[grit.LOOK] == 32
     assert load_tokenizer(str(data / "tokenizer")).vocab_size == 640
     return data
 
@@ -67,7 +67,7 @@ def test_a_resumed_run_is_the_run_at_a_stretch(folder, workdir, tmp_path):
 
 def test_conversations_of_other_datasets_join_by_weight(folder):
     """MeCoVQA's form and Med-GRIT's in one mixture; what speaks of masks or regions is named and left out."""
-    names = (grit.MIXED, FILES["train"]["complex"], FILES["train"]["region"])
+    names = (grit.LOOK, FILES["train"]["complex"], FILES["train"]["region"])
     config = experiment(folder)
     files = tuple(str(folder / name) for name in names)
     data = dataclasses.replace(config.data, sources=files, pack=False, on_error="skip", weights=(3.0, 1.0, 0.0))

@@ -4,6 +4,7 @@ python -m medplib_jax.train --config=tests/tiny_bird_run.py:FOLDER --workdir=...
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 from medplib_jax.config.base import to_config_dict
@@ -23,7 +24,7 @@ def prepare(folder: str | Path) -> None:
     generate(folder, 8, 2, processes=1)
     grit.write_grit(folder)
     if not (folder / "tokenizer").exists():
-        records = open_source(str(folder / grit.MIXED), str(folder))
+        records = itertools.chain(*(open_source(str(folder / name), str(folder)) for name in (grit.LOOK, grit.FIND)))
         train_ranks(conversation_texts(records), str(folder / "tokenizer"), merges=60)
 
 
@@ -31,7 +32,7 @@ def experiment(folder: str | Path, **changes) -> ExperimentConfig:
     folder = Path(folder)
     llm = dataclasses.replace(bird_tiny.MODEL.llm, max_positions=LENGTH, trained_length=256)
     data = DataConfig(
-        sources=(str(folder / grit.MIXED),),
+        sources=(str(folder / grit.LOOK), str(folder / grit.FIND)),
         root=str(folder),
         tokenizer=str(folder / "tokenizer"),
         template="chatml",

@@ -15,6 +15,7 @@ from PIL import Image
 
 from medplib_jax.datasets.phantom import draw as phantom_draw
 from medplib_jax.datasets.phantom import generate as phantom
+from medplib_jax.datasets.phantom import grit
 
 
 def digest(folder):
@@ -27,6 +28,11 @@ def digest(folder):
 
 def read(folder, split, kind):
     return json.loads((folder / phantom.FILES[split][kind]).read_text())
+
+
+def in_file(path):
+    """The conversations of a file in Med-GRIT's form."""
+    return [record["conversations"] for record in json.loads(path.read_text())]
 
 
 def turns(records):
@@ -259,6 +265,37 @@ def test_modalities_look_different():
         for seed in range(100, 106)
     ]
     assert np.mean(hits) > 0.9
+
+
+@pytest.fixture(scope="module")
+def in_grit(made):
+    folder, _ = made
+    grit.write_grit(folder)
+    return lambda name: in_file(folder / name)
+
+
+def test_no_turn_tells_what_another_of_its_conversation_asks(in_grit):
+    for turns in in_grit(grit.FIND) + in_grit(grit.LOOK):
+        asked = [part for question, _ in turns for part in re.findall("<box>.*?</box>|<ref>the .*?</ref>", question)]
+        assert len(set(asked)) == len(asked)
+
+
+def test_every_name_is_found_from_left_to_right_in_each_round(in_grit):
+    answers = Counter(answer for turns in in_grit(grit.FIND) for _, answer in turns)
+    alone = Counter(answer for turns in in_grit(grit.file_of("train", "VG")) for _, answer in turns)
+    assert answers == {answer: grit.ROUNDS * count for answer, count in alone.items()}
+    starts = [[int(x) for x in re.findall(r"<box>\((\d+),", answer)] for answer in alone]
+    assert any(len(one) > 1 for one in starts) and all(one == sorted(one) for one in starts)
+
+
+def test_a_yes_about_the_kind_of_image_is_as_likely_as_a_no_whatever_is_asked(tmp_path):
+    """Else the question tells the answer: nobody asks for a kind that is not drawn."""
+    phantom.generate(tmp_path, 60, 1, processes=1, modalities=("ct", "mr"))
+    grit.write_grit(tmp_path)
+    answers = [turn for turns in in_file(tmp_path / grit.LOOK) for turn in turns if "Is this" in turn[0]]
+    kinds = Counter((re.search("CT|MR|[^ ]+(?= image)", question)[0], answer) for question, answer in answers)
+    assert {kind for kind, _ in kinds} == {"CT", "MR"}
+    assert all(0.35 < kinds[kind, "Yes."] / (kinds[kind, "Yes."] + kinds[kind, "No."]) < 0.65 for kind in ("CT", "MR"))
 
 
 def test_generator_needs_no_jax():
