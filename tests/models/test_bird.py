@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from configs import bird_grit
 from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.config.model import LoraConfig, ModelConfig
@@ -17,10 +19,11 @@ from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.families import build_model
 from medplib_jax.models.language.lora import merge_lora
-from medplib_jax.models.layers import abstract_module, bind, params_of
+from medplib_jax.models.layers import abstract_module, bind, layer_at, params_of
 from medplib_jax.models.vision.qwen_vit import bicubic_weights
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.sharding import put_batch
+from medplib_jax.train.optim import partition
 from medplib_jax.train.step import (
     CompiledStep,
     abstract_model,
@@ -144,6 +147,21 @@ def test_positions_between_those_of_the_table_are_cubic():
     chex.assert_shape(weights, (32, 16))
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
     np.testing.assert_array_equal(bicubic_weights(5, 5), np.eye(5, dtype=np.float32))
+
+
+def test_from_nothing_each_query_looks_at_its_own_place_and_training_leaves_it_there():
+    """Where queries look is so sharp that gradients there are noise, of which Adam makes full steps: all end up at one
+    patch."""
+    config = bird_grit.look()
+    model = build_model(config.model, nnx.Rngs(0))
+    pixels = jax.random.normal(jax.random.key(0), (2, config.model.image_size, config.model.image_size, 3))
+    _, out = nnx.jit(lambda model, pixels: model.resample(pixels))(model, pixels)
+    query, key = (layer_at(model.resampler.qkv, i)(out[name]) for i, name in enumerate(("query", "key")))
+    looked_at = np.einsum("qd,bpd->bqp", query, key).argmax(-1)
+    np.testing.assert_array_equal(looked_at, [np.arange(config.model.vit.num_queries)] * 2)
+    _, frozen = partition(params_of(model), config.optim.trainable)
+    assert set(frozen) == {"resampler"}
+    assert set(frozen["resampler"]) == {"query", "position_embed", "norm_q", "norm_kv", "qkv"}
 
 
 def test_the_full_size_model_has_the_published_number_of_parameters():

@@ -36,7 +36,7 @@ BICUBIC = -0.75  # the cubic's coefficient in PyTorch's interpolate
 # Initial values for a tower that starts from nothing, as CLIP's here.
 RESIDUAL_GAIN, PIXEL_GAIN = 0.1, 0.3
 # Sines and cosines of neighbours differ little: without it a new resampler averages the whole picture for every query.
-OWN_PLACE_GAIN = 12.0
+OWN_PLACE_GAIN = 24.0
 
 
 class QwenVit(nnx.Module):
