@@ -148,6 +148,6 @@ def tiny() -> ExperimentConfig:
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, sources=sources, weights=(1, 2)),
-        train=TrainConfig(steps=1200, checkpoint_every=400),
+        train=TrainConfig(steps=1500, checkpoint_every=500),
         init=InitConfig(base=f"{DEMO}/look"),
     )
