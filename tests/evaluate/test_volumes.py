@@ -56,6 +56,18 @@ def test_a_volume_is_scored_as_one():
     assert found["volume_complete"] == found["volume_found"] == 1
 
 
+def test_the_error_in_millilitres_is_that_of_voxels_and_spacing():
+    whole = ball()
+    half = whole.copy()
+    half[: len(half) // 2] = False
+    voxel = float(np.prod(SPACING)) / 1000
+    missing = (whole.sum() - half.sum()) * voxel
+    assert missing > 0 and measured(rows("a", whole, half))["volume_ml_error"] == pytest.approx(missing)
+    assert measured(rows("a", half, whole))["volume_ml_error"] == pytest.approx(missing)  # too much is an error, too
+    shrunk = [line | {"volume": line["volume"] | {"size": [40, 32]}} for line in rows("a", whole, half)]
+    assert measured(shrunk)["volume_ml_error"] == pytest.approx(4 * missing)
+
+
 def test_the_order_of_records_does_not_matter():
     lines = rows("a", ball(), ball(centre=(5, 10, 8)))
     assert measured(lines) == measured([lines[k] for k in np.random.default_rng(0).permutation(len(lines))])

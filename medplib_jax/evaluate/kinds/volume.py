@@ -27,7 +27,7 @@ _BOTH = "of volumes with both the structure and a mask"
 
 
 class Volume(Grounding):
-    """Per volume and structure: Dice, NSD, HD95, ASSD, instance F1, by `volumes.metrics.volume_scores`."""
+    """Per volume and structure: Dice, NSD, HD95, ASSD, instance F1 (`volumes.metrics.volume_scores`), error in ml."""
 
     name = "volume"
     main = ("volume_dice", "volume_no_target_accuracy")
@@ -38,6 +38,7 @@ class Volume(Grounding):
         "volume_instance_f1": Metric("volume instance F1", f"mean F1 of connected parts (IoU above 0.5) {_RULE}"),
         "volume_hd95": Metric("volume HD95", f"mean 95th percentile of surface distances {_BOTH}", "lower", unit="mm"),
         "volume_assd": Metric("volume ASSD", f"mean surface distance {_BOTH}", "lower", unit="mm"),
+        "volume_ml_error": Metric("volume error", f"mean difference of the millilitres {_RULE}", "lower", unit="ml"),
         "volume_found": Metric("volume found", "share of volumes with the structure in which anything is drawn"),
         "volume_no_target_accuracy": Metric(
             "volume no-target accuracy", "share of volumes without the structure in which nothing is drawn"
@@ -85,8 +86,10 @@ def _scores(slices: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     if not (truth.any() or drawn.any()):
         return found
     shrunk = np.divide(about["size"], size)  # pictures that exceed the mask canvas are
-    scores = volume_scores(truth, drawn, np.multiply(about["spacing"], (1.0, *shrunk)), TOLERANCE_MM)
+    spacing = np.multiply(about["spacing"], (1.0, *shrunk))  # mm
+    scores = volume_scores(truth, drawn, spacing, TOLERANCE_MM)
     found |= {name: scores[name] for name in SHARES}
+    found["ml_error"] = abs(float(drawn.sum()) - float(truth.sum())) * float(np.prod(spacing)) / 1000
     return found | ({name: scores[name] for name in DISTANCES} if truth.any() and drawn.any() else {})
 
 
