@@ -12,6 +12,7 @@ from medplib_jax.benchmarks.bird_peer import loaded, to_torch
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.layers import bind, draw_params
+from medplib_jax.models.vision.qwen_vit import OWN_PLACE_GAIN
 from medplib_jax.train.losses import divisors, total_loss
 from medplib_jax.train.optim import partition
 from medplib_jax.train.step import abstract_model
@@ -24,6 +25,7 @@ def params():
     """Nothing is zero: biases count."""
     rng = np.random.default_rng(0)
     drawn = draw_params(abstract_model(CONFIG.model), 0)
+    drawn["resampler"]["position_embed"] /= OWN_PLACE_GAIN  # as sharp as it begins, the queries' gradients are rounding
     return jax.tree.map(lambda x: x if x.any() else 0.1 * rng.standard_normal(x.shape, np.float32), drawn)
 
 

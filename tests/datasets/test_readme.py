@@ -22,8 +22,9 @@ RECORDS = 20
 ZERO_SHOT = ("endoscopy", "fundus", "mr", "pet", "ultrasound", "xray")
 SPLITS = ("train", "test")
 GRIT_PARTS = ("VG", "ROC", "RC", "MIA")
-# of commands that need a server, a run's config, or a checkpoint: `test_index.py` has a small one
-NOT_HERE = ("MODEL", "CONFIG", "runs/7b/stage5")
+# of commands that need a server, a run's config, a checkpoint (`test_index.py` has a small one), or Beam, which wants
+# other versions of packages than the pinned ones (`test_beam.py`)
+NOT_HERE = ("MODEL", "CONFIG", "runs/7b/stage5", "--beam_runner")
 LAYOUTS = {
     "LLaVA-Med": test_importers.llava_med,
     "VQA-RAD": test_importers.vqa_rad,
