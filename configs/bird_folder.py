@@ -7,9 +7,9 @@ COMMAND
     python -m medplib_jax.evaluate --config=configs/eval_folder.py:data/mine_qa/grit --workdir=runs/mine/bird_results \
         --config.checkpoints=runs/mine/bird
 
-Sizes and tokenizer are those of `init.base`, a BiRD of any size; `bash launch/demo.sh --bird` makes the one above. What
-trains is all of it: a few dozen pictures are then known by heart. To adapt the released 9.6B take `bird_grit.py:lora`
-with `--config.data.sources` and `--config.data.root`.
+Sizes and tokenizer are those of `init.base`, a BiRD of any size; `bash launch/demo.sh --bird` makes the one above. All
+of it trains but where the resampler's queries look (`bird_grit.FROM_NOTHING`): a few dozen pictures are then known by
+heart. To adapt the released 9.6B take `bird_grit.py:lora` with `--config.data.sources` and `--config.data.root`.
 """
 
 import dataclasses

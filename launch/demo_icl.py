@@ -140,7 +140,7 @@ def make_data(demo: IclDemo) -> None:
 
 
 def training_records(demo: IclDemo, stage: str) -> list[dict]:
-    """The stage's records of every training target, see above."""
+    """The stage's records of every training target, as the module says."""
     records = []
     for record in json.loads(demo.records("train").read_text()):
         mask = record["target_mask"]

@@ -70,7 +70,7 @@ class TfdsSource(Source):
 
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
             as_source = tfds.builder_from_directory(self.root).as_data_source
-            self._examples = as_source(split=split or "train", deserialize_method=raw)  # pyright: ignore[reportCallIssue]
+            self._examples = as_source(split=split or "train", deserialize_method=raw)  # pyright: ignore
         except Exception as error:  # the library raises errors of many types
             expected = "FOLDER#SPLIT of an assembled dataset"
             raise DataError(name, None, "dataset cannot be read", expected, str(error)) from error

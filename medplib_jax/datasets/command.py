@@ -51,8 +51,10 @@ def add_beam(parser: argparse.ArgumentParser) -> None:
 
 def workers_of(arguments: argparse.Namespace) -> Workers:
     """ValueError where Beam cannot be used as it is asked for."""
-    count = vars(arguments).get("workers", 0)
-    return Workers(count, arguments.beam_runner, tuple(shlex.split(arguments.beam_options)))
+    here = None if arguments.beam_runner else 0
+    return Workers(
+        vars(arguments).get("workers", here), arguments.beam_runner, tuple(shlex.split(arguments.beam_options))
+    )
 
 
 def finish(make: Callable[[], dict[str, Any]]) -> int:

@@ -17,7 +17,8 @@ Result = TypeVar("Result")
 class Workers:
     """`count` processes of this machine (None: one for each core; 0: this process), or Beam's `runner` by its name.
 
-    `options` are words for Beam, such as --direct_num_workers=4. ValueError where Beam is wanted and not installed.
+    `options` are words for Beam, such as --direct_num_workers=4, which has workers of its own: ValueError for a count
+    beside a runner, for options without one, and where Beam is wanted and not installed.
     """
 
     count: int | None = None
@@ -28,6 +29,8 @@ class Workers:
         if self.runner:
             from medplib_jax.datasets import beam
 
+            if self.count is not None:
+                raise ValueError(f"--workers: expected without --beam_runner, found {self.count}; see --beam_options")
             beam.check(self.runner)
         elif self.options:
             raise ValueError(f"--beam_options: expected with --beam_runner, found {' '.join(self.options)}")

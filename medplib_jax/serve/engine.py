@@ -71,6 +71,11 @@ class Question:
     def over(self) -> bool:
         return self.cancelled or time.monotonic() > self.deadline
 
+    @property
+    def given_up(self) -> "Ended":
+        """The end of a question that is over."""
+        return Ended("cancelled" if self.cancelled else "timeout")
+
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
@@ -113,6 +118,7 @@ class Engine:
         self._closing, self.ready = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._drawing = concurrent.futures.ThreadPoolExecutor(1, "masks")
+        self._room = threading.Semaphore(slots)  # of answers whose masks wait: more of them hold the slots up
 
     def start(self, example: Prompt) -> None:
         """Begins to answer. Whatever questions of the length of `example` need is compiled first."""
@@ -183,7 +189,7 @@ class Engine:
         gone = [slot for slot, question in enumerate(self._asked) if question is not None and question.over]
         for slot in gone:
             question, self._asked[slot] = self._asked[slot], None
-            question.report(Ended("cancelled" if question.cancelled else "timeout"))
+            question.report(question.given_up)
         if gone:
             self._state = self.generator.release(self._state, np.array([q is not None for q in self._asked]))
 
@@ -193,7 +199,7 @@ class Engine:
         questions = []
         for question in self.waiting.take(len(free)) if free else ():
             if question.over:
-                question.report(Ended("cancelled" if question.cancelled else "timeout"))
+                question.report(question.given_up)
             else:
                 questions.append(question)
         placed = list(zip(questions, free, strict=False))
@@ -267,6 +273,7 @@ class Engine:
             self._asked[slot] = None
             end = Ended("length" if len(drawn) >= question.limit else "stop", tuple(drawn))
             if valid[slot].any():
+                self._room.acquire()
                 self._drawing.submit(self._draw, question, end, hidden[slot : slot + 1], valid[slot])
             else:
                 question.report(end)
@@ -285,10 +292,10 @@ class Engine:
                 question.report([tokens[slot]])
 
     def _draw(self, question: Question, end: Ended, seg_hidden: np.ndarray, valid: np.ndarray) -> None:
-        """Reports the answer with its masks."""
+        """Reports the answer with its masks, and makes room for those of another."""
         try:
-            if question.cancelled:
-                question.report(Ended("cancelled"))
+            if question.over:
+                question.report(question.given_up)
                 return
             prompt = question.prompt
             key = content_key(prompt.sam_pixels, prompt.sam_box)
@@ -299,6 +306,8 @@ class Engine:
         except Exception as error:
             log.exception("masks could not be drawn")
             question.report(Ended("error", message=f"{type(error).__name__}: {error}"))
+        finally:
+            self._room.release()
 
 
 def _shape(placed: tuple[Question, int]) -> tuple[int, int, int]:

@@ -38,9 +38,9 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         for tracker in self._trackers or ():
-            tracker.close()
+            tracker.close(failed=kind is not None)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         if jax.process_index() > 0:

@@ -10,10 +10,11 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from medplib_jax.config.experiment import ExperimentConfig
 
@@ -31,8 +32,8 @@ class Tracker(Protocol):
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """The scalars of one step, by name."""
 
-    def close(self) -> None:
-        """After the last step, however the run ended."""
+    def close(self, failed: bool) -> None:
+        """After the last step. failed: an error ended the run."""
 
 
 class TensorBoard:
@@ -48,7 +49,7 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()
 
 
@@ -73,7 +74,8 @@ class Mlflow:
     def _describe(self, config: ExperimentConfig) -> None:
         from mlflow.entities import Param
 
-        params = [Param(name, str(value)[:LONGEST]) for name, value in _flat(dataclasses.asdict(config))]
+        values = flatten_dict(dataclasses.asdict(config), sep=".")
+        params = [Param(name, str(value)[:LONGEST]) for name, value in values.items()]
         if not self._client.get_run(self._run).data.params:  # they cannot be changed
             for first in range(0, len(params), 100):  # the most that one request takes
                 self._client.log_batch(self._run, params=params[first : first + 100])
@@ -96,8 +98,13 @@ class Mlflow:
         except MlflowException as error:
             log.warning("MLflow took nothing of step %d: %s", step, error)
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run)
+    def close(self, failed: bool) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
+        except MlflowException as error:
+            log.warning("MLflow was not told of the end: %s", error)
 
 
 class WeightsAndBiases:
@@ -123,8 +130,8 @@ class WeightsAndBiases:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log({"step": step, **metrics})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 TRACKERS: dict[str, Callable[[str, int, ExperimentConfig], Tracker]] = {
@@ -154,12 +161,3 @@ def _kept_id(workdir: str, name: str, make: Callable[[], str]) -> str:
     if not path.exists():
         path.write_text(make())
     return path.read_text().strip()
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name with dots, value) of nested dicts."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -99,8 +99,8 @@ def test_the_budget_ends_a_suite_in_time(tmp_path):
 
 
 def test_input_at_a_rate(tmp_path):
-    flat = figures(tmp_path, "--suite", "data", "--rate", "32", "--workers", "1", "--seconds", "1")
-    assert flat["input.rows_per_second_per_core"] > 0 and 0 <= flat["input.waiting_share"] <= 1
+    flat = figures(tmp_path, "--suite", "data", "--rate", "4", "--workers", "1", "--seconds", "1")
+    assert flat["input.rows_per_second_per_core"] > 0 and 0 <= flat["input.waiting_share"] < 1
 
 
 @pytest.mark.slow

@@ -25,6 +25,16 @@ COMMANDS = {
     ),
     "write_qa": (write_qa, ["--pairs", "EMPTY", "--out", "OUT"], "no images"),
     "write_qa, wrong option": (write_qa, ["--pairs", "EMPTY", "--out", "OUT", "--test-share", "2"], "[0, 1]"),
+    "write_qa, options without Beam": (
+        write_qa,
+        ["--pairs", "EMPTY", "--out", "OUT", "--beam_options=--direct_num_workers=2"],
+        "--beam_options: expected with --beam_runner",
+    ),
+    "write_qa, processes beside Beam": (
+        write_qa,
+        ["--pairs", "EMPTY", "--out", "OUT", "--workers", "4", "--beam_runner=DirectRunner"],
+        "--workers: expected without --beam_runner, found 4",
+    ),
     "write_qa, no address": (write_qa, ["--pairs", "EMPTY", "--out", "OUT", "--writer", "llm"], "expected an address"),
     "write_qa, no JSON": (
         write_qa,

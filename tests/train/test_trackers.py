@@ -36,6 +36,16 @@ def test_mlflow_keeps_one_run_with_config_and_scalars_also_when_it_is_resumed(tm
     assert run.data.metrics["eval/loss"] == 3.0
 
 
+@pytest.mark.slow
+def test_a_run_that_an_error_ended_has_failed_in_mlflow(tmp_path, monkeypatch):
+    tracking = pytest.importorskip("mlflow.tracking")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(TypeError):
+        write(tmp_path, "mlflow", 0, {1: {"loss": 2.0}, 2: {"loss": object()}})
+    client = tracking.MlflowClient((tmp_path / "mlruns").as_uri())
+    assert client.get_run((tmp_path / "mlflow_run.txt").read_text()).info.status == "FAILED"
+
+
 def test_an_mlflow_server_that_goes_away_does_not_end_the_run(tmp_path, monkeypatch, caplog):
     tracking = pytest.importorskip("mlflow.tracking")
     exceptions = pytest.importorskip("mlflow.exceptions")
@@ -47,10 +57,15 @@ def test_an_mlflow_server_that_goes_away_does_not_end_the_run(tmp_path, monkeypa
             raise exceptions.MlflowException("connection refused")
         return logged(client, run, metrics=metrics, params=params)
 
+    def set_terminated(client, run, status):
+        raise exceptions.MlflowException(f"no answer to {status}")
+
     monkeypatch.setattr(tracking.MlflowClient, "log_batch", log_batch)
+    monkeypatch.setattr(tracking.MlflowClient, "set_terminated", set_terminated)
     with caplog.at_level(logging.WARNING):
         write(tmp_path, "mlflow", 0, {1: {"loss": 2.0}})
     assert "MLflow took nothing of step 1: connection refused" in caplog.text
+    assert "MLflow was not told of the end: no answer to FINISHED" in caplog.text
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
 
 

@@ -100,8 +100,8 @@ def test_the_page_of_a_large_sweep_is_small_and_opens_at_once(folder, browser):
 def test_ten_thousand_lines_are_rescored_in_less_than_a_minute(tmp_path):
     write_large(tmp_path, checkpoints=1, tasks=5)
     (tmp_path / "mine.py").write_text(MY_METRICS)
-    began = time.process_time()  # one process; whoever computes beside it does not count
+    began = time.perf_counter()
     rescore(tmp_path, load_metrics(str(tmp_path / "mine.py")))
-    seconds = time.process_time() - began
+    seconds = time.perf_counter() - began
     print(f"10,000 lines rescored in {seconds:.1f} s")
     assert seconds < 60
