@@ -118,7 +118,7 @@ class Engine:
         self._closing, self.ready = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._drawing = concurrent.futures.ThreadPoolExecutor(1, "masks")
-        self._room = threading.Semaphore(slots)  # of answers whose masks wait: more of them hold the slots up
+        self._room = threading.Semaphore(capacity)  # of answers that wait for masks; more of them hold the slots up
 
     def start(self, example: Prompt) -> None:
         """Begins to answer. Whatever questions of the length of `example` need is compiled first."""

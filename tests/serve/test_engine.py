@@ -49,7 +49,7 @@ def test_masks_that_cannot_be_drawn_end_their_question_alone():
     assert told == [Ended("error", message="MemoryError: no room")]
 
 
-def test_the_slots_wait_while_as_many_answers_as_there_are_slots_wait_for_their_masks():
+def test_the_slots_wait_while_as_many_answers_wait_for_masks_as_questions_may_wait():
     """Else answers pile up without a bound, and none of them minds its deadline."""
     state = types.SimpleNamespace(active=np.array([False]), tokens=np.ones((1, 4), int), lengths=np.array([1]))
     hidden, valid = np.zeros((1, 1, 1)), np.array([[True]])
