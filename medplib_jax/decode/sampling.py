@@ -43,7 +43,10 @@ class Draws:
 
 def answer_draws(samplings: Sequence[Sampling], seeds: Sequence[int], records: Sequence[int]) -> Draws:
     """Draws for one answer per row, each from its own sampling, seed and record."""
-    keys = _keys(np.asarray(seeds, np.uint32), np.asarray(records, np.int32))
+    if all(sampling.temperature == 0 for sampling in samplings):
+        keys = np.zeros((len(samplings), 2), np.uint32)  # which nothing is drawn from
+    else:
+        keys = _keys(np.asarray(seeds, np.uint32), np.asarray(records, np.int32))
     values = np.array([(sampling.temperature, sampling.top_p) for sampling in samplings], np.float32)
     return Draws(keys, values[:, 0], values[:, 1])
 

@@ -212,6 +212,8 @@ def _rows_of(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 def stack_rows(rows: Sequence[Batch | None]) -> Batch:
     """One batch of single rows; filler rows where there is none."""
+    if len(rows) == 1 and rows[0] is not None:
+        return rows[0]
     filler = next(row for row in rows if row is not None)
     filler = filler.replace(record=np.full_like(filler.record, -1))
     return jax.tree.map(lambda *x: np.concatenate(x), *[filler if row is None else row for row in rows])

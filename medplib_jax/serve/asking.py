@@ -60,8 +60,7 @@ class Asker:
         loop, news = asyncio.get_running_loop(), asyncio.Queue()
         question = Question(
             client,
-            prompt.batch,
-            prompt.head,
+            prompt,
             limit,
             wish.sampling,
             wish.seed,

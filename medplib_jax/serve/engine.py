@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from medplib_jax.batch import Batch
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.prefix import join
 from medplib_jax.decode.sampling import Sampling, answer_draws
@@ -43,8 +42,7 @@ class Question:
     """
 
     client: str
-    prompt: Batch  # one row, numpy
-    head: int  # positions of the prompt whose keys and values are kept for later questions
+    prompt: Prompt
     limit: int  # most tokens of the answer
     sampling: Sampling
     seed: int
@@ -62,10 +60,10 @@ class Question:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Positions of the prompt, of its head and of the rest, each with its padding: questions alike run together."""
-        length, rest = self.prompt.tokens.shape[1], REST
-        while rest < int(self.prompt.valid.sum()) - self.head:
+        (_, length), rest = self.prompt.batch.tokens.shape, REST
+        while rest < self.prompt.tokens - self.prompt.head:
             rest *= 2
-        return length, min(length, -(-self.head // HEAD) * HEAD), min(length, rest)
+        return length, min(length, -(-self.prompt.head // HEAD) * HEAD), min(length, rest)
 
     @property
     def over(self) -> bool:
@@ -159,8 +157,7 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Runs one question as far as its first token, and draws a mask where the model can."""
-        prompt, head = self._example.batch, self._example.head
-        question = Question("", prompt, head, 1, Sampling(), 0, lambda new: None, False, float("inf"))
+        question = Question("", self._example, 1, Sampling(), 0, lambda new: None, False, float("inf"))
         self._prefill([(question, 0)])
         self._state, _ = self.generator.peek(self._state)
         self._state, seg_hidden, _ = self.generator.advance(self._state, keep=0, steps=self._chunk)
@@ -215,10 +212,10 @@ class Engine:
         questions, slots = zip(*placed, strict=True)
         fillers = [None] * (self._together - len(questions))
         index = np.array([*slots, *[len(self._asked)] * len(fillers)], np.int32)[None]
-        rows = stack_rows([*[question.prompt for question in questions], *fillers])
+        rows = stack_rows([*[question.prompt.batch for question in questions], *fillers])
         features = [self._clip_features(question.prompt) for question in questions]
         features += [features[0]] * len(fillers)
-        heads = [self._head(question) for question in questions] if questions[0].head else []
+        heads = [self._head(question) for question in questions] if questions[0].prompt.head else []
         heads += heads[:1] * len(fillers)
         self._state = self.generator.start(
             self._state,
@@ -237,16 +234,16 @@ class Engine:
             questions[0].shape[2],
         )
 
-    def _clip_features(self, prompt: Batch) -> jax.Array:
-        return self._clip.get(content_key(prompt.clip_pixels), lambda: self.generator.see(prompt))
+    def _clip_features(self, prompt: Prompt) -> jax.Array:
+        return self._clip.get(prompt.pictures, lambda: self.generator.see(prompt.batch))
 
     def _head(self, question: Question) -> KVCache:
         """Keys and values of the prompt up to its last picture's end."""
-        prompt, head, room = question.prompt, question.head, question.shape[1]
-        key = content_key(prompt.tokens[:, :head], prompt.feature_index[:, :head], prompt.clip_pixels)
-        return self._heads.get(
-            key, lambda: self.generator.begin(prompt, np.array([head], np.int32), room, self._clip_features(prompt))
-        )
+        prompt, room = question.prompt, question.shape[1]
+        batch, head = prompt.batch, prompt.head
+        key = content_key(batch.tokens[:, :head], batch.feature_index[:, :head]) + prompt.pictures
+        lengths = np.array([head], np.int32)
+        return self._heads.get(key, lambda: self.generator.begin(batch, lengths, room, self._clip_features(prompt)))
 
     def _advance(self) -> None:
         """Draws tokens, reports what is new, and ends what has ended.
@@ -297,9 +294,8 @@ class Engine:
             if question.over:
                 question.report(question.given_up)
                 return
-            prompt = question.prompt
-            key = content_key(prompt.sam_pixels, prompt.sam_box)
-            viewed = self._sam.get(key, lambda: self.generator.view(prompt))
+            prompt = question.prompt.batch
+            viewed = self._sam.get(question.prompt.pictures, lambda: self.generator.view(prompt))
             drawn = self.generator.masks(seg_hidden, prompt, viewed)
             logits, predicted_iou = (each[0, valid] for each in jax.device_get(drawn))
             question.report(dataclasses.replace(end, mask_logits=logits, predicted_iou=predicted_iou))

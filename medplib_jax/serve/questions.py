@@ -18,6 +18,7 @@ from medplib_jax.data.errors import DataError
 from medplib_jax.data.pipeline import Loader
 from medplib_jax.data.records import Record
 from medplib_jax.data.tokenizers import Tokenizer
+from medplib_jax.serve.feature_cache import content_key
 from medplib_jax.serve.pictures import check_picture, read_data_url, read_mask
 from medplib_jax.serve.refusals import Refused, told
 
@@ -64,13 +65,15 @@ class Prompt:
     """The model's input for one question.
 
     `size`: (height, width) of the last picture, None without one; `tokens`: positions it takes; `head`: those up to the
-    last picture's end whose keys and values can be kept; 0 when they depend on more than tokens and pictures.
+    last picture's end whose keys and values can be kept; 0 when they depend on more than tokens and pictures;
+    `pictures`: the same for the same pictures, and for no others.
     """
 
     batch: Batch  # one row, numpy
     size: tuple[int, int] | None
     tokens: int
     head: int
+    pictures: bytes
 
 
 class PromptMaker:
@@ -121,13 +124,13 @@ class PromptMaker:
         turns[-1] = ("human", _place(turns[-1][1], references))
         record = Record("request", 0, "request", names, tuple(turns), contents=contents)
         try:
-            return self._prompt(self._kept.over([[record]]), size)
+            return self._prompt(self._kept.over([[record]]), size, "".join(names).encode())
         except DataError as error:
             raise Refused(400, told(error), "messages") from error
 
     def of_record(self, record: Record, size: tuple[int, int] | None) -> Prompt:
         """The prompt of a record whose last picture has this size. DataError for what cannot be used."""
-        return self._prompt(self._unkept.over([[record]]), size)
+        return self._prompt(self._unkept.over([[record]]), size, None)
 
     def _size(self, name: str, content: bytes, parameter: str) -> tuple[int, int]:
         """(height, width) of a picture, which is checked when it is seen for the first time."""
@@ -135,7 +138,8 @@ class PromptMaker:
         height, width = found["size"].tolist()
         return height, width
 
-    def _prompt(self, loader: Loader, size: tuple[int, int] | None) -> Prompt:
+    def _prompt(self, loader: Loader, size: tuple[int, int] | None, pictures: bytes | None) -> Prompt:
+        """`pictures` None: they are known by their pixels."""
         arrays, _ = loader.load_eval([0], [0], question=True)
         of_pictures = arrays["clip_pixels"].shape[1] * self._model.image_tokens
         feature = arrays["feature_index"][0]
@@ -144,7 +148,8 @@ class PromptMaker:
         head = int(seen[-1]) + 1 if len(seen) and not scaled else 0
         if (feature[:head] >= of_pictures).any():  # a region between pictures: its tokens are the same wherever it lies
             head = 0
-        return Prompt(Batch(**arrays), size, int(np.sum(arrays["valid"])), head)
+        pictures = pictures or content_key(*(arrays[name] for name in ("clip_pixels", "sam_pixels", "sam_box")))
+        return Prompt(Batch(**arrays), size, int(np.sum(arrays["valid"])), head, pictures)
 
 
 def _name(content: bytes) -> str:

@@ -48,8 +48,7 @@ def _ask_all(
                 number, prompt = waiting
                 question = Question(
                     client,
-                    prompt.batch,
-                    prompt.head,
+                    prompt,
                     engine.generator.options.max_new_tokens,
                     GREEDY,
                     seed,

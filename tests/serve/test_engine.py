@@ -9,12 +9,12 @@ import pytest
 from medplib_jax.decode.sampling import GREEDY
 from medplib_jax.serve.engine import Ended, Engine, Question
 from medplib_jax.serve.observe import ServerMetrics
+from medplib_jax.serve.questions import Prompt
 
 
 def question(length: int, head: int, tokens: int, report=print) -> Question:
-    valid = np.arange(length)[None] < tokens
-    prompt = types.SimpleNamespace(tokens=np.zeros((1, length)), valid=valid, sam_pixels=valid, sam_box=valid)
-    return Question("a", prompt, head, 4, GREEDY, 0, report, streamed=False, deadline=float("inf"))
+    prompt = Prompt(types.SimpleNamespace(tokens=np.zeros((1, length))), None, tokens, head, b"none")
+    return Question("a", prompt, 4, GREEDY, 0, report, streamed=False, deadline=float("inf"))
 
 
 @pytest.mark.parametrize(
