@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from medplib_jax.batch import Params
-from medplib_jax.decode.predictor import Predictor
+from medplib_jax.decode.predictor import Predictor, read_question
 from medplib_jax.models.quantize import num_bytes
 from medplib_jax.parallel.compilation import use_cache
 
@@ -44,7 +44,7 @@ def ask(checkpoint: str, quantize: str) -> None:
     began = time.monotonic()
     predictor = Predictor(checkpoint, quantize=quantize, max_new_tokens=TOKENS)
     found = {"loaded": time.monotonic() - began}
-    picture, prompt = predictor.prompt(np.full((336, 336, 3), 127, np.uint8), "What is it?")
+    picture, prompt = predictor.prompt(read_question(np.full((336, 336, 3), 127, np.uint8), "What is it?"))
     predictor.answer(picture, prompt)
     found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES
     generator, limits, place = predictor.generator, np.full(1, TOKENS, np.int32), np.zeros((1, 1), np.int32)

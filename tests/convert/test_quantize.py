@@ -1,12 +1,13 @@
 """A checkpoint written in 8 bits answers as the first one does in 8 bits, and is refused for anything else."""
 
+import json
 import shutil
 
 import chex
 import jax.numpy as jnp
 import pytest
 
-from convert import quantize, to_torch
+from convert import benchmark_8bit, quantize, to_torch
 from medplib_jax import checkpoint
 from medplib_jax.decode.loading import load_checkpoint
 from medplib_jax.train.state import TrainState
@@ -71,3 +72,10 @@ def test_neither_training_nor_conversion_takes_it_for_a_whole_one(folders, tmp_p
         checkpoint.load_params(folders[1])
     with pytest.raises(ValueError, match="weights of 8 bits, which can only answer"):
         to_torch.convert(folders[1], tmp_path / "torch")
+
+
+def test_the_benchmark_asks_a_checkpoint(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_8bit, "reading_rate", lambda: 1e9)
+    benchmark_8bit.ask(str(workdir), "int8")
+    found = json.loads(capsys.readouterr().out)
+    assert found["positions"] > 0 and all(found[name] > 0 for name in ("loaded", "peak", "prefill", "token", "share"))
