@@ -114,8 +114,11 @@ def own_sources(folder: str) -> tuple[tuple[str, ...], str]:
     """(sources, root) of a user's data: FOLDER#SPLIT of an assembled dataset, or a folder's annotation files for
     training.
 
-    These are the folder's own, or those in its train/ when it has none. ValueError without any.
+    These are the folder's own, or those in its train/ when it has none. ValueError without any. No folder has none: its
+    experiment can be compiled, not run.
     """
+    if not folder:
+        return (), ""
     if "#" in folder and not pathlib.Path(folder).is_dir():
         return (folder,), ""
     root = pathlib.Path(folder)

@@ -31,13 +31,16 @@ from medplib_jax.config.experiment import DataConfig, ExperimentConfig, InitConf
 
 from . import common, finetune_lora
 
-V5E8 = "7b_v5e8:"  # begins the argument for eight chips
+V5E8 = "7b_v5e8"  # begins the argument for eight chips
 
 
 def get_config(folder: str):
-    """The experiment on the annotation files of `folder` (after V5E8: at 7B); ValueError when it has none."""
-    if folder.startswith(V5E8):
-        return on_eight_chips(folder.removeprefix(V5E8))
+    """The experiment on the annotation files of `folder` (after `V5E8:` at 7B); ValueError when it has none. V5E8
+    alone is for `aot`.
+    """
+    size, _, rest = folder.partition(":")
+    if size == V5E8:
+        return on_eight_chips(rest)
     sources, root = common.own_sources(folder)
     data = DataConfig(
         sources=sources,

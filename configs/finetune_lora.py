@@ -12,7 +12,7 @@ form (see finetune_folder.py), or is FOLDER#SPLIT of an assembled dataset. Anoth
 or WORKDIR/checkpoints/STEP. Sizes and tokenizer are the base's, whose own adapters are merged first.
 
 What trains: new adapters of rank 8 on both experts, q and v, SAM-Med2D's mask decoder and the MLP of <SEG>. All else
-stays, frozen in bfloat16. `python -m medplib_jax.aot --config=configs/finetune_lora.py:path/to/folder
+stays, frozen in bfloat16. `python -m medplib_jax.aot --config=configs/finetune_lora.py
 --topology=v5e:4x4` says what fits; parameters and rows are spread over all devices. --config.optim.accumulate=8 saves
 memory at the same batch size.
 """
@@ -25,8 +25,8 @@ from medplib_jax.config.experiment import DataConfig, ExperimentConfig, InitConf
 from . import common
 
 
-def get_config(folder: str):
-    """The experiment on the annotation files of `folder`; ValueError when it has none."""
+def get_config(folder: str = ""):
+    """The experiment on the annotation files of `folder`; ValueError when it has none. Without a folder: for `aot`."""
     sources, root = common.own_sources(folder)
     data = DataConfig(
         sources=sources,

@@ -2,7 +2,8 @@
 
 COMMAND
     python -m medplib_jax.aot --config=configs/stage4_moe.py:7b --topology=v5e:8x8|h200:8 [--program=train|eval|decode]
-        [--json=FILE] [--length=1024] [--rows=128] [--sweep] [--config.mesh.fsdp=32 --config.mesh.dcn_data=2 ...]
+        [--json=FILE] [--length=1024] [--rows=128] [--quantize=int8] [--sweep]
+        [--config.mesh.fsdp=32 --config.mesh.dcn_data=2 ...]
 
 Memory, FLOPs, collectives, kernels and a roofline of one step; no TPU or GPU is needed, only its compiler: libtpu (the
 extra `tpu`) or JAX's CUDA plugin (the extra `gpu`). A program at 7B compiles for about a minute. `--sweep` tries batch
@@ -25,6 +26,7 @@ from medplib_jax.aot.sweep import as_table, sweep
 from medplib_jax.config.base import flags_parser, from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.files import define_config
+from medplib_jax.decode.layout import QUANTIZE
 
 _CONFIG = define_config("configs/NAME.py:SIZE, or NAME:SIZE of one that comes with the package")
 _TOPOLOGY = flags.DEFINE_string(
@@ -38,6 +40,7 @@ _LENGTH = flags.DEFINE_integer("length", None, "positions per row; default: the 
 _ROWS = flags.DEFINE_integer(
     "rows", None, "global batch; default: data.batch_size, for eval and decode eval.batch_size"
 )
+_QUANTIZE = flags.DEFINE_enum("quantize", "", QUANTIZE, "what has 8 bits in generation: weights, KV cache, or both")
 _SWEEP = flags.DEFINE_bool("sweep", False, "try batch sizes, remat policies and meshes")
 _JSON = flags.DEFINE_string("json", None, "file to write the report to")
 
@@ -56,7 +59,12 @@ def _request() -> Request:
     config = from_config_dict(_CONFIG.value, ExperimentConfig)
     rows = config.data.batch_size if _PROGRAM.value == "train" else config.eval.batch_size
     return Request(
-        config, _TOPOLOGY.value, _PROGRAM.value, _ROWS.value or rows, _LENGTH.value or config.data.bucket_lengths[-1]
+        config,
+        _TOPOLOGY.value,
+        _PROGRAM.value,
+        _ROWS.value or rows,
+        _LENGTH.value or config.data.bucket_lengths[-1],
+        _QUANTIZE.value,
     )
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from medplib_jax.batch import Batch, Params
+from medplib_jax.batch import Batch, Params, flatten, unflatten
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode.generator import Decoder
@@ -22,17 +22,24 @@ from medplib_jax.train.step import abstract_model
 PROGRAMS = ("train", "eval", "decode")
 
 
-def make_program(kind: str, config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
+def make_program(
+    kind: str, config: ExperimentConfig, mesh: Mesh, rows: int, length: int, quantize: str = ""
+) -> Program:
     """One of PROGRAMS for a batch of `rows` x `length` positions.
 
-    For generation these include the `eval.max_new_tokens` new ones.
+    For generation these include the `eval.max_new_tokens` new ones, and `quantize` (`decode.layout.QUANTIZE`) says what
+    has 8 bits.
     """
     if kind not in PROGRAMS:
         raise ValueError(f"program {kind!r} is not one of {PROGRAMS}")
     limit = config.model.llm.max_positions
     if not 0 < length <= limit:
         raise ValueError(f"length {length} is outside [1, model.llm.max_positions={limit}]")
-    return {"train": train_program, "eval": _eval, "decode": _decode}[kind](config, mesh, rows, length)
+    if kind == "decode":
+        return _decode(config, mesh, rows, length, quantize)
+    if quantize:
+        raise ValueError(f"quantize {quantize!r} is for generation: in program {kind!r} nothing has 8 bits")
+    return {"train": train_program, "eval": _eval}[kind](config, mesh, rows, length)
 
 
 def _eval(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
@@ -49,10 +56,10 @@ def _eval(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Progr
     return Program(score, (_evaluated(model, config, mesh), batch), {}, rows * length)
 
 
-def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int) -> Program:
+def _decode(config: ExperimentConfig, mesh: Mesh, rows: int, length: int, quantize: str) -> Program:
     """Prompt to answer and masks, every answer as long as it may be."""
     config = _for_evaluation(config)
-    model, new_tokens = decoding_model(config.model, mesh, config.sharding), config.eval.max_new_tokens
+    model, new_tokens = decoding_model(config.model, mesh, config.sharding, quantize), config.eval.max_new_tokens
     if length <= new_tokens:
         raise ValueError(f"length {length} leaves no room for a prompt: eval.max_new_tokens is {new_tokens}")
     ends = {
@@ -79,5 +86,11 @@ def _for_evaluation(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _evaluated(model: WholeModel, config: ExperimentConfig, mesh: Mesh) -> Params:
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.model.dtype), params_of(model))
+    """The model's parameters as checkpoints have them; kernels of 8 bits and their scales as they are."""
+
+    def shape(path: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        narrow = x.dtype == jnp.int8 or path.endswith("/kernel_scale")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if narrow else config.model.dtype)
+
+    shapes = unflatten({path: shape(path, x) for path, x in flatten(params_of(model)).items()})
     return placed(shapes, model_shardings(model, mesh))

@@ -25,13 +25,14 @@ LARGEST, SHOWN = 60, 10  # instructions whose traffic is listed, and printed
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to compile: `kind` is one of programs.PROGRAMS, `rows` x `length` its batch."""
+    """What to compile: `kind` is one of programs.PROGRAMS, `rows` x `length` its batch, `quantize` see there."""
 
     config: ExperimentConfig
     topology: str
     kind: str
     rows: int
     length: int
+    quantize: str = ""
 
 
 def examine(request: Request) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def _examine(request: Request) -> dict[str, Any]:
     slices = request.config.mesh.dcn_data
     chip, devices = chip_of(request.topology), devices_of(request.topology, slices)
     mesh = make_mesh(request.config.mesh, devices)
-    program = make_program(request.kind, request.config, mesh, request.rows, request.length)
+    program = make_program(request.kind, request.config, mesh, request.rows, request.length, request.quantize)
     needed = model_flops(request.kind, request.config, devices[0], request.rows, request.length)
     said_before, start = len(full_rematerialisations()), time.perf_counter()
     lowered = program.trace().lower()
@@ -66,6 +67,7 @@ def _examine(request: Request) -> dict[str, Any]:
         "length": request.length,
         "remat": request.config.model.remat,
         "accumulate": request.config.optim.accumulate,
+        "quantize": request.quantize,
         "model_flops": needed,
         "hbm_gb_per_chip": chip.hbm_bytes / GB,
     }

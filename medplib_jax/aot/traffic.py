@@ -56,7 +56,10 @@ def _kind(instruction: Instruction, computations: dict[str, Computation]) -> str
 _SLICING = ("dynamic-slice", "gather", "slice")
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written into the first one
 # Their results are a tuple that names the operands, too.
-_NAMES_OPERANDS = ("all-gather-start", "reduce-scatter-start", "all-to-all-start", "collective-permute-start")
+_NAMES_OPERANDS = (
+    *("all-gather-start", "reduce-scatter-start", "all-to-all-start", "collective-permute-start"),
+    *("slice-start", "dynamic-slice-start"),
+)
 _FREE = (
     "parameter",
     "constant",
@@ -86,11 +89,18 @@ def bytes_moved(instruction: Instruction, computation: Computation, computations
         return _fusion_traffic(fusion, instruction.shapes, computations)
     if instruction.opcode == "copy-start":  # its results are the copy, the operand again, and a token
         return hbm_bytes(instruction.shapes[:1]) + sum(map(hbm_bytes, operands))
-    if instruction.opcode in _SLICING:
-        return 2.0 * hbm_bytes(instruction.shapes)
+    if instruction.opcode.removesuffix("-start") in _SLICING:
+        taken = _written(instruction, operands)[0]
+        return _between(taken, operands[0][0], taken)
     if instruction.opcode in _IN_PLACE:
-        return 2.0 * hbm_bytes(operands[_IN_PLACE[instruction.opcode]])
+        put = operands[_IN_PLACE[instruction.opcode]][0]
+        return _between(put, put, instruction.shapes[0])
     return hbm_bytes(_written(instruction, operands)) + sum(map(hbm_bytes, operands))
+
+
+def _between(moved: Shape, source: Shape, target: Shape) -> float:
+    """Bytes of an array that is read from one place and written to another: those ends that lie in HBM."""
+    return float(moved.bytes * ((not source.on_chip) + (not target.on_chip)))
 
 
 def _written(instruction: Instruction, operands: list[tuple[Shape, ...]]) -> tuple[Shape, ...]:
@@ -113,18 +123,32 @@ def _fusion_traffic(fusion: Computation, results: tuple[Shape, ...], computation
     """A parameter that is only sliced costs its slices, a result that updates a parameter's slice costs the slice."""
     parameters = [i for i in fusion.values() if i.opcode == "parameter"]
     read = sum(_read(parameter, fusion, computations) for parameter in parameters if hbm_bytes(parameter.shapes))
-    # written where the parameter's slice was counted
-    return read if _updates_in_place(fusion, computations) else read + hbm_bytes(results)
+    # A slice is written where the parameter's was counted.
+    written = zip(results, _updated_in_place(fusion, computations), strict=True)
+    return read + hbm_bytes(tuple(shape for shape, in_place in written if not in_place))
 
 
-def _updates_in_place(fusion: Computation, computations: dict[str, Computation]) -> bool:
-    """Whether the result of a fusion is one of its parameters with a slice replaced."""
-    root = next(i for i in fusion.values() if i.is_root)
-    while root.opcode == "bitcast":
-        root = fusion[root.operands[0]]
+def _updated_in_place(fusion: Computation, computations: dict[str, Computation]) -> list[bool]:
+    """Of each result of a fusion, whether it is one of its parameters with a slice replaced."""
+    root = _behind_bitcasts(next(i for i in fusion.values() if i.is_root), fusion)
     if root.opcode == "fusion":
-        return _updates_in_place(computations[root.called[0]], computations)
-    return root.opcode in _IN_PLACE
+        return _updated_in_place(computations[root.called[0]], computations)
+    several = root.opcode == "tuple"
+    results = [fusion[name] for name in root.operands] if several else [root] * len(root.shapes)
+    return [_is_update(result, fusion, computations) for result in results]
+
+
+def _is_update(result: Instruction, fusion: Computation, computations: dict[str, Computation]) -> bool:
+    result = _behind_bitcasts(result, fusion)
+    if result.opcode == "fusion":
+        return all(_updated_in_place(computations[result.called[0]], computations))
+    return result.opcode in _IN_PLACE and _behind_bitcasts(fusion[result.operands[0]], fusion).opcode == "parameter"
+
+
+def _behind_bitcasts(instruction: Instruction, computation: Computation) -> Instruction:
+    while instruction.opcode == "bitcast":
+        instruction = computation[instruction.operands[0]]
+    return instruction
 
 
 def _read(source: Instruction, fusion: Computation, computations: dict[str, Computation]) -> float:

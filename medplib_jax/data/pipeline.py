@@ -369,6 +369,8 @@ def make_loader(
     data: DataConfig, model: ModelConfig, root: str | None = None, cache_bytes: int = CACHE_BYTES
 ) -> Loader:
     """A loader of the configured sources; `root` is where their paths start, each file's folder by default."""
+    if not data.sources:
+        raise ValueError("data.sources names no annotation file")
     sources = [open_source(name, root) for name in data.sources]
     return Loader(sources, load_tokenizer(data.tokenizer), data, model, cache_bytes)
 

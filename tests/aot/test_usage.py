@@ -213,3 +213,36 @@ def test_slices_within_fusions_within_fusions_are_slices():
     moved = {one.kind: one.bytes for one in read_usage(NESTED, lambda name, operands: 0.0).traffic}
     layer, kept, counter, x = 64 * 32 * 2, 16 * 32 * 2, 4, 16 * 64 * 2
     assert moved == {"products": layer + kept + counter + x, "moves": x}  # a copy into the chip's memory is read once
+
+
+PIECES = """HloModule jit_h, is_scheduled=true
+
+%two (stack: bf16[5,16,32], y: bf16[1,16,32], j: s32[]) -> (bf16[5,16,32], bf16[5,16,32], bf16[1,16,32]) {
+  %stack = bf16[5,16,32]{2,1,0} parameter(0)
+  %y = bf16[1,16,32]{2,1,0:S(1)} parameter(1)
+  %j = s32[] parameter(2)
+  %zeros = bf16[5,16,32]{2,1,0} broadcast(%y), dimensions={0,1,2}
+  %kept = bf16[5,16,32]{2,1,0} dynamic-update-slice(%stack, %y, %j, %j, %j)
+  %made = bf16[5,16,32]{2,1,0} dynamic-update-slice(%zeros, %y, %j, %j, %j)
+  %twice = bf16[1,16,32]{2,1,0} add(%y, %y)
+  ROOT %all = (bf16[5,16,32]{2,1,0}, bf16[5,16,32]{2,1,0}, bf16[1,16,32]{2,1,0:S(1)}) tuple(%kept, %made, %twice)
+}
+
+ENTRY %main (saved: bf16[5,16,32], x: bf16[16,64], n: s32[]) -> bf16[5,16,32] {
+  %saved = bf16[5,16,32]{2,1,0} parameter(0)
+  %x = bf16[16,64]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %begun = ((bf16[16,64]{1,0}), bf16[4,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:4], [0:64]}
+  %near = bf16[4,64]{1,0:S(1)} slice-done(%begun)
+  %row = bf16[1,16,32]{2,1,0:S(1)} dynamic-slice(%saved, %n, %n, %n), dynamic_slice_sizes={1,16,32}
+  %f = (bf16[5,16,32]{2,1,0}, bf16[5,16,32]{2,1,0}, bf16[1,16,32]{2,1,0:S(1)}) fusion(%saved, %row, %n), kind=kLoop, calls=%two
+  %g = bf16[5,16,32]{2,1,0} get-tuple-element(%f), index=0
+  ROOT %z = bf16[5,16,32]{2,1,0} dynamic-update-slice(%g, %row, %n, %n, %n)
+}
+"""
+
+
+def test_pieces_of_arrays_move_alone_and_only_where_they_leave_or_reach_hbm():
+    moved = [one.bytes for one in read_usage(PIECES, lambda name, operands: 0.0).traffic]
+    rows, layer, whole = 4 * 64 * 2, 16 * 32 * 2, 5 * 16 * 32 * 2
+    assert moved == [rows, layer, layer + whole + 4, layer]  # an index; one result is updated, one is made anew

@@ -9,11 +9,13 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from configs import finetune_lora
 from medplib_jax.batch import flatten
 from medplib_jax.config.base import from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.files import load_config
 from medplib_jax.config.model import IclConfig
+from medplib_jax.data.pipeline import make_loader
 from medplib_jax.models.layers import params_of
 from medplib_jax.train.optim import partition
 from medplib_jax.train.step import abstract_model
@@ -160,6 +162,14 @@ def test_eight_chips_train_a_row_each_of_a_folder_at_7b(tmp_path):
     assert config.model == lora.model and config.optim == lora.optim and config.data.sources == lora.data.sources
     with pytest.raises(ValueError, match="gone"):
         experiment("finetune_folder", f"7b_v5e8:{tmp_path}/gone")
+
+
+def test_what_fits_is_asked_without_data():
+    config, lora = experiment("finetune_folder", "7b_v5e8"), finetune_lora.get_config()
+    assert config.model == from_config_dict(lora, ExperimentConfig).model and config.mesh.fsdp == 8
+    assert not config.data.sources and not lora.data.sources
+    with pytest.raises(ValueError, match="data.sources names no annotation file"):
+        make_loader(config.data, config.model)
 
 
 def test_a_folder_of_boxes_becomes_an_experiment(tmp_path):
