@@ -246,3 +246,22 @@ def test_pieces_of_arrays_move_alone_and_only_where_they_leave_or_reach_hbm():
     moved = [one.bytes for one in read_usage(PIECES, lambda name, operands: 0.0).traffic]
     rows, layer, whole = 4 * 64 * 2, 16 * 32 * 2, 5 * 16 * 32 * 2
     assert moved == [rows, layer, layer + whole + 4, layer]  # an index; one result is updated, one is made anew
+
+
+KERNELS = """HloModule jit_k, is_scheduled=true
+
+ENTRY %main (g: s32[4], x: bf16[2048,11008], near: bf16[2048,11008], w: bf16[2,11008,4096]) -> bf16[2048,4096] {
+  %g = s32[4]{0:S(1)} parameter(0)
+  %x = bf16[2048,11008]{1,0} parameter(1)
+  %near = bf16[2048,11008]{1,0:S(1)} parameter(2)
+  %w = bf16[2,11008,4096]{2,1,0} parameter(3)
+  %gmm.1 = bf16[2048,4096]{1,0:S(1)} custom-call(%g, %near, %w), custom_call_target="tpu_custom_call"
+  ROOT %gmm.2 = bf16[2048,4096]{1,0:S(1)} custom-call(%g, %x, %w), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_a_grouped_product_reads_its_rows_for_every_block_of_columns():
+    near, far = (one.bytes for one in read_usage(KERNELS, lambda name, operands: 0.0).traffic)
+    weights, rows = 2 * 11008 * 4096 * 2, 2048 * 11008 * 2
+    assert near == weights and far == weights + 5 * rows  # of 896 columns

@@ -1,8 +1,8 @@
 """Products of groups of rows with one matrix per group: what a token costs does not depend on the number of groups.
 
 `grouped_matmul(x, w, sizes)`: the first sizes[0] rows of x times w[0], the next sizes[1] rows times w[1], ...; rows
-beyond the groups give zero. For a TPU it is the megablox kernel that ships with JAX, for a GPU our own
-(`grouped_matmul_gpu.py`), elsewhere loops over blocks of rows whose trip counts follow the group sizes. The choice is
+beyond the groups give zero. For a TPU and for a GPU it is a kernel of our own (`grouped_matmul_tpu.py`,
+`grouped_matmul_gpu.py`), elsewhere loops over blocks of rows whose trip counts follow the group sizes. The choice is
 made when the program is traced: by the mesh that x lives on (so that compiling for a TPU or GPU works without one),
 else by the default backend.
 """
@@ -69,7 +69,7 @@ def _weight_gradient(x, w, dy, sizes):
 
 
 def _gpu_kernels(x, w):
-    """The module of our kernels where they can be used, else None. It is imported late, as megablox is."""
+    """The module of our kernels where they can be used, else None. It is imported late, as the TPU's are."""
     if not is_for_gpu(x):
         return None
     from medplib_jax.models.kernels import grouped_matmul_gpu as gpu
@@ -142,13 +142,7 @@ def _weight_gradient_blocks(x, dy, sizes):
     return jax.lax.map(group, jnp.arange(sizes.shape[0]))
 
 
-# ---- megablox (imported where it is used: a second that other platforms need not spend) ----
-
-
-def _tiling(rows: int, inner: int, outer: int) -> tuple[int, int, int]:
-    """Few rows to a tile, so that little is computed twice where groups meet; the whole inner width where the chip's
-    memory holds it (16 MB, two tiles of each factor), so that a matrix is read once and not once per tile of rows."""
-    return (TPU_ROW_TILE, inner, min(outer, 512)) if inner <= 4096 else (TPU_ROW_TILE, 512, min(outer, 2048))
+# ---- a TPU's kernels (imported where they are used: a second that other platforms need not spend) ----
 
 
 def _gradient_tiling(rows: int, inner: int, outer: int) -> tuple[int, int, int]:
@@ -165,10 +159,11 @@ def _with_rest(sizes: Array, rows: int) -> Array:
 
 
 def _multiply_tpu(x, w, sizes, transpose):
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+    from medplib_jax.models.kernels.grouped_matmul_tpu import gmm
 
-    rows = _pad_rows(x)
-    y = gmm(rows, w.astype(x.dtype), _with_rest(sizes, rows.shape[0]), x.dtype, _tiling, transpose_rhs=transpose)
+    rows, kind = _pad_rows(x), target_device(x).device_kind
+    groups = _with_rest(sizes, rows.shape[0])
+    y = gmm(rows, w.astype(x.dtype), groups, transpose=transpose, device_kind=kind)
     return y[: x.shape[0]]
 
 

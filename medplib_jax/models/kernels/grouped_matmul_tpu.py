@@ -1,0 +1,103 @@
+"""Grouped products of a TPU that read every matrix once: the whole inner width of a tile lies in the chip's memory.
+
+The kernel that ships with JAX (megablox) sums over tiles of a wide inner width, and reads a matrix anew for each tile
+of rows: 128 products per byte, where a v5e computes 240 and a v6e 560 while it reads one. Here a column block of a
+matrix stays for all rows of its group, and the rows are read once per column block. The visits of row tiles are
+megablox's: a tile on the border of two groups is visited by both.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
+
+from medplib_jax.batch import Array
+from medplib_jax.models.precision import precision_of
+
+ROW_TILE, LANES = 128, 128
+SMALL_MEMORY = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB near the matrix units; all later ones have 64 or more
+SPARE = 2**21  # beside the blocks, for what the compiler adds
+
+
+def memory_limit(device_kind: str) -> int:
+    """Bytes of the memory near the matrix units that a kernel may take."""
+    return 14 * 2**20 if device_kind.startswith(SMALL_MEMORY) else 48 * 2**20
+
+
+def column_block(inner: int, outer: int, itemsize: int, device_kind: str) -> int:
+    """Columns of a matrix [inner, outer] that are in the chip's memory at a time, a multiple of LANES.
+
+    Two blocks of each array are: one is computed with while the next one travels. float32 is multiplied in parts of
+    bfloat16, which take as much again. The result is summed in float32.
+    """
+    copies = 2 if itemsize == 2 else 4
+    limit = memory_limit(device_kind) - SPARE
+    per_column = copies * itemsize * (inner + ROW_TILE) + 2 * 4 * ROW_TILE
+    most = max((limit - copies * itemsize * inner * ROW_TILE) // per_column // LANES, 1) * LANES
+    blocks = math.ceil(outer / most)
+    return math.ceil(outer / blocks / LANES) * LANES
+
+
+@functools.partial(jax.jit, static_argnames=("transpose", "device_kind"))  # which gives the kernel its name
+def gmm(x_SxD: Array, w: Array, sizes_G: Array, *, transpose: bool, device_kind: str) -> Array:
+    """Rows sorted by group times w [E, D, F], or [E, F, D] if `transpose`, in x's dtype [S, F].
+
+    S is a multiple of ROW_TILE. `sizes_G` sum to S: those of E groups, and behind them rows that give zero.
+    """
+    rows, inner = x_SxD.shape
+    groups, outer = w.shape[0], w.shape[1 if transpose else 2]
+    columns = column_block(inner, outer, x_SxD.dtype.itemsize, device_kind)
+    visits, num_visits = make_group_metadata(
+        group_sizes=sizes_G,
+        m=rows,
+        tm=ROW_TILE,
+        start_group=jnp.int32(0),
+        num_nonzero_groups=groups,
+        visit_empty_groups=False,
+    )
+    block = (None, columns, inner) if transpose else (None, inner, columns)
+
+    def matrix(n, i, visits):
+        return (visits[1][i], n, 0) if transpose else (visits[1][i], 0, n)
+
+    y_SxF = pl.pallas_call(
+        functools.partial(_tile, transpose=transpose),
+        name="gmm",
+        out_shape=jax.ShapeDtypeStruct((rows, outer), x_SxD.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(math.ceil(outer / columns), num_visits),
+            in_specs=[
+                pl.BlockSpec((ROW_TILE, inner), lambda n, i, visits: (visits[2][i], 0)),
+                pl.BlockSpec(block, matrix),
+            ],
+            out_specs=pl.BlockSpec((ROW_TILE, columns), lambda n, i, visits: (visits[2][i], n)),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=memory_limit(device_kind)
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * inner * outer,
+            bytes_accessed=(x_SxD.size * math.ceil(outer / columns) + w.size + rows * outer) * x_SxD.dtype.itemsize,
+            transcendentals=0,
+        ),
+    )(visits, x_SxD, w)
+    return jnp.where((jnp.arange(rows) < sizes_G[:groups].sum())[:, None], y_SxF, 0)
+
+
+def _tile(visits, x_ref, w_ref, y_ref, *, transpose: bool):
+    """One visit of a tile of rows by a group, which writes its own rows."""
+    starts, group_ids, tiles = visits
+    i = pl.program_id(1)
+    group = group_ids[i]
+    x, w = x_ref[...], w_ref[...]
+    y = jax.lax.dot_general(
+        x, w, (((1,), (1 if transpose else 0,)), ((), ())), precision_of(x), preferred_element_type=jnp.float32
+    )
+    row = jax.lax.broadcasted_iota(jnp.int32, y.shape, 0) + tiles[i] * ROW_TILE
+    own = (row >= starts[group]) & (row < starts[group + 1])
+    y_ref[...] = jnp.where(own, y, y_ref[...].astype(jnp.float32)).astype(y_ref.dtype)

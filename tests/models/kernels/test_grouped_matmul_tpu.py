@@ -1,0 +1,37 @@
+"""The TPU's grouped products, interpreted, against one product per group."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from medplib_jax.models.kernels import grouped_matmul_tpu as module
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_columns_come_in_blocks(transpose, monkeypatch, capsys):
+    """Two and a half of them here; a group is empty, borders lie inside tiles, rows at the end belong to none."""
+    monkeypatch.setattr(module, "column_block", lambda *_: 128)
+    draw = np.random.default_rng(0).standard_normal
+    x, w = draw((384, 96)).astype(np.float32), draw((3, 96, 320)).astype(np.float32)
+    expected = np.concatenate([x[:70] @ w[0], x[70:300] @ w[2], np.zeros((84, 320))])
+    matrices, sizes = w.swapaxes(1, 2) if transpose else w, jnp.array([70, 0, 230, 84])
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        found = jax.jit(module.gmm, static_argnames=("transpose", "device_kind"))(
+            x, matrices, sizes, transpose=transpose, device_kind=f"TPU {transpose}"
+        )
+    pltpu.reset_tpu_interpret_mode_state()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+    assert "race" not in capsys.readouterr().out.lower()
+
+
+@pytest.mark.parametrize(
+    ("kind", "inner", "outer", "itemsize", "block"),
+    [("TPU v5 lite", 11008, 4096, 2, 896), ("TPU v5", 4096, 11008, 2, 2304), ("TPU v4", 11008, 4096, 2, 128)],
+)
+def test_a_block_is_as_wide_as_the_chips_memory_allows(kind, inner, outer, itemsize, block):
+    """Two of each array lie there; blocks are about equally wide."""
+    assert module.column_block(inner, outer, itemsize, kind) == block
+    held = 2 * itemsize * (inner * block + (inner + block) * module.ROW_TILE)
+    assert held < module.memory_limit(kind) and -(-outer // block) * block - outer < 128 * -(-outer // block)
