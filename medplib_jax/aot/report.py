@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from medplib_jax.aot.flops import executed_kernel_flops, model_flops
+from medplib_jax.aot.new_token import needed_bytes, per_token
 from medplib_jax.aot.programs import make_program
 from medplib_jax.aot.topologies import COMPILER_OPTIONS, devices_of, full_rematerialisations
 from medplib_jax.aot.traffic import Traffic
@@ -83,7 +84,13 @@ def _examine(request: Request) -> dict[str, Any]:
         return head | _does_not_fit(
             peak / GB, chip, "arguments, results and temporaries are more than the GPU's memory"
         )
-    return head | _memory(memory, peak, chip) | _work(program, _usage(compiled, program), needed, chip, mesh.size)
+    text = compiled.as_text()
+    usage = read_usage(text, executed_kernel_flops, program.loop_trips)
+    report = head | _memory(memory, peak, chip) | _work(program, usage, needed, chip, mesh.size)
+    if request.kind == "decode":
+        least = needed_bytes(request.config, program.args[0], mesh, request.rows, request.length, request.quantize)
+        report["per_token"] = per_token(text, usage, program.loop_trips, least)
+    return report
 
 
 def _refused(message: str, chip: Chip) -> dict[str, Any]:
@@ -108,10 +115,6 @@ def _memory(memory, peak: int, chip: Chip) -> dict[str, Any]:
         "peak_hbm_gb_per_chip": peak / GB,
         "spare_share": 1 - peak / chip.hbm_bytes,
     }
-
-
-def _usage(compiled, program: Program) -> Usage:
-    return read_usage(compiled.as_text(), executed_kernel_flops, program.loop_trips)
 
 
 def _work(program: Program, usage: Usage, needed: float, chip: Chip, chips: int) -> dict[str, Any]:
@@ -209,6 +212,7 @@ def _work_lines(report: dict[str, Any]) -> list[str]:
         *(f"  {kind:24}{gb:8.2f} GB" for kind, gb in report["hbm_traffic_by_kind_gb"].items()),
         "  the largest       GB: result, times it is made, origin (all of them in --json)",
         *(_traffic_line(one) for one in report["largest_hbm_traffic"][:SHOWN]),
+        *_token_lines(report),
         "collectives         GB received per chip and step (executions)",
         *(f"  {kind:18}{total['gb']:8.3f} GB ({total['count']:.0f})" for kind, total in report["collectives"].items()),
         "kernels             calls per step",
@@ -218,6 +222,16 @@ def _work_lines(report: dict[str, Any]) -> list[str]:
         *(f"WARNING: the compiler reshards through every chip: {text}" for text in report["full_rematerialisations"]),
         f"bound by {report['bound_by']}: {report['tokens_per_second_per_chip']:.0f} tokens/s per chip, "
         f"{report['mfu_at_roofline']:.0%} MFU at best",
+    ]
+
+
+def _token_lines(report: dict[str, Any]) -> list[str]:
+    if "per_token" not in report:
+        return []
+    token = report["per_token"]
+    return [
+        f"  of it per token   {token['hbm_gb']:8.2f} GB, {token['hbm_over_needed']:.2f} times weights in use and "
+        f"filled cache; {token['hbm_gb_outside_the_loop']:.1f} GB before and after"
     ]
 
 

@@ -7,6 +7,7 @@ COMMAND
 import json
 import pathlib
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 COLUMNS = (
@@ -14,6 +15,7 @@ COLUMNS = (
     "topology",
     "mesh",
     "batch",
+    "remat",
     "HBM GB at peak",
     "spare",
     "executed / model FLOPs",
@@ -21,39 +23,74 @@ COLUMNS = (
     "HBM s",
     "ICI s",
     "tokens/s per chip",
+    "MFU at most",
+)
+OF_GENERATION = (
+    "program",
+    "topology",
+    "mesh",
+    "batch",
+    "8 bits",
+    "HBM GB at peak",
+    "spare",
+    "GB per token",
+    "weights in use and filled cache GB",
+    "ratio",
+    "HBM ms per token",
+    "GB before and after",
 )
 
 
 def markdown(reports: dict[str, dict[str, Any]]) -> str:
-    """{"PROGRAM on TOPOLOGY": report} as a table; the mesh is data x fsdp x expert x tensor."""
-    rows = [
-        COLUMNS,
-        ["---"] * len(COLUMNS),
-        *(_row(name.partition(" on ")[0], report) for name, report in reports.items()),
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    """{"PROGRAM on TOPOLOGY": report} as a table, generation as one of its own.
+
+    The mesh is data x fsdp x expert x tensor. A step takes at least its largest floor, which bounds MFU.
+    """
+    kinds = (COLUMNS, _work_of_step, False), (OF_GENERATION, _work_of_token, True)
+    tables = []
+    for columns, work, generates in kinds:
+        chosen = [(name, one) for name, one in reports.items() if (one["program"] == "decode") == generates]
+        rows = [_row(name.partition(" on ")[0], report, columns, work) for name, report in chosen]
+        if rows:
+            tables.append("\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)))
+    return "\n\n".join(tables)
 
 
-def _row(name: str, report: dict[str, Any]) -> list[str]:
+def _row(name: str, report: dict[str, Any], columns: Sequence[str], work: Callable) -> list[str]:
     parts = f" in {report['accumulate']}" if report["accumulate"] > 1 else ""
     head = [
         name,
         report["topology"],
         " x ".join(map(str, report["mesh"].values())),
         f"{report['rows']} x {report['length']}{parts}",
+        report["quantize"] if report["program"] == "decode" else report["remat"],
     ]
+    peak = report["peak_hbm_gb_per_chip"]
+    memory = f"{'?' if peak is None else f'{peak:.1f}'} of {report['hbm_gb_per_chip']:.1f}"
     if not report["fits"]:
-        return (
-            head
-            + [f"{report['peak_hbm_gb_per_chip'] or '?':.1f} of {report['hbm_gb_per_chip']:.1f}", "does not fit"]
-            + [""] * 5
-        )
-    return head + [
-        f"{report['peak_hbm_gb_per_chip']:.1f} of {report['hbm_gb_per_chip']:.1f}",
-        f"{report['spare_share']:.0%}",
+        row = [*head, memory, "does not fit"]
+        return row + [""] * (len(columns) - len(row))
+    return [*head, memory, f"{report['spare_share']:.0%}", *work(report)]
+
+
+def _work_of_step(report: dict[str, Any]) -> list[str]:
+    return [
         f"{report['executed_over_model']:.2f}",
         *(f"{seconds:.2f}" for seconds in report["roofline_seconds"].values()),
         f"{report['tokens_per_second_per_chip']:.0f}",
+        f"{report['mfu_at_roofline']:.0%}",
+    ]
+
+
+def _work_of_token(report: dict[str, Any]) -> list[str]:
+    token = report["per_token"]
+    seconds = report["roofline_seconds"]["hbm"] * token["hbm_gb"] / report["hbm_traffic_gb_per_chip"]
+    return [
+        f"{token['hbm_gb']:.2f}",
+        f"{token['needed_gb']:.2f}",
+        f"{token['hbm_over_needed']:.2f}",
+        f"{seconds * 1e3:.1f}",
+        f"{token['hbm_gb_outside_the_loop']:.0f}",
     ]
 
 
