@@ -77,6 +77,12 @@ class Loader:
         source = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._sources[source][index - int(self._starts[source])]
 
+    def picture_size(self, record: Record) -> tuple[int, int]:
+        """(height, width) of the record's last picture, on which its masks lie, as its file has it."""
+        shown = self._files.view(record, views(record, self._model.icl)[-1], [])
+        height, width = shown["size"].tolist()
+        return height, width
+
     def encode(self, record: Record, question: bool = False) -> Encoded:
         """The record's text: the whole conversation, or the question only."""
         check_images(record)

@@ -26,6 +26,7 @@ ANSWER_TYPES = {  # as people write them, without case, spaces, hyphens and unde
     **dict.fromkeys(("closed", "close", "closedended", "yes/no", "yesno", "binary", "choice"), "closed"),
     **dict.fromkeys(("multichoice", "multiplechoice", "mcq"), "closed"),
 }
+LONGEST_STEP = 1e4  # mm from pixel to pixel, as of scans
 PICTURE = re.compile(r"(?:Picture \d+:\s*)?<img>(.*?)</img>\n?")  # of Med-GRIT
 
 
@@ -61,6 +62,7 @@ class Record:
     examples: tuple[tuple[str, str], ...] | None = None  # (image, mask) shown before the images; see `icl`
     target_mask: str | None = None  # of the image in question, where examples show what is sought
     volume: VolumeSlice | None = None  # whose slice the image is, where the file says it
+    spacing: tuple[float, float] | None = None  # mm between rows and between columns of the last image, where known
     contents: Mapping[str, bytes] | None = dataclasses.field(
         default=None, repr=False
     )  # of the references, where they are no files
@@ -184,9 +186,22 @@ def parse_record(raw: dict, file: str, index: int, root: str) -> Record:
     structure = told if isinstance(told, str) else _named(turns)
     shown = {name: raw[name] for name in ("examples", "target_mask")} if is_icl(raw) else {}
     volume = None if raw.get("volume") is None else _volume(raw["volume"], fail)
-    return Record(
-        file, index, root, images, tuple(turns), answer_type or "", patient, structure.strip(), **shown, volume=volume
-    )
+    of_slice = volume.spacing[1:] if volume else None
+    spacing = of_slice if raw.get("spacing") is None else read_spacing(raw["spacing"], fail)
+    if of_slice and spacing != of_slice:
+        fail("spacing is not that of the volume's rows and columns", repr(of_slice), repr(spacing))
+    text = {"answer_type": answer_type or "", "patient": patient, "structure": structure.strip()}
+    return Record(file, index, root, images, tuple(turns), **text, **shown, volume=volume, spacing=spacing)
+
+
+def read_spacing(raw: Any, fail: Callable[..., NoReturn]) -> tuple[float, float]:
+    """(mm between rows, mm between columns) of a picture. `fail` is called for anything else."""
+    numbers = raw if isinstance(raw, list | tuple) and len(raw) == 2 else ()
+    known = [float(x) for x in numbers if type(x) in (int, float) and 0 < x < LONGEST_STEP]
+    if len(known) != 2:
+        expected = f"[mm between rows, mm between columns], both above 0 and below {LONGEST_STEP:g}"
+        fail("spacing cannot be used", expected, repr(raw)[:200])
+    return known[0], known[1]
 
 
 def _volume(raw: Any, fail: Callable[..., NoReturn]) -> VolumeSlice:

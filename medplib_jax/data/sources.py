@@ -33,9 +33,9 @@ class Source(Sequence[Record]):
 class MecovqaSource(Source):
     """Records of one annotation file (see `read_records`).
 
-    A record is {"image", "conversations": [{"from", "value"}, ...], "answer_type", "patient"}. "image" may be a list
-    (several `<image>` in the text) or absent, as the last two keys. `root` is where its paths start; the file's folder
-    by default.
+    A record is {"image", "conversations": [{"from", "value"}, ...], "answer_type", "patient", "structure", "spacing"}.
+    "image" may be a list (several `<image>` in the text) or absent, as the keys after "conversations". `root` is where
+    its paths start; the file's folder by default.
     """
 
     def __init__(self, path: str, root: str | None = None):
@@ -86,10 +86,10 @@ class TfdsSource(Source):
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Record:
+        if index >= len(self):
+            raise IndexError(index)  # at which a loop over a sequence ends
         try:
             example = _parse_example(self._examples[index])
-        except IndexError:
-            raise
         except Exception as error:
             raise DataError(
                 self.file, index, "record cannot be read", "an example of the dataset", str(error)
@@ -100,6 +100,7 @@ class TfdsSource(Source):
             "conversations": [{"from": role.decode(), "value": text.decode()} for role, text in turns],
             "answer_type": example["answer_type"][0].decode(),
             "patient": next((patient.decode() for patient in example.get("patient", ())), ""),
+            "spacing": next((json.loads(spacing) for spacing in example.get("spacing", ()) if spacing), None),
         }
         contents = {name.decode(): mask for name, mask in zip(example["mask_names"], example["masks"], strict=True)}
         contents[raw["image"]] = example["image"][0]
@@ -186,6 +187,7 @@ def digest(source: Source, records: Iterable[int]) -> str:
             continue
         total.update(repr((index, record.images, record.turns, record.answer_type)).encode())
         total.update(repr(record.examples).encode() if record.examples else b"")
+        total.update(repr((record.spacing, record.volume)).encode() if record.spacing else b"")
         if record.contents is None:
             files |= dict.fromkeys(record.references, record)
         else:

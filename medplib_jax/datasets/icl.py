@@ -63,6 +63,7 @@ class Candidate(NamedTuple):
     modality: str
     patient: str
     split: str
+    spacing: tuple[float, float] | None  # mm between the image's rows and between its columns, where known
 
 
 def make_icl(pairs: str, out: str, options: IclOptions) -> dict[str, Any]:
@@ -79,7 +80,9 @@ def make_icl(pairs: str, out: str, options: IclOptions) -> dict[str, Any]:
             if facts:
                 split = split_of(facts.patient, options.test_share)
                 candidates += [
-                    Candidate(facts.image, target.merged, target.name, facts.modality, facts.patient, split)
+                    Candidate(
+                        facts.image, target.merged, target.name, facts.modality, facts.patient, split, facts.spacing
+                    )
                     for target in facts.targets
                 ]
         names = {candidate.structure for candidate in candidates}
@@ -133,6 +136,7 @@ def _record(target: Candidate, others: Sequence[Candidate], rng: np.random.Gener
         "icl_examples": [{"image": others[i].image, "mask": others[i].mask} for i in chosen],
         "structure": target.structure,
         "patient": anonymous(target.patient),
+        **({"spacing": list(target.spacing)} if target.spacing else {}),
     }
 
 

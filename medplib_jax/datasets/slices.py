@@ -17,8 +17,9 @@ Slices are those of the scan as it was acquired, or of --plane. Of a scan with m
 unless --negatives. With --negatives --questions test/volumes.json asks for each structure on every slice, so that
 `python -m medplib_jax.evaluate` scores whole volumes. Metadata names each slice's patient, so that `write_qa` keeps a
 patient in one split: a hash of DICOM's PatientID (or of the study's UID), for other files the first folder or the
-file's name (see `patients`), or what --patient finds in the path. Nothing else of a DICOM header but the modality is
-written. A second run with the same --out equals a run into an empty folder. What is not used is named in skipped.jsonl.
+file's name (see `patients`), or what --patient finds in the path. It also holds the slices' pixel spacing, where the
+scan tells it. Nothing else of a DICOM header but the modality is written. A second run with the same --out equals a run
+into an empty folder. What is not used is named in skipped.jsonl.
 """
 
 import argparse
@@ -187,7 +188,7 @@ def _dicom_masks(path: str) -> Header | None:
 
 def _write_scan(
     scan: ScanFile, source: Source, options: SliceOptions, folder: Folder
-) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]]]:
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Writes a scan's slices; returns their metadata and, if these are wanted, questions about the volume.
 
     Of a scan that turns out to be unusable nothing stays.
@@ -206,7 +207,10 @@ def _write_scan(
     modality = options.modality or volume.modality
     start = f"{modalities.prefix_of(modality)}_00--{safe_name(os.path.basename(os.path.abspath(source.root)))}"
     shown = pictures(volume, options.plane, parse_window(options.window) if options.window else None)
+    if options.questions and not volume.measured:
+        raise DataError(scan.path, None, "volume without lengths", "a PixelSpacing in mm", "none")
     written, questions, files = {}, [], []
+    about = {"modality": modality, "patient": patient} | ({"spacing": pixel_spacing(shown)} if volume.measured else {})
     try:
         for number, pixels, marked in _slices(shown, masks, options.every, options.negatives or not masks):
             stem = f"{start}--{safe_name(scan.name)}--z_{number:04d}"
@@ -215,7 +219,7 @@ def _write_scan(
                 folder.write(files[-1], _png(mask.astype(np.uint8) * 255))
             files.append(f"images/{stem}.png")
             folder.write(files[-1], _png(pixels))
-            written[stem] = {"modality": modality, "patient": patient}
+            written[stem] = about
             if options.questions:
                 questions += volume_questions(stem, number, shown, {name: name in marked for name in masks}, patient)
     except DataError:
@@ -224,13 +228,17 @@ def _write_scan(
     return written, questions
 
 
+def pixel_spacing(shown: Pictures) -> list[float]:
+    """mm between the rows and between the columns of a volume's pictures."""
+    steps = zip(shown.cut.axes[1:], shown.cut.size, strict=True)
+    return [round(float(shown.volume.spacing[axis] * shown.volume.shape[axis] / side), 6) for axis, side in steps]
+
+
 def volume_questions(
     stem: str, number: int, shown: Pictures, present: Mapping[str, bool], patient: str
 ) -> Iterator[dict[str, Any]]:
     """A question about each structure of the volume on one of its slices, as the sweep's kind `volume` asks them."""
-    steps = zip(shown.cut.axes[1:], shown.cut.size, strict=True)
-    pixel = [shown.volume.spacing[axis] * shown.volume.shape[axis] / side for axis, side in steps]
-    spacing = [round(float(step), 6) for step in (shown.volume.spacing[shown.cut.axes[0]], *pixel)]
+    spacing = [round(float(shown.volume.spacing[shown.cut.axes[0]]), 6), *pixel_spacing(shown)]
     where = {"name": shown.volume.name, "slice": number, "slices": len(shown)}
     for name, is_there in present.items():
         words = name.replace("_", " ")

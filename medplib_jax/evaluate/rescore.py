@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 OWN_SUFFIX, EXAMPLES = ".own.jsonl", 2_000
 _KEPT = ("record", "image", "modality", "patient", "structure", "question", "expected", "answer_type")
+_KEPT += ("spacing", "size")  # of masks, where known
 
 
 def rescore(workdir: str | Path, own: Sequence[OwnMetric] = ()) -> SweepResult:
@@ -206,7 +207,7 @@ def _content(file: str) -> str:
 def _naive_rows(row: PredictionRow, guesses: Sequence[Guess], kind: TaskKind, protocol: str) -> list[PredictionRow]:
     """The lines of the guesses about one record."""
     true = tuple(decode_rle(rle) for rle in row.get("true_masks", ())) if guesses else ()
-    truth, lines = Answer("", row["expected"], row["answer_type"], (), true), []
+    truth, lines = Answer("", row["expected"], row["answer_type"], (), true, row.get("spacing")), []
     for guess in guesses:
         answer = guess(row, truth)
         line = {name: row[name] for name in (*_KEPT, *kind.fields) if name in row} | {"answer": answer.text}

@@ -3,7 +3,7 @@
 COMMAND
     python -m medplib_jax.evaluate.table --workdir runs/sweep --tasks 'MeCoVQA*' --metrics mDice,mIoU --format latex
 
-Rows are checkpoints, columns are tasks, metrics and modalities, in percent with their 95 % intervals. The CSV has one
+Rows are checkpoints, columns are tasks, metrics and modalities, with their 95 % intervals. The CSV has one
 line per figure with all that report.json knows of it, unrounded. `--seeds` makes one row of the checkpoints whose names
 differ in nothing but what a pattern finds, for instance `--seeds='-seed\\d+'`: the mean over them and its standard
 deviation.
@@ -29,6 +29,7 @@ _LATEX = {char: f"\\{char}" for char in "&%$#_{}"} | {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "²": r"\textsuperscript{2}",
 }
 
 
@@ -88,9 +89,12 @@ class PaperTable:
     def _notes(self, sweep: Sweep) -> list[str]:
         """What the figures are about, a line for each task."""
         drawn = {task.name for task in sweep.tasks if task.generated}
-        notes = ["Percent, with 95 % bootstrap intervals (patients resampled where they are known, else images)."]
+        notes = [
+            "Percent where no unit is named, with 95 % bootstrap intervals (patients resampled where they are known, "
+            "else images)."
+        ]
         if self._seeds:
-            notes = ["Percent: mean over seeds and their standard deviation; in brackets how many seeds."]
+            notes = ["Percent where no unit is named: mean over seeds and their deviation; in brackets how many seeds."]
         if sweep.baseline and not self._seeds:
             notes.append(
                 f"*: differs from {sweep.baseline}, false discovery rate below 5 % (paired permutation tests, "
@@ -99,9 +103,19 @@ class PaperTable:
         if guesses := ", ".join(name for name in self.rows if name in sweep.naive):
             notes.append(f"Answers without a model: {guesses}.")
         for task in dict.fromkeys(task for task, *_ in self.columns):
-            counts = dict.fromkeys(counts_of(one) for one in self._figures.values() if one.task == task)
-            notes.append(f"{task}: {' or '.join(counts)}.{f' {DRAWINGS}' if task in drawn else ''}")
+            notes.append(f"{task}: {self._counts(task)}.{f' {DRAWINGS}' if task in drawn else ''}")
         return notes
+
+    def _counts(self, task: str) -> str:
+        """What a task's figures are about; metric by metric where these differ."""
+        of_metrics: dict[str, list[str]] = {}
+        for metric in dict.fromkeys(metric for name, metric, _ in self.columns if name == task):
+            figures = (one for one in self._figures.values() if (one.task, one.metric) == (task, metric))
+            counts = " or ".join(dict.fromkeys(map(counts_of, figures)))
+            of_metrics.setdefault(counts, []).append(describe(metric).title)
+        if len(of_metrics) == 1:
+            return next(iter(of_metrics))
+        return "; ".join(f"{', '.join(titles)}: {counts}" for counts, titles in of_metrics.items())
 
     def title(self, place: Place) -> str:
         _, metric, modality = place

@@ -65,14 +65,15 @@ class Frame:
     """A frame of a file. Lengths in mm, directions and positions in LPS as DICOM has them.
 
     spacing: from row to row and from column to column. thickness: to the next slice, as far as a single slice can know
-    it. direction: of the rows and of the columns, [2, 3]. times: (tag, value) of what may tell it from others of the
-    same place.
+    it. measured: whether the spacing is that in the patient. direction: of the rows and of the columns, [2, 3]. times:
+    (tag, value) of what may tell it from others of the same place.
     """
 
     file: str
     index: int
     uid: str
     spacing: tuple[float, float]
+    measured: bool
     thickness: float
     position: np.ndarray | None
     direction: np.ndarray | None
@@ -302,11 +303,13 @@ def _frame(path: str, index: int, tags: _Tags) -> Frame:
     if slope == 0:
         raise DataError(path, None, "values cannot be scaled", "a rescale slope other than 0", "0")
     times = [(tag, str(tags.anywhere(tag) or "")) for tag in _TIMES]
+    spacing, measured = _spacing(tags)
     return Frame(
         file=path,
         index=index,
         uid=str(tags.get("", "SOPInstanceUID") or ""),
-        spacing=_spacing(tags),
+        spacing=spacing,
+        measured=measured,
         thickness=abs(thickness[0]) if thickness and thickness[0] else 1.0,
         position=np.array(position) if located else None,
         direction=direction if located else None,
@@ -319,12 +322,15 @@ def _frame(path: str, index: int, tags: _Tags) -> Frame:
     )
 
 
-def _spacing(tags: _Tags) -> tuple[float, float]:
-    """(row to row, column to column) in mm; where the file gives no lengths, their proportion."""
+def _spacing(tags: _Tags) -> tuple[tuple[float, float], bool]:
+    """(row to row, column to column) in mm, and whether that is so in the patient.
+
+    Otherwise the lengths are those on a detector or a film, or only their proportion is known.
+    """
     for tag in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio"):
         values = tags.numbers("PixelMeasuresSequence", tag, 2)
         if values and min(values) > 0:
-            return values[0], values[1]
+            return (values[0], values[1]), tag == "PixelSpacing"
     region = tags.item("SequenceOfUltrasoundRegions")
     regions = region.get("SequenceOfUltrasoundRegions") or []
     steps = {(abs(float(r.get("PhysicalDeltaY") or 0)), abs(float(r.get("PhysicalDeltaX") or 0))) for r in regions}
@@ -333,8 +339,8 @@ def _spacing(tags: _Tags) -> tuple[float, float]:
         and min(*(step := steps.pop())) > 0
         and all(r.get("PhysicalUnitsXDirection") == 3 for r in regions)
     ):
-        return 10 * step[0], 10 * step[1]  # unit 3 is cm
-    return 1.0, 1.0
+        return (10 * step[0], 10 * step[1]), True  # unit 3 is cm
+    return (1.0, 1.0), False
 
 
 def _tone(item: Any, order: str) -> Tone | None:

@@ -9,7 +9,9 @@ its name:
 - `monai_scores`: surface voxels, as MONAI has them: voxels of the mask with one of the six neighbours outside; each
   counts the same.
 
-Masks are bool [x, y, z], spacing is in mm in the order of the axes.
+`contour_scores` has the first definition for one picture, whose pieces of outline count with their length in mm.
+
+Masks are bool [x, y, z], of a picture [h, w]; spacing is in mm in the order of the axes.
 
 Empty volumes, as these programs have them. Both masks empty: Dice, NSD and mean distances are not a number, Hausdorff
 distances infinite (not a number for MONAI). One of them empty: Dice and NSD are 0, distances infinite (MONAI: hd95 not
@@ -53,6 +55,16 @@ def monai_scores(truth: np.ndarray, prediction: np.ndarray, spacing, tolerances:
     return {"dice": dice(truth, prediction) if truth.any() else NAN} | _scores(
         weights, spacing, tolerances, _percentile
     )
+
+
+def contour_scores(truth: np.ndarray, prediction: np.ndarray, spacing, tolerances: Iterable[float]) -> dict[str, float]:
+    """`surface_scores` of two masks bool [h, w] of one picture. spacing: mm between its rows and between its columns.
+
+    Between four pixels that are not all alike lies a piece of outline. It is the side of a column of voxels 1 mm high.
+    """
+    slabs = (np.repeat(mask[1:2], 2, axis=0) for mask in _cropped(truth[None], prediction[None]))
+    lengths = [_surface_areas(slab, np.array([1.0, *spacing]))[0] for slab in slabs]
+    return _scores(lengths, np.asarray(spacing, np.float64), tolerances, _weighted_percentile)
 
 
 def instance_f1(truth: np.ndarray, prediction: np.ndarray, overlap: float = 0.5) -> float:

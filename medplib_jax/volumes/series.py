@@ -86,6 +86,7 @@ def read_stack(stack: Stack, name: str, patient: str, most: int = MAX_VOXELS) ->
         tone=stack.frames[len(stack.frames) // 2].tone,
         inverted=first.inverted,
         located=stack.located,
+        measured=all(frame.measured for frame in stack.frames),
         files=stack.files,
         notices=stack.notices,
     )

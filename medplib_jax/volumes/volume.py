@@ -22,6 +22,7 @@ class Volume:
     modality: in words, "" when the file does not tell. patient: a hash, "" when the file does not tell.
     tone: the file's own window. inverted: low values are shown bright (MONOCHROME1).
     located: False when the file does not say where the picture lies in the patient; the affine then only scales.
+    measured: False when the file does not say how large voxels are in the patient; the affine is in proportion then.
     slice_axis: the axis along which slices were acquired.
     files: the files it comes from; for a DICOM series in the order of the slices.
     notices: what is unusual about the files, though they are used.
@@ -35,6 +36,7 @@ class Volume:
     tone: Tone | None = None
     inverted: bool = False
     located: bool = True
+    measured: bool = True
     slice_axis: int = 2
     files: tuple[str, ...] = ()
     notices: tuple[Notice, ...] = ()

@@ -117,6 +117,13 @@ def test_the_dataset_equals_its_files(folders):
         )
 
 
+def test_the_spacing_of_a_picture_is_kept(folders):
+    write(folders[0], "train/MeCoVQA-Grounding.json", [grounding(0, spacing=[0.7, 1.25]), grounding(1)])
+    run(folders)
+    assembled = open_source(f"{folders[2]}/mecovqa/grounding/1.0.0#train")
+    assert [record.spacing for record in assembled] == [(0.7, 1.25), None]
+
+
 def test_training_reads_the_same_batches_from_both(folders):
     annotations, pictures, out = folders
     run(folders)

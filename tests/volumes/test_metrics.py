@@ -10,6 +10,7 @@ from tests.paths import GOLDEN
 
 RECORDED = np.load(GOLDEN / "volume_metrics.npz")
 PAIRS = range(len(RECORDED["names"]))
+CONTOURS = np.load(GOLDEN / "contour_metrics.npz")  # of the slices below, by surface-distance 0.1
 
 
 @pytest.mark.parametrize("number", PAIRS, ids=RECORDED["names"].tolist())
@@ -20,6 +21,15 @@ def test_scores_equal_the_public_programs(number):
     found |= metrics.surface_scores(truth, prediction, spacing, [1, 2])
     found |= {f"monai_{name}": x for name, x in metrics.monai_scores(truth, prediction, spacing, [2]).items()}
     for name, expected in zip(RECORDED["columns"].tolist(), RECORDED["values"][number], strict=True):
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("number", PAIRS, ids=RECORDED["names"].tolist())
+def test_scores_of_pictures_equal_the_public_program(number):
+    masks = [RECORDED[f"{kind}_{number:02d}"] > 0 for kind in ("truth", "prediction")]
+    fullest = int((masks[0] | masks[1]).sum((0, 1)).argmax())
+    found = metrics.contour_scores(*(mask[..., fullest] for mask in masks), CONTOURS["spacing"], [1, 2])
+    for name, expected in zip(CONTOURS["columns"].tolist(), CONTOURS["values"][number], strict=True):
         np.testing.assert_allclose(found[name], expected, rtol=1e-6, atol=1e-6, err_msg=name)
 
 

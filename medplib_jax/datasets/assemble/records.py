@@ -5,6 +5,7 @@ What cannot be repaired is a DataError.
 
 import dataclasses
 import io
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -105,6 +106,7 @@ def prepare(raw: Any, file: str, index: int, files: Files) -> tuple[dict[str, An
         "answer_type": record.answer_type,
         "modality": record.modality,
         "patient": record.patient,
+        "spacing": json.dumps(record.spacing) if record.spacing else "",
         "masks": list(masks.values()),
         "mask_names": list(masks),
         "mask_labels": [class_name(name, files.names) for name in masks],

@@ -67,6 +67,7 @@ class ImageFacts:
     absent: tuple[str, ...] = ()
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     patient: str = ""  # whose images must not be torn between splits
+    spacing: tuple[float, float] | None = None  # mm between rows and between columns, where known
 
     @property
     def label(self) -> str:

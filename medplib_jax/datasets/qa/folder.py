@@ -3,8 +3,9 @@
 images/, masks/<image>/<name>.png, metadata.json. `<image>` is the image's name without suffix; further masks of one
 name are `<name>_001.png`, `<name>_002.png`, ... With a labels.json ({"1": "liver", ...}) masks/<image>.png, or a mask
 of a name that is not in it, is a label map: each of its values is a mask. metadata.json holds {"<image>": {"modality":
-"CT", "patient": "17", "anything else": "..."}}; without it an image's modality is what its file name begins with, and
-its patient what the path says (see `patients`).
+"CT", "patient": "17", "spacing": [0.7, 0.7], "anything else": "..."}}, the spacing in mm between rows and between
+columns; without it an image's modality is what its file name begins with, and its patient what the path says (see
+`patients`).
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from medplib_jax.data import images
 from medplib_jax.data.errors import DataError
-from medplib_jax.data.records import find_file
+from medplib_jax.data.records import find_file, read_spacing
 from medplib_jax.datasets import labels, modalities
 from medplib_jax.datasets.files import Folder, age_of, code_version, files_below, safe_name, unused
 from medplib_jax.datasets.mecovqa import merged_name, stem
@@ -52,6 +54,7 @@ class Pair:
     reference: str  # the image's place in the new dataset
     patient: str
     label_names: Labels  # of label maps; empty when there are none
+    spacing: tuple[float, float] | None = None  # mm between rows and between columns
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,6 +89,7 @@ def scan(root: str, pattern: str = "") -> tuple[list[Pair], list[DataError]]:
                 path = os.path.join(root, file)
                 raise DataError(path, None, "image name is not unique", "one image of each name", other)
             patient = (not pattern and known.get("patient")) or patient_of(name, pattern, os.path.join(root, file))
+            spacing = _spacing(known, root, name)
         except DataError as error:
             problems.append(error)
             continue
@@ -94,7 +98,7 @@ def scan(root: str, pattern: str = "") -> tuple[list[Pair], list[DataError]]:
             problem = _name_problem(root, label, mask, names)
             problems += [problem] if problem else []
             usable += [] if problem else [(label, mask)]
-        pairs.append(Pair(root, file, tuple(usable), known, reference, patient, names))
+        pairs.append(Pair(root, file, tuple(usable), known, reference, patient, names, spacing))
     images_of = {os.path.splitext(file.removeprefix("images/"))[0] for file in found}
     used = {*found, METADATA, *labels.NAMES_FILES, *(mask for name in images_of for _, mask in masks.get(name, ()))}
     problems += unused(root, [name for name in files if name not in used], _EXPECTED)
@@ -153,6 +157,21 @@ def _metadata(root: str) -> dict[str, dict[str, str]]:
             path, None, "metadata of another form", '{"<image>": {"modality": ...}}', type(metadata).__name__
         )
     return {name: {str(key): str(value) for key, value in entry.items()} for name, entry in metadata.items()}
+
+
+def _spacing(known: dict[str, str], root: str, image: str) -> tuple[float, float] | None:
+    """The spacing that an image's metadata tells. DataError when it is none."""
+    if "spacing" not in known:
+        return None
+
+    def fail(what: str, expected: str, found: str) -> NoReturn:
+        raise DataError(os.path.join(root, METADATA), None, f"{what} ({image})", expected, found)
+
+    try:
+        told = json.loads(known["spacing"])
+    except ValueError:
+        told = known["spacing"]
+    return read_spacing(told, fail)
 
 
 def vocabulary(pairs: Sequence[Pair]) -> dict[str, tuple[str, ...]]:
@@ -243,8 +262,8 @@ def read_facts(
     references = {name: _place_masks(found, name, stem(reference), folder) for name, found in masks.items()}
     targets, touching = measure({name: [mask for _, mask in found] for name, found in masks.items()}, references)
     absent = tuple(name for name in complete if name not in masks and name not in pair.names)
-    facts = ImageFacts(reference, size, pair.modality, targets, touching, absent, pair.metadata, pair.patient)
-    return facts, problems
+    told = {"metadata": pair.metadata, "patient": pair.patient, "spacing": pair.spacing}
+    return ImageFacts(reference, size, pair.modality, targets, touching, absent, **told), problems
 
 
 def _read_masks(

@@ -53,7 +53,7 @@ must be given: %s
 The image:
 %s"""
 
-_OWN = ("modality", "patient")  # of the metadata: said in other words, and nobody's business
+_OWN = ("modality", "patient", "spacing")  # of the metadata: said in other words, nobody's business, not to be seen
 _AGAIN = "This cannot be used: %s. Give the whole JSON object again, corrected, and nothing else."
 
 

@@ -104,4 +104,5 @@ def record(facts: ImageFacts, turns: Sequence[Turn]) -> dict[str, Any]:
         **extra,
         "modality": facts.modality,
         "patient": anonymous(facts.patient),
+        **({"spacing": list(facts.spacing)} if facts.spacing else {}),
     }

@@ -7,6 +7,7 @@ import dataclasses
 
 from medplib_jax.batch import Batch
 from medplib_jax.data.pipeline import Loader
+from medplib_jax.data.records import Record
 from medplib_jax.data.rle import encode_rle
 from medplib_jax.decode.masks import MaskDrawer
 from medplib_jax.decode.slots import Generation
@@ -46,9 +47,9 @@ class Evaluator:
                 ],
             }
         text = self._loader.read_answer(generation.tokens[0, : generation.lengths[0]].tolist())
-        answer = Answer(
-            text, self._loader.encode(record, question=True).answer.strip(), record.answer_type, masks, true_masks
-        )
+        expected = self._loader.encode(record, question=True).answer.strip()
+        measures = self._measures(record, prompt)
+        answer = Answer(text, expected, record.answer_type, masks, true_masks, measures.get("spacing"))
         row = {
             "record": record.index,
             "image": list(record.images),
@@ -62,5 +63,19 @@ class Evaluator:
         row |= {name: value for name, value in known.items() if value}
         row |= {} if record.examples is None else {"examples": [list(example) for example in record.examples]}
         row |= {"volume": dataclasses.asdict(record.volume)} if record.volume else {}
+        row |= measures
         row |= self._kind.score(answer, self._protocol) | drawn
         return row if generation.choices is None else row | {"router": generation.choices[0].tolist()}
+
+    def _measures(self, record: Record, prompt: Batch) -> PredictionRow:
+        """`size` (height, width) of masks on the record's picture, and `spacing`, mm between their rows and between
+        their columns: that of the picture, unless it was shrunk to the mask canvas. Empty where it is not known.
+        """
+        if record.spacing is None or not record.images:
+            return {}
+        size = (int(prompt.mask_size[0, 0]), int(prompt.mask_size[0, 1]))
+        down, right = (
+            step * (whole / side)
+            for step, whole, side in zip(record.spacing, self._loader.picture_size(record), size, strict=True)
+        )
+        return {"spacing": (down, right), "size": size}

@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # reports are made without jax
 class Answer:
     """A generated answer beside the expected one.
 
-    Masks are bool [height, width] of the picture (shrunk, if it exceeds the mask canvas).
+    Masks are bool [height, width] of the picture (shrunk, if it exceeds the mask canvas). spacing: mm between their
+    rows and between their columns, where known.
     """
 
     text: str
@@ -32,6 +33,7 @@ class Answer:
     answer_type: str = ""
     masks: tuple[np.ndarray, ...] = ()
     true_masks: tuple[np.ndarray, ...] = ()
+    spacing: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

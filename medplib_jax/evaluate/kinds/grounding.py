@@ -28,8 +28,8 @@ class Grounding(TaskKind):
         In the protocol `reference` one mask is drawn always, and compared with the first true one.
         """
         if protocol == "reference":
-            return {"scores": metrics.mask_scores(answer.masks[:1], answer.true_masks[:1], protocol)}
-        scores = metrics.mask_scores(answer.masks, answer.true_masks, protocol)
+            return {"scores": metrics.mask_scores(answer.masks[:1], answer.true_masks[:1], protocol, answer.spacing)}
+        scores = metrics.mask_scores(answer.masks, answer.true_masks, protocol, answer.spacing)
         return {"scores": scores | {"masks": answer.text.count("<SEG>")}}
 
     def naive(self, examples: Sequence[Example]) -> dict[str, Guess]:

@@ -16,10 +16,9 @@ from medplib_jax.evaluate.kinds.base import Contents
 from medplib_jax.evaluate.kinds.grounding import Grounding
 from medplib_jax.evaluate.metrics import Statistic
 from medplib_jax.evaluate.metrics.catalogue import Metric
+from medplib_jax.evaluate.metrics.masks import NSD, TOLERANCE_MM
 from medplib_jax.volumes.metrics import volume_scores
 
-TOLERANCE_MM = 2.0
-NSD = f"nsd_{TOLERANCE_MM:g}mm"
 SHARES = ("dice", NSD, "instance_f1")  # 0 where one of truth and prediction is empty
 DISTANCES = ("hd95", "assd")  # left out there
 _RULE = "of volumes with the structure or a mask"
@@ -34,7 +33,7 @@ class Volume(Grounding):
     fields = ("volume", "masks", "true_masks")
     metrics = {
         "volume_dice": Metric("volume Dice", f"mean Dice {_RULE}"),
-        f"volume_{NSD}": Metric(f"volume NSD, {TOLERANCE_MM:g} mm", f"mean normalised surface Dice {_RULE}"),
+        f"volume_{NSD}": Metric(f"volume NSD at {TOLERANCE_MM:g} mm", f"mean normalised surface Dice {_RULE}"),
         "volume_instance_f1": Metric("volume instance F1", f"mean F1 of connected parts (IoU above 0.5) {_RULE}"),
         "volume_hd95": Metric("volume HD95", f"mean 95th percentile of surface distances {_BOTH}", "lower", unit="mm"),
         "volume_assd": Metric("volume ASSD", f"mean surface distance {_BOTH}", "lower", unit="mm"),

@@ -27,6 +27,7 @@ class Metric:
         return self.label if self.unit == "%" else f"{self.label} ({self.unit})"
 
 
+_KNOWN = "whose picture has a known spacing"
 METRICS = {
     "mDice": Metric("mDice", "mean Dice of questions with a target; reference: of all questions, from their IoU"),
     "mIoU": Metric("mIoU", "mean IoU of questions with a target; reference: of all questions"),
@@ -34,6 +35,21 @@ METRICS = {
     "cIoU": Metric("cIoU", "all intersections over all unions (LISA)"),
     "surface_dice": Metric(
         "surface Dice", "share of both outlines within 1 % of the picture's diagonal of the other one"
+    ),
+    "nsd_2mm": Metric(
+        "NSD at 2 mm", f"mean share of both outlines within 2 mm of the other one, of questions with a target {_KNOWN}"
+    ),
+    "hd95_mm": Metric(
+        "HD95",
+        f"mean 95th percentile of the distances between outlines, of questions with a target and a mask {_KNOWN}",
+        "lower",
+        unit="mm",
+    ),
+    "area_error_mm2": Metric(
+        "area error",
+        f"mean difference of the drawn and the true area, of questions with a target {_KNOWN}",
+        "lower",
+        unit="mm²",
     ),
     "precision_at_0.5": Metric("P@0.5", "share of questions with a target whose IoU exceeds 0.5"),
     "hit_rate": Metric(
@@ -98,7 +114,7 @@ METRICS = {
 
 for _name in (
     *("mDice", "recall_at_0.5", "roc_accuracy", "mBMR", "mBMR_1.5", "spice", "accuracy", "no_target_accuracy"),
-    *("mIoU", "surface_dice", "false_mask_rate", "closed_accuracy", "open_f1"),
+    *("mIoU", "surface_dice", "nsd_2mm", "hd95_mm", "false_mask_rate", "closed_accuracy", "open_f1"),
 ):
     METRICS[_name] = dataclasses.replace(METRICS[_name], by_modality=True)
 

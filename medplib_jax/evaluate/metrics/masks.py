@@ -6,7 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import spatial
 
+from medplib_jax.volumes.metrics import contour_scores
+
 SURFACE_TOLERANCE = 0.01  # of the picture's diagonal
+TOLERANCE_MM = 2.0
+NSD = f"nsd_{TOLERANCE_MM:g}mm"
 
 
 def overlap(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
@@ -33,9 +37,9 @@ def surface_dice(prediction: np.ndarray, truth: np.ndarray, protocol: str = "exa
     other one.
 
     Outlines are the masks' pixels with a 4-neighbour outside; the tolerance is SURFACE_TOLERANCE of the picture's
-    diagonal, because pictures of MeCoVQA carry no spacing. Two empty masks agree (`reference`: 0), one empty mask
-    scores 0. ValueError for masks that are not two bool [h, w] of one shape: a volume has spacing, and its surfaces are
-    measured in millimetres.
+    diagonal, because pictures of MeCoVQA carry no spacing; see `millimetre_scores` for those that do. Two empty masks
+    agree (`reference`: 0), one empty mask scores 0. ValueError for masks that are not two bool [h, w] of one shape: the
+    surfaces of volumes are measured in `volumes.metrics`.
     """
     if prediction.ndim != 2 or prediction.shape != truth.shape:
         raise ValueError(
@@ -60,14 +64,35 @@ def _outline(mask: np.ndarray) -> np.ndarray:
     return np.stack(np.divmod(np.flatnonzero(mask & ~inside), mask.shape[1]), axis=1)
 
 
+def millimetre_scores(pairs: Sequence[tuple[np.ndarray, np.ndarray]], spacing: tuple[float, float]) -> dict[str, float]:
+    """Scores in millimetres of one question's (drawn, true) masks bool [h, w]; none where no true pixel exists.
+
+    spacing: mm between rows and between columns of the masks. Means over the pairs of which one mask has a pixel:
+    `nsd_2mm` (0 where the other has none), `area_error_mm2` (the difference of their areas), and `hd95_mm`, of the
+    pairs where both have some. See `volumes.metrics.contour_scores`.
+    """
+    pairs = [(drawn, true) for drawn, true in pairs if drawn.any() or true.any()]
+    if not any(true.any() for _, true in pairs):
+        return {}
+    found = [contour_scores(true, drawn, spacing, [TOLERANCE_MM]) for drawn, true in pairs]
+    pixels = [abs(int(drawn.sum()) - int(true.sum())) for drawn, true in pairs]
+    scores = {NSD: _mean([one[NSD] for one in found]), "area_error_mm2": _mean(pixels) * math.prod(spacing)}
+    distances = [one["hd95"] for one in found if math.isfinite(one["hd95"])]
+    return scores | ({"hd95_mm": _mean(distances)} if distances else {})
+
+
 def mask_scores(
-    predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], protocol: str = "exact"
+    predictions: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray],
+    protocol: str = "exact",
+    spacing: tuple[float, float] | None = None,
 ) -> dict[str, float]:
     """Scores of one question: its predicted masks against its true ones, matched in order; boolean arrays of one shape.
 
     A true mask without a prediction is paired with an empty mask, and so is a drawn one without a true mask
     (`reference`: it is ignored). `iou`, `dice` and `surface_dice` are means over the pairs, `intersection` and `union`
-    sums; `target` is 1 when a true pixel exists, `drawn` when a predicted pixel does, `masks` counts predictions.
+    sums; `target` is 1 when a true pixel exists, `drawn` when a predicted pixel does, `masks` counts predictions. With
+    a spacing also `millimetre_scores`.
     """
     pairs = [(predictions[i] if i < len(predictions) else np.zeros_like(true), true) for i, true in enumerate(truths)]
     if protocol == "exact":
@@ -82,7 +107,7 @@ def mask_scores(
         "target": int(any(mask.any() for mask in truths)),
         "drawn": int(any(mask.any() for mask in predictions)),
         "masks": len(predictions),
-    }
+    } | (millimetre_scores(pairs, spacing) if spacing else {})
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -31,7 +31,7 @@ FIELDS = {
     "main": "whether this metric stands for the task in the overview",
     "modality": f"{ALL}: over all records; {MEAN}: mean over modalities; else of that modality alone, or "
     f"of what is asked about ({STRUCTURE}NAME)",
-    "value": "the metric, in [0, 1]",
+    "value": "the metric, in [0, 1] or in its unit, see `metrics`",
     "low": "lower end of its 95 % bootstrap interval (patients resampled where they are known, else images), or null "
     "where there is only one",
     "high": "upper end",

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from medplib_jax.data.sources import Source, is_dataset, open_source
 from medplib_jax.evaluate.evaluators.predictions import PredictionRow, read_rows
 from medplib_jax.evaluate.kinds import TaskKind, find_kind
 from medplib_jax.evaluate.kinds.refer_box import BOX_GRID
+from medplib_jax.evaluate.metrics.catalogue import describe
 from medplib_jax.evaluate.metrics.summary import CAPTION_COUNTS
 from medplib_jax.evaluate.report.comparisons import ALL, Figure
 from medplib_jax.evaluate.report.contours import box_path, outlines
@@ -132,12 +134,23 @@ class _TaskCases:
             "regions": [outlines(mask, size) for mask in regions]
             + [box_path(box.corners, BOX_GRID, size) for box in boxes.read(first["question"])],
             "truth": _shapes(first, "true_", size) if draws else None,
+            "extent": _extent(first),
+            "area": _area(first, "true_"),
             "answers": {name: self._answer(row, size) for name, row in answers.items()},
         }
 
     def _answer(self, row: PredictionRow, size: tuple[int, int]) -> dict[str, Any]:
-        scores = {name: round(value, 4) for name, value in row["scores"].items() if name not in CAPTION_COUNTS}
-        return {"text": plain_text(row["answer"]), "scores": scores, "shapes": _shapes(row, "", size)}
+        scores = {
+            describe(name).title.replace("_", " "): round(value, 4)
+            for name, value in row["scores"].items()
+            if name not in CAPTION_COUNTS
+        }
+        return {
+            "text": plain_text(row["answer"]),
+            "scores": scores,
+            "shapes": _shapes(row, "", size),
+            "area": _area(row, ""),
+        }
 
 
 def choose(scores: Sequence[Mapping[int, float | None]], flags: Mapping[int, Sequence[str]], count: int) -> set[int]:
@@ -235,6 +248,22 @@ def _encoded(picture: np.ndarray, size: tuple[int, int], drawing: bool) -> str:
     file = io.BytesIO()
     Image.fromarray(mark_drawing(shown) if drawing else shown).save(file, "webp", quality=80, method=2)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _extent(row: PredictionRow) -> list[float] | None:
+    """[height, width] of the row's picture in mm; None where its spacing is not known."""
+    if not row.get("spacing"):
+        return None
+    return [step * side for step, side in zip(row["spacing"], row["size"], strict=True)]
+
+
+def _area(row: PredictionRow, prefix: str) -> float | None:
+    """mm2 that the masks of an answer (`prefix` "true_": of the truth) cover together; None where it is not known."""
+    masks = row.get(f"{prefix}masks")
+    if masks is None or not row.get("spacing"):
+        return None
+    covered = np.logical_or.reduce([decode_rle(rle) for rle in masks]) if masks else np.zeros(1)
+    return float(np.count_nonzero(covered)) * math.prod(row["spacing"])
 
 
 def _shapes(row: PredictionRow, prefix: str, size: tuple[int, int]) -> list[str] | None:

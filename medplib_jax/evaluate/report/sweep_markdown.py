@@ -21,8 +21,8 @@ def to_markdown(sweep: Sweep, tables: Tables, notes: Sequence[str]) -> str:
         "# Evaluation sweep",
         "",
         *_wrapped(
-            "All figures in percent; `±` is the half width of the 95 % bootstrap interval (patients resampled where "
-            "they are known, else images)."
+            "Figures are in percent where no unit is named; `±` is the half width of the 95 % bootstrap interval "
+            "(patients resampled where they are known, else images)."
         ),
     ]
     if sweep.baseline:

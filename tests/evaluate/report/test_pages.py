@@ -1,6 +1,7 @@
 """The report in a real browser: nothing is cut off, cases are looked at, and their addresses can be sent."""
 
 import json
+import re
 
 import pytest
 
@@ -90,6 +91,44 @@ def test_a_sent_address_opens_its_case_and_keys_go_on_from_there(open_page, addr
     assert set(zoomed) != {before} and len(set(zoomed)) == 1  # both sides show the same place
     page.keyboard.press("0")
     assert page.locator("section.task:not([hidden]) .pair svg").first.get_attribute("viewBox") == before
+
+
+def test_a_case_with_a_spacing_is_measured_in_millimetres(open_page, address):
+    page = open_page(f"{address}#{TASK}/5")
+    task = page.locator("section.task:not([hidden])")
+    page.wait_for_selector("section.task:not([hidden]) .ruler")
+
+    def rulers():
+        return {
+            (
+                float(re.match(r"[\d.]+", bar.text_content())[0]),
+                *map(
+                    float,
+                    re.fullmatch(r"M(\S+) (\S+)V(\S+)H(\S+)", bar.locator("path").first.get_attribute("d")).groups(),
+                ),
+            )
+            for bar in task.locator(".ruler").all()
+        }
+
+    def check():
+        ((mm, right, high, low, left),) = rulers()  # the same in every panel
+        x, y, width, height = map(float, task.locator(".pair svg").first.get_attribute("viewBox").split())
+        assert mm / (right - left) == pytest.approx(0.5) and mm / (low - high) == pytest.approx(0.8)
+        assert x + width / 2 < left < right < x + width and y + height / 2 < high < low < y + height
+        return mm
+
+    before = check()
+    for _ in range(4):
+        page.keyboard.press("+")
+    assert check() < before  # a shorter ruler where less is seen
+    words = task.locator("[data-part=talk]").inner_text()
+    assert "mm wide" in words and "truth" in words and "mm²" in words and "NSD at 2 mm" in words
+    page.goto(f"{address}#{TASK}/6")  # a picture without a spacing
+    page.wait_for_function(
+        "() => document.querySelector('section.task:not([hidden]) ol [aria-current]').dataset.record === '6'"
+    )
+    page.wait_for_selector("section.task:not([hidden]) .pair svg")
+    assert task.locator(".ruler").count() == 0 and "mm²" not in task.locator("[data-part=talk]").inner_text()
 
 
 def test_failures_come_first_and_filters_leave_what_they_say(open_page, address):

@@ -233,7 +233,7 @@ def test_a_case_holds_picture_outlines_and_answers(folder, page):
     with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
         assert header == "data:image/webp;base64" and list(picture.size) == case["size"] and max(picture.size) <= 512
     assert all(path.startswith("M") and path.endswith("z") for path in case["truth"])
-    assert len(case["answers"]) == 4 and {"text", "scores", "shapes"} == case["answers"][BASELINE].keys()
+    assert len(case["answers"]) == 4 and {"text", "scores", "shapes", "area"} == case["answers"][BASELINE].keys()
 
 
 def test_untrusted_text_is_escaped_everywhere(page):

@@ -24,6 +24,7 @@
     return element;
   }
   const options = (select, names) => select.replaceChildren(...names.map(([value, text]) => make("option", { value, textContent: text })));
+  const areaOf = area => `${area < 10 ? area.toFixed(2) : area.toFixed(1)} mm²`;
   const percent = score => score === null || score === undefined ? "–" : `${score} %`;
 
   class Cases {
@@ -136,10 +137,12 @@
         }
       }
       say("Question", found.question); say("Expected", found.expected);
+      if (found.extent) say("Picture", `${found.extent[1].toFixed(1)} mm wide, ${found.extent[0].toFixed(1)} mm high`);
+      if (found.area !== null) say("Area", [`truth ${areaOf(found.area)}`, ...[...new Set(sides)].flatMap(name => found.answers[name] ? [`${name} ${areaOf(found.answers[name].area)}`] : [])].join(", "));
       for (const name of new Set(sides)) {
         const answer = found.answers[name];
         say(name, answer ? answer.text : "–");
-        if (answer) say("", Object.entries(answer.scores).map(([score, value]) => `${score.replaceAll("_", " ")} ${value}`).join(", "));
+        if (answer) say("", Object.entries(answer.scores).map(([score, value]) => `${score} ${value}`).join(", "));
       }
       say("File", `${found.name}, record ${row[0]}`);
     }
@@ -156,12 +159,23 @@
       for (const path of picture.regions) svg.append(draw("path", { d: path, fill: "none", stroke: {{ region_colour|tojson }}, "stroke-width": 2, "stroke-dasharray": "6 4" }));
       shapes.forEach((path, i) => { const colour = COLOURS[i % COLOURS.length]; svg.append(draw("path", { d: path, fill: fill ? colour : "none", "fill-opacity": .35, stroke: colour, "stroke-width": 2.5 })); });
       for (const path of truth ?? []) svg.append(draw("path", { d: path, fill: "none", stroke: "#fff", "stroke-width": 1.3 }));
+      if (picture.extent) svg.append(this.ruler());
       svg.onwheel = event => { event.preventDefault(); this.zoom(event.deltaY < 0 ? 1.2 : 1 / 1.2, svg, event); };
       svg.onpointerdown = event => { svg.setPointerCapture(event.pointerId); this.held = [event.clientX, event.clientY]; };
       svg.onpointerup = () => { this.held = null; };
       svg.onpointermove = event => this.drag(svg, event);
       svg.ondblclick = () => this.reset();
       return make("figure", {}, svg, make("figcaption", { textContent: caption }));
+    }
+
+    // The same length in mm along rows and columns, in the lower right corner of what is shown.
+    ruler() {
+      const [x, y, width, height] = this.view, [tall, wide] = this.case.extent, perColumn = wide / this.case.size[0], perRow = tall / this.case.size[1];
+      const longest = Math.min(width * perColumn, height * perRow) / 3, power = 10 ** Math.floor(Math.log10(longest));
+      const mm = [5, 2, 1].find(times => times * power <= longest) * power, right = x + width * .96, low = y + height * .95;
+      const line = { d: `M${right} ${low - mm / perRow}V${low}H${right - mm / perColumn}`, fill: "none" }, font = height * .045;
+      const text = { x: right - font * .4, "text-anchor": "end", y: low - font * .5, "font-size": font, "font-family": "sans-serif", fill: "#fff", stroke: "#000", "stroke-width": font / 6, "paint-order": "stroke" };
+      return draw("g", { class: "ruler" }, draw("path", { ...line, stroke: "#000", "stroke-width": 4 }), draw("path", { ...line, stroke: "#fff", "stroke-width": 1.8 }), draw("text", text, `${Number(mm.toPrecision(1))} mm`));
     }
 
     drag(svg, event) {
@@ -179,7 +193,12 @@
       this.look();
     }
 
-    look() { for (const svg of this.part("pair").querySelectorAll("svg:not(.example)")) svg.setAttribute("viewBox", this.view.join(" ")); }
+    look() {
+      for (const svg of this.part("pair").querySelectorAll("svg:not(.example)")) {
+        svg.setAttribute("viewBox", this.view.join(" "));
+        svg.querySelector(".ruler")?.replaceWith(this.ruler());
+      }
+    }
 
     window() {
       const level = Number(this.part("level").value) / 255, slope = 256 / Math.max(1, Number(this.part("width").value));
