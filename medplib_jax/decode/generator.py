@@ -244,8 +244,8 @@ class Generator:
         self._empty = jax.jit(decoder.empty, static_argnums=(1, 2), out_shardings=slots)
         self._prompts = jax.jit(decoder.prompts)
         self._peek = jax.jit(decoder.peek, donate_argnums=1, out_shardings=(slots, None))
-        self._draw = jax.jit(decoder.draw)
-        self._see, self._view = jax.jit(decoder.see), jax.jit(decoder.view)
+        self._draw = jax.jit(decoder.draw, compiler_options=frugal)
+        self._see, self._view = jax.jit(decoder.see), jax.jit(decoder.view, compiler_options=frugal)
         self._release = jax.jit(lambda slots, held: slots.replace(active=slots.active & held), donate_argnums=0)
 
     def _slot_shardings(self) -> Slots:

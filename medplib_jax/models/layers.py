@@ -1,6 +1,7 @@
 """The layers that every model is made of, stacks of them for scan, and the bridge to plain parameter trees."""
 
 import dataclasses
+import functools
 import math
 import os
 import zlib
@@ -175,13 +176,32 @@ def vector_matmul_narrow(x: Array, kernel: Array) -> Array:
 
     def add(i, y):
         start = i * ROWS_AT_ONCE
-        rows = jax.lax.dynamic_slice_in_dim(kernel, start, ROWS_AT_ONCE)
+        rows = narrow_slice(kernel, start, ROWS_AT_ONCE, 0)
         factors = jax.lax.dynamic_slice_in_dim(x, start, ROWS_AT_ONCE)
         for j in range(ROWS_AT_ONCE):
             y = y + factors[j] * rows[j].astype(jnp.float32)
         return y
 
     return jax.lax.fori_loop(0, len(x) // ROWS_AT_ONCE, add, jnp.zeros(kernel.shape[1], jnp.float32))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def narrow_slice(x: Array, start: Array, size: int, axis: int) -> Array:
+    """`size` rows of an axis from `start`, a loop's variable.
+
+    XLA for CPUs would write an array of bfloat16 out as float32 as a whole, before the loop. It leaves integers as they
+    are, but would copy them there, too, if their bits did not wait for `start`.
+    """
+    if x.dtype != jnp.bfloat16:
+        return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+    x, start = jax.lax.optimization_barrier((x, start))
+    bits = jax.lax.dynamic_slice_in_dim(jax.lax.bitcast_convert_type(x, jnp.uint16), start, size, axis)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+@narrow_slice.defjvp
+def _narrow_slice_jvp(size, axis, primals, tangents):
+    return narrow_slice(*primals, size, axis), jax.lax.dynamic_slice_in_dim(tangents[0], primals[1], size, axis)
 
 
 def take_rows(table: Array, index: Array) -> Array:
@@ -197,7 +217,7 @@ def in_column_blocks(multiply: Callable[[Params], Array], kernel: Params, rows: 
     width = max(size for size in range(1, BLOCK + 1) if out % size == 0)
 
     def step(i, y):
-        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=x.ndim - 1), kernel)
+        part = jax.tree.map(lambda x: narrow_slice(x, i * width, width, x.ndim - 1), kernel)
         return jax.lax.dynamic_update_slice_in_dim(y, multiply(part), i * width, axis=1)
 
     return jax.lax.fori_loop(0, out // width, step, jnp.zeros((rows, out), dtype))

@@ -1,5 +1,7 @@
 """The thin layer over NNX: initial values, stacking, and products that must equal their plain form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,10 +75,39 @@ def test_no_narrow_kernel_is_written_out_whole_on_a_cpu(rows, dtype, monkeypatch
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((1, rows, 48), np.float32), rng.integers(-127, 128, (48, 20)).astype(dtype)
     np.testing.assert_allclose(matmul(x, kernel), x @ kernel.astype(np.float32), rtol=1e-5, atol=1e-4)
-    shapes = {shape.aval.shape for shape in _results(jax.make_jaxpr(matmul)(x, kernel).jaxpr)}
+    results = _results(jax.make_jaxpr(matmul)(x, kernel).jaxpr)
+    shapes = {result.aval.shape for result in results if result.aval.dtype == jnp.float32}
     assert kernel.shape not in shapes and {1: (48,), 5: (5, 5)}[rows] in shapes
     table, index = kernel.astype(jnp.bfloat16), jnp.array([[3, 0]])
     np.testing.assert_array_equal(layers.take_rows(table, index), table[np.array([[3, 0]])])
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
+def test_nor_by_the_compiler(rows, dtype, monkeypatch):
+    monkeypatch.setattr(layers, "LARGE", 0)
+    monkeypatch.setattr(layers, "BLOCK", 64)
+    x, kernels = jnp.ones((rows, 512)), [jnp.ones((512, 512), dtype)] * 3
+
+    def run(x, kernels):
+        def token(_, x):
+            return functools.reduce(matmul, kernels, x) / 512**3
+
+        return jax.lax.fori_loop(0, 4, token, x)
+
+    compiled = jax.jit(run).lower(x, kernels).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < kernels[0].nbytes
+    np.testing.assert_allclose(compiled(x, kernels), np.ones_like(x))
+
+
+def test_a_narrow_kernel_has_its_gradient(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((1, 48), np.float32), jnp.asarray(rng.standard_normal((48, 20)), jnp.bfloat16)
+    gradients = jax.grad(lambda x, kernel: (matmul(x, kernel) ** 2).sum(), (0, 1))
+    expected = gradients(x, kernel)
+    monkeypatch.setattr(layers, "LARGE", 0)
+    for found, one in zip(gradients(x, kernel), expected, strict=True):
+        np.testing.assert_allclose(np.float32(found), np.float32(one), rtol=2e-2, atol=1e-2)
 
 
 def _results(jaxpr):

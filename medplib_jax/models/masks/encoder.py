@@ -12,6 +12,7 @@ from medplib_jax.batch import Array
 from medplib_jax.config.model import MaskConfig
 from medplib_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, gelu, matmul, param, scan_plan
 from medplib_jax.models.precision import einsum, product
+from medplib_jax.models.target import target_device
 from medplib_jax.models.vision.transformer import Conv, ConvTranspose, softmax_attention
 
 EPS = 1e-6
@@ -179,8 +180,11 @@ class ImageEncoder(nnx.Module):
 
 def _run_blocks(blocks: Sequence[Block], period: int, x: Array) -> tuple[Array, list[Array]]:
     """(the last block's output, every block's). Blocks that repeat often become a scan: unrolled they are three
-    quarters of the whole model's program, and a TPU's compiler takes minutes for them."""
-    if len(blocks) < 3 * period:
+    quarters of the whole model's program, and a TPU's compiler takes minutes for them. But a CPU multiplies float32
+    only, and would widen the narrower kernels of all blocks before a scan begins."""
+    kernel = blocks[0].mlp.fc1.kernel[...]
+    widened = kernel.dtype.itemsize < 4 and target_device(x).platform == "cpu"
+    if widened or len(blocks) < 3 * period:
         outputs = []
         for block in blocks:
             x = block(x)

@@ -17,7 +17,7 @@ from transformers.models.sam.configuration_sam import (
 from transformers.models.sam.modeling_sam import SamModel
 
 from medplib_jax.config.model import MaskConfig
-from medplib_jax.models.layers import abstract_module, bind, params_of
+from medplib_jax.models.layers import abstract_module, bind, draw_params, params_of
 from medplib_jax.models.masks.sam import SamMed2d, normalise_sam
 from tests.paths import GOLDEN
 from tests.torch_weights import HF_SAM_NAMES, SAM_NAMES, formula_reader, reader, relative_error, torch_params
@@ -88,6 +88,21 @@ def test_encoder_without_adapter_equals_the_original():
     plain = build(dataclasses.replace(TINY, adapter=False), formula_reader("samtiny"))
     embedding = run(plain, "encode", image())
     assert relative_error(embedding, channels_last(golden()["image_embedding_without_adapter"])) < 1e-5
+
+
+def test_on_a_cpu_the_kernels_of_half_precision_are_not_widened_together():
+    """Those of a loop would be."""
+    sam = abstract_module(lambda rngs: SamMed2d(dataclasses.replace(SMALL, num_layers=3, global_layers=()), rngs))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), draw_params(sam, 0))
+    whole = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+
+    def encode(params, pixels):
+        return bind(sam, params).encode(pixels)
+
+    pixels = np.random.default_rng(0).standard_normal((1, 32, 32, 3), np.float32)
+    loops = ["scan" in str(jax.make_jaxpr(encode)(params, pixels)) for params in (half, whole)]
+    assert loops == [False, True]
+    assert relative_error(jax.jit(encode)(half, pixels), jax.jit(encode)(whole, pixels)) < 1e-5
 
 
 @pytest.mark.parametrize("prompt", list(PROMPTS))
