@@ -22,6 +22,7 @@ TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}  # one device a chip, as on a Cloud TPU VM
+ONE_CHIP = {"chips_per_host_bounds": (1, 1, 1)}  # a host of its own, as Colab's
 GPU_ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}  # that the driver is new enough: there may be none
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
@@ -79,9 +80,11 @@ def _tpus(topology: str, slices: int) -> list[jax.Device]:
     if "TPU_LOG_DIR" not in os.environ:
         os.environ["TPU_LOG_DIR"] = tempfile.mkdtemp(prefix="tpu_logs_")
         atexit.register(shutil.rmtree, os.environ["TPU_LOG_DIR"], ignore_errors=True)
+    kind, _, shape = topology.partition(":")
+    options = CHIP_CONFIG.get(kind, {}) | (ONE_CHIP if set(shape) <= set("1x") else {})
     try:
         return topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, num_slices=slices, **CHIP_CONFIG.get(topology.partition(":")[0], {})
+            platform="tpu", topology_name=topology, num_slices=slices, **options
         ).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"topology {topology!r}: {error}") from error

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from medplib_jax.benchmarks.measure import Table
 from medplib_jax.config.experiment import MeshConfig
-from medplib_jax.models.kernels.grouped_matmul import grouped_matmul, grouped_matmul_transposed
+from medplib_jax.models.kernels.grouped_matmul import grouped_matmul
 from medplib_jax.models.language.attention import attend_within
 from medplib_jax.parallel.mesh import make_mesh
 
@@ -61,7 +61,7 @@ def programs() -> dict[str, tuple[Callable, tuple]]:
             (rows, matrices),
         ),
         "grouped product, transposed": (
-            lambda x, w: (grouped_matmul_transposed(x, w, jnp.asarray(sizes)),),
+            lambda x, w: (grouped_matmul(x, w, jnp.asarray(sizes), True),),
             (wide, matrices),
         ),
         "attention": (lambda *heads: with_gradients(attention, *heads), heads),

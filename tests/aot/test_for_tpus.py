@@ -28,6 +28,11 @@ def test_every_kind_of_chip_makes_a_mesh(topology, devices):
         assert len({device.id for device in mesh.devices.flat}) == mesh.size == devices
 
 
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1", "v5p:1x1x1"])
+def test_a_single_chip_is_a_topology(topology):
+    assert len(devices_of(topology)) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "at_least"), [("train", 5), ("decode", 1)])
 def test_a_v5e_multiplies_float32_in_float32(kind, at_least):

@@ -7,6 +7,7 @@ made when the program is traced: by the mesh that x lives on (so that compiling 
 else by the default backend.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,29 +24,24 @@ ROW_BLOCKS = (256, 64, 16)
 TPU_ROW_TILE = 128
 
 
-@jax.custom_vjp
-def grouped_matmul(x_SxD: Array, w_ExDxF: Array, sizes_E: Array) -> Array:
-    """[S, D] rows sorted by group times [E, D, F] -> [S, F] in x's dtype."""
-    return _multiply(x_SxD, w_ExDxF, sizes_E, transpose=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(x_SxD: Array, w: Array, sizes_E: Array, transposed: bool = False) -> Array:
+    """[S, D] rows sorted by group times w [E, D, F], or [E, F, D] if `transposed`, -> [S, F] in x's dtype."""
+    return _multiply(x_SxD, w, sizes_E, transpose=transposed)
 
 
-def _forward(x_SxD, w_ExDxF, sizes_E):
-    return _multiply(x_SxD, w_ExDxF, sizes_E, transpose=False), (x_SxD, w_ExDxF, sizes_E)
+def _forward(x_SxD, w, sizes_E, transposed):
+    return _multiply(x_SxD, w, sizes_E, transpose=transposed), (x_SxD, w, sizes_E)
 
 
-def _backward(residuals, dy_SxF):
-    x_SxD, w_ExDxF, sizes_E = residuals
-    dx_SxD = _multiply(dy_SxF, w_ExDxF, sizes_E, transpose=True)
-    dw_ExDxF = _weight_gradient(x_SxD, w_ExDxF, dy_SxF, sizes_E).astype(w_ExDxF.dtype)
-    return dx_SxD, dw_ExDxF, np.zeros(sizes_E.shape, jax.dtypes.float0)
+def _backward(transposed, residuals, dy_SxF):
+    x_SxD, w, sizes_E = residuals
+    dx_SxD = _multiply(dy_SxF, w, sizes_E, transpose=not transposed)
+    dw = _weight_gradient(*((dy_SxF, x_SxD) if transposed else (x_SxD, dy_SxF)), w, sizes_E).astype(w.dtype)
+    return dx_SxD, dw, np.zeros(sizes_E.shape, jax.dtypes.float0)
 
 
 grouped_matmul.defvjp(_forward, _backward)
-
-
-def grouped_matmul_transposed(x_SxD: Array, w_ExFxD: Array, sizes_E: Array) -> Array:
-    """`grouped_matmul` with every matrix transposed, without gradients."""
-    return _multiply(x_SxD, w_ExFxD, sizes_E, transpose=True)
 
 
 def grouped_matmul_apart(x_SxD: Array, matrices: Sequence[Array], sizes_E: Array) -> Array:
@@ -62,7 +58,7 @@ def _multiply(x, w, sizes, *, transpose):
     return (_multiply_tpu if is_for_tpu(x) else _multiply_blocks)(x, w, sizes, transpose)
 
 
-def _weight_gradient(x, w, dy, sizes):
+def _weight_gradient(x, dy, w, sizes):
     if gpu := _gpu_kernels(x, w):
         return gpu.weight_gradient(x, dy, sizes, device=target_device(x))
     return (_weight_gradient_tpu if is_for_tpu(x) else _weight_gradient_blocks)(x, dy, sizes)

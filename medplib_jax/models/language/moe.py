@@ -21,6 +21,7 @@ these where it runs on one rank. On more its experts take ceil(factor * tokens /
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -32,10 +33,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
-from medplib_jax.batch import Array
+from medplib_jax.batch import Array, Params
 from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import LlmConfig, LoraConfig, MoeConfig
-from medplib_jax.models.kernels.grouped_matmul import grouped_matmul, grouped_matmul_apart, grouped_matmul_transposed
+from medplib_jax.models.kernels.grouped_matmul import grouped_matmul, grouped_matmul_apart
 from medplib_jax.models.language.expert_exchange import axis_product, permute_rows, sort_by_expert, with_exchange
 from medplib_jax.models.layers import (
     Linear,
@@ -152,7 +153,7 @@ class ExpertLinear(nnx.Module):
     ):
         self.kernel = param(rngs, (num_experts, in_dim, out_dim), ("expert", *axes), std=1 / math.sqrt(in_dim))
         self.kernel_scale = None  # of an 8-bit kernel, see quantize.py
-        self.by_output = False  # the kernel is [E, out, in], see decode_layout.py
+        self.by_output = False  # the kernel is [E, out, in], see decode/layout.py and `_transposed`
         self.lora_scale, self.lora_dropout = lora.scale, lora.dropout
         shape_a, shape_b = (num_experts, in_dim, lora_rank), (num_experts, lora_rank, out_dim)
         axis_a, axis_b = adapter_axes(axes)
@@ -163,10 +164,8 @@ class ExpertLinear(nnx.Module):
 
     def sorted_rows(self, x_SxD: Array, sizes_E: Array, member_SxE: Array, rng: Array | None) -> Array:
         """Rows sorted by expert, `sizes_E` of each; `member_SxE` says the same row by row. [S, in] -> [S, out]."""
-        if self.by_output:
-            return grouped_matmul_transposed(x_SxD, self._plain_kernel(x_SxD.dtype), sizes_E)
         kernel = self.kernel[...] if self.kernel_scale is None else self._plain_kernel(x_SxD.dtype)
-        y = checkpoint_name(grouped_matmul(x_SxD, kernel, sizes_E), "grouped_matmul")
+        y = checkpoint_name(grouped_matmul(x_SxD, kernel, sizes_E, self.by_output), "grouped_matmul")
         if self.lora_a is None:
             return y
         # All experts' adapters at once: a dense product of width E * r, masked to each row's expert, costs less than
@@ -230,17 +229,27 @@ class Experts(nnx.Module):
         kept = {"expert"} if exchanged else set()
         kept |= {"mlp"} if sliced else set()
         different = (*(rows or ()), *sliced)
+        by_columns = [name for name in names if self._gathers_columns(names[name]["kernel"], kept, mesh)]
 
         def local(params, x, routing, rng):
-            params = jax.tree.map(lambda p, names: _gather(_narrow(p, x.dtype), names, kept, rules), params, names)
+            params = jax.tree.map(lambda p: _narrow(p, x.dtype), params)
+            params, here = _transposed(params, names, by_columns)
+            params = jax.tree.map(lambda p, names: _gather(p, names, kept, rules), params, here)
             if rng is not None and different:  # devices that compute the same thing must draw the same
                 rng = jax.random.fold_in(rng, jax.lax.axis_index(different))
-            y = bind(self, params)._local(x, routing, rng, exchanged)
+            experts = bind(self, params)
+            for name in by_columns:
+                getattr(experts, name).by_output ^= True
+            y = experts._local(x, routing, rng, exchanged)
             return jax.lax.psum(y, sliced) if sliced else y
 
         in_specs = (specs, PartitionSpec(rows), PartitionSpec(rows), PartitionSpec())
         run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(rows), check_vma=False)
         return run(params, x_SxD, routing, rng)
+
+    def _gathers_columns(self, names, kept: set[str], mesh) -> bool:
+        """Whether devices hold columns of a kernel whose whole they compute with."""
+        return names[-1] not in kept and axis_size(mesh, mesh_axes(self.rules, names[-1])) > 1
 
     def _local(self, x_SxD, routing, rng, exchanged):
         """On one device's tokens. `exchanged`: mesh axes over which the experts are spread, none if all are here."""
@@ -307,6 +316,19 @@ def _few_tokens(x_SxD: Array) -> int:
 def _narrow(array: Array, dtype) -> Array:
     """A kernel in the type of its product, before it travels; one of 8 bits and its scale [E, out] as they are."""
     return array if array.dtype == jnp.int8 or array.ndim == 2 else array.astype(dtype)
+
+
+def _transposed(params: Params, names: Params, modules: list[str]) -> tuple[Params, Params]:
+    """Parameters and their logical axes with the kernels of these modules transposed.
+
+    Rows that are gathered lie one behind the other as they come. Columns would be copied into their places.
+    """
+
+    def swap(one: Params, kernel: Callable) -> Params:
+        changed = {name: one[name] | {"kernel": kernel(one[name]["kernel"])} for name in modules}
+        return one | changed
+
+    return swap(params, lambda x: x.swapaxes(-1, -2)), swap(names, lambda axes: (*axes[:-2], axes[-1], axes[-2]))
 
 
 def _gather(array: Array, names: tuple[str | None, ...], kept: set[str], rules: ShardingConfig | None) -> Array:

@@ -49,3 +49,12 @@ def test_tpu_kernel_interpreted():
         np.testing.assert_allclose(module._multiply_tpu(x, w, sizes, False), y, atol=1e-3)
         np.testing.assert_allclose(module._multiply_tpu(dy, w, sizes, True), dx, atol=1e-3)
         np.testing.assert_allclose(module._weight_gradient_tpu(x, dy, sizes), dw, atol=1e-3)
+
+
+def test_transposed_matrices_give_the_same_and_have_gradients():
+    sizes = jnp.array([70, 0, 90])
+    x, w, dy = arrays(200, 3, 12, 20)
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, True), x, jnp.asarray(w.swapaxes(1, 2)))
+    dx, dw = pull(dy)
+    for ours, theirs in zip((y, dx, dw.swapaxes(1, 2)), reference(x, w, dy, sizes.tolist()), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
