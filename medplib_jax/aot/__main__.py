@@ -40,7 +40,7 @@ _LENGTH = flags.DEFINE_integer("length", None, "positions per row; default: the 
 _ROWS = flags.DEFINE_integer(
     "rows", None, "global batch; default: data.batch_size, for eval and decode eval.batch_size"
 )
-_QUANTIZE = flags.DEFINE_enum("quantize", "", QUANTIZE, "what has 8 bits in generation: weights, KV cache, or both")
+_QUANTIZE = flags.DEFINE_enum("quantize", "", QUANTIZE, "what has 8 bits in generation, as in predict")
 _SWEEP = flags.DEFINE_bool("sweep", False, "try batch sizes, remat policies and meshes")
 _JSON = flags.DEFINE_string("json", None, "file to write the report to")
 

@@ -43,8 +43,9 @@ def executed_kernel_flops(name: str, operands: Sequence[Shape]) -> float:
     if "fmha" in name:
         return attention_flops(math.prod(floating[0]), floating[0][1], backward="Backward" in name, block=CUDNN_BLOCK)
     if "gmm" in name:
+        factors = [shape.dims for shape in operands if len(shape.dims) > 1]
         integers = next(shape.size for shape in operands if shape.dtype == "s32" and len(shape.dims) == 1)
-        return _grouped_flops(name, integers, *floating[:2])
+        return _grouped_flops(name, integers, *factors[:2])
     raise ValueError(f"kernel {name} is not one whose FLOPs are known")
 
 

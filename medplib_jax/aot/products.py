@@ -21,6 +21,11 @@ def product_flops(instruction: Instruction, computation: Computation) -> float:
     return 0.0
 
 
+def multiplies_integers(instruction: Instruction, computation: Computation) -> bool:
+    """Whether the factors of a product are integers of 8 bits."""
+    return all(computation[name].shapes[0].dtype == "s8" for name in instruction.operands[:2])
+
+
 def _is_matmul(target: str) -> bool:
     """Whether a custom call's target is a product of cuBLAS."""
     return target.startswith("__cublas$") and any(name in target for name in ("matmul", "gemm"))

@@ -120,7 +120,7 @@ def _memory(memory, peak: int, chip: Chip) -> dict[str, Any]:
 def _work(program: Program, usage: Usage, needed: float, chip: Chip, chips: int) -> dict[str, Any]:
     received = sum(collective.bytes for collective in usage.collectives)
     bounds = {
-        "compute": usage.flops / chip.flops,
+        "compute": (usage.flops - usage.integer_flops) / chip.flops + usage.integer_flops / chip.int8_ops,
         "hbm": usage.hbm_bytes / chip.hbm_rate,
         "ici": received / chip.ici_rate,
     }
@@ -128,6 +128,7 @@ def _work(program: Program, usage: Usage, needed: float, chip: Chip, chips: int)
     return {
         "executed_flops": usage.flops * chips,
         "executed_over_model": usage.flops * chips / needed,
+        "integer_share": usage.integer_flops / usage.flops,
         "hbm_traffic_gb_per_chip": usage.hbm_bytes / GB,
         "hbm_traffic_by_kind_gb": _traffic_by_kind(usage.traffic),
         "largest_hbm_traffic": _largest(usage.traffic),
@@ -207,7 +208,8 @@ def _work_lines(report: dict[str, Any]) -> list[str]:
     needed, executed, seconds = report["model_flops"], report["executed_flops"], report["roofline_seconds"]
     return [
         f"model FLOPs         {needed:8.3e} per step, all chips",
-        f"executed FLOPs      {executed:8.3e}: {report['executed_over_model']:.3f} times the model's",
+        f"executed FLOPs      {executed:8.3e}: {report['executed_over_model']:.3f} times the model's,"
+        f" {report['integer_share']:.0%} of them of 8-bit integers",
         f"HBM traffic         {report['hbm_traffic_gb_per_chip']:8.1f} GB per chip and step",
         *(f"  {kind:24}{gb:8.2f} GB" for kind, gb in report["hbm_traffic_by_kind_gb"].items()),
         "  the largest       GB: result, times it is made, origin (all of them in --json)",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from medplib_jax.aot.hlo import Computation, Instruction, Shape, parse
-from medplib_jax.aot.products import product_flops
+from medplib_jax.aot.products import multiplies_integers, product_flops
 from medplib_jax.aot.traffic import COLLECTIVES, LIBRARIES, Traffic, traffic_of
 
 
@@ -30,9 +30,13 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What one chip does in one call of the program. `kernels`: {name: (calls, FLOPs)}."""
+    """What one chip does in one call of the program. `kernels`: {name: (calls, FLOPs)}.
+
+    `integer_flops`: those among `flops` whose factors are integers of 8 bits.
+    """
 
     flops: float
+    integer_flops: float
     traffic: tuple[Traffic, ...]
     collectives: tuple[Collective, ...]
     kernels: dict[str, tuple[float, float]]
@@ -49,7 +53,7 @@ def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...]], float
     bound runs.
     """
     computations, entry = parse(text)
-    flops, traffic = 0.0, []
+    flops, integer_flops, traffic = 0.0, 0.0, []
     collectives: dict[str, Collective] = {}
     kernels = collections.defaultdict(lambda: (0.0, 0.0))
     for name, times, in_loop, fused in _executed(computations, entry, loop_trips):
@@ -58,6 +62,7 @@ def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...]], float
             cost, kernel = times * product_flops(instruction, computation), kernel_name(instruction)
             if not fused and (moved := traffic_of(instruction, computation, computations, times)):
                 traffic.append(moved)
+            narrow = bool(cost) and multiplies_integers(instruction, computation)
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 found = _collective(kind, instruction, computation, times, in_loop, name)
@@ -67,10 +72,12 @@ def read_usage(text: str, kernel_flops: Callable[[str, tuple[Shape, ...]], float
             elif kernel:
                 operands = tuple(shape for operand in instruction.operands for shape in computation[operand].shapes)
                 cost = cost or times * kernel_flops(kernel, operands)
+                narrow |= {shape.dtype for shape in operands if len(shape.dims) > 1} == {"s8"}
                 label = re.sub(r"[.\d]+$", "", kernel)
                 kernels[label] = (kernels[label][0] + times, kernels[label][1] + cost)
             flops += cost
-    return Usage(flops, tuple(traffic), tuple(collectives.values()), dict(kernels))
+            integer_flops += cost * narrow
+    return Usage(flops, integer_flops, tuple(traffic), tuple(collectives.values()), dict(kernels))
 
 
 def kernel_name(instruction: Instruction) -> str:

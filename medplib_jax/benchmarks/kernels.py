@@ -36,7 +36,7 @@ def measure() -> Table:
 def programs() -> dict[str, tuple[Callable, tuple]]:
     """{kernel:
 
-    (function, arguments)}: each product with its gradients, in bfloat16; the last rows belong to no group.
+    (function, arguments)}: each product in bfloat16 with its gradients; the last rows belong to no group.
     """
     rng = np.random.default_rng(0)
 
@@ -63,6 +63,10 @@ def programs() -> dict[str, tuple[Callable, tuple]]:
         "grouped product, transposed": (
             lambda x, w: (grouped_matmul(x, w, jnp.asarray(sizes), True),),
             (wide, matrices),
+        ),
+        "grouped product of integers": (
+            lambda x, w: (grouped_matmul(x, w, jnp.asarray(sizes)),),
+            tuple(rng.integers(-127, 128, shape, np.int8) for shape in (rows.shape, matrices.shape)),
         ),
         "attention": (lambda *heads: with_gradients(attention, *heads), heads),
     }

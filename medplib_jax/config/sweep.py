@@ -51,7 +51,7 @@ class SweepConfig(Section):
     on_error: Literal["skip", "raise"] = "skip"  # at a record that cannot be used
     missing: Literal["skip", "raise"] = "skip"  # at a task whose file is not there
     metrics: str = ""  # of one's own: comma-separated files and entry points, see `evaluate.own`
-    quantize: Literal["", "int8", "kv", "int8+kv"] = ""  # 8 bits for weights, for the KV cache, for both
+    quantize: Literal["", "int8", "kv", "int8+kv", "w8a8", "w8a8+kv"] = ""  # what has 8 bits, see `decode.layout`
     mesh: MeshConfig = MeshConfig()
     sharding: ShardingConfig = ShardingConfig()  # of the parameters on this mesh
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from medplib_jax.batch import Params, flatten, unflatten
 from medplib_jax.config.experiment import ShardingConfig
-from medplib_jax.config.model import ClipConfig, LoraConfig, ModelConfig
+from medplib_jax.config.model import LoraConfig, ModelConfig
 from medplib_jax.decode.saved_params import SavedArray
 from medplib_jax.models.families import build_model
 from medplib_jax.models.language.lora import merge_lora
@@ -28,8 +28,8 @@ from medplib_jax.parallel.compilation import is_gpu
 from medplib_jax.parallel.mesh import one_device
 from medplib_jax.parallel.sharding import check_model_fits
 
-LARGE = 2**30  # bytes of parameters from which on memory is short on a CPU
-QUANTIZE = ("", "int8", "kv", "int8+kv")  # int8: weights of 8 bits; kv: keys and values of the cache
+# int8: weights of 8 bits; w8a8: these, and the decoder's activations in its products; kv: keys and values of the cache
+QUANTIZE = ("", "int8", "kv", "int8+kv", "w8a8", "w8a8+kv")
 STACKS = ("llm/layers/", "llm/mlp/", "llm/moe/")  # modules whose parameters have an axis of layers in a checkpoint
 
 Piece = Callable[[], Iterator[tuple[str, Params]]]  # reads (path in the decoding model, arrays of that module)
@@ -48,8 +48,9 @@ def model_in_decoding_layout(
 ) -> WholeModel:
     """The abstract model with parameters as `to_decoding_layout` gives them.
 
-    `quantize` is one of QUANTIZE: "int8" gives its linear layers weights of 8 bits, "kv" its cache keys and values of
-    8 bits, "int8+kv" both.
+    `quantize` is one of QUANTIZE: "int8" gives its linear layers weights of 8 bits. With "w8a8", whose parameters are
+    the same, the decoder's layers round their activations, too, and multiply integers. "kv" gives its cache keys and
+    values of 8 bits, "+" both.
 
     On a GPU the experts of a layer stay in one array, from which the chosen one is picked while it is read: in order to
     choose among programs the host would have to wait for the router. The decoder's kernels are transposed there
@@ -57,8 +58,9 @@ def model_in_decoding_layout(
     """
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize {quantize!r} is not one of {QUANTIZE}")
-    config = dataclasses.replace(config, lora=LoraConfig(), clip=_computed(config.clip))
-    return _model_in_decoding_layout(config, rules, quantize, is_gpu(mesh or one_device()))
+    return _model_in_decoding_layout(
+        dataclasses.replace(config, lora=LoraConfig()), rules, quantize, is_gpu(mesh or one_device())
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -69,15 +71,9 @@ def _model_in_decoding_layout(
     model = abstract_module(
         functools.partial(build_model, config, rules=rules, unstacked_layers=True, unstacked_experts=not for_gpu)
     )
-    model = quantize_module(model) if "int8" in quantize else model
+    model = quantize_module(model, "w8a8" in quantize) if has_narrow_weights(quantize) else model
     model.llm.narrow_cache = "kv" in quantize
     return _turn_module(model) if for_gpu else model
-
-
-def _computed(clip: ClipConfig) -> ClipConfig:
-    """Without the layers that are not computed. To leave them out of a stack would copy it for every question."""
-    kept = max(1, clip.computed_layers)
-    return dataclasses.replace(clip, num_layers=kept, select_layer=clip.select_layer + clip.num_layers - kept)
 
 
 def to_decoding_layout(
@@ -154,13 +150,16 @@ def _arrange(path: str, module: Params, *, lora: LoraConfig, like: dict[str, Any
     if transposed and path.startswith("llm/") and "kernel" in module:
         module = module | {"kernel": module["kernel"].swapaxes(-1, -2)}
     found = {f"{path}/{name}": array for name, array in module.items()}
-    if path.startswith("clip/layers/"):  # see `_computed`
-        found = {place: array[: like[place].shape[0]] for place, array in found.items()}
     for place, array in found.items():
         expected = like[place].shape if place in like else "no such array"
         if array.shape != expected:
             raise ValueError(f"{place}: found shape {array.shape}, expected {expected}")
     return found
+
+
+def has_narrow_weights(quantize: str) -> bool:
+    """Whether one of QUANTIZE says that weights have 8 bits."""
+    return quantize.partition("+")[0] in ("int8", "w8a8")
 
 
 def in_decoding_layout(params: Params) -> bool:

@@ -15,7 +15,7 @@ class DecodeOptions:
     sampling: how a token is drawn from its logits.
     original_masks: one mask is drawn as the original does (model/MedPLIB.py evaluate): from the first `<SEG>` of prompt
         and answer, and where there is none from the second last state.
-    quantize: "int8" keeps the large kernels in 8 bits, see `layout.decoding_model`.
+    quantize: what has 8 bits, one of `layout.QUANTIZE`.
     """
 
     max_new_tokens: int

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from medplib_jax.batch import Array, Params
 from medplib_jax.models.precision import product
+from medplib_jax.models.quantize import by_integers
 from medplib_jax.models.rng import dropout
 from medplib_jax.models.target import target_device
 from medplib_jax.parallel.sharding import param_shardings
@@ -91,7 +92,7 @@ class Linear(nnx.Module):
     ):
         std = None if initial else gain / math.sqrt(in_dim)
         self.kernel = param(rngs, (in_dim, out_dim), axes, std=std, value=initial or 0.0)
-        self.kernel_scale = None  # of an 8-bit kernel, see quantize.py
+        self.kernel_scale, self.narrow_rows = None, False  # of an 8-bit kernel, see quantize.py
         self.by_output = False  # the kernel is [out, in], see decode/layout.py
         self.bias = param(rngs, (out_dim,), (axes[1],)) if bias else None
         self.lora_scale, self.lora_dropout = (lora.scale, lora.dropout) if lora_rank else (0.0, 0.0)
@@ -113,7 +114,10 @@ class Linear(nnx.Module):
 
     def product(self, x: Array, dtype=None) -> Array:
         """x @ kernel alone, in `dtype` (default: x's)."""
-        y = (matmul_by_output if self.by_output else matmul)(x, self.kernel[...], dtype)
+        multiply = matmul_by_output if self.by_output else matmul
+        if self.narrow_rows:
+            return by_integers(lambda x: multiply(x, self.kernel[...], jnp.int32), x, self.kernel_scale[...], dtype)
+        y = multiply(x, self.kernel[...], dtype)
         return y if self.kernel_scale is None else y * self.kernel_scale[...].astype(y.dtype)
 
 
@@ -154,7 +158,8 @@ def matmul_by_output(x: Array, kernel: Array, dtype=None) -> Array:
 
 
 def widens_on_cpu(x: Array, kernel: Array) -> bool:
-    """Whether a large kernel of 8 or 16 bits meets x on one CPU. It multiplies float32 only, and writes the kernel out.
+    """Whether a large kernel of 8 or 16 bits meets x on one CPU. Unless x has 8 bits, too, it multiplies float32, and
+    writes the kernel out.
 
     For a single row that takes ten times as long as reading it. For many rows the kernels of all layers are written out
     at once, as soon as they can be.
@@ -167,22 +172,27 @@ def _matmul_narrow(x_SxD: Array, kernel: Array, dtype) -> Array:
     """`matmul` of [S, in] that never holds a whole kernel in float32."""
     if len(x_SxD) == 1 and x_SxD.size % ROWS_AT_ONCE == 0:
         return vector_matmul_narrow(x_SxD[0], kernel).astype(dtype)[None]
+    if x_SxD.dtype == jnp.int8:
+        return product(x_SxD, kernel, dtype)
     return in_column_blocks(lambda part: product(x_SxD, part.astype(x_SxD.dtype), dtype), kernel, len(x_SxD), dtype)
 
 
 def vector_matmul_narrow(x: Array, kernel: Array) -> Array:
-    """x [in] @ kernel [in, out] -> float32 [out], a few rows of the kernel at a time in one elementwise loop."""
-    x = x.astype(jnp.float32)
+    """x [in] @ kernel [in, out] -> [out], a few rows of the kernel at a time in one elementwise loop.
+
+    In float32, for integers in int32.
+    """
+    x = x.astype(_sum_type(x))
 
     def add(i, y):
         start = i * ROWS_AT_ONCE
         rows = narrow_slice(kernel, start, ROWS_AT_ONCE, 0)
         factors = jax.lax.dynamic_slice_in_dim(x, start, ROWS_AT_ONCE)
         for j in range(ROWS_AT_ONCE):
-            y = y + factors[j] * rows[j].astype(jnp.float32)
+            y = y + factors[j] * rows[j].astype(x.dtype)
         return y
 
-    return jax.lax.fori_loop(0, len(x) // ROWS_AT_ONCE, add, jnp.zeros(kernel.shape[1], jnp.float32))
+    return jax.lax.fori_loop(0, len(x) // ROWS_AT_ONCE, add, jnp.zeros(kernel.shape[1], x.dtype))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -224,8 +234,12 @@ def in_column_blocks(multiply: Callable[[Params], Array], kernel: Params, rows: 
 
 
 def vector_matmul(x: Array, kernel: Array) -> Array:
-    """kernel [out, in] @ x [in] -> float32 [out], read once."""
-    return (x.astype(jnp.float32) * kernel.astype(jnp.float32)).sum(-1)
+    """kernel [out, in] @ x [in] -> float32 [out], int32 for integers, read once."""
+    return (x.astype(_sum_type(x)) * kernel.astype(_sum_type(x))).sum(-1)
+
+
+def _sum_type(x: Array):
+    return jnp.int32 if x.dtype == jnp.int8 else jnp.float32
 
 
 class LayerNorm(nnx.Module):

@@ -1,31 +1,70 @@
 """Weights of 8 bits for inference: integers and one scale per output, symmetric (LLM.int8(), Dettmers et al. 2022).
 
-A transform of the module and one of the parameter tree, like `lora.py`. Products run in the activations' type, so only
-memory changes: a kernel takes a half of what it takes in bfloat16. Libraries that do this (qwix) hook into Flax modules
-that own their parameters; here parameters are plain trees that modules are bound to.
+A transform of the module and one of the parameter tree, like `lora.py`. A kernel takes a half of what it takes in
+bfloat16. Products run in the activations' type, or (W8A8) on integers: each row of activations is rounded to 8 bits
+with a scale of its own while the program runs, products are summed in int32 and scaled back. Such sums are exact, and a
+unit for int8 makes twice as many of them as of bfloat16. qwix' `dot_general` does the same, but by its own array type,
+which our plain trees would have to be wrapped in.
 """
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from medplib_jax.batch import Params
+from medplib_jax.batch import Array, Params
 
 PARTS = ("llm", "clip", "projector", "vit", "resampler", "proj")
 ROWS = 128  # of a kernel that are widened at once
 KEPT = ("router", "coefficient")  # decide where a token goes: tiny, and in float32 on purpose
 
 
-def quantize_module(model: nnx.Module) -> nnx.Module:
-    """The abstract model with 8-bit kernels in its linear layers; changes and returns it."""
+def quantize_module(model: nnx.Module, rows: bool = False) -> nnx.Module:
+    """The abstract model with 8-bit kernels in its linear layers; changes and returns it.
+
+    With `rows` the decoder's layers round their activations, too; its head, whose logits choose the token, does not.
+    """
     for path, module in nnx.iter_modules(model):
         if hasattr(module, "kernel_scale") and path[0] in PARTS and path[-1] not in KEPT:
-            kernel = module.kernel
-            scale_shape, scale_axes = (*kernel.shape[:-2], kernel.shape[-1]), (*kernel.axes[:-2], kernel.axes[-1])
-            module.kernel_scale = nnx.data(nnx.Param(jax.ShapeDtypeStruct(scale_shape, jnp.float32), axes=scale_axes))
-            module.kernel = nnx.Param(jax.ShapeDtypeStruct(kernel.shape, jnp.int8), axes=kernel.axes)
+            quantize_linear(module, rows and path[0] == "llm" and path[-1] != "head")
     return model
+
+
+def quantize_linear(module: nnx.Module, rows: bool) -> None:
+    """Gives an abstract `Linear` or `ExpertLinear` an 8-bit kernel."""
+    kernel = module.kernel
+    scale_shape, scale_axes = (*kernel.shape[:-2], kernel.shape[-1]), (*kernel.axes[:-2], kernel.axes[-1])
+    module.kernel_scale = nnx.data(nnx.Param(jax.ShapeDtypeStruct(scale_shape, jnp.float32), axes=scale_axes))
+    module.kernel = nnx.Param(jax.ShapeDtypeStruct(kernel.shape, jnp.int8), axes=kernel.axes)
+    module.narrow_rows = rows
+
+
+def quantize_rows(x: Array, spread: tuple[str, ...] = ()) -> tuple[Array, Array]:
+    """int8 of the same shape [..., D] and one float32 scale per row [...]: a row's largest value becomes 127.
+
+    `spread`: mesh axes over which each row is cut into parts, in the body of a `shard_map`.
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.abs(x).max(-1)
+    scale = jnp.maximum(jax.lax.pmax(largest, spread) if spread else largest, 1e-12) / 127
+    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
+
+
+def by_integers(multiply: Callable[[Array], Array], x: Array, kernel_scale: Array, dtype=None, spread=()) -> Array:
+    """x [..., S, D] times a kernel of 8 bits, in `dtype` (default: x's).
+
+    `multiply` gives the int32 sums [..., S, F] of rows that were rounded (`quantize_rows`) and the kernel.
+    `kernel_scale` is [F], or one for each row.
+    """
+    rows, row_scale = quantize_rows(x, spread)
+    return (multiply(rows) * row_scale[..., None] * kernel_scale).astype(dtype or x.dtype)
+
+
+def scale_of_rows(member_SxE: Array, scales: Sequence[Array]) -> Array:
+    """[S, F]: of each row its own expert's scales [F], zero for a row of none. Sums of masks cost no memory."""
+    return sum(jnp.where(member_SxE[:, e, None], scale, 0.0) for e, scale in enumerate(scales))
 
 
 def quantize_kernel(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--key", metavar="FILE", help="a key per line; every route but /healthz asks for one")
     parser.add_argument(
-        "--quantize", choices=("int8", "kv", "int8+kv"), default="", help="8 bits: weights, KV cache, or both"
+        "--quantize",
+        choices=("int8", "kv", "int8+kv", "w8a8", "w8a8+kv"),
+        default="",
+        help="8 bits: weights (int8), these and activations (w8a8), KV cache (kv)",
     )
     parser.add_argument("--slots", type=int, default=8, help="answers in the making")
     parser.add_argument("--queue", type=int, default=64, help="questions that may wait")

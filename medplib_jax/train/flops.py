@@ -28,7 +28,8 @@ class Chip:
     """Peak rates, per second, of what JAX calls a device. `ici_rate` is what all links to its neighbours can receive
     at once.
 
-    `kinds`: its `device_kind` in JAX.
+    `kinds`: its `device_kind` in JAX. `int8_ops`: as `flops`, of products of 8-bit integers; a chip for which no such
+    rate is published gets that of bfloat16.
     """
 
     kinds: tuple[str, ...]
@@ -36,25 +37,26 @@ class Chip:
     hbm_bytes: float
     hbm_rate: float
     ici_rate: float
+    int8_ops: float
 
 
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; one way, over the links of all torus dimensions. A
 # TPU7x chip is two devices, each with half of the chip's FLOPs, memory and links. A v4 chip has two cores that are
 # one device ("megacore").
 TPUS = {
-    "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 1.23e12, 6 * 45e9),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 0.82e12, 4 * 45e9),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 2.77e12, 6 * 90e9),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1.64e12, 4 * 90e9),
-    "tpu7x": Chip(("TPU7x", "TPU 7x"), 2307e12 / 2, 192 * 2**30 / 2, 7.4e12 / 2, 6 * 90e9 / 2),
+    "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 1.23e12, 6 * 45e9, 275e12),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 0.82e12, 4 * 45e9, 394e12),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 2.77e12, 6 * 90e9, 918e12),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1.64e12, 4 * 90e9, 1836e12),
+    "tpu7x": Chip(("TPU7x", "TPU 7x"), 2307e12 / 2, 192 * 2**30 / 2, 7.4e12 / 2, 6 * 90e9 / 2, 2307e12 / 2),
 }
 
 # NVIDIA's data sheets of the A100 80GB SXM, the H100 SXM5 and the H200 SXM: FLOPs without sparsity, half of NVLink's
 # two-way rate. HBM bytes are those that CUDA reports of such a GPU.
 GPUS = {
-    "a100": Chip(("NVIDIA A100-SXM4-80GB",), 312e12, 85_100_068_864, 2.039e12, 300e9),
-    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 84_942_979_072, 3.352e12, 450e9),
-    "h200": Chip(("NVIDIA H200",), 989e12, 151_397_597_184, 4.8e12, 450e9),
+    "a100": Chip(("NVIDIA A100-SXM4-80GB",), 312e12, 85_100_068_864, 2.039e12, 300e9, 624e12),
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 84_942_979_072, 3.352e12, 450e9, 1979e12),
+    "h200": Chip(("NVIDIA H200",), 989e12, 151_397_597_184, 4.8e12, 450e9, 1979e12),
 }
 GPUS_PER_NODE = 8  # at most, joined by NVLink
 

@@ -63,6 +63,16 @@ def test_products_count_as_often_as_their_loop_runs(usage):
     assert usage.kernels == {"splash_mha_fwd": (1.0, 2 * 256 * 128)}
 
 
+def test_products_of_8_bit_integers_are_counted_apart(usage):
+    """One whose factors are both of 8 bits; weights alone are widened before the product."""
+    assert usage.integer_flops == 0
+    one = MODULE.replace("%w = bf16[64,32]", "%w = s8[64,32]")
+    both = one.replace("%p2 = bf16[16,64]", "%p2 = s8[16,64]")
+    found = [read_usage(text, lambda name, operands: float(operands[0].size)) for text in (one, both)]
+    assert [usage.integer_flops for usage in found] == [0, 5 * 2 * 16 * 64 * 32]
+    assert {one.flops for one in found} == {usage.flops}
+
+
 def test_collectives_count_what_a_chip_receives(usage):
     gather, reduce = sorted(usage.collectives, key=lambda c: c.kind)
     half = 16 * 32 * 2

@@ -28,6 +28,8 @@ def test_it_answers_as_the_first_does_in_8_bits(folders):
     assert found.quantize == "int8" and found.experiment.model.lora.rank == 0
     chex.assert_trees_all_equal(found.params, expected.params)
     chex.assert_trees_all_equal(load_checkpoint(small, quantize="int8").params, expected.params)
+    for asked, got in (("kv", "int8+kv"), ("w8a8+kv", "w8a8+kv")):
+        assert load_checkpoint(small, quantize=asked).quantize == got
 
 
 def test_a_second_time_is_refused(folders, tmp_path):

@@ -56,7 +56,9 @@ def answers(model, params, batch, quantize):
     return jax.device_get(generator(batch))
 
 
-@pytest.mark.parametrize("rows, top_k, quantize", [(1, 1, ""), (1, 1, "int8"), (1, 2, ""), (3, 1, "int8")])
+@pytest.mark.parametrize(
+    "rows, top_k, quantize", [(1, 1, ""), (1, 1, "int8"), (1, 2, ""), (3, 1, "int8"), (1, 1, "w8a8"), (3, 1, "w8a8")]
+)
 def test_a_gpu_gives_the_same_answers(params, rows, top_k, quantize, request):
     model = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, top_k=top_k))
     batch = jax.tree.map(lambda x: x[:rows], random_batch(tiny_experiment(model=MODEL), 16))

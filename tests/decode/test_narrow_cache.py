@@ -1,4 +1,4 @@
-"""Keys and values of 8 bits: close to whole ones, and the same answer whoever shares the batch."""
+"""Keys and values of 8 bits: close to whole ones, and the same answer whoever shares the batch; so with activations."""
 
 import dataclasses
 import functools
@@ -21,7 +21,6 @@ from tests.helpers import MODEL, random_batch, tiny_experiment
 
 PLAIN = dataclasses.replace(MODEL, lora=LoraConfig())
 ENDS = {"stop_ids": (2,), "seg_id": 7}
-NARROW = DecodeOptions(max_new_tokens=6, max_masks=0, quantize="kv")
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -44,23 +43,18 @@ def params():
     return draw_params(abstract_module(functools.partial(MedPLIB, PLAIN)), 1)
 
 
-def test_answers_are_the_same_in_a_batch_in_slots_and_on_a_mesh(params):
+@pytest.mark.parametrize("quantize", ["kv", "w8a8+kv"])
+def test_answers_are_the_same_in_a_batch_in_slots_and_on_a_mesh(params, quantize):
+    options = DecodeOptions(max_new_tokens=6, max_masks=0, quantize=quantize)
     batch = random_batch(tiny_experiment(model=PLAIN), 16)
     batch = batch.replace(record=np.arange(len(batch.record), dtype=np.int32))
-    generator = Generator(PLAIN, params, NARROW, **ENDS)
+    generator = Generator(PLAIN, params, options, **ENDS)
     expected = jax.device_get(generator(batch))
     rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(len(batch.record))]
     for prompt, answer in stream_answers(generator, rows, slots=3, refill=1):
         np.testing.assert_array_equal(answer.tokens[0], expected.tokens[prompt.record[0]])
     mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
-    spread = Generator(
-        PLAIN,
-        params,
-        DecodeOptions(max_new_tokens=6, max_masks=0, quantize="kv"),
-        **ENDS,
-        mesh=mesh,
-        rules=ShardingConfig(),
-    )(batch)
+    spread = Generator(PLAIN, params, options, **ENDS, mesh=mesh, rules=ShardingConfig())(batch)
     np.testing.assert_array_equal(spread.tokens, expected.tokens)
 
 

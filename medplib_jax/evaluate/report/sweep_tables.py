@@ -11,7 +11,13 @@ from medplib_jax.evaluate.report.published import Published, published
 from medplib_jax.evaluate.report.sweep_load import STRUCTURE, Sweep
 from medplib_jax.evaluate.result import TaskEntry
 
-EIGHT_BITS = {"int8": "int8 weights", "kv": "int8 KV cache", "int8+kv": "int8 weights and KV cache"}
+EIGHT_BITS = {
+    "int8": "int8 weights",
+    "kv": "int8 KV cache",
+    "int8+kv": "int8 weights and KV cache",
+    "w8a8": "int8 weights and activations",
+    "w8a8+kv": "int8 weights, activations and KV cache",
+}
 REWARD_SILENCE = ("no_target_accuracy", "false_mask_rate", "existence_specificity", "gIoU")
 MODALITY_TITLES = {ALL: "all records", MEAN: "mean over modalities"}
 

@@ -26,7 +26,10 @@ TPU_ROW_TILE = 128
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(x_SxD: Array, w: Array, sizes_E: Array, transposed: bool = False) -> Array:
-    """[S, D] rows sorted by group times w [E, D, F], or [E, F, D] if `transposed`, -> [S, F] in x's dtype."""
+    """[S, D] rows sorted by group times w [E, D, F], or [E, F, D] if `transposed`, -> [S, F] in x's dtype.
+
+    int8 times int8 gives int32.
+    """
     return _multiply(x_SxD, w, sizes_E, transpose=transposed)
 
 
@@ -46,10 +49,14 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def grouped_matmul_apart(x_SxD: Array, matrices: Sequence[Array], sizes_E: Array) -> Array:
     """`grouped_matmul` with matrices [D, F] in arrays of their own, in blocks and without gradients."""
-    out = jnp.zeros((x_SxD.shape[0], matrices[0].shape[1]), x_SxD.dtype)
+    out = jnp.zeros((x_SxD.shape[0], matrices[0].shape[1]), _result_type(x_SxD))
     for start, size, matrix in zip(jnp.cumsum(sizes_E) - sizes_E, sizes_E, matrices, strict=True):
         out = _multiply_group(x_SxD, matrix.astype(x_SxD.dtype), start, size, out, (((1,), (0,)), ((), ())))
     return out
+
+
+def _result_type(x: Array):
+    return jnp.int32 if x.dtype == jnp.int8 else x.dtype
 
 
 def _multiply(x, w, sizes, *, transpose):
@@ -106,14 +113,15 @@ def _multiply_blocks(x, w, sizes, transpose):
     def group(e, out):
         return _multiply_group(x, w[e].astype(x.dtype), starts[e], sizes[e], out, contract)
 
-    return jax.lax.fori_loop(0, w.shape[0], group, jnp.zeros((x.shape[0], out_dim), x.dtype))
+    return jax.lax.fori_loop(0, w.shape[0], group, jnp.zeros((x.shape[0], out_dim), _result_type(x)))
 
 
 def _multiply_group(x, matrix, start, size, out, contract):
     """`out` with rows [start, start + size) replaced by those of x times the matrix."""
 
     def block(row, count, keep, out):
-        y = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(x, row, count), matrix, contract, precision_of(x))
+        rows = jax.lax.dynamic_slice_in_dim(x, row, count)
+        y = jax.lax.dot_general(rows, matrix, contract, precision_of(x), preferred_element_type=out.dtype)
         if keep is not None:
             y = jnp.where(keep, y, jax.lax.dynamic_slice_in_dim(out, row, count))
         return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)

@@ -30,7 +30,7 @@ def suits_triton(rows: int, w_ExDxF: Array) -> bool:
 def multiply(x_SxD: Array, w_ExDxF: Array, sizes_E: Array, *, transpose: bool, device) -> Array:
     """The first sizes[0] rows of x times w[0], the next times w[1], ...; other rows give zero.
 
-    Sums are float32, the result has x's dtype.
+    Sums are float32, the result has x's dtype; of int8 both are int32.
     With `transpose`, times w[e].T. `device` (`platform`, `device_kind`) is what the program will run on; on a CPU it is
     interpreted.
     """
@@ -41,9 +41,10 @@ def multiply(x_SxD: Array, w_ExDxF: Array, sizes_E: Array, *, transpose: bool, d
     group_T, start_T, stop_T = row_tiles(sizes_E, rows)
     tiles = (len(group_T), outer // columns)
     kernel = functools.partial(_multiply_kernel, tiles=tiles, depth=depth, columns=columns, transpose=transpose)
+    out_type = jnp.int32 if x_SxD.dtype == jnp.int8 else x_SxD.dtype
     call = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((rows, outer), x_SxD.dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, outer), out_type),
         grid=(math.prod(tiles),),
         name="gmm_triton",
         **_how(device, 2 * rows * inner * outer),
@@ -112,6 +113,7 @@ def _multiply_kernel(group_ref, start_ref, stop_ref, x_ref, w_ref, y_ref, *, til
     row = start + jnp.arange(ROWS)
     inside = jnp.minimum(row, x_ref.shape[0] - 1)[:, None]  # rows past the tile's own are computed and not kept
     column = column_tile * columns + jnp.arange(columns)
+    sum_type = jnp.int32 if x_ref.dtype == jnp.int8 else jnp.float32
     has_matrix = group < w_ref.shape[0]
     group = jnp.minimum(group, w_ref.shape[0] - 1)
 
@@ -121,10 +123,10 @@ def _multiply_kernel(group_ref, start_ref, stop_ref, x_ref, w_ref, y_ref, *, til
             k = i * depth + jnp.arange(depth)
             x = x_ref[inside, k[None, :]]
             w = w_ref[group, column[None, :], k[:, None]] if transpose else w_ref[group, k[:, None], column[None, :]]
-            return total + jnp.dot(x, w, preferred_element_type=jnp.float32)
+            return total + jnp.dot(x, w, preferred_element_type=sum_type)
 
         trips = has_matrix.astype(jnp.int32) * (x_ref.shape[1] // depth)
-        y = jax.lax.fori_loop(0, trips, step, jnp.zeros((ROWS, columns), jnp.float32))
+        y = jax.lax.fori_loop(0, trips, step, jnp.zeros((ROWS, columns), sum_type))
         plgpu.store(y_ref.at[row[:, None], column[None, :]], y.astype(y_ref.dtype), mask=(row < stop)[:, None])
 
 

@@ -32,9 +32,9 @@ def column_block(inner: int, outer: int, itemsize: int, device_kind: str) -> int
     """Columns of a matrix [inner, outer] that are in the chip's memory at a time, a multiple of LANES.
 
     Two blocks of each array are: one is computed with while the next one travels. float32 is multiplied in parts of
-    bfloat16, which take as much again. The result is summed in float32.
+    bfloat16, which take as much again. The result is summed in float32, that of integers in int32.
     """
-    copies = 2 if itemsize == 2 else 4
+    copies = 4 if itemsize == 4 else 2
     limit = memory_limit(device_kind) - SPARE
     per_column = copies * itemsize * (inner + ROW_TILE) + 2 * 4 * ROW_TILE
     most = max((limit - copies * itemsize * inner * ROW_TILE) // per_column // LANES, 1) * LANES
@@ -44,7 +44,7 @@ def column_block(inner: int, outer: int, itemsize: int, device_kind: str) -> int
 
 @functools.partial(jax.jit, static_argnames=("transpose", "device_kind"))  # which gives the kernel its name
 def gmm(x_SxD: Array, w: Array, sizes_G: Array, *, transpose: bool, device_kind: str) -> Array:
-    """Rows sorted by group times w [E, D, F], or [E, F, D] if `transpose`, in x's dtype [S, F].
+    """Rows sorted by group times w [E, D, F], or [E, F, D] if `transpose`, in x's dtype [S, F]; int8 gives int32.
 
     S is a multiple of ROW_TILE. `sizes_G` sum to S: those of E groups, and behind them rows that give zero.
     """
@@ -67,7 +67,7 @@ def gmm(x_SxD: Array, w: Array, sizes_G: Array, *, transpose: bool, device_kind:
     y_SxF = pl.pallas_call(
         functools.partial(_tile, transpose=transpose),
         name="gmm",
-        out_shape=jax.ShapeDtypeStruct((rows, outer), x_SxD.dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, outer), jnp.int32 if x_SxD.dtype == jnp.int8 else x_SxD.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(math.ceil(outer / columns), num_visits),
@@ -95,9 +95,10 @@ def _tile(visits, x_ref, w_ref, y_ref, *, transpose: bool):
     i = pl.program_id(1)
     group = group_ids[i]
     x, w = x_ref[...], w_ref[...]
+    sum_type = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     y = jax.lax.dot_general(
-        x, w, (((1,), (1 if transpose else 0,)), ((), ())), precision_of(x), preferred_element_type=jnp.float32
+        x, w, (((1,), (1 if transpose else 0,)), ((), ())), precision_of(x), preferred_element_type=sum_type
     )
     row = jax.lax.broadcasted_iota(jnp.int32, y.shape, 0) + tiles[i] * ROW_TILE
     own = (row >= starts[group]) & (row < starts[group + 1])
-    y_ref[...] = jnp.where(own, y, y_ref[...].astype(jnp.float32)).astype(y_ref.dtype)
+    y_ref[...] = jnp.where(own, y, y_ref[...].astype(sum_type)).astype(y_ref.dtype)

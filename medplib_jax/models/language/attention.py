@@ -17,6 +17,7 @@ from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import LlmConfig, LoraConfig
 from medplib_jax.models.layers import Linear, Rngs, softmax_average
 from medplib_jax.models.precision import product
+from medplib_jax.models.quantize import quantize_rows
 from medplib_jax.models.rng import split_rng
 from medplib_jax.models.target import is_for_gpu, is_for_tpu, is_simulated, target_device
 from medplib_jax.parallel.sharding import activation_axes, mesh_axes, row_axes
@@ -114,17 +115,10 @@ def attend(
     return _attend_visible(q_BxLxHxK, k_BxGxKxS, v_BxGxSxK, visible_BxLxS)
 
 
-def narrowed(x_BxLxGxK: Array) -> tuple[Array, Array]:
-    """int8 of the same shape, and the float32 scale [B, L, G] of each head's vector: its largest value is 127."""
-    x = x_BxLxGxK.astype(jnp.float32)
-    scale_BxLxG = jnp.maximum(jnp.abs(x).max(-1), 1e-12) / 127
-    return jnp.round(x / scale_BxLxG[..., None]).astype(jnp.int8), scale_BxLxG
-
-
 def begin_cache(k_BxLxGxK: Array, v_BxLxGxK: Array, length: int, narrow: bool) -> tuple[Array | Narrow, Array | Narrow]:
     """One layer's cache of `length` positions that begins with these; `narrow`: in 8 bits."""
     if narrow:
-        (k_BxLxGxK, *k_scale), (v_BxLxGxK, *v_scale) = narrowed(k_BxLxGxK), narrowed(v_BxLxGxK)
+        (k_BxLxGxK, *k_scale), (v_BxLxGxK, *v_scale) = quantize_rows(k_BxLxGxK), quantize_rows(v_BxLxGxK)
     beyond = (0, length - k_BxLxGxK.shape[1])
     k_BxGxKxL, v_BxGxLxK = rearrange(k_BxLxGxK, "B L G K -> B G K L"), rearrange(v_BxLxGxK, "B L G K -> B G L K")
     k = jnp.pad(k_BxGxKxL, ((0, 0), (0, 0), (0, 0), beyond))
@@ -141,7 +135,7 @@ def extend_cache(
     """One layer's cache with the keys and values of L new positions written at `index_BxL`."""
     if not isinstance(k, Narrow):
         return _extend(k, v, k_BxLxGxK, v_BxLxGxK, index_BxL)
-    (k_BxLxGxK, k_scale_BxLxG), (v_BxLxGxK, v_scale_BxLxG) = narrowed(k_BxLxGxK), narrowed(v_BxLxGxK)
+    (k_BxLxGxK, k_scale_BxLxG), (v_BxLxGxK, v_scale_BxLxG) = quantize_rows(k_BxLxGxK), quantize_rows(v_BxLxGxK)
     integers = _extend(k.integers, v.integers, k_BxLxGxK, v_BxLxGxK, index_BxL)
     wide = (k.scale_BxGxS[:, :, None], v.scale_BxGxS[..., None], k_scale_BxLxG[..., None], v_scale_BxLxG[..., None])
     k_scale, v_scale = _extend(*wide, index_BxL)

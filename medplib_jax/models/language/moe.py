@@ -52,7 +52,7 @@ from medplib_jax.models.layers import (
     widens_on_cpu,
 )
 from medplib_jax.models.precision import einsum, product
-from medplib_jax.models.quantize import dequantize_params
+from medplib_jax.models.quantize import by_integers, dequantize_params, quantize_linear, scale_of_rows
 from medplib_jax.models.rng import dropout, split_rng
 from medplib_jax.models.target import is_for_tpu
 from medplib_jax.parallel.sharding import activation_axes, axis_size, mesh_axes, partition_spec, row_axes
@@ -152,7 +152,8 @@ class ExpertLinear(nnx.Module):
         rngs: Rngs,
     ):
         self.kernel = param(rngs, (num_experts, in_dim, out_dim), ("expert", *axes), std=1 / math.sqrt(in_dim))
-        self.kernel_scale = None  # of an 8-bit kernel, see quantize.py
+        self.kernel_scale, self.narrow_rows = None, False  # of an 8-bit kernel, see quantize.py
+        self.spread: tuple[str, ...] = ()  # mesh axes over which the inner width is, inside `Experts._on_mesh`
         self.by_output = False  # the kernel is [E, out, in], see decode/layout.py and `_transposed`
         self.lora_scale, self.lora_dropout = lora.scale, lora.dropout
         shape_a, shape_b = (num_experts, in_dim, lora_rank), (num_experts, lora_rank, out_dim)
@@ -164,6 +165,9 @@ class ExpertLinear(nnx.Module):
 
     def sorted_rows(self, x_SxD: Array, sizes_E: Array, member_SxE: Array, rng: Array | None) -> Array:
         """Rows sorted by expert, `sizes_E` of each; `member_SxE` says the same row by row. [S, in] -> [S, out]."""
+        if self.narrow_rows:
+            scales = scale_of_rows(member_SxE, self.kernel_scale[...])
+            return self._by_integers(lambda x, w: grouped_matmul(x, w, sizes_E, self.by_output), x_SxD, scales)
         kernel = self.kernel[...] if self.kernel_scale is None else self._plain_kernel(x_SxD.dtype)
         y = checkpoint_name(grouped_matmul(x_SxD, kernel, sizes_E, self.by_output), "grouped_matmul")
         if self.lora_a is None:
@@ -176,8 +180,11 @@ class ExpertLinear(nnx.Module):
 
     def every_expert(self, x_ExSxD: Array, rng: Array | None) -> Array:
         """[E, S, in] -> [E, S, out]."""
-        kernel = self._plain_kernel(x_ExSxD.dtype)
-        y = product(x_ExSxD, kernel.swapaxes(1, 2) if self.by_output else kernel)
+        axes = (0, 2, 1) if self.by_output else (0, 1, 2)
+        if self.narrow_rows:
+            scales = self.kernel_scale[...][:, None]
+            return self._by_integers(lambda x, w: product(x, w.transpose(axes), jnp.int32), x_ExSxD, scales)
+        y = product(x_ExSxD, self._plain_kernel(x_ExSxD.dtype).transpose(axes))
         if self.lora_a is None:
             return y
         low = product(dropout(x_ExSxD, self.lora_dropout, rng), self.lora_a[...].astype(y.dtype))
@@ -185,8 +192,14 @@ class ExpertLinear(nnx.Module):
 
     def of_expert(self, x_1xD: Array, expert: Array) -> Array:
         """One row through one expert, in a decoding model for a GPU. [1, in] -> [1, out]."""
+        if self.narrow_rows:
+            scale = self.kernel_scale[...][expert]
+            return self._by_integers(lambda x, w: vector_matmul(x[0], w[expert])[None], x_1xD, scale)
         y = vector_matmul(x_1xD[0], self.kernel[...][expert])
         return (y if self.kernel_scale is None else y * self.kernel_scale[...][expert]).astype(x_1xD.dtype)[None]
+
+    def _by_integers(self, multiply: Callable[[Array, Array], Array], x: Array, scales: Array) -> Array:
+        return by_integers(lambda x: multiply(x, self.kernel[...]), x, scales, spread=self.spread)
 
     def _plain_kernel(self, dtype) -> Array:
         if self.kernel_scale is None:
@@ -240,6 +253,7 @@ class Experts(nnx.Module):
             experts = bind(self, params)
             for name in by_columns:
                 getattr(experts, name).by_output ^= True
+            experts.down.spread = sliced
             y = experts._local(x, routing, rng, exchanged)
             return jax.lax.psum(y, sliced) if sliced else y
 
@@ -298,9 +312,8 @@ class Experts(nnx.Module):
 
 def _choices(x_SxD: Array, routing: Routing, num_experts: int) -> tuple[Array, Array]:
     """A row per choice, [S * k, D], and its expert; dropped choices go to expert `num_experts`, which is none."""
-    return jnp.repeat(x_SxD, routing.expert.shape[1], axis=0), jnp.where(
-        routing.kept, routing.expert, num_experts
-    ).reshape(-1)
+    expert_N = jnp.where(routing.kept, routing.expert, num_experts).reshape(-1)
+    return jnp.repeat(x_SxD, routing.expert.shape[1], axis=0), expert_N
 
 
 def _weighted_sum(y_NxD: Array, routing: Routing) -> Array:
@@ -370,39 +383,46 @@ class ExpertsApart(nnx.Module):
     def __call__(self, x_SxD: Array, routing: Routing, rng: Array | None) -> Array:
         """As `Experts`. One token reads its own experts' weights only; many tokens are sorted, in stacked weights."""
         mesh = jax.typeof(x_SxD).sharding.mesh
-        here = x_SxD.shape[0] // (
-            axis_size(mesh, row_axes(x_SxD.shape[0], mesh)) if mesh.size > 1 else 1
-        )  # tokens of one device
+        devices = axis_size(mesh, row_axes(x_SxD.shape[0], mesh)) if mesh.size > 1 else 1
+        here = x_SxD.shape[0] // devices  # tokens of one device
         if x_SxD.shape[0] == 1:
             weight_k = routing.weight[0].astype(x_SxD.dtype)
             run = [lambda x, mlp=mlp: mlp(x, rng) for mlp in self.each]
             return sum(weight_k[i] * jax.lax.switch(routing.expert[0, i], run, x_SxD) for i in range(len(weight_k)))
         if here <= _few_tokens(x_SxD):
-            weight_SxE = (
-                (jax.nn.one_hot(routing.expert, len(self.each)) * routing.weight[:, :, None]).sum(1).astype(x_SxD.dtype)
-            )
+            weight_SxE = (jax.nn.one_hot(routing.expert, len(self.each)) * routing.weight[:, :, None]).sum(1)
+            weight_SxE = weight_SxE.astype(x_SxD.dtype)
             return sum(weight_SxE[:, e, None] * mlp(x_SxD, rng) for e, mlp in enumerate(self.each))
         if mesh.size <= 1 and not is_for_tpu(x_SxD):
             return self._sorted(x_SxD, routing)
-        stacked = jax.tree.map(
-            lambda *arrays: jnp.stack(arrays), *(dequantize_params(params_of(mlp), x_SxD.dtype) for mlp in self.each)
-        )
-        return bind(abstract_module(lambda rngs: Experts(*self.sizes, rngs, self.rules)), stacked)(x_SxD, routing, rng)
+        return self._stacked(x_SxD.dtype)(x_SxD, routing, rng)
+
+    def _stacked(self, dtype) -> Experts:
+        experts = abstract_module(lambda rngs: Experts(*self.sizes, rngs, self.rules))
+        params = {e: params_of(mlp) for e, mlp in enumerate(self.each)}
+        if self.each[0].gate.narrow_rows:
+            for linear in (experts.gate, experts.up, experts.down):
+                quantize_linear(linear, rows=True)
+        else:
+            params = dequantize_params(params, dtype)
+        return bind(experts, jax.tree.map(lambda *arrays: jnp.stack(arrays), *params.values()))
 
     def _sorted(self, x_SxD, routing):
         """Many tokens, without copying the weights side by side. Adapters have been merged."""
         x_NxD, expert_N = _choices(x_SxD, routing, len(self.each))
         order, inverse, member = sort_by_expert(expert_N, len(self.each))
 
-        def product(name, x):
-            def multiply(params):
-                kernels = [dequantize_params(one, x.dtype)["kernel"] for one in params]
-                return grouped_matmul_apart(x, kernels, member.sum(0, dtype=jnp.int32))
+        def grouped(x, params):
+            return grouped_matmul_apart(x, [one["kernel"] for one in params.values()], member.sum(0, dtype=jnp.int32))
 
-            params = [params_of(getattr(mlp, name)) for mlp in self.each]
+        def product(name, x):
+            params = {e: params_of(getattr(mlp, name)) for e, mlp in enumerate(self.each)}
+            if self.each[0].gate.narrow_rows:
+                scales = scale_of_rows(member, [one["kernel_scale"] for one in params.values()])
+                return by_integers(lambda x: grouped(x, params), x, scales)
             if widens_on_cpu(x, params[0]["kernel"]):
-                return in_column_blocks(multiply, params, len(x), x.dtype)
-            return multiply(params)
+                return in_column_blocks(lambda p: grouped(x, dequantize_params(p, x.dtype)), params, len(x), x.dtype)
+            return grouped(x, dequantize_params(params, x.dtype))
 
         x = permute_rows(x_NxD, order, inverse)
         h = jax.nn.silu(product("gate", x)) * product("up", x)

@@ -43,6 +43,14 @@ def test_tiles_equal_one_product_per_group(cuts, shape):
         np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
+def test_integers_of_8_bits_are_summed_in_32():
+    sizes, rng = np.array([70, 0, 200]), np.random.default_rng(0)
+    x, w = (rng.integers(-127, 128, shape, np.int8) for shape in ((300, 48), (3, 48, 256)))
+    multiply = jax.jit(functools.partial(gpu.multiply, transpose=False, device=CPU))
+    expected, *_ = reference(x.astype(np.int32), w.astype(np.int32), np.zeros((300, 256), np.int32), sizes)
+    np.testing.assert_array_equal(multiply(x, w, sizes), expected)
+
+
 @given(st.lists(st.integers(0, 900), min_size=1, max_size=6), st.integers(0, 300))
 @settings(deadline=None, max_examples=25)
 def test_every_row_lies_in_one_tile_of_its_group(sizes, rest):

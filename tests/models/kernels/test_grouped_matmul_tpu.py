@@ -9,26 +9,41 @@ from jax.experimental.pallas import tpu as pltpu
 from medplib_jax.models.kernels import grouped_matmul_tpu as module
 
 
-@pytest.mark.parametrize("transpose", [False, True])
-def test_columns_come_in_blocks(transpose, monkeypatch, capsys):
-    """Two and a half of them here; a group is empty, borders lie inside tiles, rows at the end belong to none."""
+@pytest.mark.parametrize(("transpose", "dtype"), [(False, np.float32), (True, np.float32), (False, np.int8)])
+def test_columns_come_in_blocks(transpose, dtype, monkeypatch, capsys):
+    """Two and a half of them here; a group is empty, borders lie inside tiles, rows at the end belong to none.
+
+    Products of 8-bit integers are whole numbers beyond 8 bits.
+    """
     monkeypatch.setattr(module, "column_block", lambda *_: 128)
-    draw = np.random.default_rng(0).standard_normal
-    x, w = draw((384, 96)).astype(np.float32), draw((3, 96, 320)).astype(np.float32)
-    expected = np.concatenate([x[:70] @ w[0], x[70:300] @ w[2], np.zeros((84, 320))])
+    rng = np.random.default_rng(0)
+    x, w = ((rng.standard_normal(shape) * 40).astype(dtype) for shape in ((384, 96), (3, 96, 320)))
+    wide = np.int32 if dtype == np.int8 else dtype
+    parts = (
+        x[:70].astype(wide) @ w[0].astype(wide),
+        x[70:300].astype(wide) @ w[2].astype(wide),
+        np.zeros((84, 320), wide),
+    )
+    expected = np.concatenate(parts)
     matrices, sizes = w.swapaxes(1, 2) if transpose else w, jnp.array([70, 0, 230, 84])
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         found = jax.jit(module.gmm, static_argnames=("transpose", "device_kind"))(
-            x, matrices, sizes, transpose=transpose, device_kind=f"TPU {transpose}"
+            x, matrices, sizes, transpose=transpose, device_kind=f"TPU {transpose} {dtype}"
         )
     pltpu.reset_tpu_interpret_mode_state()
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+    assert found.dtype == wide
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     assert "race" not in capsys.readouterr().out.lower()
 
 
 @pytest.mark.parametrize(
     ("kind", "inner", "outer", "itemsize", "block"),
-    [("TPU v5 lite", 11008, 4096, 2, 896), ("TPU v5", 4096, 11008, 2, 2304), ("TPU v4", 11008, 4096, 2, 128)],
+    [
+        ("TPU v5 lite", 11008, 4096, 2, 896),
+        ("TPU v5", 4096, 11008, 2, 2304),
+        ("TPU v4", 11008, 4096, 2, 128),
+        ("TPU v5", 11008, 4096, 1, 1408),
+    ],
 )
 def test_a_block_is_as_wide_as_the_chips_memory_allows(kind, inner, outer, itemsize, block):
     """Two of each array lie there; blocks are about equally wide."""
