@@ -10,6 +10,8 @@ from medplib_jax.volumes.volume import LPS_TO_RAS, MAX_VOXELS, Volume, check_aff
 NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 SUFFIXES = NIFTI + ITK
+_STEPS = (b"spacings:", b"space directions:", b"elementspacing", b"elementsize")  # of NRRD and MetaImage
+_HEADER = 2**16  # bytes in which they stand
 _UNITS = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's code -> mm
 
 
@@ -165,9 +167,17 @@ def _read_itk(path: str, name: str, index: int | None, most: int) -> Volume:
         values,
         check_affine(path, affine),
         name,
+        measured=_tells_steps(path),
         slice_axis=_slice_axis(None, np.array(image.GetSpacing())),
         files=(path,),
     )
+
+
+def _tells_steps(path: str) -> bool:
+    """Whether a header of NRRD or MetaImage says how far apart voxels are; where it does not, ITK takes 1 mm."""
+    with open(path, "rb") as file:
+        header = file.read(_HEADER).lower()
+    return any(step in header for step in _STEPS)
 
 
 def itk_affine(image) -> np.ndarray:

@@ -131,6 +131,7 @@ def test_a_sweep_measures_where_the_spacing_is_known(swept):
     assert ("empty mask", "known", "hd95_mm") not in found  # nothing is drawn: not zero
     assert found["whole image", "known", "mDice"]["records"] == 2
     assert {task for _, task, metric in found if metric in MILLIMETRES} == {"known"}
+    assert "whose pictures have a known spacing" in (swept / "report.html").read_text()
 
 
 def test_tables_and_comparisons_take_millimetres_as_any_metric(swept, tmp_path):

@@ -33,6 +33,19 @@ def test_all_formats_give_the_same_volume(tmp_path, suffix):
     assert difference(volume.shape, volume.affine, turned.shape, affine) is None and volume.slice_axis == 2
 
 
+@pytest.mark.parametrize("suffix", ["nrrd", "mha"])
+def test_a_header_without_lengths_measures_nothing(tmp_path, suffix):
+    image = sitk.GetImageFromArray(some_values().T)
+    image.SetSpacing((0.5, 0.75, 2.5))
+    path, other = tmp_path / f"x.{suffix}", tmp_path / f"y.{suffix}"
+    sitk.WriteImage(image, str(path))
+    lines = path.read_bytes().split(b"\n", 12)
+    kept = [line for line in lines if not line.lower().startswith((b"space", b"elementspacing"))]
+    other.write_bytes(b"\n".join(kept))
+    assert read(path).measured and not read(other).measured
+    np.testing.assert_array_equal(read(other).values, some_values())
+
+
 def test_a_fourth_axis_is_chosen_by_index(tmp_path):
     values = np.stack([some_values(seed=seed) for seed in range(3)], axis=-1)
     write_nifti(tmp_path / "x.nii.gz", values)

@@ -36,6 +36,7 @@ from medplib_jax.evaluate.result import TaskEntry
 
 FIGURES = "report_figures"  # charts as PDF and SVG
 MAX_SKIPPED = 500  # shown in the page; report.json has all
+LENGTHS = ("mm", "mm²", "ml")  # units of metrics for which a spacing has to be known
 
 
 def write_sweep_report(workdir: str | Path, cases: int = CASES) -> Path:
@@ -76,6 +77,7 @@ def write_sweep_report(workdir: str | Path, cases: int = CASES) -> Path:
             shorten=shorten,
             records=sum(len(cell.records) for cell in sweep.cells),
             tests=sum(figure.p is not None for figure in figures),
+            measured=any(describe(figure.metric).unit in LENGTHS for figure in figures),
             region_colour=REGION_COLOUR,
             palette=PALETTE,
             folder=FOLDER,
