@@ -3,6 +3,7 @@ reference of the public names from their docstrings.
 """
 
 import ast
+import json
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -66,6 +68,26 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "house.svg", content=draw_house(ROOT)))
     files.append(File.generated(config, "api.md", content="\n".join(reference())))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Puts the published figures below the page on reproduction."""
+    return markdown + "\n".join(published()) if page.file.src_uri == "reproduction.md" else markdown
+
+
+def published() -> Iterator[str]:
+    """The figures of published.json as a section with a table: each with its source and how it was measured."""
+    known = json.loads((ROOT / "medplib_jax/evaluate/report/published.json").read_text(encoding="utf-8"))
+    yield "\n## The published figures\n\nIn percent, as they stand in `medplib_jax/evaluate/report/published.json`.\n"
+    yield "| test set | metric | source | figures |\n|---|---|---|---|"
+    for figure in known["figures"]:
+        task, source = known["tasks"][figure["task"]], known["sources"][figure["source"]]
+        values = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in figure["values"].items())
+        yield f"| {task['label']} | {task['metric']} | {source['label']} | {values} |"
+    yield "\n| source | from | how |\n|---|---|---|"
+    for source in known["sources"].values():
+        yield f"| {source['label']} | {source['cite']} | {source['how']} |"
+    yield ""
 
 
 def relink(text: str, file: str) -> str:

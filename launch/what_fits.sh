@@ -30,6 +30,14 @@ generation() { # TOPOLOGY ROWS FLAGS...
     --config.eval.max_new_tokens=64 "$@"
 }
 
+lora() { # TOPOLOGY ROWS FLAGS... (rows of 1,024 positions, BiRD's of 2,048)
+  local topology="$1" rows="$2"
+  shift 2
+  examine "stage III LoRA on $topology, $rows rows" "$topology" stage3_grounding.py:7b --length=1024 --rows="$rows" --config.mesh.fsdp=8 "$@"
+  examine "stage IV LoRA on $topology, $rows rows" "$topology" finetune_folder.py:7b_v5e8 --length=1024 --rows="$rows" "$@"
+  examine "BiRD LoRA on $topology, $rows rows" "$topology" bird_grit.py:lora --length=2048 --rows="$rows" --config.mesh.fsdp=8 "$@"
+}
+
 if [ "$kind" = tpu ]; then
   stages v5e:8x8 128 --config.mesh.fsdp=64
   stages v5p:2x4x4 128 --config.mesh.data=2 --config.mesh.fsdp=16
@@ -39,7 +47,18 @@ if [ "$kind" = tpu ]; then
   examine "stage IV, everything trains, AdamW on v5p:4x4x4" v5p:4x4x4 stage4_moe.py:7b --length=1024 --config.mesh.data=4 --config.mesh.fsdp=16 \
     --config.optim.trainable='("",)' --config.model.lora.rank=0
   examine "stage V, 4 pictures, on v5e:8x8" v5e:8x8 stage5_icl --length=4096
-  generation v5e:2x4 32 --config.mesh.tensor=8
+  examine "stage IV on v5e:8x8, 192 rows" v5e:8x8 stage4_moe.py:7b --length=1024 --rows=192 --config.mesh.fsdp=64
+  examine "stage IV on v6e:8x8, 384 rows" v6e:8x8 stage4_moe.py:7b --length=1024 --rows=384 --config.mesh.fsdp=64
+  for rows in 1 8 32; do
+    generation v5e:2x4 "$rows" --config.mesh.tensor=8
+    generation v6e:2x2 "$rows" --config.mesh.tensor=4
+  done
+  lora v5e:2x4 8
+  lora v5e:2x4 64 --config.model.remat=full
+  for rows in 1 8; do # a chip of Colab's, with weights of 8 bits
+    examine "prediction, 64 new tokens on v5e:1x1, $rows rows" v5e:1x1 stage4_moe.py:7b --program=decode --quantize=int8 --rows="$rows" \
+      --length=1024 --config.mesh.fsdp=1 --config.eval.max_new_tokens=64
+  done
   examine "BiRD on v5e:8x8, 256 rows" v5e:8x8 bird_grit.py:9b --config.mesh.fsdp=64
   examine "BiRD on v5p:4x4x4, 256 rows" v5p:4x4x4 bird_grit.py:9b --config.mesh.data=4 --config.mesh.fsdp=16
 else

@@ -88,7 +88,8 @@ FOREIGN = ("sbatch", "pip", "curl", "evalscope", "eval.py", "lmms_eval", "pytest
 # The Python of readmes: what runs it, or why it is not run.
 SNIPPETS = {
     "README.md": "tests/test_readmes.py",
-    "medplib_jax/evaluate/evaluators/README.md": "tests/evaluate/test_rescore.py",
+    "medplib_jax/evaluate/evaluators/README.md": "tests/evaluate/test_rescore.py, tests/evaluate/test_kinds.py",
+    "docs/python.md": "tests/docs/test_python.py",
     "medplib_jax/evaluate/report/README.md": "needs pandas; tests/evaluate/test_table.py reads the same file",
     "medplib_jax/serve/README.md": "needs a server; tests/serve/test_chat.py asks one by the same client",
 }

@@ -50,6 +50,11 @@ class ClipConfig(Section, name="clip"):
     def num_patches(self) -> int:
         return self.grid**2
 
+    @property
+    def computed_layers(self) -> int:
+        """How many layers it takes to reach the output of `select_layer`."""
+        return self.num_layers + 1 + self.select_layer
+
 
 @dataclasses.dataclass(frozen=True)
 class QwenVisionConfig(Section, name="vit"):

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medplib_jax.batch import Array, Batch, Params
 from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import ModelConfig
-from medplib_jax.decode.layout import decoding_model, in_decoding_layout, to_decoding_layout
+from medplib_jax.decode.layout import LARGE, decoding_model, in_decoding_layout, to_decoding_layout
 from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.decode.prefix import run_prefix, run_rest
 from medplib_jax.decode.sampling import Draws, answer_draws, draw_token
@@ -42,8 +42,6 @@ from medplib_jax.models.whole import WholeModel
 from medplib_jax.parallel.compilation import compiler_options
 from medplib_jax.parallel.mesh import one_device
 from medplib_jax.parallel.sharding import BATCH_AXES, activation_axes, axis_size, batch_sharding, check_model_fits
-
-LARGE = 2**30  # bytes of parameters from which on memory is short on a CPU
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from medplib_jax.batch import Params, flatten, unflatten
 from medplib_jax.config.experiment import ShardingConfig
-from medplib_jax.config.model import LoraConfig, ModelConfig
+from medplib_jax.config.model import ClipConfig, LoraConfig, ModelConfig
 from medplib_jax.decode.saved_params import SavedArray
 from medplib_jax.models.families import build_model
 from medplib_jax.models.language.lora import merge_lora
@@ -28,6 +28,7 @@ from medplib_jax.parallel.compilation import is_gpu
 from medplib_jax.parallel.mesh import one_device
 from medplib_jax.parallel.sharding import check_model_fits
 
+LARGE = 2**30  # bytes of parameters from which on memory is short on a CPU
 # int8: weights of 8 bits; w8a8: these, and the decoder's activations in its products; kv: keys and values of the cache
 QUANTIZE = ("", "int8", "kv", "int8+kv", "w8a8", "w8a8+kv")
 STACKS = ("llm/layers/", "llm/mlp/", "llm/moe/")  # modules whose parameters have an axis of layers in a checkpoint
@@ -58,9 +59,8 @@ def model_in_decoding_layout(
     """
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize {quantize!r} is not one of {QUANTIZE}")
-    return _model_in_decoding_layout(
-        dataclasses.replace(config, lora=LoraConfig()), rules, quantize, is_gpu(mesh or one_device())
-    )
+    config = dataclasses.replace(config, lora=LoraConfig(), clip=_computed(config.clip))
+    return _model_in_decoding_layout(config, rules, quantize, is_gpu(mesh or one_device()))
 
 
 @functools.lru_cache(maxsize=8)
@@ -74,6 +74,12 @@ def _model_in_decoding_layout(
     model = quantize_module(model, "w8a8" in quantize) if has_narrow_weights(quantize) else model
     model.llm.narrow_cache = "kv" in quantize
     return _turn_module(model) if for_gpu else model
+
+
+def _computed(clip: ClipConfig) -> ClipConfig:
+    """Without the layers that are not computed. To leave them out of a stack would copy it for every question."""
+    kept = max(1, clip.computed_layers)
+    return dataclasses.replace(clip, num_layers=kept, select_layer=clip.select_layer + clip.num_layers - kept)
 
 
 def to_decoding_layout(
@@ -150,6 +156,8 @@ def _arrange(path: str, module: Params, *, lora: LoraConfig, like: dict[str, Any
     if transposed and path.startswith("llm/") and "kernel" in module:
         module = module | {"kernel": module["kernel"].swapaxes(-1, -2)}
     found = {f"{path}/{name}": array for name, array in module.items()}
+    if path.startswith("clip/layers/"):  # see `_computed`
+        found = {place: array[: like[place].shape[0]] for place, array in found.items()}
     for place, array in found.items():
         expected = like[place].shape if place in like else "no such array"
         if array.shape != expected:

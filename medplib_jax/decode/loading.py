@@ -7,9 +7,10 @@ from jax.sharding import Mesh
 
 from medplib_jax.batch import Params
 from medplib_jax.config.experiment import ExperimentConfig, ShardingConfig
-from medplib_jax.decode.layout import has_narrow_weights, to_decoding_layout
+from medplib_jax.decode.layout import LARGE, has_narrow_weights, to_decoding_layout
 from medplib_jax.decode.saved_params import open_params
-from medplib_jax.parallel.compilation import release_memory
+from medplib_jax.models.quantize import num_bytes
+from medplib_jax.parallel.compilation import release_memory, return_freed_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ def load_checkpoint(
     saved = open_params(path, step)
     if saved.quantize and not has_narrow_weights(quantize):
         quantize = "+".join(filter(None, (saved.quantize, quantize)))
+    if num_bytes(saved.tree) > LARGE:
+        return_freed_memory()
     params = to_decoding_layout(saved.experiment.model, saved.tree, mesh, rules, quantize)
     saved.check()
     release_memory()

@@ -71,6 +71,10 @@ class SavedArray:
         self._read: dict[str, tuple[int, int]] = {}  # part -> its elements, and the sum over their bits
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def rows_at_once(self) -> int:
         """Rows along the first axis that lie in one piece of the file. To read one of them is to read all."""
         return self._store.chunk_layout.read_chunk.shape[0] if self.shape else 1

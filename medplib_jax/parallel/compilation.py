@@ -17,6 +17,7 @@ from medplib_jax.parallel.quiet import ignore_missing_tpu
 log = logging.getLogger(__name__)
 
 FOLDER = "~/.cache/medplib_jax"
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def use_cache() -> None:
@@ -34,6 +35,15 @@ def release_memory() -> None:
     """Gives memory that was freed (by compiling, say) back to the system. glibc would keep it: gigabytes."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
+
+
+def return_freed_memory() -> None:
+    """From now on arrays of 4 MB and more go back to the system as soon as they are freed.
+
+    glibc would keep them for later, up to the largest size that it has seen, for every thread.
+    """
+    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
+        set_option(M_MMAP_THRESHOLD, 2**22)
 
 
 def is_gpu(mesh: Mesh) -> bool:

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+from medplib_jax.data.records import parse_record
 from medplib_jax.data.sources import open_source
 from tests.datasets import collection, test_importers
 from tests.datasets.test_slices import write_nifti
@@ -137,3 +138,15 @@ def test_folders_of_pictures_may_be_links(tmp_path, monkeypatch, capsys, link):
     printed = capsys.readouterr().out
     assert "train on: data/assembled/mecovqa/grounding/1.0.0#train" in printed
     assert "train on: data/assembled/mecovqa/grounding/1.0.0#test" not in printed and "#test" in printed
+
+
+def test_a_record_of_each_form_is_read():
+    (block,) = re.findall(r"^```\n(A question about a picture.*?)^```", README.read_text(), re.M | re.S)
+    records = [json.loads("{" + piece.split("\n{", 1)[1]) for piece in block.strip().split("\n\n")]
+    read = [parse_record(record, "README.md", index, "") for index, record in enumerate(records)]
+    assert len(read) == 6 and all(record.images == ("images/ct_1.png",) for record in read)
+    vqa, region, mask, boxes, examples, volume = read
+    assert vqa.answer_type == "closed" and len(vqa.turns) == 4 and "<region>" in region.turns[0][1]
+    assert mask.spacing == (0.7, 0.7) and mask.references == ("images/ct_1.png", "masks/ct_1_liver.png")
+    assert boxes.turns[0][1].startswith("<image>") and "<box>" in boxes.turns[1][1]
+    assert examples.target_mask and examples.examples and volume.volume.slices == 40 and volume.spacing == (0.7, 0.7)

@@ -1,5 +1,6 @@
 """The site builds without a warning, its drawing follows the imports, and its commands name what is there."""
 
+import json
 import os
 import re
 import subprocess
@@ -47,6 +48,13 @@ def test_links_of_a_readme_are_links_between_pages(site):
     text = (site / "index.html").read_text()
     assert 'href="kaggle/"' in text and 'href="evaluate/#metrics-of-your-own"' in text
     assert re.search(r"LICENSE \(<code>LICENSE</code>\)", text)  # no page: its path
+
+
+def test_every_published_figure_stands_on_the_page_of_reproduction(site):
+    text = (site / "reproduction/index.html").read_text()
+    known = json.loads((ROOT / "medplib_jax/evaluate/report/published.json").read_text())
+    values = [value for figure in known["figures"] for value in figure["values"].values()]
+    assert len(values) > 20 and all(f"{value:g}" in text for value in values)
 
 
 def test_the_reference_has_the_public_names(site):

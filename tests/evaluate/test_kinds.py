@@ -1,6 +1,7 @@
 """Kinds of questions: one file each, from which sweep, report and tables take everything."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,25 +13,10 @@ from medplib_jax.evaluate.metrics import catalogue
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.tasks import read_task
 from tests.evaluate.evaluators import tiny
+from tests.paths import ROOT
 
-COUNTING = '''
-from medplib_jax.evaluate.kinds.base import TaskKind
-from medplib_jax.evaluate.metrics.catalogue import Metric
-
-
-class Counting(TaskKind):
-    """How far the number in an answer is from the expected one."""
-
-    name = "counting"
-    main = ("off_by",)
-    metrics = {"off_by": Metric("off by", "mean distance of the numbers over ten", "lower", by_modality=True)}
-
-    def score(self, answer, protocol):
-        return {"scores": {"off_by": abs(int(answer.text) - int(answer.expected)) / 10}}
-
-
-KINDS = (Counting(),)
-'''
+README = (ROOT / "medplib_jax/evaluate/evaluators/README.md").read_text()
+(COUNTING,) = re.findall(r"^```python\n(# medplib_jax/evaluate/kinds/.*?)^```", README, re.M | re.S)
 
 
 @pytest.fixture
@@ -68,14 +54,14 @@ def test_one_file_adds_a_kind_to_sweep_report_and_tables(counting, tmp_path):
     ]
     (tmp_path / "a.jsonl").write_text('{"header": 1}\n' + "".join(json.dumps(row) + "\n" for row in rows))
     cell = {"checkpoint": "a", "task": "fingers", "protocol": "exact", "predictions": ["a.jsonl"]}
-    cell |= {"records": 3, "metrics": {"off_by": 0.3}}
+    cell |= {"records": 3, "metrics": {"off_by": 3}}
     task = {"name": "fingers", "kind": "counting", "file": "fingers.json", "records": 3}
     sweep = {"checkpoints": [{"name": "a"}], "tasks": [task], "cells": [cell]}
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
     page = write_sweep_report(tmp_path).read_text()
-    assert "off by" in page and "mean distance of the numbers over ten" in page and "sweep.json says" not in page
+    assert "off by" in page and "mean distance of the two numbers" in page and "sweep.json says" not in page
     (main,) = (f for f in json.loads((tmp_path / "report.json").read_text())["figures"] if f["modality"] == "all")
-    assert (main["metric"], main["main"]) == ("off_by", True) and main["value"] == pytest.approx(np.mean([0.1, 0, 0.8]))
+    assert (main["metric"], main["main"]) == ("off_by", True) and main["value"] == pytest.approx(np.mean([1, 0, 8]))
     selection = {"tasks": "*", "metrics": "", "checkpoints": "*", "protocol": "", "modality": "all"}
     assert "fingers off by" in table.make_table(tmp_path, "markdown", **selection)
 

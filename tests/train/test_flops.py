@@ -11,8 +11,10 @@ import pytest
 from medplib_jax.aot.topologies import devices_of
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import LoraConfig, MoeConfig
+from medplib_jax.train.flops import CHIPS as KINDS
 from medplib_jax.train.flops import TPUS, chip_of_device, mfu, step_flops
 from tests.helpers import random_batch, tiny_experiment
+from tests.paths import ROOT
 
 SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 CHIPS = 4  # of each of these topologies
@@ -66,3 +68,13 @@ def test_the_table_speaks_of_what_jax_calls_a_device(kind):
         jax.jit(lambda x: x + 1, out_shardings=where).lower(too_large).compile()
     available = float(re.search(r"available HBM \(([\d.]+)G\)", str(refusal.value))[1]) * 2**30
     assert 0.95 < available / chip.hbm_bytes < 1.01
+
+
+def test_the_readme_of_the_roofline_has_the_rates_of_the_chips():
+    text = (ROOT / "medplib_jax/benchmarks/README.md").read_text()
+    rows = re.findall(r"^\| (v\w+|H\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$", text, re.M)
+    assert len(rows) == 5
+    for kind, *told in rows:
+        chip = KINDS[kind.lower()]
+        rates = (chip.flops / 1e12, chip.hbm_rate / 1e12, chip.ici_rate / 1e12, chip.flops / chip.hbm_rate)
+        assert [float(number) for number in told] == pytest.approx(rates, rel=0.005), kind

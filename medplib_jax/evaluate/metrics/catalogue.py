@@ -24,7 +24,7 @@ class Metric:
 
     @property
     def title(self) -> str:
-        return self.label if self.unit == "%" else f"{self.label} ({self.unit})"
+        return self.label if self.unit in ("", "%") else f"{self.label} ({self.unit})"
 
 
 _KNOWN = "whose picture has a known spacing"

@@ -91,6 +91,5 @@ class ClipVisionTower(nnx.Module):
         return x[:, 1:], {"embeddings": embeddings, "class_token": x[:, 0]}
 
     def _computed_layers(self) -> nnx.Module:
-        count = self.config.num_layers + 1 + self.config.select_layer
         graphdef, state = nnx.split(self.layers)
-        return nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[:count], state))
+        return nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[: self.config.computed_layers], state))

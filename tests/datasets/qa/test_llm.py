@@ -232,9 +232,10 @@ def test_the_command_needs_an_endpoint_and_a_model(tmp_path, pairs, monkeypatch,
 
 
 def test_the_model_is_told_what_masks_prove_and_no_names_of_files_or_patients(facts):
-    facts = dataclasses.replace(facts, metadata={"patient": "Jane", "region scanned": "abdomen"})
+    known = {"patient": "Jane", "spacing": "[0.7, 0.7]", "region scanned": "abdomen"}
+    facts = dataclasses.replace(facts, metadata=known)
     request = json.dumps(llm_prompts.description_request(facts, facts.targets))
-    assert "region scanned: abdomen" in request and "Jane" not in request
+    assert "region scanned: abdomen" in request and "Jane" not in request and "0.7" not in request
     assert (
         "Modality: CT" in request
         and "left kidney: in the lower right of the image" in request
