@@ -120,11 +120,12 @@ class Scans:
         plane = shown.cut.reoriented(np.asarray(nibabel.load(out / "masks.nii.gz").dataobj))[number]
         ious = {row["structure"]: float(row["mean_predicted_iou"] or 0) for row in _table(out / "table.tsv")}
         pixel = float(np.min(shown.volume.spacing[list(shown.cut.axes[1:])])) ** 2
+        told = shown.volume.located and shown.volume.measured
         found = []
         for value, structure in read_json(out / "masks.json").items():
             mask = shown.cut.mask_on_picture(plane == int(value))
             if mask.any():
-                area = round(int(mask.sum()) * pixel, 2) if shown.volume.located else None
+                area = round(int(mask.sum()) * pixel, 2) if told else None
                 found.append(describe_mask(mask, structure, ious[structure]) | {"area_mm2": area})
         return found
 

@@ -100,7 +100,7 @@ def _table(scan: Volume, shown: Pictures, masks: Mapping[str, np.ndarray], ious:
     voxel = abs(np.linalg.det(scan.affine[:3, :3])) / 1000
     for value, (name, mask) in enumerate(masks.items(), start=1):
         count, slices = int(mask.sum()), int(shown.cut.reoriented(mask).any(axis=(1, 2)).sum())
-        volume = f"{count * voxel:.3f}" if scan.located else ""
+        volume = f"{count * voxel:.3f}" if scan.located and scan.measured else ""
         writer.writerow([value, name, count, volume, slices, f"{ious[name]:.3f}" if count else ""])
     return content.getvalue()
 

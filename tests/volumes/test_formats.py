@@ -10,7 +10,9 @@ import SimpleITK as sitk
 from medplib_jax.data.errors import DataError
 from medplib_jax.volumes.formats import read_volume_file
 from medplib_jax.volumes.geometry import difference, onto
+from medplib_jax.volumes.pictures import pictures
 from medplib_jax.volumes.read import count_volumes
+from medplib_jax.volumes.results import write_results
 from tests.volumes.scans import some_values, write_nifti
 
 
@@ -44,6 +46,11 @@ def test_a_header_without_lengths_measures_nothing(tmp_path, suffix):
     other.write_bytes(b"\n".join(kept))
     assert read(path).measured and not read(other).measured
     np.testing.assert_array_equal(read(other).values, some_values())
+    millilitres = []
+    for scan in (read(path), read(other)):
+        write_results(str(tmp_path), scan, pictures(scan), {"all": np.ones(scan.shape, bool)}, {"all": 1.0}, "model")
+        millilitres.append((tmp_path / "table.tsv").read_text().splitlines()[1].split("\t")[3])
+    assert millilitres == [f"{some_values().size * 0.5 * 0.75 * 2.5 / 1000:.3f}", ""]
 
 
 def test_a_fourth_axis_is_chosen_by_index(tmp_path):
