@@ -99,8 +99,9 @@ class TfdsSource(Source):
             "image": example["image_name"][0].decode(),
             "conversations": [{"from": role.decode(), "value": text.decode()} for role, text in turns],
             "answer_type": example["answer_type"][0].decode(),
-            "patient": next((patient.decode() for patient in example.get("patient", ())), ""),
-            "spacing": next((json.loads(spacing) for spacing in example.get("spacing", ()) if spacing), None),
+            "patient": example.get("patient", (b"",))[0].decode(),
+            "structure": example.get("structure", (b"",))[0].decode() or None,
+            **{name: json.loads(example.get(name, (b"",))[0] or b"null") for name in ("spacing", "volume")},
         }
         contents = {name.decode(): mask for name, mask in zip(example["mask_names"], example["masks"], strict=True)}
         contents[raw["image"]] = example["image"][0]
@@ -187,6 +188,7 @@ def digest(source: Source, records: Iterable[int]) -> str:
             continue
         total.update(repr((index, record.images, record.turns, record.answer_type)).encode())
         total.update(repr(record.examples).encode() if record.examples else b"")
+        total.update(repr((record.patient, record.structure)).encode() if record.patient or record.structure else b"")
         total.update(repr((record.spacing, record.volume)).encode() if record.spacing else b"")
         if record.contents is None:
             files |= dict.fromkeys(record.references, record)

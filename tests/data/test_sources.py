@@ -189,6 +189,15 @@ def test_a_digest_changes_with_every_file_that_a_record_names(tmp_path):
     assert digest(source, range(2)) == first
 
 
+def test_a_digest_changes_with_what_figures_are_grouped_by(tmp_path):
+    found = set()
+    for told in ({}, {"patient": "1"}, {"patient": "2"}, {"structure": "liver"}, {"spacing": [1, 1]}):
+        record = {"image": "image.png", "conversations": conversation("<image>\nWhat is it?", "A liver."), **told}
+        (tmp_path / "a.json").write_text(json.dumps([record]))
+        found.add(digest(open_source(str(tmp_path / "a.json")), range(1)))
+    assert len(found) == 5
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("{", "annotation file cannot be read"), ("{}", "not a list of records; expected a JSON list, found dict")],

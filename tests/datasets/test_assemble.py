@@ -117,6 +117,19 @@ def test_the_dataset_equals_its_files(folders):
         )
 
 
+def test_structure_and_volume_are_kept(folders):
+    volume = {"name": "ct_1", "slice": 2, "slices": 9, "spacing": [5.0, 0.7, 1.25], "size": [20, 30]}
+    write(folders[0], "train/MeCoVQA-Grounding.json", [grounding(0, structure="liver", volume=volume), grounding(1)])
+    run(folders)
+    first, second = open_source(f"{folders[2]}/mecovqa/grounding/1.0.0#train")
+    assert first.structure == "liver" and dataclasses.asdict(first.volume) == {
+        **volume,
+        "spacing": (5.0, 0.7, 1.25),
+        "size": (20, 30),
+    }
+    assert second.volume is None
+
+
 def test_the_spacing_of_a_picture_is_kept(folders):
     write(folders[0], "train/MeCoVQA-Grounding.json", [grounding(0, spacing=[0.7, 1.25]), grounding(1)])
     run(folders)

@@ -41,6 +41,8 @@ def features():
             "answer_type": text(doc="open, closed or empty"),
             "modality": text(),
             "patient": text(doc="whose image it is, as far as the records say; empty when they do not"),
+            "structure": text(doc="what is asked about, as far as the records say"),
+            "volume": text(doc="whose slice the image is, as JSON; empty when the records do not say"),
             "spacing": text(doc="[mm between rows, mm between columns] as JSON; empty when the records do not say"),
             "masks": tfds_features.Sequence(tfds_features.Image(shape=(None, None, 1), encoding_format="png")),
             "mask_names": tfds_features.Sequence(text()),
