@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from medplib_jax.benchmarks.workload import Rival, example_batch
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.models.layers import params_of
 from medplib_jax.train.step import abstract_model
+
+REPEATS = 10
 
 
 def training_step(config: ExperimentConfig, stage: str, rival: Rival | None, rounds: int) -> Table:
@@ -53,7 +56,7 @@ def machine_rates(width: int) -> Table:
         jax.random.normal(jax.random.key(0), (2 * width, 4 * width), jnp.bfloat16),
         jnp.ones(2**14 * width, jnp.bfloat16),
     )
-    product, copy = _seconds(lambda x: x @ x.T, matrix), _seconds(lambda x: x + 1, array)
+    product, copy = fastest(lambda x: x @ x.T, matrix), fastest(lambda x: x + 1, array)
     flat = {
         "machine.matmul_flops": 2 * (2 * width) ** 2 * 4 * width / product,
         "machine.bytes_per_second": 2 * array.nbytes / copy,
@@ -65,14 +68,14 @@ def machine_rates(width: int) -> Table:
     return Table(f"Rates of {jax.devices()[0].device_kind}", ("", "measured"), rows, flat)
 
 
-def _seconds(run, x, repeats: int = 10) -> float:
-    """The fastest of some runs."""
+def fastest(run: Callable[..., jax.Array], *arguments: jax.Array) -> float:
+    """Seconds of the fastest of some runs."""
     program = jax.jit(run)
-    program(x).block_until_ready()
+    program(*arguments).block_until_ready()
     best = float("inf")
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         start = time.perf_counter()
-        program(x).block_until_ready()
+        program(*arguments).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return best
 

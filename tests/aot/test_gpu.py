@@ -4,12 +4,15 @@ import dataclasses
 import importlib.util
 import json
 
+import jax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from medplib_jax.aot import topologies
 from medplib_jax.aot.flops import executed_kernel_flops
 from medplib_jax.aot.report import Request, as_text, examine
 from medplib_jax.aot.usage import read_usage
+from medplib_jax.benchmarks import grouped
 from medplib_jax.config.experiment import MeshConfig
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.train import flops
@@ -175,6 +178,22 @@ def test_a_training_step_for_two_gpus():
     assert report["collectives"]["all-gather"]["count"] >= 2  # the compiler joins a layer's
     assert report["full_rematerialisations"] == []
     assert "kernels             calls" in as_text(json.loads(json.dumps(report)))
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("a100", "int8"), ("h100", "int8"), ("h100", "bfloat16"), ("h200", "bfloat16")]
+)
+def test_grouped_products_compile(kind, dtype):
+    """Ours in Triton and, for bfloat16 on Hopper, the one of JAX in Mosaic GPU that the benchmark puts beside it."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1), topologies.devices_of(f"{kind}:1"))
+    shapes = ((512, 256), dtype), ((2, 256, 512), dtype), ((2,), "int32")
+    placed = NamedSharding(mesh, PartitionSpec())
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for shape, dtype in shapes]
+    found = grouped.programs(mesh.devices.flat[0].device_kind if dtype == "bfloat16" else "", 512)
+    options = topologies.COMPILER_OPTIONS["gpu"]
+    text = {name: jax.jit(run).lower(*arguments).compile(options).as_text() for name, run in found.items()}
+    assert "gmm_triton" in text["ours"] and ("mosaic_gpu" in text.get("Mosaic GPU", "")) == (dtype == "bfloat16")
 
 
 @needs_cuda

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from medplib_jax.benchmarks import __main__ as benchmarks
-from medplib_jax.benchmarks import kernels, roofline
+from medplib_jax.benchmarks import grouped, kernels, roofline
+from tests.helpers import tiny_experiment
 from tests.paths import ROOT
 
 KERNELS = {f"kernels.{name.replace(' ', '_')}.error" for name in kernels.programs()}
@@ -50,6 +51,12 @@ def test_bird_beside_pytorch(tmp_path):
 
 
 SMALL = ("--device", "cpu", "--size", "tiny", "--batch", "1", "--new-tokens", "24", "--workers", "1", "--seconds", "2")
+
+
+def test_grouped_products_beside_those_of_jax():
+    table = grouped.measure(tiny_experiment().model.llm, rows=96)
+    assert {name for name, *_ in table.rows} == {"ours", "XLA"} and "Mosaic GPU" in grouped.programs("NVIDIA H200", 256)
+    assert table.flat["grouped.ours.flops"] > 0 and 0 <= table.flat["grouped.ours.error"] < kernels.TOLERANCE
 
 
 @pytest.mark.slow

@@ -18,9 +18,9 @@ def answers(quantize: str, workdir) -> dict[tuple[str, int], str]:
     tasks = folder_tasks(str(DEMO / "phantom"))
     result = run_sweep(SweepConfig(checkpoints=str(DEMO / "stage_IV"), tasks=tasks, quantize=quantize), workdir)
     return {
-        (cell["task"], row["record"]): row["answer"]
-        for cell in result["cells"]
-        for path in cell["predictions"]
+        (cell.task, row["record"]): row["answer"]
+        for cell in result.cells
+        for path in cell.predictions
         for row in read_rows(workdir / path)
     }
 
