@@ -94,3 +94,15 @@ def random_batch(config: ExperimentConfig, length: int = 16, seed: int = 0) -> B
         record=np.arange(B, dtype=np.int32),
         example_masks=(rng.random((B, shown, 336, 336)) < 0.3).astype(np.uint8) if shown else None,
     )
+
+
+def assert_gradients_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """The same arrays to 1e-5 of the largest value of each; of arrays with hardly any, to that of the largest of all.
+
+    More so a key's bias. It shifts all scores alike, softmax does not see it, and its gradient is nothing but rounding.
+    """
+    assert found.keys() == expected.keys()
+    largest = max(np.abs(gradient).max() for gradient in expected.values())
+    for path, gradient in expected.items():
+        scale = max(np.abs(gradient).max(), (1e-2 if path.endswith("/k/bias") else 1e-3) * largest)
+        np.testing.assert_allclose(found[path], gradient, rtol=0, atol=1e-5 * scale, err_msg=path)
