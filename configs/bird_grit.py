@@ -6,8 +6,10 @@ COMMAND
     python -m medplib_jax.train --config=configs/bird_grit.py:9b --workdir=runs/bird/9b
     python -m medplib_jax.train --config=configs/bird_grit.py:lora --workdir=runs/bird/lora
     python -m medplib_jax.train --config=configs/bird_grit.py:look --workdir=runs/bird/look
-    python -m medplib_jax.train --config=configs/bird_grit.py:tiny --workdir=runs/bird/tiny \
+    python -m medplib_jax.train --config=configs/bird_grit.py:rough --workdir=runs/bird/rough \
         --config.init.base=runs/bird/look
+    python -m medplib_jax.train --config=configs/bird_grit.py:tiny --workdir=runs/bird/tiny \
+        --config.init.base=runs/bird/rough
 
 9b: the published recipe (Huang et al., MICCAI 2024). From Qwen-VL-Chat; the decoder with embedding and head, and the
 resampler train, the ViT and what follows the resampler do not. Packed rows of 2048, 2 epochs, lr 2e-5 falling as a
@@ -65,16 +67,21 @@ TINY = ModelConfig(
         fused_qkv=True,
         trained_length=512,
     ),
+    scan_unroll=3,  # a loop on a CPU copies what its steps keep for the backward pass
 )
 DEMO = f"{common.DEMO}/bird"  # where `bash launch/demo.sh --bird` leaves data and model
 # All but what decides where the resampler's queries look. From nothing each looks at its own place, so sharply that the
 # gradients there are noise. Adam makes full steps of it, and soon every query looks at one and the same patch.
 FROM_NOTHING = (common.LLM, "^vit/", "^resampler/(kv|o)/", "^post_norm/", "^proj/")
+# The vision part learns more slowly than the decoder. At the decoder's rate the patches' hundreds of pixels add up to
+# steps that soon drown the positions, and no later layer knows where a patch lies.
+VISION_RATES = (("^vit/patch_embed/", 0.02), ("^(vit|resampler|post_norm|proj)/", 0.1))
 DECODER_AND_RESAMPLER = (common.LLM, "^resampler/")
 
 
 def get_config(size: str = "9b"):
-    return to_config_dict(common.choose(size, **{"9b": large, "lora": lora, "look": look, "tiny": tiny})())
+    sizes = {"9b": large, "lora": lora, "look": look, "rough": rough, "tiny": tiny}
+    return to_config_dict(common.choose(size, **sizes)())
 
 
 def large() -> ExperimentConfig:
@@ -124,30 +131,40 @@ def lora() -> ExperimentConfig:
 
 
 def look() -> ExperimentConfig:
-    """What `tiny` starts from: it names what it sees. Digits of boxes, few of which can be known, would drown that."""
+    """What `rough` starts from: it names what it sees. Digits of boxes, few of which can be known, would drown that."""
     data = dataclasses.replace(
-        common.phantom(bucket_lengths=(272,), max_regions=0, max_masks=0),
+        common.phantom(bucket_lengths=(240, 352), max_regions=0, max_masks=0),
         sources=(f"{DEMO}/phantom/{grit.LOOK}",),
         root=f"{DEMO}/phantom",
         tokenizer=f"{DEMO}/tokenizer",
         template="chatml",
-        batch_size=8,
+        batch_size=4,
     )
+    optim = OptimConfig(lr=2e-3, b2=0.98, warmup=0.05, schedule="cosine", trainable=FROM_NOTHING, lr_scale=VISION_RATES)
     return ExperimentConfig(
         model=TINY,
         data=data,
-        optim=OptimConfig(lr=2e-3, b2=0.98, warmup=0.05, schedule="cosine", trainable=FROM_NOTHING),
-        train=TrainConfig(steps=800, checkpoint_every=400),
+        optim=optim,
+        train=TrainConfig(steps=1200, checkpoint_every=600),
         eval=EvalConfig(max_new_tokens=100),
     )
 
 
+def rough() -> ExperimentConfig:
+    """What `tiny` starts from: it finds things, to a tenth of the picture."""
+    return _with_boxes(grit.ROUGH, "look", TrainConfig(steps=1000, checkpoint_every=500))
+
+
 def tiny() -> ExperimentConfig:
+    return _with_boxes(grit.FIND, "rough", TrainConfig(steps=3000, checkpoint_every=1000))
+
+
+def _with_boxes(boxes: str, base: str, train: TrainConfig) -> ExperimentConfig:
     config = look()
-    sources = tuple(f"{DEMO}/phantom/{name}" for name in (grit.LOOK, grit.FIND))
+    sources = tuple(f"{DEMO}/phantom/{name}" for name in (grit.LOOK, boxes))
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, sources=sources, weights=(1, 2)),
-        train=TrainConfig(steps=1500, checkpoint_every=500),
-        init=InitConfig(base=f"{DEMO}/look"),
+        train=train,
+        init=InitConfig(base=f"{DEMO}/{base}"),
     )

@@ -47,10 +47,6 @@ class BirdDemo:
         return self.out / "phantom"
 
     @property
-    def look(self) -> Path:
-        return self.out / "look"
-
-    @property
     def model(self) -> Path:
         return self.out / "model"
 
@@ -63,9 +59,17 @@ class BirdDemo:
         return self.out / "evaluation"
 
     def experiments(self) -> dict[Path, ExperimentConfig]:
-        """The two tiny experiments with their paths in the demo's folder, by the folder of their result."""
-        look, tiny = (self._placed(make()) for make in (bird_grit.look, bird_grit.tiny))
-        return {self.look: look, self.model: dataclasses.replace(tiny, init=InitConfig(base=str(self.look)))}
+        """The tiny experiments with their paths in the demo's folder, by the folder of their result.
+
+        Each begins where the one before ended.
+        """
+        folders = (self.out / "look", self.out / "rough", self.model)
+        look, *others = (self._placed(make()) for make in (bird_grit.look, bird_grit.rough, bird_grit.tiny))
+        begun = [
+            dataclasses.replace(one, init=InitConfig(base=str(base)))
+            for one, base in zip(others, folders[:-1], strict=True)
+        ]
+        return dict(zip(folders, (look, *begun), strict=True))
 
     def _placed(self, config: ExperimentConfig) -> ExperimentConfig:
         sources = tuple(source.replace(f"{bird_grit.DEMO}/phantom", str(self.data)) for source in config.data.sources)

@@ -275,17 +275,24 @@ def in_grit(made):
 
 
 def test_no_turn_tells_what_another_of_its_conversation_asks(in_grit):
-    for turns in in_grit(grit.FIND) + in_grit(grit.LOOK):
+    for turns in in_grit(grit.FIND) + in_grit(grit.ROUGH) + in_grit(grit.LOOK):
         asked = [part for question, _ in turns for part in re.findall("<box>.*?</box>|<ref>the .*?</ref>", question)]
         assert len(set(asked)) == len(asked)
+    for turns in in_grit(grit.LOOK):
+        named = [re.search(r"[Tt]he (.*)\.", answer)[1] for question, answer in turns if "<box>" in question]
+        assert len(set(named)) == len(named)
 
 
-def test_every_name_is_found_from_left_to_right_in_each_round(in_grit):
-    answers = Counter(answer for turns in in_grit(grit.FIND) for _, answer in turns)
-    alone = Counter(answer for turns in in_grit(grit.file_of("train", "VG")) for _, answer in turns)
-    assert answers == {answer: grit.ROUNDS * count for answer, count in alone.items()}
+def test_boxes_to_learn_from_are_those_of_the_questions_rounded_from_left_to_right(in_grit):
+    alone = {answer for turns in in_grit(grit.file_of("train", "VG")) for _, answer in turns}
     starts = [[int(x) for x in re.findall(r"<box>\((\d+),", answer)] for answer in alone]
     assert any(len(one) > 1 for one in starts) and all(one == sorted(one) for one in starts)
+    for name, step in ((grit.ROUGH, 100), (grit.FIND, 10)):
+        answers = [answer for turns in in_grit(name) for _, answer in turns]
+        assert len(in_grit(name)) == grit.ROUNDS * 160
+        assert set(answers) <= {grit.rounded(answer, step) for answer in alone}
+    assert grit.rounded("<ref>the 2 eyes</ref><box>(157,242),(9,999)</box>", 10).endswith("(155,245),(5,995)</box>")
+    assert grit.rounded("<box>(157,242),(9,999)</box>", 100) == "<box>(150,250),(50,950)</box>"
 
 
 def test_a_yes_about_the_kind_of_image_is_as_likely_as_a_no_whatever_is_asked(tmp_path):

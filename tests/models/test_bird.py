@@ -23,7 +23,7 @@ from medplib_jax.models.layers import abstract_module, bind, layer_at, params_of
 from medplib_jax.models.vision.qwen_vit import bicubic_weights
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.sharding import put_batch
-from medplib_jax.train.optim import partition
+from medplib_jax.train.optim import lr_factors, partition
 from medplib_jax.train.step import (
     CompiledStep,
     abstract_model,
@@ -162,6 +162,16 @@ def test_from_nothing_each_query_looks_at_its_own_place_and_training_leaves_it_t
     _, frozen = partition(params_of(model), config.optim.trainable)
     assert set(frozen) == {"resampler"}
     assert set(frozen["resampler"]) == {"query", "position_embed", "norm_q", "norm_kv", "qkv"}
+
+
+def test_a_training_step_changes_patches_by_little_of_what_tells_their_positions():
+    """Adam moves each of a patch's hundreds of weights by the rate, in one direction where the patch is one colour."""
+    config = bird_grit.look()
+    trainable, _ = partition(params_of(build_model(config.model, nnx.Rngs(0))), config.optim.trainable)
+    rates = flatten(jax.tree.map(lambda factor: factor * config.optim.lr, lr_factors(config.optim, trainable)))
+    kernel = trainable["vit"]["patch_embed"]["kernel"]
+    per_step = rates["vit/patch_embed/kernel"] * kernel.size / kernel.shape[-1]
+    assert per_step < 0.1 * np.std(trainable["vit"]["position_embed"])
 
 
 def test_the_full_size_model_has_the_published_number_of_parameters():

@@ -5,17 +5,19 @@ COMMAND
     python -m medplib_jax.datasets.phantom.grit --data data/phantom
 
 Reads the masks of a generated phantom and writes `grit/{train,test}/{VG,ROC,RC,MIA}.json` beside them, one question a
-record. For training also conversations of several turns, so that a picture is looked at less often:
-`grit/train/look.json` has answers of words, `grit/train/find.json` has boxes. The first turn of a conversation can be
-answered from the picture alone, and the others tell little of it. From answers that name the kind of image, or each
-other's boxes, a model learns to read its own conversation and not to look.
+record. For training also conversations of several turns, so that a picture is looked at less often: with answers of
+words in `grit/train/look.json`, with boxes in `grit/train/rough.json` and `grit/train/find.json`. A conversation asks
+of every name once, so that no answer tells a later one. From others a model learns to read its own conversation and
+not to look. Boxes to learn from are rounded, to tenths of the picture in `rough.json` and to hundredths in
+`find.json`: digits that a small model cannot know are noise, in which it takes long to find those that it can.
 """
 
 import argparse
 import dataclasses
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +31,12 @@ from medplib_jax.datasets.qa import grit
 from medplib_jax.datasets.qa.facts import ImageFacts, measure
 from medplib_jax.datasets.qa.template import pick
 
-VERSION = 3  # raise it when the same phantom gives other files
+VERSION = 4  # raise it when the same phantom gives other files
 LABELS = {one.prefix: one.label for one in MODALITIES}
-LOOK, FIND = "grit/train/look.json", "grit/train/find.json"
+LOOK, ROUGH, FIND = (f"grit/train/{name}.json" for name in ("look", "rough", "find"))
+ROUNDED = {ROUGH: 100, FIND: 10}  # which the boxes are to, in thousandths of the picture
 ROUNDS = 2  # of conversations per picture, which ask in other words and of other things
-NAMED, PRESENCE, FOUND = 3, 3, 3  # turns of a conversation about boxes, about what is there, about where it is
+NAMED = 5  # names at most that a conversation asks about
 
 
 def file_of(split: str, task: str) -> str:
@@ -61,8 +64,9 @@ def write_grit(data: str | Path, seed: int = 0) -> dict[str, int]:
         if split == "train":
             rng = facts.generator(seed, "conversations")
             for _ in range(ROUNDS):
-                files[LOOK] += [_conversation(facts, turns) for turns in looking(facts, kinds, rng)]
-                files[FIND] += [_conversation(facts, turns) for turns in finding(facts, kinds, rng)]
+                files[LOOK].append(_conversation(facts, looking(facts, kinds, rng)))
+                for name, step in ROUNDED.items():
+                    files[name].append(_conversation(facts, finding(facts, step, rng)))
     for name, records in files.items():
         write_json(str(data / name), records)
     counts = {name: len(records) for name, records in sorted(files.items())}
@@ -85,29 +89,21 @@ def make_turns(facts: ImageFacts, kinds: Sequence[str], rng: np.random.Generator
     return turns
 
 
-def looking(facts: ImageFacts, kinds: Sequence[str], rng: np.random.Generator) -> Iterator[list[grit.Turn]]:
-    """Two conversations whose answers are words: of boxes, and of the whole picture and one box."""
+def looking(facts: ImageFacts, kinds: Sequence[str], rng: np.random.Generator) -> list[grit.Turn]:
+    """A conversation whose answers are words: of the whole picture, then of a box of every name."""
     turns = make_turns(facts, kinds, rng)
-    named = [turns[pick(rng, ("ROC", "RC"))][i] for i in sample(rng, range(len(facts.targets)), NAMED)]
-    yield named
-    yield turns["MIA"] + make_turns(facts, kinds, rng)["MIA"] + presence_turns(facts, rng) + named[-1:]
+    return turns["MIA"] + [turns[pick(rng, ("ROC", "RC"))][i] for i in sample(rng, range(len(facts.targets)), NAMED)]
 
 
-def finding(facts: ImageFacts, kinds: Sequence[str], rng: np.random.Generator) -> Iterator[list[grit.Turn]]:
-    """Conversations whose answers are boxes, of every name once."""
-    turns = sample(rng, make_turns(facts, kinds, rng)["VG"])
-    yield from (turns[start : start + FOUND] for start in range(0, len(turns), FOUND))
+def finding(facts: ImageFacts, step: int, rng: np.random.Generator) -> list[grit.Turn]:
+    """A conversation whose answers are boxes rounded to `step`, of every name."""
+    targets = sample(rng, facts.targets, NAMED)
+    return [(request, rounded(answer, step)) for request, answer in (grit.find_turn(facts, x, rng) for x in targets)]
 
 
-def presence_turns(facts: ImageFacts, rng: np.random.Generator) -> list[grit.Turn]:
-    """Whether some names that the image's kind may show are there."""
-    kind = next(one for one in MODALITIES if one.prefix == facts.modality)
-    there = {target.name for target in facts.targets}
-    names = [one.name for one in (*kind.structures, *kind.findings)]
-    return [
-        (f"Is there {article(name)} in this image?", "Yes." if name in there else "No.")
-        for name in sample(rng, names, PRESENCE)
-    ]
+def rounded(text: str, step: int) -> str:
+    """The text with each number of its boxes in the middle of its `step`: by 10, (157,242) becomes (155,245)."""
+    return re.sub(r"(?<=[(,])\d+(?=[,)])", lambda number: f"{int(number[0]) // step * step + step // 2}", text)
 
 
 def _conversation(facts: ImageFacts, turns: list[grit.Turn]) -> dict:
