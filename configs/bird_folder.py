@@ -38,7 +38,7 @@ def get_config(folder: str):
         dataclasses.replace(
             config,
             data=data,
-            optim=dataclasses.replace(config.optim, lr=5e-4),
+            optim=dataclasses.replace(config.optim, lr=5e-4, lr_scale=()),
             init=InitConfig(base=f"{bird_grit.DEMO}/model", sizes="base"),
             train=TrainConfig(steps=1500, checkpoint_every=500),
         )

@@ -16,7 +16,7 @@ resampler train, the ViT and what follows the resampler do not. Packed rows of 2
 cosine, weight decay 0.1 on all but biases. The authors' batch is 4 rows x 8 accumulated per device, their number of
 devices is not stated: here 256 rows in all. Packed conversations see themselves only, which the original meant but did
 not do. lora: Qwen-VL's own LoRA recipe (finetune.py) on the same data: rank 64 on c_attn, attn.c_proj, w1 and w2. look,
-then tiny: everything trains from nothing, on what `bash launch/demo.sh --bird` generates: pictures of
+then rough, then tiny: everything trains from nothing, on what `bash launch/demo.sh --bird` generates: pictures of
 `medplib_jax.datasets.phantom` asked in Med-GRIT's form (`medplib_jax.datasets.phantom.grit`).
 
 Other conversations join by weight, as long as they hold neither masks nor regions: MeCoVQA-Complex and public VQA do.
@@ -145,14 +145,14 @@ def look() -> ExperimentConfig:
         model=TINY,
         data=data,
         optim=optim,
-        train=TrainConfig(steps=1200, checkpoint_every=600),
+        train=TrainConfig(steps=1000, checkpoint_every=500),
         eval=EvalConfig(max_new_tokens=100),
     )
 
 
 def rough() -> ExperimentConfig:
     """What `tiny` starts from: it finds things, to a tenth of the picture."""
-    return _with_boxes(grit.ROUGH, "look", TrainConfig(steps=1000, checkpoint_every=500))
+    return _with_boxes(grit.ROUGH, "look", TrainConfig(steps=800, checkpoint_every=400))
 
 
 def tiny() -> ExperimentConfig:

@@ -45,7 +45,7 @@ from tests.tiny_bird_run import experiment, prepare
 def folder(tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
     prepare(data)
-    assert grit.write_grit(data)[grit.LOOK] == 32
+    assert grit.write_grit(data)[grit.LOOK] == 16
     assert load_tokenizer(str(data / "tokenizer")).vocab_size == 640
     return data
 
