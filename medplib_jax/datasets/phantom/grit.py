@@ -90,9 +90,13 @@ def make_turns(facts: ImageFacts, kinds: Sequence[str], rng: np.random.Generator
 
 
 def looking(facts: ImageFacts, kinds: Sequence[str], rng: np.random.Generator) -> list[grit.Turn]:
-    """A conversation whose answers are words: of the whole picture, then of a box of every name."""
+    """A conversation whose answers are words: of the whole picture or not, then of a box of every name.
+
+    A box comes first in every second one. Else an answer at the beginning could only be a box itself, those of `finding`.
+    """
     turns = make_turns(facts, kinds, rng)
-    return turns["MIA"] + [turns[pick(rng, ("ROC", "RC"))][i] for i in sample(rng, range(len(facts.targets)), NAMED)]
+    first = turns["MIA"] if rng.random() < 0.5 else []
+    return first + [turns[pick(rng, ("ROC", "RC"))][i] for i in sample(rng, range(len(facts.targets)), NAMED)]
 
 
 def finding(facts: ImageFacts, step: int, rng: np.random.Generator) -> list[grit.Turn]:
