@@ -92,7 +92,7 @@ def make_turns(facts: ImageFacts, kinds: Sequence[str], rng: np.random.Generator
 def looking(facts: ImageFacts, kinds: Sequence[str], rng: np.random.Generator) -> list[grit.Turn]:
     """A conversation whose answers are words: of the whole picture or not, then of a box of every name.
 
-    A box comes first in every second one. Else an answer at the beginning could only be a box itself, those of `finding`.
+    A box comes first in every second one. Else an answer at the beginning could only be boxes, as in `finding`.
     """
     turns = make_turns(facts, kinds, rng)
     first = turns["MIA"] if rng.random() < 0.5 else []
