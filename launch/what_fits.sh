@@ -10,9 +10,10 @@ cd "$(dirname "$0")/.."
 source launch/venv.sh "launch/requirements-$kind.txt" # with the compiler
 
 examine() { # NAME TOPOLOGY CONFIG FLAGS...
-  local report="$folder/$1.json" topology="$2" config="$3"
+  local name="$1" report="$folder/$1.json" topology="$2" config="$3"
   shift 3
-  [ -e "$report" ] || python -m medplib_jax.aot --config="configs/$config" --topology="$topology" --json="$report" "$@"
+  [ -e "$report" ] || python -m medplib_jax.aot --config="configs/$config" --topology="$topology" --json="$report" "$@" \
+    || echo "not compiled: $name" >&2
 }
 
 stages() { # TOPOLOGY ROWS FLAGS...
