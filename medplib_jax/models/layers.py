@@ -216,9 +216,17 @@ def _narrow_slice_jvp(size, axis, primals, tangents):
 
 def take_rows(table: Array, index: Array) -> Array:
     """table[index]. A CPU looks bfloat16 up as integers: else XLA writes the whole table out as float32 first."""
-    if not widens_on_cpu(index, table):
-        return table[index]
+    return _take_bits(table, index) if widens_on_cpu(index, table) else table[index]
+
+
+@jax.custom_jvp
+def _take_bits(table: Array, index: Array) -> Array:
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table, jnp.uint16)[index], table.dtype)
+
+
+@_take_bits.defjvp
+def _take_bits_jvp(primals, tangents):  # integers have no gradient
+    return _take_bits(*primals), tangents[0][primals[1]]
 
 
 def in_column_blocks(multiply: Callable[[Params], Array], kernel: Params, rows: int, dtype) -> Array:

@@ -295,6 +295,21 @@ def test_boxes_to_learn_from_are_those_of_the_questions_rounded_from_left_to_rig
     assert grit.rounded("<box>(157,242),(9,999)</box>", 100) == "<box>(150,250),(50,950)</box>"
 
 
+def test_conversations_ask_of_every_name_up_to_a_number(made, in_grit):
+    alone = grit.file_of("train", "VG")
+    read = {name: json.loads((made[0] / name).read_text()) for name in (alone, grit.FIND, grit.LOOK)}
+    names = Counter(record["id"] for record in read[alone])
+    assert max(names.values()) > grit.NAMED > min(names.values())
+    for record in read[grit.FIND]:
+        assert len(record["conversations"]) == min(names[record["id"]], grit.NAMED)
+    beginnings = Counter()
+    for record in read[grit.LOOK]:
+        of_boxes = ["<box>" in question for question, _ in record["conversations"]]
+        assert sum(of_boxes) == min(names[record["id"]], grit.NAMED) and all(of_boxes[1:])
+        beginnings[of_boxes[0]] += 1
+    assert 0.4 < beginnings[True] / len(read[grit.LOOK]) < 0.6  # else an answer that comes first is a box
+
+
 def test_a_yes_about_the_kind_of_image_is_as_likely_as_a_no_whatever_is_asked(tmp_path):
     """Else the question tells the answer: nobody asks for a kind that is not drawn."""
     phantom.generate(tmp_path, 60, 1, processes=1, modalities=("ct", "mr"))

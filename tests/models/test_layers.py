@@ -108,6 +108,8 @@ def test_a_narrow_kernel_has_its_gradient(monkeypatch):
     monkeypatch.setattr(layers, "LARGE", 0)
     for found, one in zip(gradients(x, kernel), expected, strict=True):
         np.testing.assert_allclose(np.float32(found), np.float32(one), rtol=2e-2, atol=1e-2)
+    table = jax.grad(lambda table: layers.take_rows(table, jnp.array([3, 0, 3])).astype(jnp.float32).sum())(kernel)
+    np.testing.assert_array_equal(table[:5, 0], [1, 0, 0, 2, 0])
 
 
 def _results(jaxpr):
