@@ -231,9 +231,11 @@ def _token_lines(report: dict[str, Any]) -> list[str]:
     if "per_token" not in report:
         return []
     token = report["per_token"]
+    short = [] if token["hbm_over_needed"] >= 1 else ["  less than it needs: some of what it reads is not counted"]
     return [
         f"  of it per token   {token['hbm_gb']:8.2f} GB, {token['hbm_over_needed']:.2f} times weights in use and "
-        f"filled cache; {token['hbm_gb_outside_the_loop']:.1f} GB before and after"
+        f"filled cache; {token['hbm_gb_outside_the_loop']:.1f} GB before and after",
+        *short,
     ]
 
 

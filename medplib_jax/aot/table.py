@@ -88,7 +88,7 @@ def _work_of_token(report: dict[str, Any]) -> list[str]:
     return [
         f"{token['hbm_gb']:.2f}",
         f"{token['needed_gb']:.2f}",
-        f"{token['hbm_over_needed']:.2f}",
+        f"{token['hbm_over_needed']:.2f}{' (not all counted)' if token['hbm_over_needed'] < 1 else ''}",
         f"{seconds * 1e3:.1f}",
         f"{token['hbm_gb_outside_the_loop']:.0f}",
     ]

@@ -76,4 +76,6 @@ def test_generation_has_a_table_of_its_own():
     assert first.splitlines()[2].endswith("| products | 4.0 of 16.0 | 75% | 1.05 | 0.10 | 0.20 | 0.05 | 320 | 48% |")
     answers, long = second.splitlines()[2:]
     assert answers.endswith("| 8 x 64 | int8 | 4.0 of 16.0 | 75% | 2.00 | 1.60 | 1.25 | 2.0 | 72 |")
+    lacking = decode | {"per_token": token | {"hbm_over_needed": 0.83}}  # less than it needs cannot be all of it
+    assert "| 0.83 (not all counted) |" in markdown({"generation on v5e:2x4": lacking})
     assert "| ? of 16.0 | does not fit |" in long and long.count("|") == answers.count("|")
