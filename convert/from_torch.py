@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -120,14 +121,22 @@ def convert(options: Options) -> ModelConfig:
 def experiment_of(source: Source, config: ModelConfig, options: Options) -> ExperimentConfig:
     """The experiment that the checkpoint belongs to. What `to_torch` recorded of it comes back; else it is as
     prediction needs it."""
-    own, longest = source.foreign.own, min(DataConfig().bucket_lengths[-1], config.llm.max_positions)
-    needed = {"bucket_lengths": (longest,)} | ({} if config.draws_masks else qwen_vl.DATA)
+    own, needed = source.foreign.own, {"bucket_lengths": prompt_lengths(config)}
+    needed |= {} if config.draws_masks else qwen_vl.DATA
     data = from_dict(DataConfig, needed | own.get("data", {}))
     if "llm" in {kinds.part_of(key) for key in source.tensors}:
         data = dataclasses.replace(data, tokenizer=str(options.out.absolute() / "tokenizer"))
     return ExperimentConfig(
         model=config, data=data, init=InitConfig(stage=options.stage), eval=from_dict(EvalConfig, own.get("eval", {}))
     )
+
+
+def prompt_lengths(config: ModelConfig) -> tuple[int, ...]:
+    """Two lengths, multiples of 128, for a picture and a short question, and the longest. What a prompt is padded with
+    costs computing and memory."""
+    longest = min(DataConfig().bucket_lengths[-1], config.llm.max_positions)
+    shortest = 128 * math.ceil((config.image_tokens + 64) / 128)
+    return (*(length for length in (shortest, shortest + 128) if length < longest), longest)
 
 
 def required_parts(options: Options, shapes: kinds.Shapes) -> set[str]:

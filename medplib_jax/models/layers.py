@@ -221,6 +221,7 @@ def take_rows(table: Array, index: Array) -> Array:
 
 @jax.custom_jvp
 def _take_bits(table: Array, index: Array) -> Array:
+    table, index = jax.lax.optimization_barrier((table, index))  # as in `narrow_slice`
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table, jnp.uint16)[index], table.dtype)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import threading
@@ -37,13 +38,19 @@ def release_memory() -> None:
         trim(0)
 
 
+@functools.cache
 def return_freed_memory() -> None:
-    """From now on arrays of 4 MB and more go back to the system as soon as they are freed.
+    """From now on arrays of 4 MB and more go back to the system as soon as they are freed, and what compiling took
+    when it ends.
 
-    glibc would keep them for later, up to the largest size that it has seen, for every thread.
+    glibc would keep the arrays for later, up to the largest size that it has seen, for every thread. A decoder of 32
+    layers takes 0.4 GB to compile.
     """
     if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
         set_option(M_MMAP_THRESHOLD, 2**22)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: release_memory() if event == COMPILED else None
+    )
 
 
 def is_gpu(mesh: Mesh) -> bool:

@@ -17,7 +17,7 @@ import optax
 from configs import bird_grit
 from convert import from_torch, kinds, mapping
 from convert.foreign_config import Foreign
-from medplib_jax.batch import Batch, combine, flatten
+from medplib_jax.batch import Batch, Params, combine, flatten
 from medplib_jax.config.experiment import LossConfig, OptimConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.data import images
@@ -145,6 +145,7 @@ def check_visual(fixture: Fixture, z: Arrays, step: int = 1) -> Iterator[Row]:
         "block_0_ln_1": "first/norm",
         "block_0_in_proj": "first/qkv",
         "block_0_attn_out": "first/attn",
+        "block_0_mlp_out": "first/mlp",
     }
     names |= {f"block_{i}": f"block/{i}" for i in range(fixture.converted.config.vit.num_layers)}
     names |= {"pool_ln_kv": "value", "pool_ln_q": "query_norm", "pos_embed_interp": "key_positions"}
@@ -169,6 +170,7 @@ def _see(model, pixels):
         if not i:
             normed = layer.norm1(x)
             out |= {"first/norm": normed, "first/qkv": layer.attn.qkv(normed), "first/attn": layer.attn(normed)}
+            out["first/mlp"] = layer.mlp(layer.norm2(x + out["first/attn"]))
         out[f"block/{i}"] = x = layer(x)
     out["query_norm"] = pool.norm_q(pool.query[...])
     out["key_positions"] = resize_table(pool.position_embed[...], pool.grid)
@@ -221,7 +223,7 @@ def check_forward(fixture: Fixture, z: Arrays) -> Iterator[Row]:
         if name in z:
             yield Row("loss", relative(fixture.run(functools.partial(_loss, train=train), batch)["loss"], z[name]))
     if any(name.startswith("gradnorm/") for name in z):
-        yield from _check_gradients(fixture, batch, z)
+        yield from _check_gradients(fixture, gradients(fixture, batch), z)
 
 
 def _forward(model, batch):
@@ -266,8 +268,8 @@ def gradients(fixture: Fixture, batch: Batch):
     return loss(fixture.converted.params, batch)
 
 
-def _check_gradients(fixture: Fixture, batch: Batch, z: Arrays, prefix: str = "") -> Iterator[Row]:
-    tree, places = gradients(fixture, batch), fixture.converted.places()
+def _check_gradients(fixture: Fixture, tree: Params, z: Arrays, prefix: str = "") -> Iterator[Row]:
+    places = fixture.converted.places()
     for name in z:
         kind, _, key = name.partition("/")
         if kind == prefix + "gradnorm":
@@ -289,8 +291,9 @@ def check_packed(fixture: Fixture, z: Arrays) -> Iterator[Row]:
     yield Row("packed logits of Paddle", at_valid(out["logits"], z["paddle_logits_at"], batch.valid))
     for name in ("loss", "paddle_loss"):
         yield Row("packed loss", relative(fixture.run(_loss, batch)["loss"], z[name]))
-    positions = gradients(fixture, batch)["resampler"]["position_embed"]
-    yield Row("gradients", relative(positions, z["grad_pos_embed"]), GRADIENT_BAR)
+    tree = gradients(fixture, batch)
+    yield Row("gradients", relative(tree["resampler"]["position_embed"], z["grad_pos_embed"]), GRADIENT_BAR)
+    yield from _check_gradients(fixture, tree, z)
     segments = segments_of(batch, fixture.tokenizer)
     labels = np.where(_within(batch, segments), batch.targets, -100)
     packed = batch.replace(segment=segments)
@@ -415,7 +418,7 @@ def check_adapters(golden: pathlib.Path, z: Arrays) -> Iterator[Row]:
         _, out = fixture.run(_forward, batch)
         yield Row("logits with adapters", at_valid(out["logits"], z["chat_logits_at"], batch.valid))
         yield Row("loss with adapters", relative(fixture.run(_loss, batch)["loss"], z["chat_loss"]))
-    yield from _check_gradients(fixture, batch, z, "chat_")
+    yield from _check_gradients(fixture, gradients(fixture, batch), z, "chat_")
     merged = _merged(fixture)
     for name in z:
         kind, _, key = name.partition("/")

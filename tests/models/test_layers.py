@@ -100,6 +100,18 @@ def test_nor_by_the_compiler(rows, dtype, monkeypatch):
     np.testing.assert_allclose(compiled(x, kernels), np.ones_like(x))
 
 
+def test_a_loop_that_looks_rows_up_holds_no_copy_of_the_table(monkeypatch):
+    monkeypatch.setattr(layers, "LARGE", 0)
+    table = jnp.tile(jnp.arange(512, dtype=jnp.bfloat16)[:, None] % 256, (1, 512))
+
+    def run(table, index):
+        return jax.lax.fori_loop(0, 4, lambda _, index: layers.take_rows(table, index)[:, 0].astype(int) + 1, index)
+
+    compiled = jax.jit(run).lower(table, jnp.array([3])).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes / 4
+    np.testing.assert_array_equal(compiled(table, jnp.array([3])), [7])
+
+
 def test_a_narrow_kernel_has_its_gradient(monkeypatch):
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((1, 48), np.float32), jnp.asarray(rng.standard_normal((48, 20)), jnp.bfloat16)
