@@ -147,7 +147,7 @@ def _fusion_traffic(fusion: Computation, results: tuple[Shape, ...], computation
 
 def _updated_in_place(fusion: Computation, computations: dict[str, Computation]) -> list[bool]:
     """Of each result of a fusion, whether it is one of its parameters with a slice replaced."""
-    root = _behind_bitcasts(next(i for i in fusion.values() if i.is_root), fusion)
+    root = _behind_bitcasts(_root(fusion), fusion)
     if root.opcode == "fusion":
         return _updated_in_place(computations[root.called[0]], computations)
     several = root.opcode == "tuple"
@@ -162,6 +162,10 @@ def _is_update(result: Instruction, fusion: Computation, computations: dict[str,
     return result.opcode in _IN_PLACE and _behind_bitcasts(fusion[result.operands[0]], fusion).opcode == "parameter"
 
 
+def _root(computation: Computation) -> Instruction:
+    return next(i for i in computation.values() if i.is_root)
+
+
 def _behind_bitcasts(instruction: Instruction, computation: Computation) -> Instruction:
     while instruction.opcode == "bitcast":
         instruction = computation[instruction.operands[0]]
@@ -171,6 +175,8 @@ def _behind_bitcasts(instruction: Instruction, computation: Computation) -> Inst
 def _read(source: Instruction, fusion: Computation, computations: dict[str, Computation]) -> float:
     """Bytes of an array inside a fusion that are read, or written when the fusion updates it in place."""
     total, whole = 0.0, float(sum(shape.bytes for shape in source.shapes))
+    if source.is_root:
+        return whole
     for user in fusion.values():
         if source.name not in user.operands:
             continue
@@ -178,11 +184,10 @@ def _read(source: Instruction, fusion: Computation, computations: dict[str, Comp
             total += _read(user, fusion, computations)
         elif user.opcode == "fusion":
             inner = computations[user.called[0]]
-            total += sum(
-                _read(parameter, inner, computations)
-                for place, parameter in enumerate(_parameters(inner))
-                if user.operands[place] == source.name
-            )
+            for place, parameter in enumerate(_parameters(inner)):
+                if user.operands[place] == source.name:
+                    renamed = _behind_bitcasts(_root(inner), inner) is parameter
+                    total += _read(user, fusion, computations) if renamed else _read(parameter, inner, computations)
         elif user.opcode in _SLICING and user.operands[0] == source.name:
             total += sum(shape.bytes for shape in user.shapes)
         elif user.opcode in _IN_PLACE and user.operands[0] == source.name:

@@ -225,6 +225,49 @@ def test_slices_within_fusions_within_fusions_are_slices():
     assert moved == {"products": layer + kept + counter + x, "moves": x}  # a copy into the chip's memory is read once
 
 
+# As the loop over tokens has them: a kernel of another layout, and a down projection that computes its rows first.
+RENAMED = """HloModule jit_r, is_scheduled=true
+
+%as_it_is (b: bf16[64,32]) -> bf16[64,32] {
+  %b = bf16[64,32]{1,0} parameter(0)
+  ROOT %same = bf16[64,32]{1,0} bitcast(%b)
+}
+
+%one (c: bf16[5,64,32]) -> bf16[5,64,32] {
+  ROOT %c = bf16[5,64,32]{2,1,0} parameter(0)
+}
+
+%product (p0: bf16[64,32], p1: bf16[16,64], p2: bf16[5,64,32], p3: s32[]) -> bf16[16,32] {
+  %p0 = bf16[64,32]{1,0} parameter(0)
+  %p1 = bf16[16,64]{1,0:S(1)} parameter(1)
+  %p2 = bf16[5,64,32]{2,1,0} parameter(2)
+  %p3 = s32[] parameter(3)
+  %w = bf16[64,32]{1,0} fusion(%p0), kind=kLoop, calls=%as_it_is
+  %x = bf16[16,32]{1,0} convolution(%p1, %w), dim_labels=bf_io->bf
+  %stack = bf16[5,64,32]{2,1,0} fusion(%p2), kind=kLoop, calls=%one
+  %v = bf16[1,64,32]{2,1,0} dynamic-slice(%stack, %p3, %p3, %p3), dynamic_slice_sizes={1,64,32}
+  %v.1 = bf16[64,32]{1,0} bitcast(%v)
+  %y = bf16[16,32]{1,0} convolution(%p1, %v.1), dim_labels=bf_io->bf
+  ROOT %sum = bf16[16,32]{1,0} add(%x, %y)
+}
+
+ENTRY %main (w.1: bf16[64,32], near: bf16[16,64], ws: bf16[5,64,32], n: s32[]) -> bf16[64,32] {
+  %w.1 = bf16[64,32]{1,0} parameter(0)
+  %near = bf16[16,64]{1,0:S(1)} parameter(1)
+  %ws = bf16[5,64,32]{2,1,0} parameter(2)
+  %n = s32[]{:S(2)} parameter(3)
+  %z = bf16[16,32]{1,0:S(1)} fusion(%w.1, %near, %ws, %n), kind=kOutput, calls=%product
+  ROOT %moved = bf16[64,32]{1,0:S(1)} fusion(%w.1), kind=kLoop, calls=%as_it_is
+}
+"""
+
+
+def test_an_array_that_a_fusion_only_renames_is_read_by_what_takes_it():
+    moved = [one.bytes for one in read_usage(RENAMED, lambda name, operands: 0.0).traffic]
+    kernel, index = 64 * 32 * 2, 4
+    assert moved == [2 * kernel + index, kernel]
+
+
 PIECES = """HloModule jit_h, is_scheduled=true
 
 %two (stack: bf16[5,16,32], y: bf16[1,16,32], j: s32[]) -> (bf16[5,16,32], bf16[5,16,32], bf16[1,16,32]) {
