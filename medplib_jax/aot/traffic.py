@@ -1,11 +1,9 @@
 """Memory traffic of a compiled program: what each instruction moves between HBM and the chip, and what for."""
 
 import dataclasses
-import math
 import re
 
 from medplib_jax.aot.hlo import Computation, Instruction, Shape
-from medplib_jax.models.kernels.grouped_matmul_tpu import column_block
 
 LIBRARIES = ("__cublas$", "__cudnn$")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -97,22 +95,24 @@ def bytes_moved(instruction: Instruction, computation: Computation, computations
     if instruction.opcode in _IN_PLACE:
         put = operands[_IN_PLACE[instruction.opcode]][0]
         return _between(put, put, instruction.shapes[0])
-    again = _read_again(operands) if instruction.target == "tpu_custom_call" and "gmm" in instruction.name else 0.0
+    again = (
+        _read_again(instruction, operands)
+        if instruction.target == "tpu_custom_call" and "gmm" in instruction.name
+        else 0.0
+    )
     return hbm_bytes(_written(instruction, operands)) + sum(map(hbm_bytes, operands)) + again
 
 
-def _read_again(operands: list[tuple[Shape, ...]]) -> float:
+def _read_again(instruction: Instruction, operands: list[tuple[Shape, ...]]) -> float:
     """Bytes that a grouped product reads beyond each operand once: its rows for every further block of columns.
 
-    Blocks are those of chips with much fast memory. A v4's are smaller and more.
+    The kernel says how many bytes it moves; rows in the chip's own memory cost none.
     """
     rows, matrices = [shape for shapes in operands for shape in shapes if len(shape.dims) > 1][:2]
-    if len(matrices.dims) == 2:  # gradients of the matrices, from rows and rows
+    said = re.search(r'"bytes_accessed":"(\d+)"', instruction.attributes)
+    if rows.on_chip or len(matrices.dims) == 2 or not said:  # two: gradients of the matrices, from rows and rows
         return 0.0
-    inner = rows.dims[1]
-    outer = matrices.size // (matrices.dims[0] * inner)
-    blocks = math.ceil(outer / column_block(inner, outer, rows.bytes // rows.size, device_kind=""))
-    return (blocks - 1) * hbm_bytes((rows,))
+    return float(int(said.group(1)) - sum(shape.bytes for shape in (rows, matrices, *instruction.shapes)))
 
 
 def _between(moved: Shape, source: Shape, target: Shape) -> float:

@@ -19,17 +19,21 @@ from medplib_jax.batch import Array
 from medplib_jax.models.precision import precision_of
 
 ROW_TILE, LANES = 128, 128
-SMALL_MEMORY = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB near the matrix units; all later ones have 64 or more
+SMALL_MEMORY = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB near the matrix units
+LARGE_MEMORY = ("TPU v5 lite", "TPU v5e", "TPU v6")  # 128 MiB; all others have 64 or more
+UNROLLED, STEP = 10 * 2**20, 512  # products of a row at most in one piece of code: more would compile for minutes
 SPARE = 2**21  # beside the blocks, for what the compiler adds
 
 
 def memory_limit(device_kind: str) -> int:
     """Bytes of the memory near the matrix units that a kernel may take."""
-    return 14 * 2**20 if device_kind.startswith(SMALL_MEMORY) else 48 * 2**20
+    if device_kind.startswith(SMALL_MEMORY):
+        return 14 * 2**20
+    return (104 if device_kind.startswith(LARGE_MEMORY) else 48) * 2**20
 
 
 def column_block(inner: int, outer: int, itemsize: int, device_kind: str) -> int:
-    """Columns of a matrix [inner, outer] that are in the chip's memory at a time, a multiple of LANES.
+    """Columns of a matrix [inner, outer] that are in the chip's memory at a time, a multiple of `_columns_at_once`.
 
     Two blocks of each array are: one is computed with while the next one travels. float32 is multiplied in parts of
     bfloat16, which take as much again. The result is summed in float32, that of integers in int32.
@@ -37,9 +41,19 @@ def column_block(inner: int, outer: int, itemsize: int, device_kind: str) -> int
     copies = 4 if itemsize == 4 else 2
     limit = memory_limit(device_kind) - SPARE
     per_column = copies * itemsize * (inner + ROW_TILE) + 2 * 4 * ROW_TILE
-    most = max((limit - copies * itemsize * inner * ROW_TILE) // per_column // LANES, 1) * LANES
-    blocks = math.ceil(outer / most)
-    return math.ceil(outer / blocks / LANES) * LANES
+    room = (limit - copies * itemsize * inner * ROW_TILE) // per_column
+
+    def equal_blocks(unit: int) -> int:
+        most = max(room // unit, 1) * unit
+        return math.ceil(outer / math.ceil(outer / most) / unit) * unit
+
+    columns = equal_blocks(LANES)
+    return columns if _columns_at_once(inner, columns) == columns else equal_blocks(STEP)
+
+
+def _columns_at_once(inner: int, columns: int) -> int:
+    """Columns that are multiplied in one piece of code; a block of more goes through it several times."""
+    return columns if inner * columns <= UNROLLED else STEP
 
 
 @functools.partial(jax.jit, static_argnames=("transpose", "device_kind"))  # which gives the kernel its name
@@ -94,11 +108,18 @@ def _tile(visits, x_ref, w_ref, y_ref, *, transpose: bool):
     starts, group_ids, tiles = visits
     i = pl.program_id(1)
     group = group_ids[i]
-    x, w = x_ref[...], w_ref[...]
+    x, width = x_ref[...], y_ref.shape[1]
+    at_once = _columns_at_once(x.shape[1], width)
     sum_type = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    y = jax.lax.dot_general(
-        x, w, (((1,), (1 if transpose else 0,)), ((), ())), precision_of(x), preferred_element_type=sum_type
-    )
-    row = jax.lax.broadcasted_iota(jnp.int32, y.shape, 0) + tiles[i] * ROW_TILE
+    row = jax.lax.broadcasted_iota(jnp.int32, (ROW_TILE, at_once), 0) + tiles[i] * ROW_TILE
     own = (row >= starts[group]) & (row < starts[group + 1])
-    y_ref[...] = jnp.where(own, y, y_ref[...].astype(sum_type)).astype(y_ref.dtype)
+
+    def multiply(part, _):
+        columns = pl.ds(part * at_once, at_once)
+        w = w_ref[columns, :] if transpose else w_ref[:, columns]
+        y = jax.lax.dot_general(
+            x, w, (((1,), (1 if transpose else 0,)), ((), ())), precision_of(x), preferred_element_type=sum_type
+        )
+        y_ref[:, columns] = jnp.where(own, y, y_ref[:, columns].astype(sum_type)).astype(y_ref.dtype)
+
+    jax.lax.fori_loop(0, width // at_once, multiply, None)

@@ -80,8 +80,29 @@ def rotary_tables(positions_BxL: Array, frequencies: np.ndarray | Array) -> tupl
 def rotate(x_BxLxHxK: Array, tables: tuple[Array, Array]) -> Array:
     """Rotates channel i with channel i + K/2 (LLaMA's rotate-half layout), in float32; keeps x's dtype."""
     cos, sin = (table[:, :, None, :] for table in tables)
+    if is_for_tpu(x_BxLxHxK):
+        return _rotate_by_product(x_BxLxHxK, cos, sin)
     first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxLxHxK.dtype)
+
+
+@jax.custom_vjp
+def _rotate_by_product(x_BxLxHxK: Array, cos: Array, sin: Array) -> Array:
+    """`rotate` for a TPU, whose registers hold a whole head: halves of it would all be moved through its memory.
+
+    The product with 0, 1 and -1 puts every channel exactly where its partner is. The gradient rotates back.
+    """
+    half = x_BxLxHxK.shape[-1] // 2
+    partner_KxK = jnp.asarray(np.kron([[0, 1], [-1, 0]], np.eye(half)), x_BxLxHxK.dtype)
+    partner = product(x_BxLxHxK, partner_KxK, jnp.float32)
+    cos, sin = (jnp.concatenate([table, table], axis=-1) for table in (cos, sin))
+    return (x_BxLxHxK.astype(jnp.float32) * cos + partner * sin).astype(x_BxLxHxK.dtype)
+
+
+_rotate_by_product.defvjp(
+    lambda x, cos, sin: (_rotate_by_product(x, cos, sin), (cos, sin)),
+    lambda tables, dy: (_rotate_by_product(dy, tables[0], -tables[1]), None, None),
+)
 
 
 def segment_positions(segment_BxL: Array) -> Array:
@@ -303,6 +324,13 @@ def _splash_local(q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, segment_BxL):
     return jax.vmap(kernel)(*rows)
 
 
+def _kept(x_BxLxHxK: Array, name: str) -> Array:
+    """The array by the name that policies know it by; for a TPU in the order of axes in which its kernel takes it."""
+    if not is_for_tpu(x_BxLxHxK):
+        return checkpoint_name(x_BxLxHxK, name)
+    return rearrange(checkpoint_name(rearrange(x_BxLxHxK, "B L H K -> B H L K"), name), "B H L K -> B L H K")
+
+
 @dataclasses.dataclass(frozen=True)
 class Positions:
     """What attention needs to know of the positions of a pass:
@@ -345,7 +373,7 @@ class Attention(nnx.Module):
         q, k = rotate(q, positions.tables), rotate(k, positions.tables)
         if positions.query_scale_BxL is not None:
             q = (q * positions.query_scale_BxL[:, :, None, None]).astype(q.dtype)
-        return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
+        return _kept(q, "query"), _kept(k, "key"), _kept(v, "value")
 
     def _heads(self, x_BxLxD: Array, rng: Array | None):
         if self.fused:

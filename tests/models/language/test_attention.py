@@ -7,7 +7,16 @@ import pytest
 
 from medplib_jax.config.experiment import MeshConfig, ShardingConfig
 from medplib_jax.models.language import attention
-from medplib_jax.models.language.attention import attend_within, fused_attention, splash_block, suits_cudnn
+from medplib_jax.models.language.attention import (
+    attend_within,
+    fused_attention,
+    rotary_frequencies,
+    rotary_tables,
+    rotate,
+    splash_block,
+    suits_cudnn,
+)
+from medplib_jax.models.target import made_for
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.sharding import batch_sharding
 
@@ -92,3 +101,21 @@ def test_a_gpu_gets_cudnn(monkeypatch):
 
     text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(queries, keys, keys).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tpu_rotates_as_a_cpu_does(dtype):
+    """It multiplies by a matrix of 0, 1 and -1 in place of splitting heads."""
+    x, weights = jax.random.normal(jax.random.key(0), (2, 2, 24, 3, 128), dtype)
+    tables = rotary_tables(jnp.tile(jnp.arange(24), (2, 1)), rotary_frequencies(128, 1e4))
+
+    def rotated(x):
+        y = rotate(x, tables)
+        return (y * weights).astype(jnp.float32).sum(), y
+
+    expected = jax.grad(rotated, has_aux=True)(x)
+    with made_for("tpu"):
+        found = jax.grad(rotated, has_aux=True)(x)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == x.dtype
+        np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (one, other)), rtol=1e-6, atol=1e-6)
