@@ -24,7 +24,7 @@ def get_config(folder: str):
     """The experiment on the records of `folder`, of its grit/ where it has one; ValueError when there are none."""
     own = pathlib.Path(folder, "grit")
     sources, root = common.own_sources(str(own) if own.is_dir() else folder)
-    config = bird_grit.look()
+    config = bird_grit.rough()
     data = dataclasses.replace(
         config.data,
         sources=sources,

@@ -5,9 +5,7 @@ COMMAND
     python -m medplib_jax.datasets.import_dataset --dataset med_grit --source Med-GRIT
     python -m medplib_jax.train --config=configs/bird_grit.py:9b --workdir=runs/bird/9b
     python -m medplib_jax.train --config=configs/bird_grit.py:lora --workdir=runs/bird/lora
-    python -m medplib_jax.train --config=configs/bird_grit.py:look --workdir=runs/bird/look
-    python -m medplib_jax.train --config=configs/bird_grit.py:rough --workdir=runs/bird/rough \
-        --config.init.base=runs/bird/look
+    python -m medplib_jax.train --config=configs/bird_grit.py:rough --workdir=runs/bird/rough
     python -m medplib_jax.train --config=configs/bird_grit.py:tiny --workdir=runs/bird/tiny \
         --config.init.base=runs/bird/rough
 
@@ -15,8 +13,8 @@ COMMAND
 resampler train, the ViT and what follows the resampler do not. Packed rows of 2048, 2 epochs, lr 2e-5 falling as a
 cosine, weight decay 0.1 on all but biases. The authors' batch is 4 rows x 8 accumulated per device, their number of
 devices is not stated: here 256 rows in all. Packed conversations see themselves only, which the original meant but did
-not do. lora: Qwen-VL's own LoRA recipe (finetune.py) on the same data: rank 64 on c_attn, attn.c_proj, w1 and w2. look,
-then rough, then tiny: everything trains from nothing, on what `bash launch/demo.sh --bird` generates: pictures of
+not do. lora: Qwen-VL's own LoRA recipe (finetune.py) on the same data: rank 64 on c_attn, attn.c_proj, w1 and w2.
+rough, then tiny: everything trains from nothing, on what `bash launch/demo.sh --bird` generates: pictures of
 `medplib_jax.datasets.phantom` asked in Med-GRIT's form (`medplib_jax.datasets.phantom.grit`).
 
 Other conversations join by weight, as long as they hold neither masks nor regions: MeCoVQA-Complex and public VQA do.
@@ -80,7 +78,7 @@ DECODER_AND_RESAMPLER = (common.LLM, "^resampler/")
 
 
 def get_config(size: str = "9b"):
-    sizes = {"9b": large, "lora": lora, "look": look, "rough": rough, "tiny": tiny}
+    sizes = {"9b": large, "lora": lora, "rough": rough, "tiny": tiny}
     return to_config_dict(common.choose(size, **sizes)())
 
 
@@ -130,41 +128,40 @@ def lora() -> ExperimentConfig:
     )
 
 
-def look() -> ExperimentConfig:
-    """What `rough` starts from: it names what it sees. Digits of boxes, few of which can be known, would drown that."""
+def rough() -> ExperimentConfig:
+    """What `tiny` starts from: it finds, to a tenth of the picture, what may lie anywhere.
+
+    Where a structure lies can be guessed from its name. Asked of all, a model learns to guess and does not look.
+    """
+    config = _small((grit.ROUGH,), lengths=(184,), lr=1e-3)
+    return dataclasses.replace(config, train=TrainConfig(steps=1600, checkpoint_every=800))
+
+
+def tiny() -> ExperimentConfig:
+    config = _small((grit.LOOK, grit.FINDINGS, grit.FIND), lengths=(184, 240, 352), lr=1.5e-3)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, weights=(2, 2, 1)),
+        train=TrainConfig(steps=4400, checkpoint_every=1100),
+        init=InitConfig(base=f"{DEMO}/rough"),
+    )
+
+
+def _small(files: tuple[str, ...], lengths: tuple[int, ...], lr: float) -> ExperimentConfig:
+    """From nothing on files of the generated phantom, in rows of these lengths."""
     data = dataclasses.replace(
-        common.phantom(bucket_lengths=(240, 352), max_regions=0, max_masks=0),
-        sources=(f"{DEMO}/phantom/{grit.LOOK}",),
+        common.phantom(bucket_lengths=lengths, max_regions=0, max_masks=0),
+        sources=tuple(f"{DEMO}/phantom/{name}" for name in files),
         root=f"{DEMO}/phantom",
         tokenizer=f"{DEMO}/tokenizer",
         template="chatml",
         batch_size=4,
     )
-    optim = OptimConfig(lr=2e-3, b2=0.98, warmup=0.05, schedule="cosine", trainable=FROM_NOTHING, lr_scale=VISION_RATES)
     return ExperimentConfig(
         model=TINY,
         data=data,
-        optim=optim,
-        train=TrainConfig(steps=1000, checkpoint_every=500),
+        optim=OptimConfig(
+            lr=lr, b2=0.98, warmup=0.05, schedule="cosine", trainable=FROM_NOTHING, lr_scale=VISION_RATES
+        ),
         eval=EvalConfig(max_new_tokens=100),
-    )
-
-
-def rough() -> ExperimentConfig:
-    """What `tiny` starts from: it finds things, to a tenth of the picture."""
-    return _with_boxes(grit.ROUGH, "look", TrainConfig(steps=800, checkpoint_every=400))
-
-
-def tiny() -> ExperimentConfig:
-    return _with_boxes(grit.FIND, "rough", TrainConfig(steps=3000, checkpoint_every=1000))
-
-
-def _with_boxes(boxes: str, base: str, train: TrainConfig) -> ExperimentConfig:
-    config = look()
-    sources = tuple(f"{DEMO}/phantom/{name}" for name in (grit.LOOK, boxes))
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, sources=sources, weights=(1, 2)),
-        train=train,
-        init=InitConfig(base=f"{DEMO}/{base}"),
     )

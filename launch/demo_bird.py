@@ -61,15 +61,11 @@ class BirdDemo:
     def experiments(self) -> dict[Path, ExperimentConfig]:
         """The tiny experiments with their paths in the demo's folder, by the folder of their result.
 
-        Each begins where the one before ended.
+        The second begins where the first ended.
         """
-        folders = (self.out / "look", self.out / "rough", self.model)
-        look, *others = (self._placed(make()) for make in (bird_grit.look, bird_grit.rough, bird_grit.tiny))
-        begun = [
-            dataclasses.replace(one, init=InitConfig(base=str(base)))
-            for one, base in zip(others, folders[:-1], strict=True)
-        ]
-        return dict(zip(folders, (look, *begun), strict=True))
+        rough = self.out / "rough"
+        tiny = dataclasses.replace(self._placed(bird_grit.tiny()), init=InitConfig(base=str(rough)))
+        return {rough: self._placed(bird_grit.rough()), self.model: tiny}
 
     def _placed(self, config: ExperimentConfig) -> ExperimentConfig:
         sources = tuple(source.replace(f"{bird_grit.DEMO}/phantom", str(self.data)) for source in config.data.sources)

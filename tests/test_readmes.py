@@ -219,7 +219,7 @@ def after_the_demo(tmp_path_factory) -> Path:
         phantom.generate(bird.data, bird.examples, 4, bird.seed, processes=1, modalities=MODALITIES)
         grit.write_grit(bird.data, bird.seed)
         make_bird_tokenizer(bird)
-        save(bird.experiment(), bird.model)
+        save(bird.experiments()[bird.model], bird.model)
     return folder
 
 

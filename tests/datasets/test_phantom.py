@@ -1,11 +1,12 @@
 """The generated dataset: on-disk form, truthfulness of answers against masks, balance, determinism."""
 
 import hashlib
+import itertools
 import json
 import re
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -275,7 +276,7 @@ def in_grit(made):
 
 
 def test_no_turn_tells_what_another_of_its_conversation_asks(in_grit):
-    for turns in in_grit(grit.FIND) + in_grit(grit.ROUGH) + in_grit(grit.LOOK):
+    for turns in itertools.chain.from_iterable(map(in_grit, (grit.FIND, grit.FINDINGS, grit.ROUGH, grit.LOOK))):
         asked = [part for question, _ in turns for part in re.findall("<box>.*?</box>|<ref>the .*?</ref>", question)]
         assert len(set(asked)) == len(asked)
     for turns in in_grit(grit.LOOK):
@@ -287,12 +288,25 @@ def test_boxes_to_learn_from_are_those_of_the_questions_rounded_from_left_to_rig
     alone = {answer for turns in in_grit(grit.file_of("train", "VG")) for _, answer in turns}
     starts = [[int(x) for x in re.findall(r"<box>\((\d+),", answer)] for answer in alone]
     assert any(len(one) > 1 for one in starts) and all(one == sorted(one) for one in starts)
-    for name, step in ((grit.ROUGH, 100), (grit.FIND, 10)):
+    for name, step in ((grit.ROUGH, 100), (grit.FINDINGS, 10), (grit.FIND, 10)):
         answers = [answer for turns in in_grit(name) for _, answer in turns]
-        assert len(in_grit(name)) == grit.ROUNDS * 160
         assert set(answers) <= {grit.rounded(answer, step) for answer in alone}
     assert grit.rounded("<ref>the 2 eyes</ref><box>(157,242),(9,999)</box>", 10).endswith("(155,245),(5,995)</box>")
     assert grit.rounded("<box>(157,242),(9,999)</box>", 100) == "<box>(150,250),(50,950)</box>"
+
+
+def test_findings_are_asked_of_alone_in_two_of_the_files(made, in_grit):
+    """Who is asked where structures lie, too, guesses it from their names and does not look."""
+    findings = {finding.name for modality in phantom_draw.MODALITIES for finding in modality.findings}
+    shown = defaultdict(set)
+    for record in json.loads((made[0] / grit.file_of("train", "VG")).read_text()):
+        shown[record["id"]] |= findings & set(re.findall("<ref>the (.*?)</ref>", record["conversations"][0][0]))
+    for name in (grit.ROUGH, grit.FINDINGS):
+        records = json.loads((made[0] / name).read_text())
+        assert Counter(record["id"] for record in records) == {one: grit.ROUNDS for one in shown if shown[one]}
+        for record in records:
+            asked = [re.search("<ref>the (.*?)</ref>", question)[1] for question, _ in record["conversations"]]
+            assert sorted(asked) == sorted(shown[record["id"]])
 
 
 def test_conversations_ask_of_every_name_up_to_a_number(made, in_grit):
@@ -300,6 +314,7 @@ def test_conversations_ask_of_every_name_up_to_a_number(made, in_grit):
     read = {name: json.loads((made[0] / name).read_text()) for name in (alone, grit.FIND, grit.LOOK)}
     names = Counter(record["id"] for record in read[alone])
     assert max(names.values()) > grit.NAMED > min(names.values())
+    assert len(read[grit.FIND]) == len(read[grit.LOOK]) == grit.ROUNDS * 160
     for record in read[grit.FIND]:
         assert len(record["conversations"]) == min(names[record["id"]], grit.NAMED)
     beginnings = Counter()

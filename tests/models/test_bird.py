@@ -152,7 +152,7 @@ def test_positions_between_those_of_the_table_are_cubic():
 def test_from_nothing_each_query_looks_at_its_own_place_and_training_leaves_it_there():
     """Where queries look is so sharp that gradients there are noise, of which Adam makes full steps: all end up at one
     patch."""
-    config = bird_grit.look()
+    config = bird_grit.rough()
     model = build_model(config.model, nnx.Rngs(0))
     pixels = jax.random.normal(jax.random.key(0), (2, config.model.image_size, config.model.image_size, 3))
     _, out = nnx.jit(lambda model, pixels: model.resample(pixels))(model, pixels)
@@ -166,7 +166,7 @@ def test_from_nothing_each_query_looks_at_its_own_place_and_training_leaves_it_t
 
 def test_a_training_step_changes_patches_by_little_of_what_tells_their_positions():
     """Adam moves each of a patch's hundreds of weights by the rate, in one direction where the patch is one colour."""
-    config = bird_grit.look()
+    config = bird_grit.rough()
     trainable, _ = partition(params_of(build_model(config.model, nnx.Rngs(0))), config.optim.trainable)
     rates = flatten(jax.tree.map(lambda factor: factor * config.optim.lr, lr_factors(config.optim, trainable)))
     kernel = trainable["vit"]["patch_embed"]["kernel"]

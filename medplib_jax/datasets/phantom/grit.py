@@ -6,10 +6,12 @@ COMMAND
 
 Reads the masks of a generated phantom and writes `grit/{train,test}/{VG,ROC,RC,MIA}.json` beside them, one question a
 record. For training also conversations of several turns, so that a picture is looked at less often: with answers of
-words in `grit/train/look.json`, with boxes in `grit/train/rough.json` and `grit/train/find.json`. A conversation asks
-of every name once, so that no answer tells a later one. From others a model learns to read its own conversation and
-not to look. Boxes to learn from are rounded, to tenths of the picture in `rough.json` and to hundredths in
-`find.json`: digits that a small model cannot know are noise, in which it takes long to find those that it can.
+words in `grit/train/look.json`, with boxes in the other three. A conversation asks of every name once, so that no
+answer tells a later one. From others a model learns to read its own conversation and not to look. `find.json` asks of
+all that is there, `findings.json` and `rough.json` of findings alone, which may lie anywhere: where a structure lies
+can be guessed from its name, and who mostly guesses does not learn to look. Boxes to learn from are rounded, to tenths
+of the picture in `rough.json`, else to hundredths: digits that a small model cannot know are noise, in which it takes
+long to find those that it can.
 """
 
 import argparse
@@ -28,13 +30,13 @@ from medplib_jax.datasets.files import write_json
 from medplib_jax.datasets.phantom.draw import MODALITIES
 from medplib_jax.datasets.phantom.text import article, sample
 from medplib_jax.datasets.qa import grit
-from medplib_jax.datasets.qa.facts import ImageFacts, measure
+from medplib_jax.datasets.qa.facts import ImageFacts, Target, measure
 from medplib_jax.datasets.qa.template import pick
 
-VERSION = 4  # raise it when the same phantom gives other files
+VERSION = 5  # raise it when the same phantom gives other files
+ANYWHERE = {finding.name for one in MODALITIES for finding in one.findings}
 LABELS = {one.prefix: one.label for one in MODALITIES}
-LOOK, ROUGH, FIND = (f"grit/train/{name}.json" for name in ("look", "rough", "find"))
-ROUNDED = {ROUGH: 100, FIND: 10}  # which the boxes are to, in thousandths of the picture
+LOOK, ROUGH, FINDINGS, FIND = (f"grit/train/{name}.json" for name in ("look", "rough", "findings", "find"))
 ROUNDS = 2  # of conversations per picture, which ask in other words and of other things
 NAMED = 5  # names at most that a conversation asks about
 
@@ -65,8 +67,10 @@ def write_grit(data: str | Path, seed: int = 0) -> dict[str, int]:
             rng = facts.generator(seed, "conversations")
             for _ in range(ROUNDS):
                 files[LOOK].append(_conversation(facts, looking(facts, kinds, rng)))
-                for name, step in ROUNDED.items():
-                    files[name].append(_conversation(facts, finding(facts, step, rng)))
+                files[FIND].append(_conversation(facts, finding(facts, facts.targets, 10, rng)))
+                if findings := [target for target in facts.targets if target.name in ANYWHERE]:
+                    files[FINDINGS].append(_conversation(facts, finding(facts, findings, 10, rng)))
+                    files[ROUGH].append(_conversation(facts, finding(facts, findings, 100, rng)))
     for name, records in files.items():
         write_json(str(data / name), records)
     counts = {name: len(records) for name, records in sorted(files.items())}
@@ -99,10 +103,10 @@ def looking(facts: ImageFacts, kinds: Sequence[str], rng: np.random.Generator) -
     return first + [turns[pick(rng, ("ROC", "RC"))][i] for i in sample(rng, range(len(facts.targets)), NAMED)]
 
 
-def finding(facts: ImageFacts, step: int, rng: np.random.Generator) -> list[grit.Turn]:
-    """A conversation whose answers are boxes rounded to `step`, of every name."""
-    targets = sample(rng, facts.targets, NAMED)
-    return [(request, rounded(answer, step)) for request, answer in (grit.find_turn(facts, x, rng) for x in targets)]
+def finding(facts: ImageFacts, targets: Sequence[Target], step: int, rng: np.random.Generator) -> list[grit.Turn]:
+    """A conversation whose answers are boxes rounded to `step` thousandths of the picture, of every target."""
+    asked = [grit.find_turn(facts, target, rng) for target in sample(rng, targets, NAMED)]
+    return [(request, rounded(answer, step)) for request, answer in asked]
 
 
 def rounded(text: str, step: int) -> str:
