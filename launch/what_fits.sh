@@ -16,12 +16,15 @@ examine() { # NAME TOPOLOGY CONFIG FLAGS...
     || echo "not compiled: $name" >&2
 }
 
-stages() { # TOPOLOGY ROWS FLAGS...
-  local topology="$1" rows="$2"
-  shift 2
-  examine "stage II on $topology, $rows rows" "$topology" stage2_vqa.py:7b --length=2048 --rows="$rows" "$@"
-  examine "stage III on $topology, $rows rows" "$topology" stage3_grounding.py:7b --length=1024 --rows="$rows" "$@"
-  examine "stage IV on $topology, $rows rows" "$topology" stage4_moe.py:7b --length=1024 --rows="$rows" "$@"
+stage() { # II|III|IV TOPOLOGY ROWS FLAGS...
+  local name="$1" topology="$2" rows="$3" config length=1024
+  shift 3
+  case "$name" in
+    II) config=stage2_vqa.py:7b length=2048 ;;
+    III) config=stage3_grounding.py:7b ;;
+    IV) config=stage4_moe.py:7b ;;
+  esac
+  examine "stage $name on $topology, $rows rows" "$topology" "$config" --length="$length" --rows="$rows" "$@"
 }
 
 generation() { # TOPOLOGY ROWS FLAGS...
@@ -31,41 +34,61 @@ generation() { # TOPOLOGY ROWS FLAGS...
     --config.eval.max_new_tokens=64 "$@"
 }
 
-lora() { # TOPOLOGY ROWS FLAGS... (rows of 1,024 positions, BiRD's of 2,048)
-  local topology="$1" rows="$2"
+lora() { # III|IV|BiRD ROWS FLAGS... on the eight chips of Kaggle
+  local name="stage $1 LoRA" rows="$2" config length=1024
+  case "$1" in
+    III) config=stage3_grounding.py:7b ;;
+    IV) config=finetune_folder.py:7b_v5e8 ;;
+    BiRD) name="BiRD LoRA" config=bird_grit.py:lora length=2048 ;;
+  esac
   shift 2
-  examine "stage III LoRA on $topology, $rows rows" "$topology" stage3_grounding.py:7b --length=1024 --rows="$rows" --config.mesh.fsdp=8 "$@"
-  examine "stage IV LoRA on $topology, $rows rows" "$topology" finetune_folder.py:7b_v5e8 --length=1024 --rows="$rows" "$@"
-  examine "BiRD LoRA on $topology, $rows rows" "$topology" bird_grit.py:lora --length=2048 --rows="$rows" --config.mesh.fsdp=8 "$@"
+  examine "$name on v5e:2x4, $rows rows" v5e:2x4 "$config" --length="$length" --rows="$rows" --config.mesh.fsdp=8 "$@"
 }
 
 if [ "$kind" = tpu ]; then
-  stages v5e:8x8 128 --config.mesh.fsdp=64
-  stages v5p:2x4x4 128 --config.mesh.data=2 --config.mesh.fsdp=16
-  stages v6e:8x8 128 --config.mesh.fsdp=64
-  stages v5e:4x4 128 --config.mesh.fsdp=16 --config.optim.accumulate=4
+  stage II v5e:8x8 128 --config.mesh.fsdp=64 --config.optim.accumulate=2
+  stage III v5e:8x8 192 --config.mesh.fsdp=64
+  stage IV v5e:8x8 128 --config.mesh.fsdp=64
+  stage IV v5e:8x8 192 --config.mesh.fsdp=64
+  for name in II III IV; do
+    stage "$name" v5p:2x4x4 128 --config.mesh.data=2 --config.mesh.fsdp=16
+  done
+  stage II v6e:8x8 256 --config.mesh.fsdp=64
+  stage III v6e:8x8 512 --config.mesh.fsdp=64
+  stage IV v6e:8x8 384 --config.mesh.fsdp=64
+  stage II v5e:4x4 128 --config.mesh.fsdp=16 --config.optim.accumulate=8
+  stage III v5e:4x4 128 --config.mesh.fsdp=16 --config.optim.accumulate=4
+  stage IV v5e:4x4 128 --config.mesh.fsdp=16 --config.optim.accumulate=4
   examine "stage IV, expert axis on v5e:8x8" v5e:8x8 stage4_moe.py:7b --length=1024 --config.mesh.fsdp=32 --config.mesh.expert=2
   examine "stage IV, everything trains, AdamW on v5p:4x4x4" v5p:4x4x4 stage4_moe.py:7b --length=1024 --config.mesh.data=4 --config.mesh.fsdp=16 \
     --config.optim.trainable='("",)' --config.model.lora.rank=0
-  examine "stage V, 4 pictures, on v5e:8x8" v5e:8x8 stage5_icl --length=4096
-  examine "stage IV on v5e:8x8, 192 rows" v5e:8x8 stage4_moe.py:7b --length=1024 --rows=192 --config.mesh.fsdp=64
-  examine "stage IV on v6e:8x8, 384 rows" v6e:8x8 stage4_moe.py:7b --length=1024 --rows=384 --config.mesh.fsdp=64
+  examine "stage V, 4 pictures on v5e:8x8" v5e:8x8 stage5_icl --length=4096
+  examine "BiRD on v5e:8x8" v5e:8x8 bird_grit.py:9b --rows=128 --config.mesh.fsdp=64 --config.optim.accumulate=2
+  examine "BiRD on v5p:4x4x4" v5p:4x4x4 bird_grit.py:9b --config.mesh.data=4 --config.mesh.fsdp=16
+  lora III 8
+  lora III 32
+  lora III 128 --config.model.remat=full
+  lora IV 8
+  lora IV 16
+  lora IV 24
+  lora IV 128 --config.model.remat=full
+  lora BiRD 8
+  lora BiRD 32 --config.model.remat=full
   for rows in 1 8 32; do
     generation v5e:2x4 "$rows" --config.mesh.tensor=8
     generation v6e:2x2 "$rows" --config.mesh.tensor=4
   done
-  lora v5e:2x4 8
-  lora v5e:2x4 64 --config.model.remat=full
-  for rows in 1 8; do # a chip of Colab's, with weights of 8 bits
+  for rows in 1 2; do # a chip of Colab's, with weights of 8 bits
     examine "prediction, 64 new tokens on v5e:1x1, $rows rows" v5e:1x1 stage4_moe.py:7b --program=decode --quantize=int8 --rows="$rows" \
       --length=1024 --config.mesh.fsdp=1 --config.eval.max_new_tokens=64
   done
-  examine "BiRD on v5e:8x8, 256 rows" v5e:8x8 bird_grit.py:9b --config.mesh.fsdp=64
-  examine "BiRD on v5p:4x4x4, 256 rows" v5p:4x4x4 bird_grit.py:9b --config.mesh.data=4 --config.mesh.fsdp=16
 else
   for gpus in h100:8 h200:8; do
-    stages "$gpus" 16 --config.mesh.fsdp=8
-    stages "$gpus" 32 --config.mesh.fsdp=8
+    for rows in 16 32; do
+      for name in II III IV; do
+        stage "$name" "$gpus" "$rows" --config.mesh.fsdp=8
+      done
+    done
   done
   examine "BiRD on h200:8, 16 rows" h200:8 bird_grit.py:9b --config.mesh.fsdp=8 --rows=16
   generation h200:1 1
