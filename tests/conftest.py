@@ -10,6 +10,8 @@ flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization
 if importlib.metadata.version("jax").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")  # XLA refuses to start on a flag that it no longer has
 os.environ["JAX_PLATFORMS"] = "cpu"
+# XLA's threads. With too few (8 are), kernels that are interpreted on several devices wait for each other for ever.
+os.environ.setdefault("NPROC", str(max(32, os.cpu_count() or 1)))
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")]).strip()
 
 
