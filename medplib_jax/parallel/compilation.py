@@ -66,8 +66,6 @@ def compiler_options(mesh: Mesh, frugal: bool = False) -> dict[str, int | str]:
     """
     if is_gpu(mesh):
         return {"xla_gpu_dot_merger_threshold_mb": 0}
-    if mesh.devices.flat[0].platform == "tpu":
-        return {"xla_allow_excess_precision": False}
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if frugal and on_cpu else {}
 
