@@ -141,8 +141,8 @@ def tiny() -> ExperimentConfig:
     config = _small((grit.LOOK, grit.FINDINGS, grit.FIND), lengths=(184, 240, 352), lr=1.5e-3)
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, weights=(2, 2, 1)),
-        train=TrainConfig(steps=4400, checkpoint_every=1100),
+        data=dataclasses.replace(config.data, weights=(2, 2, 3)),
+        train=TrainConfig(steps=4800, checkpoint_every=1200),
         init=InitConfig(base=f"{DEMO}/rough"),
     )
 
