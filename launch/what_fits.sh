@@ -56,24 +56,11 @@ if [ "$kind" = tpu ]; then
   stage II v6e:8x8 256 --config.mesh.fsdp=64
   stage III v6e:8x8 512 --config.mesh.fsdp=64
   stage IV v6e:8x8 384 --config.mesh.fsdp=64
-  stage II v5e:4x4 128 --config.mesh.fsdp=16 --config.optim.accumulate=8
-  stage III v5e:4x4 128 --config.mesh.fsdp=16 --config.optim.accumulate=4
-  stage IV v5e:4x4 128 --config.mesh.fsdp=16 --config.optim.accumulate=4
-  examine "stage IV, expert axis on v5e:8x8" v5e:8x8 stage4_moe.py:7b --length=1024 --config.mesh.fsdp=32 --config.mesh.expert=2
-  examine "stage IV, everything trains, AdamW on v5p:4x4x4" v5p:4x4x4 stage4_moe.py:7b --length=1024 --config.mesh.data=4 --config.mesh.fsdp=16 \
-    --config.optim.trainable='("",)' --config.model.lora.rank=0
-  examine "stage V, 4 pictures on v5e:8x8" v5e:8x8 stage5_icl --length=4096
-  examine "BiRD on v5e:8x8" v5e:8x8 bird_grit.py:9b --rows=128 --config.mesh.fsdp=64 --config.optim.accumulate=2
-  examine "BiRD on v5p:4x4x4" v5p:4x4x4 bird_grit.py:9b --config.mesh.data=4 --config.mesh.fsdp=16
   lora III 8
-  lora III 32
-  lora III 128 --config.model.remat=full
   lora IV 8
   lora IV 16
-  lora IV 24
   lora IV 128 --config.model.remat=full
   lora BiRD 8
-  lora BiRD 32 --config.model.remat=full
   for rows in 1 8 32; do
     generation v5e:2x4 "$rows" --config.mesh.tensor=8
     generation v6e:2x2 "$rows" --config.mesh.tensor=4
