@@ -53,6 +53,7 @@ if [ "$kind" = tpu ]; then
   for name in II III IV; do
     stage "$name" v5p:2x4x4 128 --config.mesh.data=2 --config.mesh.fsdp=16
   done
+  stage IV v5e:4x4 128 --config.mesh.fsdp=16 --config.optim.accumulate=4
   stage II v6e:8x8 256 --config.mesh.fsdp=64
   stage III v6e:8x8 512 --config.mesh.fsdp=64
   stage IV v6e:8x8 384 --config.mesh.fsdp=64
