@@ -40,6 +40,7 @@ def get_config(folder: str):
             data=data,
             optim=dataclasses.replace(config.optim, lr=5e-4, lr_scale=()),
             init=InitConfig(base=f"{bird_grit.DEMO}/model", sizes="base"),
+            eval=dataclasses.replace(config.eval, max_new_tokens=512),  # a report on a picture of many things
             train=TrainConfig(steps=1500, checkpoint_every=500),
         )
     )

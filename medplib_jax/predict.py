@@ -333,6 +333,8 @@ def show(
     if drawer:
         prediction = with_masks(prediction, drawer)
     print(prediction.answer, flush=True)
+    if prediction.cut_off:
+        print("notice: the answer was cut off; --max-new-tokens says how long it may be", file=sys.stderr)
     make_folder(out)
     for path in write_prediction(prediction, out):
         print(path, file=sys.stderr)

@@ -166,6 +166,7 @@ def _write_masks(found: Prediction, job: Job, folder: str) -> dict[str, Any]:
         with open(os.path.join(folder, "masks.geojson"), "w", encoding="utf-8") as file:
             json.dump(geojson(list(zip(labels, found.masks, strict=True))), file)
     line = {"answer": found.answer, "size": list(found.picture.shape[:2]), "labels": labels}
+    line |= {"cut_off": True} if found.cut_off else {}
     line |= {"masks": [encode_rle(mask) for mask in found.masks], "predicted_iou": list(found.predicted_iou)}
     if found.boxes is None:
         return line

@@ -40,7 +40,7 @@ def answer_questions(
             picture = asked[number].picture
             text, masks, ious = predictor.read(picture.shape[:2], prompt, generation)
             found = None if predictor.draws_masks else tuple(boxes.read(text))
-            yield number, Prediction(text, masks, ious, picture, found)
+            yield number, Prediction(text, masks, ious, picture, found, bool(generation.cut_off[0]))
 
 
 def _prompts(predictor: Predictor, asked: Mapping[int, Question]) -> Iterator[tuple[int, Batch | DataError]]:

@@ -50,7 +50,8 @@ class Prediction:
     """An answer with its masks.
 
     masks: bool [h, w] of the picture's size, one per <SEG> of the answer that has a mask slot. picture: RGB uint8
-    [h, w, 3]. boxes: those in the answer's text, None for a model that draws masks instead.
+    [h, w, 3]. boxes: those in the answer's text, None for a model that draws masks instead. cut_off: it took all of
+    `max_new_tokens`, and may lack its end.
     """
 
     answer: str
@@ -58,6 +59,7 @@ class Prediction:
     predicted_iou: tuple[float, ...]
     picture: np.ndarray
     boxes: tuple[Box, ...] | None = None
+    cut_off: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +174,7 @@ class Predictor:
         generation = jax.device_get(self.generator(prompt, seed))
         text, masks, predicted_iou = self.read(picture.shape[:2], prompt, generation)
         found = None if self.draws_masks else tuple(boxes.read(text))
-        return Prediction(text, masks, predicted_iou, picture, found)
+        return Prediction(text, masks, predicted_iou, picture, found, bool(generation.cut_off[0]))
 
     def read(
         self, size: tuple[int, int], prompt: Batch, generation: Generation

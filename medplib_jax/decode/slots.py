@@ -26,6 +26,11 @@ class Generation:
     # Tokens of each kind (`token_kinds.TOKEN_KINDS`) per MoE layer n and expert E; None without experts.
     choices: Int[Array, "B n kinds E"] | None = None
 
+    @property
+    def cut_off(self) -> Bool[Array, " B"]:
+        """Which answers took all the tokens that there were, and ended without an end token."""
+        return self.lengths == self.tokens.shape[1]
+
 
 @flax.struct.dataclass
 class Slots:

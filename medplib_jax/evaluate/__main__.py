@@ -41,6 +41,7 @@ def print_summary(result: SweepResult) -> None:
     """The figures over all modalities; those by modality are in sweep.json."""
     for cell in result.cells:
         records = f"{cell.records} records, {len(cell.skipped)} skipped"
+        records += f", {cell.cut_off} cut off after {cell.max_new_tokens} tokens" if cell.cut_off else ""
         print(f"\n{cell.checkpoint}, {cell.task}, protocol {cell.protocol}: {records}")
         for metric, value in cell.metrics.items():
             if "/" not in metric:

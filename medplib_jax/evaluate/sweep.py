@@ -231,6 +231,7 @@ def summarise(
         values,
         cell.settings.max_new_tokens,
         cell.settings.mask_threshold,
+        sum(row.get("cut_off", False) for row in rows),
         tuple(line[SKIPPED] for line in lines if SKIPPED in line),
         left_out,
         router.summarise(rows, model) if model.moe_layers and rows else None,

@@ -22,6 +22,7 @@ from medplib_jax.evaluate.answering import load_model, prompt_lengths
 from medplib_jax.evaluate.evaluators.predictions import read_rows
 from medplib_jax.evaluate.plan import plan_sweep
 from medplib_jax.evaluate.report.sweep import write_sweep_report
+from medplib_jax.evaluate.report.sweep_load import load_sweep
 from medplib_jax.evaluate.sweep import IncompleteSweep, run_sweep
 from medplib_jax.evaluate.tasks import folder_tasks
 from medplib_jax.parallel.lock import folder_lock
@@ -81,6 +82,15 @@ def test_a_sweep_holds_every_cell(whole):
         "reference",
         1,
     )  # it always draws
+
+
+def test_answers_that_were_cut_off_are_counted_and_said(whole):
+    workdir, result = whole
+    cell = result.cells[0]
+    rows = [row for path in cell.predictions for row in read_rows(workdir / path)]
+    assert cell.cut_off == sum(row.get("cut_off", False) for row in rows) > 0
+    said = " ".join(note for one in load_sweep(workdir).cells if one.protocol == cell.protocol for note in one.notes)
+    assert f"{cell.cut_off} of 6 answers were cut off after {cell.max_new_tokens} tokens" in said
 
 
 def test_pieces_make_the_whole(config, whole, tmp_path):
@@ -298,7 +308,8 @@ def test_captions_are_scored_by_other_programs_or_it_is_said_why_not(config, fol
 
     def left_out():
         write_sweep_report(tmp_path)
-        return json.loads((tmp_path / "report.json").read_text())["notes"]
+        notes = json.loads((tmp_path / "report.json").read_text())["notes"]
+        return [note for note in notes if "left out" in note]
 
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))

@@ -159,6 +159,11 @@ def _load_cell(workdir: Path, entry: CellEntry, kind: TaskKind) -> ScoredCell:
 
 
 def _left_out(entry: CellEntry) -> Iterator[str]:
+    if entry.cut_off:
+        yield (
+            f"{entry.checkpoint} on {entry.task}: {entry.cut_off} of {entry.records} answers were cut off after "
+            f"{entry.max_new_tokens} tokens and are scored as they are; max_new_tokens says how long they may be"
+        )
     for metric, why in entry.left_out.items():
         yield f"{entry.task}: {describe(metric).label} is left out: {why}"
 

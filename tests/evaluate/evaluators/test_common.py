@@ -53,7 +53,7 @@ def answered(folder, experiment):
             ids = tokenizer.encode(say(loader.record(index), prompt))
             M = prompt.mask_valid.shape[1]
             mask_valid = np.arange(M)[None] < ids.count(tokenizer.seg_id)
-            tokens, lengths = np.array([ids], np.int32), np.array([len(ids)])
+            tokens, lengths = np.array([[*ids, 0]], np.int32), np.array([len(ids)])
             generation = Generation(
                 tokens, lengths, mask_valid, np.zeros((1, M, 4, 4), np.float32), np.ones((1, M), np.float32)
             )
