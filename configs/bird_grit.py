@@ -142,7 +142,7 @@ def tiny() -> ExperimentConfig:
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, weights=(2, 2, 3)),
-        train=TrainConfig(steps=4800, checkpoint_every=1200),
+        train=TrainConfig(steps=4400, checkpoint_every=1100),
         init=InitConfig(base=f"{DEMO}/rough"),
     )
 

@@ -33,6 +33,7 @@ from medplib_jax.models.layers import abstract_module, bind, params_of
 from medplib_jax.models.masks.sam import normalise_sam
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.vision.clip import normalise_clip
+from medplib_jax.parallel.quiet import ignore_missing_tpu
 
 from . import check_qwen_vl, kinds
 from .sources import Source, read_source
@@ -329,6 +330,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    ignore_missing_tpu()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch", required=True, action="append", type=hub.argument, help="as --source of from_torch")
     parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="workdir, or WORKDIR/checkpoints/STEP")

@@ -46,6 +46,7 @@ from medplib_jax.models.families import build_model
 from medplib_jax.models.layers import Mlp, abstract_module, gelu, logical_axes, params_of
 from medplib_jax.models.region.encoder import RegionEncoder
 from medplib_jax.models.whole import WholeModel
+from medplib_jax.parallel.quiet import ignore_missing_tpu
 from medplib_jax.parallel.sharding import axis_size, partition_spec
 
 from . import kinds, mapping, orbax_stream, qwen_vl, torch_files, vocabulary
@@ -259,6 +260,7 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    ignore_missing_tpu()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--source",

@@ -26,6 +26,7 @@ from medplib_jax.models.families import build_model
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import abstract_module, params_of
 from medplib_jax.models.quantize import quantize_kernel, quantize_module
+from medplib_jax.parallel.quiet import ignore_missing_tpu
 
 from . import orbax_stream, vocabulary
 from .from_torch import staged, write_checkpoint
@@ -90,6 +91,7 @@ def _quantized(sources: dict[str, SavedArray], lora: LoraConfig, name: str, inde
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    ignore_missing_tpu()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="workdir, or its checkpoints/STEP")
     parser.add_argument("--out", required=True, type=pathlib.Path, help="workdir to create")

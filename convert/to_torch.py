@@ -24,6 +24,7 @@ from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import LoraConfig, ModelConfig
 from medplib_jax.decode.saved_params import SavedArray, SavedParams, open_params
+from medplib_jax.parallel.quiet import ignore_missing_tpu
 
 from . import hf_config, hf_llava, mapping, torch_files, vocabulary
 from .from_torch import DTYPES, SIDE_FOLDER, staged
@@ -221,6 +222,7 @@ def adapter_json(lora: LoraConfig, modules: list[str], base: str) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    ignore_missing_tpu()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint",

@@ -36,6 +36,7 @@ from medplib_jax.evaluate.report.comparisons import ALL, compare
 from medplib_jax.evaluate.report.sweep_load import load_sweep
 from medplib_jax.evaluate.report.sweep_tables import entry
 from medplib_jax.evaluate.sweep import run_sweep
+from medplib_jax.parallel.quiet import ignore_missing_tpu
 from medplib_jax.train.metrics_log import read_metrics
 
 STAGES = {
@@ -126,6 +127,7 @@ class Demo:
 
 
 def main() -> int:
+    ignore_missing_tpu()
     parser = argparse.ArgumentParser(prog="launch/demo.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--examples", type=int, default=3000, help="training images to generate")

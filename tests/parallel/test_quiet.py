@@ -1,5 +1,6 @@
 """The terminal shows what a user can act on, and a command loads what it needs."""
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -32,6 +33,18 @@ def test_a_machine_without_a_tpu_does_not_load_its_library():
     )
     done = run(program)
     assert done.stdout.strip() in ("gpu", "tpu") or (done.stdout, done.stderr) == ("cpu\n", "")
+
+
+@pytest.mark.parametrize(
+    "name", ["convert.check", "convert.from_torch", "convert.quantize", "convert.to_torch", "launch.demo"]
+)
+def test_nor_does_a_command_that_keeps_no_programs_or_has_its_own_folder_for_them(name, monkeypatch):
+    module, asked = importlib.import_module(name), []
+    monkeypatch.setattr(module, "ignore_missing_tpu", lambda: asked.append(name))
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert asked == [name]
 
 
 def test_asking_loads_no_report_and_no_builders():
