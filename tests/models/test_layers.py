@@ -1,6 +1,7 @@
 """The thin layer over NNX: initial values, stacking, and products that must equal their plain form."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def test_nor_by_the_compiler(rows, dtype, monkeypatch):
 
         return jax.lax.fori_loop(0, 4, token, x)
 
-    compiled = jax.jit(run).lower(x, kernels).compile()
+    compiled = compiled_as_for_users(run, x, kernels)
     assert compiled.memory_analysis().temp_size_in_bytes < kernels[0].nbytes
     np.testing.assert_allclose(compiled(x, kernels), np.ones_like(x))
 
@@ -107,7 +108,7 @@ def test_a_loop_that_looks_rows_up_holds_no_copy_of_the_table(monkeypatch):
     def run(table, index):
         return jax.lax.fori_loop(0, 4, lambda _, index: layers.take_rows(table, index)[:, 0].astype(int) + 1, index)
 
-    compiled = jax.jit(run).lower(table, jnp.array([3])).compile()
+    compiled = compiled_as_for_users(run, table, jnp.array([3]))
     assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes / 4
     np.testing.assert_array_equal(compiled(table, jnp.array([3])), [7])
 
@@ -122,6 +123,13 @@ def test_a_narrow_kernel_has_its_gradient(monkeypatch):
         np.testing.assert_allclose(np.float32(found), np.float32(one), rtol=2e-2, atol=1e-2)
     table = jax.grad(lambda table: layers.take_rows(table, jnp.array([3, 0, 3])).astype(jnp.float32).sum())(kernel)
     np.testing.assert_array_equal(table[:5, 0], [1, 0, 0, 2, 0])
+
+
+def compiled_as_for_users(function, *arguments):
+    """With the fusions that the tests' flags switch off (conftest.py), and which copy arrays."""
+    switched_off = "fusion_emitters=false" in os.environ["XLA_FLAGS"]
+    options = {"xla_cpu_use_fusion_emitters": True} if switched_off else {}
+    return jax.jit(function).lower(*arguments).compile(options)
 
 
 def _results(jaxpr):
