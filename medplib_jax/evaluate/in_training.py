@@ -1,6 +1,7 @@
 """A run's figures on held-out records while it trains: the loss, and the sweep's metrics of generated answers."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from medplib_jax.evaluate.tasks import SweepTask, read_task
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.processes import of_every_process
 from medplib_jax.train.held_out import HeldOutLoss
+
+log = logging.getLogger(__name__)
 
 
 class HeldOutFigures:
@@ -71,6 +74,10 @@ class HeldOutFigures:
         rows = [{name: value for name, value in row.items() if name not in dropped} for row in rows]
         shared = of_every_process(f"eval/{task.name}/{step}", json.dumps(rows))
         everyone = sorted((row for part in shared for row in json.loads(part)), key=lambda row: row["record"])
+        cut_off = sum(row.get("cut_off", False) for row in everyone)
+        if cut_off and jax.process_index() == 0:
+            place = f"step {step}, {task.name}: {cut_off} of {len(everyone)} answers"
+            log.warning("%s were cut off after eval.max_new_tokens=%d tokens", place, settings.max_new_tokens)
         return metrics.values(kind.statistics(everyone, "exact")) if everyone else {}
 
 

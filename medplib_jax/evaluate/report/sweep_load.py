@@ -154,16 +154,19 @@ def _load_cell(workdir: Path, entry: CellEntry, kind: TaskKind) -> ScoredCell:
         patients=tuple(row["patient"] or "" for row in rows),
         structures=np.array([row["structure"] or "" for row in rows]),
         statistics=found,
-        notes=(*_left_out(entry), *_disagreements(entry, rows, values(found))),
+        notes=(*_cut_off(entry), *_left_out(entry), *_disagreements(entry, rows, values(found))),
     )
 
 
-def _left_out(entry: CellEntry) -> Iterator[str]:
+def _cut_off(entry: CellEntry) -> Iterator[str]:
     if entry.cut_off:
         yield (
             f"{entry.checkpoint} on {entry.task}: {entry.cut_off} of {entry.records} answers were cut off after "
             f"{entry.max_new_tokens} tokens and are scored as they are; max_new_tokens says how long they may be"
         )
+
+
+def _left_out(entry: CellEntry) -> Iterator[str]:
     for metric, why in entry.left_out.items():
         yield f"{entry.task}: {describe(metric).label} is left out: {why}"
 
