@@ -22,9 +22,9 @@ from medplib_jax.models.families import build_model
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import abstract_module, model_shardings, params_of
 from medplib_jax.models.quantize import quantize_kernel, quantize_module
+from medplib_jax.models.target import platform_of
 from medplib_jax.models.whole import WholeModel
 from medplib_jax.parallel.ahead import ahead
-from medplib_jax.parallel.compilation import is_gpu
 from medplib_jax.parallel.mesh import one_device
 from medplib_jax.parallel.sharding import check_model_fits
 
@@ -53,27 +53,27 @@ def model_in_decoding_layout(
     the same, the decoder's layers round their activations, too, and multiply integers. "kv" gives its cache keys and
     values of 8 bits, "+" both.
 
-    On a GPU the experts of a layer stay in one array, from which the chosen one is picked while it is read: in order to
-    choose among programs the host would have to wait for the router. The decoder's kernels are transposed there
-    (`layers.matmul_by_output`).
+    On an accelerator the experts of a layer stay in one array, from which the chosen one is picked while it is read. In
+    order to choose among programs a GPU's host would have to wait for the router, and a TPU fetches what all of them
+    read beforehand. For a GPU the decoder's kernels are transposed (`layers.matmul_by_output`).
     """
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize {quantize!r} is not one of {QUANTIZE}")
     config = dataclasses.replace(config, lora=LoraConfig(), clip=_computed(config.clip))
-    return _model_in_decoding_layout(config, rules, quantize, is_gpu(mesh or one_device()))
+    return _model_in_decoding_layout(config, rules, quantize, platform_of(mesh or one_device()))
 
 
 @functools.lru_cache(maxsize=8)
 def _model_in_decoding_layout(
-    config: ModelConfig, rules: ShardingConfig | None, quantize: str, for_gpu: bool
+    config: ModelConfig, rules: ShardingConfig | None, quantize: str, platform: str
 ) -> WholeModel:
     """Read-only, because equal arguments share it."""
     model = abstract_module(
-        functools.partial(build_model, config, rules=rules, unstacked_layers=True, unstacked_experts=not for_gpu)
+        functools.partial(build_model, config, rules=rules, unstacked_layers=True, unstacked_experts=platform == "cpu")
     )
     model = quantize_module(model, "w8a8" in quantize) if has_narrow_weights(quantize) else model
     model.llm.narrow_cache = "kv" in quantize
-    return _turn_module(model) if for_gpu else model
+    return _turn_module(model) if platform == "gpu" else model
 
 
 def _computed(clip: ClipConfig) -> ClipConfig:
@@ -100,13 +100,14 @@ def to_decoding_layout(
     check_model_fits(config, rules, mesh)
     model = model_in_decoding_layout(config, mesh, rules, quantize)
     check_parts(params, params_of(model))
-    arrange = functools.partial(_arrange, lora=config.lora, like=flatten(params_of(model)), transposed=is_gpu(mesh))
+    platform, like = platform_of(mesh), flatten(params_of(model))
+    arrange = functools.partial(_arrange, lora=config.lora, like=like, transposed=platform == "gpu")
 
     def make(piece: Piece) -> dict[str, np.ndarray]:
         return {place: array for path, module in piece() for place, array in arrange(path, module).items()}
 
     shardings, placed = flatten(model_shardings(model, mesh)), {}
-    for made in ahead(functools.partial(make, piece) for piece in _pieces(params, unstacked_experts=not is_gpu(mesh))):
+    for made in ahead(functools.partial(make, piece) for piece in _pieces(params, unstacked_experts=platform == "cpu")):
         placed |= {path: jax.device_put(array, shardings[path]) for path, array in made.items()}
     if missing := sorted(shardings.keys() - placed.keys()):
         raise ValueError(f"the checkpoint lacks {len(missing)} parameters of the model, first {missing[0]}")

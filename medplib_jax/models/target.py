@@ -9,6 +9,7 @@
 import dataclasses
 
 import jax
+from jax.sharding import Mesh
 
 from medplib_jax.batch import Array
 
@@ -32,6 +33,11 @@ def made_for(platform: str, device_kind: str = ""):
 def target_device(x: Array):
     """What the program that is being traced is made for; has `platform` and `device_kind`."""
     return _chosen.value or jax.typeof(x).sharding.mesh.abstract_device or jax.devices()[0]
+
+
+def platform_of(mesh: Mesh) -> str:
+    """What programs on this mesh are made for."""
+    return (_chosen.value or mesh.devices.flat[0]).platform
 
 
 def is_for_tpu(x: Array) -> bool:

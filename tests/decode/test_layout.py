@@ -44,9 +44,13 @@ def test_adapters_are_merged():
     )
 
 
+def for_platform(monkeypatch, platform):
+    monkeypatch.setattr(layout, "platform_of", lambda mesh: platform)
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
-    monkeypatch.setattr(layout, "is_gpu", lambda mesh: True)
+    for_platform(monkeypatch, "gpu")
 
 
 def answers(model, params, batch, quantize):
@@ -56,14 +60,18 @@ def answers(model, params, batch, quantize):
     return jax.device_get(generator(batch))
 
 
+ON_GPU = [(1, 1, ""), (1, 1, "int8"), (1, 2, ""), (3, 1, "int8"), (1, 1, "w8a8"), (3, 1, "w8a8")]
+ON_TPU = [(1, 1, ""), (1, 2, "int8"), (1, 1, "w8a8"), (3, 1, "")]
+
+
 @pytest.mark.parametrize(
-    "rows, top_k, quantize", [(1, 1, ""), (1, 1, "int8"), (1, 2, ""), (3, 1, "int8"), (1, 1, "w8a8"), (3, 1, "w8a8")]
+    "platform, rows, top_k, quantize", [("gpu", *case) for case in ON_GPU] + [("tpu", *case) for case in ON_TPU]
 )
-def test_a_gpu_gives_the_same_answers(params, rows, top_k, quantize, request):
+def test_an_accelerator_gives_the_same_answers(params, platform, rows, top_k, quantize, monkeypatch):
     model = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, top_k=top_k))
     batch = jax.tree.map(lambda x: x[:rows], random_batch(tiny_experiment(model=MODEL), 16))
     expected = answers(model, params, batch, quantize)
-    request.getfixturevalue("on_gpu")
+    for_platform(monkeypatch, platform)
     actual = answers(model, params, batch, quantize)
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
     np.testing.assert_array_equal(actual.choices, expected.choices)
@@ -87,7 +95,9 @@ def test_every_parameter_has_its_place_and_shape(params, quantize, on_gpu):
     )
 
 
-def test_a_token_chooses_no_program(params, on_gpu):
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_token_chooses_no_program(params, platform, monkeypatch):
+    for_platform(monkeypatch, platform)
     generator = Generator(MODEL, params, DecodeOptions(max_new_tokens=6, max_masks=0), stop_ids=(2,), seg_id=7)
     batch = jax.tree.map(lambda x: x[:1], random_batch(tiny_experiment(model=MODEL), 16))
     slots = jax.eval_shape(
@@ -98,7 +108,7 @@ def test_a_token_chooses_no_program(params, on_gpu):
     )
     step = jax.make_jaxpr(generator._decoder.decode)(generator.params, slots, 0, 0)
     names = {equation.primitive.name for equation in _equations(step.jaxpr)}
-    assert "cond" not in names, "the host would wait for the router"
+    assert "cond" not in names, "a GPU's host would wait for the router, a TPU fetch every expert"
 
 
 def _equations(jaxpr):

@@ -6,13 +6,14 @@
 | many               | `Experts`      | any      | experts not spread | the same on every device's rows (`_on_mesh`)   |
 | any                | `Experts`      | any      | experts spread     | rows travel (`expert_exchange`), then the same |
 | few                | `Experts`      | any      | experts not spread | every expert on every token (`_few`)           |
-| 1                  | `Experts`      | GPU      | one device         | the chosen experts' weights alone (`_one`)     |
-| many               | `ExpertsApart` | CPU, GPU | one device         | sorted by expert, blocks of rows per expert    |
-| many               | `ExpertsApart` | any      | other              | weights stacked, then `Experts`                |
-| few                | `ExpertsApart` | any      | any                | every expert on every token                    |
-| 1 in all           | `ExpertsApart` | any      | any                | a switch over the experts                      |
+| 1                  | `Experts`      | any      | experts not spread | the chosen experts' weights alone (`_one`)     |
+| many               | `ExpertsApart` | CPU      | one device         | sorted by expert, blocks of rows per expert    |
+| many               | `ExpertsApart` | CPU      | other              | weights stacked, then `Experts`                |
+| few                | `ExpertsApart` | CPU      | any                | every expert on every token                    |
+| 1 in all           | `ExpertsApart` | CPU      | any                | a switch over the experts                      |
 
-Few are up to FEW_TOKENS. A token costs top_k experts' FLOPs whatever the number of experts, except among few tokens.
+One with adapters counts as few. Few are up to FEW_TOKENS. A token costs top_k experts' FLOPs whatever the number of
+experts, except among few tokens.
 
 A routing rule turns router probabilities into `Routing`: `dropless` keeps every token, `capacity` is DeepSpeed 0.13.1's
 rule. The tokens that compete for an expert's capacity are all those of a (micro-)batch, on whichever devices they are:
@@ -46,9 +47,10 @@ from medplib_jax.models.layers import (
     bind,
     in_column_blocks,
     logical_axes,
+    matmul,
+    matmul_by_output,
     param,
     params_of,
-    vector_matmul,
     widens_on_cpu,
 )
 from medplib_jax.models.precision import einsum, product
@@ -191,12 +193,13 @@ class ExpertLinear(nnx.Module):
         return y + self.lora_scale * product(low, self.lora_b[...].astype(y.dtype))
 
     def of_expert(self, x_1xD: Array, expert: Array) -> Array:
-        """One row through one expert, in a decoding model for a GPU. [1, in] -> [1, out]."""
+        """One row through one expert without adapters. [1, in] -> [1, out]."""
+        multiply = matmul_by_output if self.by_output else matmul
         if self.narrow_rows:
             scale = self.kernel_scale[...][expert]
-            return self._by_integers(lambda x, w: vector_matmul(x[0], w[expert])[None], x_1xD, scale)
-        y = vector_matmul(x_1xD[0], self.kernel[...][expert])
-        return (y if self.kernel_scale is None else y * self.kernel_scale[...][expert]).astype(x_1xD.dtype)[None]
+            return self._by_integers(lambda x, w: multiply(x, w[expert], jnp.int32), x_1xD, scale)
+        y = multiply(x_1xD, self.kernel[...][expert], jnp.float32)
+        return (y if self.kernel_scale is None else y * self.kernel_scale[...][expert]).astype(x_1xD.dtype)
 
     def _by_integers(self, multiply: Callable[[Array, Array], Array], x: Array, scales: Array) -> Array:
         return by_integers(lambda x: multiply(x, self.kernel[...]), x, scales, spread=self.spread)
@@ -268,9 +271,11 @@ class Experts(nnx.Module):
     def _local(self, x_SxD, routing, rng, exchanged):
         """On one device's tokens. `exchanged`: mesh axes over which the experts are spread, none if all are here."""
         rngs = split_rng(rng, 3)
-        if x_SxD.shape[0] == 1 and self.gate.by_output and not exchanged:
+        adapted = any(linear.lora_a is not None for linear in (self.gate, self.up, self.down))
+        if x_SxD.shape[0] == 1 and not adapted and not exchanged:
             return self._one(x_SxD, routing)
-        if x_SxD.shape[0] <= _few_tokens(x_SxD) and not exchanged:
+        few = FEW_TOKENS_TPU if is_for_tpu(x_SxD) else FEW_TOKENS
+        if x_SxD.shape[0] <= few and not exchanged:
             return self._few(x_SxD, routing, rngs)
         num_experts = self.gate.kernel.shape[0] * axis_product(exchanged)
         x_NxD, expert_N = _choices(x_SxD, routing, num_experts)
@@ -283,7 +288,7 @@ class Experts(nnx.Module):
         return _weighted_sum(checkpoint_name(y_NxD, "experts"), routing)
 
     def _one(self, x_1xD, routing):
-        """One token of an answer on a GPU: nothing but its experts' weights is read."""
+        """One token of an answer: nothing but its experts' weights is read."""
 
         def run(expert):
             return self.down.of_expert(
@@ -320,10 +325,6 @@ def _weighted_sum(y_NxD: Array, routing: Routing) -> Array:
     # The barrier keeps the weight's gradient, a sum over the width, from being computed for every expert.
     weight_Sxk = jax.lax.optimization_barrier(routing.weight).astype(y_NxD.dtype)
     return (y_NxD.reshape(*weight_Sxk.shape, -1) * weight_Sxk[:, :, None]).sum(1)
-
-
-def _few_tokens(x_SxD: Array) -> int:
-    return FEW_TOKENS_TPU if is_for_tpu(x_SxD) else FEW_TOKENS
 
 
 def _narrow(array: Array, dtype) -> Array:
@@ -372,7 +373,7 @@ class SwiGlu(nnx.Module):
 
 
 class ExpertsApart(nnx.Module):
-    """Experts with arrays of their own, for decoding. A product with one of stacked matrices copies it first."""
+    """Experts with arrays of their own, for decoding on a CPU. There a product with one of stacked ones copies it."""
 
     def __init__(
         self, num_experts: int, llm: LlmConfig, lora: LoraConfig, rngs: Rngs, rules: ShardingConfig | None = None
@@ -389,11 +390,11 @@ class ExpertsApart(nnx.Module):
             weight_k = routing.weight[0].astype(x_SxD.dtype)
             run = [lambda x, mlp=mlp: mlp(x, rng) for mlp in self.each]
             return sum(weight_k[i] * jax.lax.switch(routing.expert[0, i], run, x_SxD) for i in range(len(weight_k)))
-        if here <= _few_tokens(x_SxD):
+        if here <= FEW_TOKENS:
             weight_SxE = (jax.nn.one_hot(routing.expert, len(self.each)) * routing.weight[:, :, None]).sum(1)
             weight_SxE = weight_SxE.astype(x_SxD.dtype)
             return sum(weight_SxE[:, e, None] * mlp(x_SxD, rng) for e, mlp in enumerate(self.each))
-        if mesh.size <= 1 and not is_for_tpu(x_SxD):
+        if mesh.size <= 1:
             return self._sorted(x_SxD, routing)
         return self._stacked(x_SxD.dtype)(x_SxD, routing, rng)
 
