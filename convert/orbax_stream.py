@@ -26,7 +26,7 @@ from .torch_files import progress
 
 Index = tuple[int, ...]
 MAX_CHUNK_BYTES = 1 << 25
-MAX_PENDING_BYTES = 1 << 29  # given to TensorStore and not yet on disk
+MAX_PENDING_BYTES = 1 << 29  # being written, beside `ahead.MAX_BYTES` in the making
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +49,18 @@ class _StreamHandler(type_handlers.NumpyHandler):
     async def _write(self, values, infos):
         """Slabs are made by a few threads, and written while the next ones are made."""
         stores = await asyncio.gather(*map(self._create, values, infos))  # together: each alone would wait for the disk
-        tasks = [
-            functools.partial(_make, store, *slab)
-            for store, value in zip(stores, values, strict=True)
-            for slab in value.slabs
+        slabs = [
+            (store[index], make) for store, value in zip(stores, values, strict=True) for index, make in value.slabs
         ]
+        sizes = [math.prod(store.shape) * store.dtype.numpy_dtype.itemsize for store, _ in slabs]
+        begun = ahead((functools.partial(_begin, *slab) for slab in slabs), sizes)
         pending, size = collections.deque(), 0
-        with progress("checkpoint", sum(math.prod(value.shape) * value.dtype.itemsize for value in values)) as bar:
+        with progress("checkpoint", sum(sizes)) as bar:
             try:
-                for store, slab in ahead(tasks):
-                    pending.append((store.write(slab, can_reference_source_data_indefinitely=True), slab.nbytes))
-                    bar.update(slab.nbytes)
-                    size += slab.nbytes
+                for written, nbytes in zip(begun, sizes, strict=True):
+                    pending.append((written, nbytes))
+                    bar.update(nbytes)
+                    size += nbytes
                     while size > MAX_PENDING_BYTES:
                         written, nbytes = pending.popleft()
                         await written
@@ -75,8 +75,9 @@ class _StreamHandler(type_handlers.NumpyHandler):
         return await ts.open(spec, create=True, open=True, context=info.ts_context)
 
 
-def _make(store: ts.TensorStore, index: Index, make: Callable[[], np.ndarray]) -> tuple[ts.TensorStore, np.ndarray]:
-    return store[index], make()
+def _begin(store: ts.TensorStore, make: Callable[[], np.ndarray]) -> ts.WriteFutures:
+    """Makes a slab and begins to write it, which alone holds it from then on."""
+    return store.write(make(), can_reference_source_data_indefinitely=True)
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:

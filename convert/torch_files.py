@@ -301,9 +301,8 @@ def _write_safetensors(file: pathlib.Path, tensors: list[Planned], bar: tqdm) ->
         stream.write(len(text).to_bytes(8, "little") + text)
     start = 8 + len(text)
     places = [start + header[tensor.name]["data_offsets"][0] for tensor in tensors]
-    for nbytes in ahead(
-        functools.partial(_put, file, place, tensor) for place, tensor in zip(places, tensors, strict=True)
-    ):
+    puts = (functools.partial(_put, file, place, tensor) for place, tensor in zip(places, tensors, strict=True))
+    for nbytes in ahead(puts, [tensor.nbytes for tensor in tensors]):
         bar.update(nbytes)
 
 
