@@ -37,11 +37,10 @@ def train_ranks(texts: Iterable[str], folder: str, merges: int = MERGES) -> Qwen
     Deterministic: of pairs that are equally frequent the first in byte order is merged. Fewer merges come out when no
     pair occurs twice.
     """
-    words = collections.Counter(
-        tuple(bytes([byte]) for byte in word.encode())
-        for text in texts
-        for word in regex.findall(PATTERN, unicodedata.normalize("NFC", text))
-    )
+    words: collections.Counter = collections.Counter()
+    for text, times in collections.Counter(texts).items():  # most sentences come again and again
+        for word in regex.findall(PATTERN, unicodedata.normalize("NFC", text)):
+            words[tuple(bytes([byte]) for byte in word.encode())] += times
     tokens = [bytes([byte]) for byte in BYTES]
     for _ in range(merges):
         pairs: collections.Counter = collections.Counter()

@@ -241,10 +241,18 @@ class Painter:
         `radius` (pixels) sets the softness of the edge to about one pixel.
         """
         value = np.asarray(look.colour, np.float32) * (1 + self.texture(look.texture, rho, u, v))[..., None]
+        alpha = np.clip((1 - rho) * radius + 0.5, 0, 1)[..., None]
+        painted = bounding_box(alpha[..., 0] > 0)
+        rho, alpha, value = rho[painted], alpha[painted], np.broadcast_to(value, (*rho.shape, value.shape[-1]))[painted]
         if look.rim is not None:
             value = np.where((rho > 0.8)[..., None], np.asarray(look.rim, np.float32), value)
-        alpha = np.clip((1 - rho) * radius + 0.5, 0, 1)[..., None]
-        self.canvas += alpha * (value - self.canvas)
+        self.canvas[painted] += alpha * (value - self.canvas[painted])
+
+
+def bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
+    """The smallest rows and columns that hold all of a mask, bool[H, W]."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def _ellipse(painter, x, y, a, b, power=2.0):

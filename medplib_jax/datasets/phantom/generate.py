@@ -8,6 +8,7 @@ same arguments give the same bytes with any number of processes, and a larger da
 import functools
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from medplib_jax.datasets.phantom import text
 from medplib_jax.datasets.phantom.draw import MODALITIES, Modality, Scene, draw_scene
-from medplib_jax.datasets.processes import make_pool
+from medplib_jax.datasets.processes import map_items
 
 VERSION = 4  # raise it when the same arguments give other files
 LABELS = tuple(modality.label for modality in MODALITIES)
@@ -34,7 +35,6 @@ FILES = {
         "grounding": "test/MeCoVQA_Grounding_test.json",
     },
 }
-_IN_PROCESS = 64  # fewer images are not worth starting processes for
 
 
 def is_phantom(folder: str | os.PathLike) -> bool:
@@ -87,7 +87,9 @@ def generate(
     for (split, _), made in zip(
         jobs,
         tqdm(
-            _map(functools.partial(_write_example, out, seed, drawn), jobs, processes), total=len(jobs), desc="phantom"
+            map_items(functools.partial(_write_example, out, seed, drawn), jobs, processes),
+            total=len(jobs),
+            desc="phantom",
         ),
         strict=True,
     ):
@@ -102,15 +104,6 @@ def generate(
     partial.write_text(json.dumps(manifest, indent=1) + "\n")
     partial.replace(manifest_file)
     return manifest
-
-
-def _map(function, jobs, processes):
-    processes = processes or os.cpu_count() or 1
-    if processes == 1 or len(jobs) < _IN_PROCESS:
-        yield from map(function, jobs)
-        return
-    with make_pool(processes) as pool:
-        yield from pool.map(function, jobs, chunksize=16)
 
 
 def _write_example(out: Path, seed: int, drawn: Sequence[Modality], job: tuple[str, int]) -> dict[str, list[dict]]:
@@ -144,11 +137,15 @@ def _save(out: Path, stem: str, scene: Scene) -> text.SceneFacts:
         label = name.replace(" ", "_")
         files = tuple(f"masks/{stem}--{label}_{number:03d}.png" for number in range(len(instances)))
         for file, instance in zip(files, instances, strict=True):
-            _write_png(out / file, instance.mask.astype(np.uint8) * 255)
-        united = np.logical_or.reduce([instance.mask for instance in instances])
-        merged = f"masks_merged/{stem}--{label}.png"
-        _write_png(out / merged, united.astype(np.uint8) * 255)
-        centre_x = float(np.nonzero(united)[1].mean() / united.shape[1])
+            _write_png(out / file, _grey(instance.mask))
+        united, merged = instances[0].mask, f"masks_merged/{stem}--{label}.png"
+        if len(instances) == 1:
+            shutil.copyfile(out / files[0], out / merged)
+        else:
+            united = np.logical_or.reduce([instance.mask for instance in instances])
+            _write_png(out / merged, _grey(united))
+        columns = united.sum(axis=0)
+        centre_x = float(columns @ np.arange(len(columns)) / columns.sum() / len(columns))
         targets.append(text.SceneTarget(name, instances[0].finding, files, merged, centre_x))
     visible = {target.name for target in targets}
     modality = scene.modality
@@ -156,6 +153,11 @@ def _save(out: Path, stem: str, scene: Scene) -> text.SceneFacts:
     return text.SceneFacts(
         f"images/{stem}.png", modality.label, tuple(targets), tuple(entry for entry in names if entry[0] not in visible)
     )
+
+
+def _grey(mask: np.ndarray) -> np.ndarray:
+    """A bool mask as 0 and 255."""
+    return mask.view(np.uint8) * np.uint8(255)
 
 
 def _write_png(path: Path, pixels: np.ndarray):

@@ -16,6 +16,7 @@ long to find those that it can.
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 from collections import defaultdict
@@ -29,6 +30,7 @@ from medplib_jax.data.records import modality
 from medplib_jax.datasets.files import write_json
 from medplib_jax.datasets.phantom.draw import MODALITIES
 from medplib_jax.datasets.phantom.text import article, sample
+from medplib_jax.datasets.processes import map_items
 from medplib_jax.datasets.qa import grit
 from medplib_jax.datasets.qa.facts import ImageFacts, Target, measure
 from medplib_jax.datasets.qa.template import pick
@@ -123,14 +125,15 @@ def _conversation(facts: ImageFacts, turns: list[grit.Turn]) -> dict:
 
 def _facts(data: Path) -> dict[str, ImageFacts]:
     """Of every picture with a visible name; boxes of one name go from left to right."""
-    masks: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    masks: dict[str, dict[str, list[Path]]] = defaultdict(functools.partial(defaultdict, list))  # which is pickled
     for path in sorted((data / "masks").iterdir()):
         stem, label = path.stem.rsplit("--", 1)
         masks[stem][label.rsplit("_", 1)[0].replace("_", " ")].append(path)
-    return {stem: _measured(stem, named) for stem, named in masks.items()}
+    return dict(zip(masks, map_items(_measured, list(masks.items())), strict=True))
 
 
-def _measured(stem: str, named: dict[str, list[Path]]) -> ImageFacts:
+def _measured(picture: tuple[str, dict[str, list[Path]]]) -> ImageFacts:
+    stem, named = picture
     arrays = {
         name: [(np.asarray(Image.open(path)) > 0).astype(np.uint8) for path in paths] for name, paths in named.items()
     }
