@@ -13,19 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from medplib_jax.batch import Array, Params
 from medplib_jax.models.precision import product
 from medplib_jax.models.quantize import by_integers
 from medplib_jax.models.rng import dropout
-from medplib_jax.models.target import target_device
+from medplib_jax.models.target import is_for_tpu, target_device
 from medplib_jax.parallel.sharding import param_shardings
 
 Rngs = nnx.Rngs
 ROWS_AT_ONCE = 16  # of a narrow kernel; 8 and 32 are slower
 BLOCK = 1024  # columns of a narrow kernel that are widened at once, at the most
 LARGE = 2**22  # values of a kernel whose widening costs
+THIN = 16  # inner width up to which an adapter's product on a TPU is a sum
 
 
 class _ShapesOnly:
@@ -108,8 +110,9 @@ class Linear(nnx.Module):
         """x [..., in] -> [..., out]. `rng` turns on the adapter's dropout."""
         y = self.product(x)
         if self.lora_a is not None:
-            low = matmul(dropout(x, self.lora_dropout, rng), self.lora_a[...])
-            y = y + self.lora_scale * matmul(low, self.lora_b[...])
+            low = adapter_product(dropout(x, self.lora_dropout, rng), self.lora_a[...])
+            low = checkpoint_name(self.lora_scale * low, "low")  # scaled while it is narrow
+            y = y + adapter_product(low, self.lora_b[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
     def product(self, x: Array, dtype=None) -> Array:
@@ -141,6 +144,50 @@ def matmul(x: Array, kernel: Array, dtype=None) -> Array:
     else:
         y = product(rows, kernel.astype(x.dtype), dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def adapter_product(x: Array, w: Array) -> Array:
+    """x [..., in] @ w [in, out] in x's dtype, where one of the two widths is an adapter's rank.
+
+    It computes little and moves much. For a TPU one of a narrow inner width is written as a sum, which its compiler
+    fuses with the product that it is added to: its wide result is never in memory. The gradients are made alike.
+    """
+    return _thin_product(x, w.astype(x.dtype)) if is_for_tpu(x) else matmul(x, w)
+
+
+@jax.custom_vjp
+def _thin_product(x: Array, w: Array) -> Array:
+    if len(w) > THIN:
+        return matmul(x, w)
+    factors, rows = x.astype(jnp.float32), w.astype(jnp.float32)
+    return sum(factors[..., i, None] * rows[i] for i in range(len(w))).astype(x.dtype)
+
+
+def _thin_gradients(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w = saved
+    rows, dy_rows = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
+    return _thin_product(dy, w.T), product(rows.T, dy_rows)
+
+
+_thin_product.defvjp(lambda x, w: (_thin_product(x, w), (x, w)), _thin_gradients)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) * up. For a TPU their gradients are written once, together. Left to itself its compiler computes them
+    from the wide arrays again in every product that reads them.
+    """
+    if not is_for_tpu(gate):
+        return jax.nn.silu(gate) * up
+    gate, up = _gradients_at_once((gate, up))
+    return _gradients_at_once(jax.nn.silu(gate) * up)
+
+
+@jax.custom_vjp
+def _gradients_at_once(x):
+    return x
+
+
+_gradients_at_once.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),))
 
 
 def matmul_by_output(x: Array, kernel: Array, dtype=None) -> Array:

@@ -4,7 +4,7 @@
 | --------------- | -------------------------------------------------- | ----------------------------------------- |
 | `none`          | everything                                         | nothing                                   |
 | `full`          | nothing                                            | the whole layer                           |
-| `outputs`       | queries, results of attention and of the experts   | keys, values, the wide products of an MLP |
+| `outputs`       | queries, results of attention, experts, adapters'  | keys, values, the wide products of an MLP |
 | `projections`   | that, keys and values                              | the wide products of an MLP               |
 | `gate`          | that, and one of the two wide products of an MLP   | the other one                             |
 | `products`      | that, and both of them                             | norms, rotations, activations             |
@@ -22,7 +22,7 @@ import jax
 
 _policies = jax.checkpoint_policies
 # Kernels and loops hide their products from these policies, so layers name the results (`checkpoint_name`).
-_OUTPUTS = ("query", "attention", "attended", "experts")
+_OUTPUTS = ("query", "attention", "attended", "experts", "low")
 _PROJECTIONS = (*_OUTPUTS, "key", "value")
 _WIDE = ("gate", "up")
 _named = _policies.save_only_these_names("grouped_matmul", *_PROJECTIONS)

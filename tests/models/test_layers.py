@@ -14,6 +14,7 @@ from medplib_jax.models.layers import (
     Mlp,
     Rngs,
     abstract_module,
+    adapter_product,
     bind,
     draw_params,
     gelu,
@@ -23,8 +24,10 @@ from medplib_jax.models.layers import (
     scan_layers,
     softmax_average,
     stack_layers,
+    swiglu,
 )
 from medplib_jax.models.rng import dropout
+from medplib_jax.models.target import made_for
 
 
 def make(rngs):
@@ -137,3 +140,32 @@ def _results(jaxpr):
         yield from equation.outvars
         for inner in jaxprs_in_params(equation.params):
             yield from _results(inner)
+
+
+def value_and_gradients(function, *args):
+    y, back = jax.vjp(function, *args)
+    return y, *back(jnp.cos(y))
+
+
+@pytest.mark.parametrize("inner, outer", [(8, 96), (96, 8), (32, 96)])
+def test_an_adapters_product_made_for_a_tpu_is_the_product(inner, outer):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = jax.random.normal(keys[0], (2, 5, inner)), jax.random.normal(keys[1], (inner, outer))
+    with made_for("tpu"):
+        actual = value_and_gradients(adapter_product, x, w)
+    for found, expected in zip(actual, value_and_gradients(matmul, x, w), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_narrow_product_made_for_a_tpu_is_no_product_of_matrices():
+    with made_for("tpu"):
+        narrow, wide = (jax.make_jaxpr(adapter_product)(jnp.ones((4, n)), jnp.ones((n, 64))) for n in (16, 17))
+    assert "dot_general" not in str(narrow) and "dot_general" in str(wide)
+
+
+def test_swiglu_made_for_a_tpu_has_the_same_gradients():
+    gate, up = jax.random.normal(jax.random.key(0), (2, 6, 40))
+    with made_for("tpu"):
+        actual = value_and_gradients(swiglu, gate, up)
+    for found, expected in zip(actual, value_and_gradients(swiglu, gate, up), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)

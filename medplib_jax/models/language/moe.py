@@ -29,6 +29,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
@@ -44,6 +45,7 @@ from medplib_jax.models.layers import (
     Rngs,
     abstract_module,
     adapter_axes,
+    adapter_product,
     bind,
     in_column_blocks,
     logical_axes,
@@ -51,6 +53,7 @@ from medplib_jax.models.layers import (
     matmul_by_output,
     param,
     params_of,
+    swiglu,
     widens_on_cpu,
 )
 from medplib_jax.models.precision import einsum, product
@@ -174,11 +177,11 @@ class ExpertLinear(nnx.Module):
         y = checkpoint_name(grouped_matmul(x_SxD, kernel, sizes_E, self.by_output), "grouped_matmul")
         if self.lora_a is None:
             return y
-        # All experts' adapters at once: a dense product of width E * r, masked to each row's expert, costs less than
-        # sorting.
-        low = einsum("sd,edr->ser", dropout(x_SxD, self.lora_dropout, rng), self.lora_a[...].astype(y.dtype))
-        low = self.lora_scale * jnp.where(member_SxE[:, :, None], low, 0)  # scaled while it is narrow
-        return y + einsum("ser,erf->sf", low, self.lora_b[...].astype(y.dtype))
+        # All experts' adapters at once, of width E * r: to mask them to each row's expert costs less than sorting.
+        low = adapter_product(dropout(x_SxD, self.lora_dropout, rng), rearrange(self.lora_a[...], "e d r -> d (e r)"))
+        mine = jnp.repeat(member_SxE, self.lora_a.shape[2], axis=1)
+        low = checkpoint_name(self.lora_scale * jnp.where(mine, low, 0), "low")  # scaled while it is narrow
+        return y + adapter_product(low, rearrange(self.lora_b[...], "e r f -> (e r) f"))
 
     def every_expert(self, x_ExSxD: Array, rng: Array | None) -> Array:
         """[E, S, in] -> [E, S, out]."""
@@ -242,8 +245,7 @@ class Experts(nnx.Module):
         exchanged = mesh_axes(rules, "expert") if set(mesh_axes(rules, "expert")) <= set(rows or ()) else ()
         exchanged = exchanged if axis_size(mesh, exchanged) > 1 else ()
         sliced = activation_axes(rules, "mlp", rows)
-        kept = {"expert"} if exchanged else set()
-        kept |= {"mlp"} if sliced else set()
+        kept = ({"expert"} if exchanged else set()) | ({"mlp"} if sliced else set())
         different = (*(rows or ()), *sliced)
         by_columns = [name for name in names if self._gathers_columns(names[name]["kernel"], kept, mesh)]
 
@@ -291,9 +293,8 @@ class Experts(nnx.Module):
         """One token of an answer: nothing but its experts' weights is read."""
 
         def run(expert):
-            return self.down.of_expert(
-                jax.nn.silu(self.gate.of_expert(x_1xD, expert)) * self.up.of_expert(x_1xD, expert), expert
-            )
+            h = swiglu(self.gate.of_expert(x_1xD, expert), self.up.of_expert(x_1xD, expert))
+            return self.down.of_expert(h, expert)
 
         weight_k = routing.weight[0].astype(x_1xD.dtype)
         return sum(weight_k[i] * run(routing.expert[0, i]) for i in range(len(weight_k)))
@@ -301,7 +302,7 @@ class Experts(nnx.Module):
     def _few(self, x_SxD, routing, rngs):
         num_experts = self.gate.kernel.shape[0]
         x_ExSxD = jnp.broadcast_to(x_SxD, (num_experts, *x_SxD.shape))
-        h = jax.nn.silu(self.gate.every_expert(x_ExSxD, rngs[0])) * self.up.every_expert(x_ExSxD, rngs[1])
+        h = swiglu(self.gate.every_expert(x_ExSxD, rngs[0]), self.up.every_expert(x_ExSxD, rngs[1]))
         weight_SxE = (jax.nn.one_hot(routing.expert, num_experts) * routing.weight[:, :, None]).sum(1)
         return einsum("esd,se->sd", self.down.every_expert(h, rngs[2]), weight_SxE.astype(x_SxD.dtype))
 
@@ -311,7 +312,7 @@ class Experts(nnx.Module):
         sizes = member.sum(0, dtype=jnp.int32)
         x = permute_rows(x_NxD, order, inverse)
         gate = checkpoint_name(self.gate.sorted_rows(x, sizes, member, rngs[0]), "gate")
-        h = jax.nn.silu(gate) * checkpoint_name(self.up.sorted_rows(x, sizes, member, rngs[1]), "up")
+        h = swiglu(gate, checkpoint_name(self.up.sorted_rows(x, sizes, member, rngs[1]), "up"))
         return permute_rows(self.down.sorted_rows(h, sizes, member, rngs[2]), inverse, order)
 
 
@@ -339,8 +340,7 @@ def _transposed(params: Params, names: Params, modules: list[str]) -> tuple[Para
     """
 
     def swap(one: Params, kernel: Callable) -> Params:
-        changed = {name: one[name] | {"kernel": kernel(one[name]["kernel"])} for name in modules}
-        return one | changed
+        return one | {name: one[name] | {"kernel": kernel(one[name]["kernel"])} for name in modules}
 
     return swap(params, lambda x: x.swapaxes(-1, -2)), swap(names, lambda axes: (*axes[:-2], axes[-1], axes[-2]))
 
@@ -369,7 +369,7 @@ class SwiGlu(nnx.Module):
     def __call__(self, x: Array, rng: Array | None = None) -> Array:
         gate_rng, up_rng, down_rng = split_rng(rng, 3)
         gate, up = checkpoint_name(self.gate(x, rng=gate_rng), "gate"), checkpoint_name(self.up(x, rng=up_rng), "up")
-        return self.down(jax.nn.silu(gate) * up, rng=down_rng)
+        return self.down(swiglu(gate, up), rng=down_rng)
 
 
 class ExpertsApart(nnx.Module):
