@@ -391,7 +391,3 @@ def facts(demo: Demo, watch: Stopwatch) -> dict[str, object]:
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

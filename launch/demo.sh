@@ -16,4 +16,5 @@ case " $* " in *" --serve "*) requirements=launch/requirements-serve.txt ;; esac
 # in huge pages: mapping a step's memory page by page would take a tenth to a quarter of its time
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 source launch/venv.sh "$requirements"
-exec python -m launch.demo "$@"
+# not with -m: the processes that make data would import all of it, too
+exec python -c "import sys; from launch.demo import main; sys.exit(main())" "$@"

@@ -7,7 +7,7 @@ itself, and a text longer than the limit is an error instead of being cut.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -19,7 +19,8 @@ from medplib_jax.data.tokenizers import AnyTokenizer
 
 TEMPLATES = ("chatml", "qwen_raw")  # qwen_raw: BiRD's released inference, where the question stands alone
 SYSTEM = "You are a helpful assistant."
-CONTENT_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")  # that may become ids inside of a turn
+# that may become ids inside of a turn
+CONTENT_TAGS = frozenset(("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"))
 _PICTURE = re.compile(r"(?:Picture \d+: ?)?<image>\n?")
 _MARK = re.compile(r"<\|[^<>|]*\|>")
 _SLOT = -1  # stands for a picture while ids are collected
@@ -80,7 +81,7 @@ def extract_answer(response: str) -> str:
 def turns_to_ids(
     turns: Sequence[tuple[str, str]],
     tokenizer: QwenTokenizer,
-    special: Sequence[str] = CONTENT_TAGS,
+    special: Collection[str] = CONTENT_TAGS,
     system: str = SYSTEM,
 ) -> tuple[list[int], list[bool]]:
     """Ids of ChatML turns behind the system message, with -1 for each `<image>`, and which of them count in the loss.
@@ -99,7 +100,7 @@ def turns_to_ids(
 
 
 def _content(
-    text: str, tokenizer: QwenTokenizer, pictures: int, special: Sequence[str] = CONTENT_TAGS
+    text: str, tokenizer: QwenTokenizer, pictures: int, special: Collection[str] = CONTENT_TAGS
 ) -> tuple[list[int], int]:
     """Ids of a turn's text with a slot for each picture, and how many pictures there are up to its end."""
     if "<img>" in special:  # as the original renders it, with paths

@@ -23,6 +23,7 @@ EXTRAS = tuple(f"<|extra_{i}|>" for i in range(205))
 TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>")
 IMAGE_PAD = "<imgpad>"
 SPECIALS = (*CHATML, *EXTRAS, *TAGS, IMAGE_PAD)
+_ALL = frozenset(SPECIALS)
 VOCAB_MULTIPLE = 128  # the embedding's rows are the vocabulary's size, rounded up to this
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -84,7 +85,7 @@ class QwenTokenizer:
             raise ValueError(f"unknown special token {special!r}")
         return self._special[special]
 
-    def encode(self, text: str, special: Iterable[str] = SPECIALS) -> list[int]:
+    def encode(self, text: str, special: Iterable[str] = _ALL) -> list[int]:
         """Ids, with nothing around them. The strings `special` become their ids, other special strings are plain text.
 
         ValueError for a picture that is not closed, and for a path that is longer than a span. (The original reads
