@@ -193,6 +193,14 @@ def test_command_line_writes_masks_of_the_pictures_size(call, workdir, tmp_path,
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"overlay.png", "mask_of_mine.png"}
 
 
+def test_command_line_says_that_an_answer_was_cut_off(call, tmp_path, monkeypatch, capsys):
+    tokenizer = tiny.make_tokenizer(tmp_path / "tokenizer")
+    for token, said in ((tokenizer.seg_id, True), (tokenizer.eos_id, False)):
+        say(monkeypatch, token)
+        call("--max-new-tokens", "2")
+        assert ("the answer was cut off" in capsys.readouterr().err) == said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,6 +7,7 @@ A job is {"image": path, "question": text, "region": "box:...", "id": name} for 
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from medplib_jax.decode.predictor import Prediction, Predictor, read_question
 from medplib_jax.decode.scans import ScanOptions, answer_scan, scan_model
 from medplib_jax.volumes.formats import SUFFIXES
 from medplib_jax.volumes.read import is_scan
+
+log = logging.getLogger(__name__)
 
 ANSWERS = "answers.jsonl"
 TOGETHER = 256  # pictures that are read and answered at once
@@ -93,7 +96,7 @@ def answer_jobs(predictor: Predictor, jobs: Sequence[Job], out: str, options: Sc
     are answered `TOGETHER` at a time. In the end coco.json holds the masks of the last answer to each id.
     """
     os.makedirs(out, exist_ok=True)
-    path, failed = os.path.join(out, ANSWERS), 0
+    path, failed, cut_off = os.path.join(out, ANSWERS), 0, 0
     done = {json.dumps(job, sort_keys=True) for job in _answered(path)}
     same = {"model": predictor.identity, "options": dataclasses.asdict(options)}
     asked = [json.loads(json.dumps({**dataclasses.asdict(job), **same, "files": _state(job)})) for job in jobs]
@@ -102,10 +105,13 @@ def answer_jobs(predictor: Predictor, jobs: Sequence[Job], out: str, options: Sc
         bar.update(len(jobs) - len(todo))
         for number, found in _answers(predictor, {number: jobs[number] for number in todo}, out, options):
             failed += "error" in found
+            cut_off += found.get("cut_off", False)
             file.write(json.dumps({"job": asked[number], **found}) + "\n")
             file.flush()
             bar.update()
     _write_coco(path, os.path.join(out, "coco.json"))
+    if cut_off:
+        log.warning("%d of %d answers were cut off; their lines in %s say so", cut_off, len(todo), path)
     return failed
 
 

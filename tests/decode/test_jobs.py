@@ -33,7 +33,7 @@ def echo_answers(echo, asked, seed):
         mask = np.zeros(question.picture.shape[:2], bool)
         mask[: len(mask) // 2] = True
         text = question.record.turns[-1][1].removeprefix("<image>\n") + " <SEG>"
-        yield number, Prediction(text, (mask,), (0.5,), question.picture)
+        yield number, Prediction(text, (mask,), (0.5,), question.picture, cut_off="long" in text)
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,15 @@ def folder(tmp_path):
 def lines(out):
     found = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     return sorted(found, key=lambda line: line["job"]["id"])
+
+
+def test_answers_that_were_cut_off_are_marked_and_said(tmp_path, folder, caplog):
+    listed = tmp_path / "jobs.jsonl"
+    asked = [{"id": name, "image": "in/b.png", "question": f"A {name} answer?"} for name in ("long", "short")]
+    listed.write_text("\n".join(map(json.dumps, asked)))
+    assert answer_jobs(Echo(), read_jobs(str(listed)), str(tmp_path / "out"), OPTIONS) == 0
+    assert [line.get("cut_off") for line in lines(tmp_path / "out")] == [True, None]
+    assert "1 of 2 answers were cut off" in caplog.text
 
 
 def test_a_folder_is_answered_once(tmp_path, folder):
