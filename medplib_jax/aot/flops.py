@@ -9,12 +9,13 @@ import jax
 from medplib_jax.aot.hlo import Shape
 from medplib_jax.aot.programs import make_program
 from medplib_jax.config.experiment import ExperimentConfig, MeshConfig
-from medplib_jax.models.kernels.grouped_matmul import TPU_ROW_TILE
-from medplib_jax.models.kernels.grouped_matmul_gpu import DEPTH_BYTES, ROWS
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.train.flops import attention_flops, count_flops, splash_flops
 
 CUDNN_BLOCK = 128  # side of the blocks of scores in cuDNN's flash attention
+# Rows that kernels of grouped products take at a time. Not imported: a JAX without Triton cannot have them all.
+ROW_TILE = 128
+TRITON_DEPTH = MOSAIC_DEPTH = 64  # of bfloat16, in matrices' gradients
 
 
 def model_flops(
@@ -56,11 +57,13 @@ def _grouped_flops(name: str, integers: int, first: tuple[int, ...], second: tup
     """
     (rows, inner), outer = first, second[-1] if "tgmm" in name else math.prod(second) // (second[0] * first[1])
     if name.startswith("tgmm_triton"):
-        rows += integers * (DEPTH_BYTES // 2)  # every group has steps of its own; as many integers as groups
+        rows += integers * TRITON_DEPTH  # every group has steps of its own; as many integers as groups
     elif name.startswith("gmm_triton"):
-        rows = (integers - 1) * ROWS  # as many integers as tiles, one of which holds rows of no group
-    else:
-        rows += (
-            (integers - 3) * TPU_ROW_TILE
-        )  # a tile across the border of two groups is worked on twice; the groups' borders, and the rest's
+        rows = (integers - 1) * ROW_TILE  # as many integers as tiles, one of which holds rows of no group
+    elif name.startswith("mosaic_tgmm"):
+        rows += integers * MOSAIC_DEPTH  # as in Triton's; steps begin at multiples of their depth
+    elif name.startswith("mosaic_gmm"):
+        rows = (math.ceil(rows / ROW_TILE) + integers - 1) * ROW_TILE  # as many integers as groups
+    else:  # a tile across the border of two groups is worked on twice; the groups' borders, and the rest's
+        rows += (integers - 3) * ROW_TILE
     return 2.0 * rows * inner * outer

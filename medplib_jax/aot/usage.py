@@ -87,6 +87,8 @@ def kernel_name(instruction: Instruction) -> str:
         return instruction.name
     if target == "__gpu$xla.gpu.triton":
         return re.findall(r'\bname = "(\w+)"', instruction.attributes)[-1]  # after the kernel's code
+    if target.startswith("mosaic_gpu"):  # has no name, but the function that calls it
+        return next(iter(re.findall(r"jit\((mosaic_\w+)\)", instruction.attributes)), target)
     return target.removeprefix("__") if target.startswith(LIBRARIES) else ""
 
 

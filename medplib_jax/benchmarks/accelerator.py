@@ -68,14 +68,14 @@ def machine_rates(width: int) -> Table:
     return Table(f"Rates of {jax.devices()[0].device_kind}", ("", "measured"), rows, flat)
 
 
-def fastest(run: Callable[..., jax.Array], *arguments: jax.Array) -> float:
+def fastest(run: Callable, *arguments: jax.Array) -> float:
     """Seconds of the fastest of some runs."""
     program = jax.jit(run)
-    program(*arguments).block_until_ready()
+    jax.block_until_ready(program(*arguments))
     best = float("inf")
     for _ in range(REPEATS):
         start = time.perf_counter()
-        program(*arguments).block_until_ready()
+        jax.block_until_ready(program(*arguments))
         best = min(best, time.perf_counter() - start)
     return best
 

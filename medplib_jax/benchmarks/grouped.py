@@ -1,7 +1,5 @@
-"""Grouped products of a mixture of two experts: ours beside those that JAX ships, in bfloat16."""
+"""Grouped products of a mixture of two experts, in every way that there is for the device, in bfloat16."""
 
-import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -10,41 +8,58 @@ import numpy as np
 
 from medplib_jax.batch import Array
 from medplib_jax.benchmarks.accelerator import fastest
+from medplib_jax.benchmarks.kernels import TOLERANCE
 from medplib_jax.benchmarks.measure import Table
 from medplib_jax.config.model import LlmConfig
-from medplib_jax.models.kernels.grouped_matmul import grouped_matmul
+from medplib_jax.models.kernels.grouped_matmul import default_way, grouped_matmul, obstacle, ways
 
-HOPPER = ("H100", "H200")  # whose matrix unit JAX's kernel in Mosaic GPU is written for
-TILE = 128
+REFERENCE = "xla"  # which every device has
 
 
 def measure(llm: LlmConfig, rows: int) -> Table:
-    """Rates of [rows, hidden_size] times two kernels [hidden_size, mlp_dim], and how far results are from XLA's."""
+    """Rates of [rows, hidden_size] times two kernels [hidden_size, mlp_dim], and of the gradients to both.
+
+    And how far results are from XLA's, the last rows belonging to no group. RuntimeError names ways that are wrong.
+    """
     rng, device = np.random.default_rng(0), jax.devices()[0]
-    shapes = (rows, llm.hidden_size), (2, llm.hidden_size, llm.mlp_dim)
-    x, w = (jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16) for shape in shapes)
-    sizes = jnp.array([rows // 3, rows - rows // 3], jnp.int32)
-    table = Table(f"Grouped products, {rows} rows: {device.device_kind}", ("", "TFLOP/s", "largest difference"))
-    found = {name: jax.jit(run) for name, run in programs(device.device_kind, llm.mlp_dim).items()}
-    expected = np.asarray(found["XLA"](x, w, sizes), np.float32)
-    for name, run in found.items():
-        error = np.abs(np.asarray(run(x, w, sizes), np.float32) - expected).max() / np.abs(expected).max()
-        rate = 2 * rows * llm.hidden_size * llm.mlp_dim / fastest(run, x, w, sizes)
-        table.rows.append((name, f"{rate / 1e12:.1f}", f"{error:.1e}"))
-        table.flat |= {f"grouped.{name.replace(' ', '_')}.{key}": v for key, v in (("flops", rate), ("error", error))}
+    shapes = (rows, llm.hidden_size), (2, llm.hidden_size, llm.mlp_dim), (rows, llm.mlp_dim)
+    x, w, dy = (jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16) for shape in shapes)
+    sizes = jnp.array([rows // 3, rows // 2], jnp.int32)
+    flops = 2 * int(sizes.sum()) * llm.hidden_size * llm.mlp_dim
+    title = f"Grouped products, {rows} rows: {device.device_kind} (default: {default_way(x, w)})"
+    table = Table(title, ("", "TFLOP/s", "of gradients", "largest difference"))
+    expected = _results(programs(REFERENCE), x, w, dy, sizes)
+    for way in ways(device):
+        if why := obstacle(way, x, w):
+            table.rows.append((way, "", "", why))
+            continue
+        product, gradients = found = programs(way)
+        error = max(map(_difference, _results(found, x, w, dy, sizes), expected))
+        rates = flops / fastest(product, x, w, sizes), 2 * flops / fastest(gradients, x, w, dy, sizes)
+        table.rows.append((way, *(f"{rate / 1e12:.1f}" for rate in rates), f"{error:.1e}"))
+        figures = {"flops": rates[0], "gradient_flops": rates[1], "error": error}
+        table.flat |= {f"grouped.{way}.{key}": value for key, value in figures.items()}
+    if wrong := [way for way in ways(device) if not table.flat.get(f"grouped.{way}.error", 0) <= TOLERANCE]:
+        raise RuntimeError(f"{table}\n\nthe results differ from XLA's: {', '.join(wrong)}")
     return table
 
 
-def programs(device_kind: str, outer: int) -> dict[str, Callable[[Array, Array, Array], Array]]:
-    """{name: function of rows, kernels [E, D, outer] and the groups' sizes} for such a device."""
-    found = {"ours": grouped_matmul, "XLA": jax.lax.ragged_dot}
-    if any(name in device_kind for name in HOPPER):
-        found["Mosaic GPU"] = functools.partial(_mosaic, neighbours=math.gcd(outer // TILE, 8))
-    return found
+def programs(way: str) -> tuple[Callable[..., Array], Callable[..., tuple[Array, Array]]]:
+    """The product of (rows, kernels, sizes) in this way, and its gradients of (rows, kernels, the result's, sizes)."""
+
+    def product(x: Array, w: Array, sizes: Array) -> Array:
+        return grouped_matmul(x, w, sizes, False, way)
+
+    def gradients(x: Array, w: Array, dy: Array, sizes: Array) -> tuple[Array, Array]:
+        return jax.vjp(lambda x, w: product(x, w, sizes), x, w)[1](dy)
+
+    return jax.jit(product), jax.jit(gradients)
 
 
-def _mosaic(x: Array, w: Array, sizes: Array, neighbours: int) -> Array:
-    from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot  # needs JAX's CUDA plugin
+def _results(found: tuple[Callable, Callable], x: Array, w: Array, dy: Array, sizes: Array) -> list[np.ndarray]:
+    product, gradients = found
+    return [np.asarray(array, np.float32) for array in (product(x, w, sizes), *gradients(x, w, dy, sizes))]
 
-    tiles = {"block_m": TILE, "block_n": TILE, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": neighbours}
-    return ragged_dot(x, w, group_sizes=sizes, **tiles)
+
+def _difference(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())

@@ -122,6 +122,8 @@ def _equation_flops(eqn, loop_trips: int) -> float:
         return 2.0 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[out_axis]
     if name == "pallas_call":
         return _kernel_flops(eqn)
+    if name == "ragged_dot_general" or str(params.get("name")).startswith("mosaic_"):  # of rows [S, D], F columns
+        return 2.0 * eqn.invars[0].aval.size * eqn.outvars[0].aval.shape[-1]
     if name.startswith("dot_product_attention"):
         q = eqn.invars[0].aval
         return attention_flops(q.size, q.shape[1], backward="bwd" in name)

@@ -79,6 +79,8 @@ def test_grouped_products_of_a_gpu_execute_tiles_of_every_group():
         executed_kernel_flops("gmm_triton", [tiles, tiles, tiles, wide, weights]) == 2 * 17 * 128 * 512 * 768
     )  # with the weights transposed
     assert executed_kernel_flops("tgmm_triton", [groups, groups, rows, wide]) == 2 * (2000 + 2 * 64) * 512 * 768
+    assert executed_kernel_flops("mosaic_gmm", [groups, rows, weights]) == 2 * 17 * 128 * 512 * 768
+    assert executed_kernel_flops("mosaic_tgmm", [*[groups] * 5, rows, wide]) == 2 * (2000 + 2 * 64) * 512 * 768
 
 
 def test_cudnn_needs_what_splash_needs(monkeypatch):

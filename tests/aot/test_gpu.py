@@ -14,6 +14,7 @@ from medplib_jax.aot.report import Request, as_text, examine
 from medplib_jax.aot.usage import read_usage
 from medplib_jax.benchmarks import grouped
 from medplib_jax.config.experiment import MeshConfig
+from medplib_jax.models.kernels.grouped_matmul import WAYS, obstacle
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.train import flops
 from tests.aot.test_report import config
@@ -182,18 +183,33 @@ def test_a_training_step_for_two_gpus():
 
 @needs_cuda
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("a100", "int8"), ("h100", "int8"), ("h100", "bfloat16"), ("h200", "bfloat16")]
+    ("kind", "dtype", "ways"),
+    [
+        ("a100", "int8", {"triton", "blocks", "xla"}),
+        ("h100", "int8", {"triton", "blocks", "xla"}),
+        ("h100", "bfloat16", {"triton", "mosaic", "blocks", "xla"}),
+        ("h200", "bfloat16", {"triton", "mosaic", "blocks", "xla"}),
+    ],
 )
-def test_grouped_products_compile(kind, dtype):
-    """Ours in Triton and, for bfloat16 on Hopper, the one of JAX in Mosaic GPU that the benchmark puts beside it."""
+def test_grouped_products_compile(kind, dtype, ways):
+    """Every way that there is for a GPU, and its gradients; what its kernels do is counted."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=1), topologies.devices_of(f"{kind}:1"))
-    shapes = ((512, 256), dtype), ((2, 256, 512), dtype), ((2,), "int32")
+    shapes = ((512, 256), dtype), ((2, 256, 512), dtype), ((512, 512), dtype), ((2,), "int32")
     placed = NamedSharding(mesh, PartitionSpec())
-    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for shape, dtype in shapes]
-    found = grouped.programs(mesh.devices.flat[0].device_kind if dtype == "bfloat16" else "", 512)
-    options = topologies.COMPILER_OPTIONS["gpu"]
-    text = {name: jax.jit(run).lower(*arguments).compile(options).as_text() for name, run in found.items()}
-    assert "gmm_triton" in text["ours"] and ("mosaic_gpu" in text.get("Mosaic GPU", "")) == (dtype == "bfloat16")
+    x, w, dy, sizes = (jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for shape, dtype in shapes)
+    assert {way for way in WAYS["gpu"] if not obstacle(way, x, w)} == ways
+    for way in sorted(ways):
+        product, gradients = grouped.programs(way)
+        programs = [product.lower(x, w, sizes)] + ([gradients.lower(x, w, dy, sizes)] if dtype == "bfloat16" else [])
+        usage = [
+            read_usage(program.compile(topologies.COMPILER_OPTIONS["gpu"]).as_text(), executed_kernel_flops)
+            for program in programs
+        ]
+        if way in ("triton", "mosaic"):
+            kernels = [set(found.kernels) for found in usage]
+            products = {"triton": ("gmm_triton", "tgmm_triton"), "mosaic": ("mosaic_gmm", "mosaic_tgmm")}[way]
+            assert kernels == [{products[0]}, set(products)][: len(programs)]
+            assert all(found.flops >= 2 * 512 * 256 * 512 for found in usage)
 
 
 @needs_cuda

@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from medplib_jax.benchmarks import __main__ as benchmarks
 from medplib_jax.benchmarks import grouped, kernels, roofline
+from medplib_jax.models.kernels import grouped_matmul_blocks
 from tests.helpers import tiny_experiment
 from tests.paths import ROOT
 
@@ -53,10 +55,17 @@ def test_bird_beside_pytorch(tmp_path):
 SMALL = ("--device", "cpu", "--size", "tiny", "--batch", "1", "--new-tokens", "24", "--workers", "1", "--seconds", "2")
 
 
-def test_grouped_products_beside_those_of_jax():
+def test_grouped_products_in_every_way():
     table = grouped.measure(tiny_experiment().model.llm, rows=96)
-    assert {name for name, *_ in table.rows} == {"ours", "XLA"} and "Mosaic GPU" in grouped.programs("NVIDIA H200", 256)
-    assert table.flat["grouped.ours.flops"] > 0 and 0 <= table.flat["grouped.ours.error"] < kernels.TOLERANCE
+    assert [way for way, *_ in table.rows] == ["blocks", "xla"] and "default: blocks" in table.title
+    assert table.flat["grouped.blocks.flops"] > 0 < table.flat["grouped.blocks.gradient_flops"]
+    assert 0 <= table.flat["grouped.blocks.error"] < kernels.TOLERANCE
+
+
+def test_a_way_that_is_wrong_fails_its_part(monkeypatch):
+    monkeypatch.setattr(grouped_matmul_blocks, "weight_gradient", lambda x, dy, sizes, **_: jnp.zeros((2, 16, 32)))
+    with pytest.raises(RuntimeError, match="differ from XLA's: blocks"):
+        grouped.measure(tiny_experiment().model.llm, rows=96)
 
 
 @pytest.mark.slow

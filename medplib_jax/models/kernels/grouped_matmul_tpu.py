@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
+from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata, tgmm
 
 from medplib_jax.batch import Array
 from medplib_jax.models.precision import precision_of
@@ -54,6 +54,34 @@ def column_block(inner: int, outer: int, itemsize: int, device_kind: str) -> int
 def _columns_at_once(inner: int, columns: int) -> int:
     """Columns that are multiplied in one piece of code; a block of more goes through it several times."""
     return columns if inner * columns <= UNROLLED else STEP
+
+
+def multiply(x_SxD: Array, w: Array, sizes_E: Array, *, transpose: bool, device) -> Array:
+    """As `grouped_matmul`, by `gmm`."""
+    rows = _pad_rows(x_SxD)
+    groups = _with_rest(sizes_E, rows.shape[0])
+    y = gmm(rows, w.astype(x_SxD.dtype), groups, transpose=transpose, device_kind=device.device_kind)
+    return y[: x_SxD.shape[0]]
+
+
+def weight_gradient(x_SxD: Array, dy_SxF: Array, sizes_E: Array, **_) -> Array:
+    """x_e.T @ dy_e of every group's rows, [E, D, F] float32, by JAX's megablox."""
+    rows, grads = _pad_rows(x_SxD), _pad_rows(dy_SxF)
+    sizes = _with_rest(sizes_E, rows.shape[0])
+    return tgmm(rows.T, grads, sizes, jnp.float32, _gradient_tiling, num_actual_groups=len(sizes_E))
+
+
+def _gradient_tiling(rows: int, inner: int, outer: int) -> tuple[int, int, int]:
+    return ROW_TILE, min(inner, 512), min(outer, 512)
+
+
+def _pad_rows(x: Array) -> Array:
+    return jnp.pad(x, ((0, -x.shape[0] % ROW_TILE), (0, 0)))
+
+
+def _with_rest(sizes: Array, rows: int) -> Array:
+    """Appends the rows that belong to no group as a last group without a matrix: the kernel zeroes it."""
+    return jnp.append(sizes, rows - sizes.sum()).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("transpose", "device_kind"))  # which gives the kernel its name

@@ -38,7 +38,8 @@ from jaxtyping import Bool, Float, Int
 from medplib_jax.batch import Array, Params
 from medplib_jax.config.experiment import ShardingConfig
 from medplib_jax.config.model import LlmConfig, LoraConfig, MoeConfig
-from medplib_jax.models.kernels.grouped_matmul import grouped_matmul, grouped_matmul_apart
+from medplib_jax.models.kernels.grouped_matmul import grouped_matmul
+from medplib_jax.models.kernels.grouped_matmul_blocks import grouped_matmul_apart
 from medplib_jax.models.language.expert_exchange import axis_product, permute_rows, sort_by_expert, with_exchange
 from medplib_jax.models.layers import (
     Linear,
@@ -95,11 +96,9 @@ def route_capacity(probs_SxE: Array, logits_SxE: Array, top_k: int, capacity: in
 
     Without noise, the tokens that come first survive (top-1), and the second choice is the second likeliest (top-2).
     """
-    return (
-        _route_top1(probs_SxE, capacity, noise_SxE)
-        if top_k == 1
-        else _route_top2(probs_SxE, logits_SxE, capacity, noise_SxE)
-    )
+    if top_k == 1:
+        return _route_top1(probs_SxE, capacity, noise_SxE)
+    return _route_top2(probs_SxE, logits_SxE, capacity, noise_SxE)
 
 
 def _route_top1(probs, capacity, noise):

@@ -1,5 +1,7 @@
 """Grouped products against one product per group, for every way the rows can be spread over the groups."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from medplib_jax.models.kernels import grouped_matmul as module
+from medplib_jax.models.kernels import grouped_matmul_tpu as tpu
 from medplib_jax.models.kernels.grouped_matmul import grouped_matmul
+
+V5E = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
 
 
 def reference(x, w, dy, sizes):
@@ -46,9 +50,9 @@ def test_tpu_kernel_interpreted():
     x, w, dy = arrays(256, 3, 128, 256)
     y, dx, dw = reference(x, w, dy, sizes.tolist())
     with pltpu.force_tpu_interpret_mode():
-        np.testing.assert_allclose(module._multiply_tpu(x, w, sizes, False), y, atol=1e-3)
-        np.testing.assert_allclose(module._multiply_tpu(dy, w, sizes, True), dx, atol=1e-3)
-        np.testing.assert_allclose(module._weight_gradient_tpu(x, dy, sizes), dw, atol=1e-3)
+        np.testing.assert_allclose(tpu.multiply(x, w, sizes, transpose=False, device=V5E), y, atol=1e-3)
+        np.testing.assert_allclose(tpu.multiply(dy, w, sizes, transpose=True, device=V5E), dx, atol=1e-3)
+        np.testing.assert_allclose(tpu.weight_gradient(x, dy, sizes), dw, atol=1e-3)
 
 
 def test_transposed_matrices_give_the_same_and_have_gradients():

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medplib_jax.aot.flops import count_flops
 from medplib_jax.models import target
 from medplib_jax.models.kernels import grouped_matmul as dispatch
-from medplib_jax.models.kernels import grouped_matmul_gpu as gpu
+from medplib_jax.models.kernels import grouped_matmul_triton as gpu
 from tests.models.kernels.test_grouped_matmul import arrays, reference
 
 CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")  # on which kernels are interpreted
@@ -73,12 +73,13 @@ def test_each_pair_of_tiles_has_one_program(tiles):
 
 
 def test_what_tiles_do_not_cover_goes_to_blocks():
-    def weights(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    def obstacle(rows, *matrices):
+        x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, matrices[1]), matrices))
+        return gpu.obstacle(x, w, CPU)
 
-    assert gpu.suits_triton(10240, weights(8, 4096, 11008))
-    assert not gpu.suits_triton(64, weights(2, 100, 64))
-    assert not gpu.suits_triton(2**18, weights(2, 4096, 11008)), "2.9e9 values are more than 32 bits count"
+    assert obstacle(10240, 8, 4096, 11008) == ""
+    assert obstacle(64, 2, 100, 64) == "matrices of 100 x 64 are not multiples of 16"
+    assert "32 bits" in obstacle(2**18, 2, 4096, 11008), "2.9e9 values"
 
 
 def test_a_gpu_gets_the_kernels(monkeypatch):

@@ -21,10 +21,13 @@ WIDE_TILES = ("A100", "H100", "H200", "B200")  # have the 147 KB of shared memor
 MULTIPLE = 16  # sides of the matrix unit
 
 
-def suits_triton(rows: int, w_ExDxF: Array) -> bool:
-    """Whether tiles cover these matrices without remainder, and 32 bits count what is in an array, as Triton does."""
+def obstacle(x_SxD: Array, w_ExDxF: Array, _device) -> str:
+    """Why these products cannot be computed, or nothing. Tiles leave no remainder, Triton's indices have 32 bits."""
     sides = w_ExDxF.shape[1:]
-    return all(size % MULTIPLE == 0 for size in sides) and max(w_ExDxF.size, rows * max(sides)) < 2**31
+    if any(size % MULTIPLE for size in sides):
+        return f"matrices of {sides[0]} x {sides[1]} are not multiples of {MULTIPLE}"
+    too_many = max(w_ExDxF.size, x_SxD.shape[0] * max(sides)) >= 2**31
+    return "an array has more values than 32 bits count" if too_many else ""
 
 
 def multiply(x_SxD: Array, w_ExDxF: Array, sizes_E: Array, *, transpose: bool, device) -> Array:
@@ -49,7 +52,7 @@ def multiply(x_SxD: Array, w_ExDxF: Array, sizes_E: Array, *, transpose: bool, d
         name="gmm_triton",
         **_how(device, 2 * rows * inner * outer),
     )
-    return _bind(call, group_T, start_T, stop_T, x_SxD, w_ExDxF)
+    return call(group_T, start_T, stop_T, x_SxD, w_ExDxF)
 
 
 def weight_gradient(x_SxD: Array, dy_SxF: Array, sizes_E: Array, *, device) -> Array:
@@ -68,7 +71,7 @@ def weight_gradient(x_SxD: Array, dy_SxF: Array, sizes_E: Array, *, device) -> A
         name="tgmm_triton",
         **_how(device, 2 * rows * inner * outer),
     )
-    return _bind(call, stop_E - sizes_E.astype(jnp.int32), stop_E, x_SxD, dy_SxF)
+    return call(stop_E - sizes_E.astype(jnp.int32), stop_E, x_SxD, dy_SxF)
 
 
 def row_tiles(sizes_E: Array, rows: int) -> tuple[Array, Array, Array]:
@@ -98,13 +101,6 @@ def _how(device, flops: int) -> dict:
         "interpret": device.platform != "gpu",
         "cost_estimate": cost,
     }
-
-
-def _bind(call, *args: Array) -> Array:
-    """Jitted: a call that nobody reads (experts may be frozen) is dropped from a program, a kernel is not. In the mesh
-    of the rows: the result says by its mesh what the program is for, as they do."""
-    with jax.sharding.use_abstract_mesh(jax.typeof(args[-2]).sharding.mesh):
-        return jax.jit(call)(*args)
 
 
 def _multiply_kernel(group_ref, start_ref, stop_ref, x_ref, w_ref, y_ref, *, tiles, depth, columns, transpose):
