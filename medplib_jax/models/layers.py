@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from medplib_jax.batch import Array, Params
-from medplib_jax.models.precision import product
+from medplib_jax.models.precision import einsum, product
 from medplib_jax.models.quantize import by_integers
 from medplib_jax.models.rng import dropout
 from medplib_jax.models.target import is_for_tpu, target_device
@@ -153,6 +153,14 @@ def adapter_product(x: Array, w: Array) -> Array:
     fuses with the product that it is added to: its wide result is never in memory. The gradients are made alike.
     """
     return _thin_product(x, w.astype(x.dtype)) if is_for_tpu(x) else matmul(x, w)
+
+
+def adapter_products(x_SxD: Array, w_ExDxR: Array) -> Array:
+    """x with each of E adapters' first matrices, side by side: [S, E * R]."""
+    if is_for_tpu(x_SxD):
+        return adapter_product(x_SxD, rearrange(w_ExDxR, "e d r -> d (e r)"))
+    # With E apart, which a matrix of width E * R is not to the last bit: the gradient's sums have another order.
+    return rearrange(einsum("sd,edr->ser", x_SxD, w_ExDxR.astype(x_SxD.dtype)), "s e r -> s (e r)")
 
 
 @jax.custom_vjp

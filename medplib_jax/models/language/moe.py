@@ -47,6 +47,7 @@ from medplib_jax.models.layers import (
     abstract_module,
     adapter_axes,
     adapter_product,
+    adapter_products,
     bind,
     in_column_blocks,
     logical_axes,
@@ -177,7 +178,7 @@ class ExpertLinear(nnx.Module):
         if self.lora_a is None:
             return y
         # All experts' adapters at once, of width E * r: to mask them to each row's expert costs less than sorting.
-        low = adapter_product(dropout(x_SxD, self.lora_dropout, rng), rearrange(self.lora_a[...], "e d r -> d (e r)"))
+        low = adapter_products(dropout(x_SxD, self.lora_dropout, rng), self.lora_a[...])
         mine = jnp.repeat(member_SxE, self.lora_a.shape[2], axis=1)
         low = checkpoint_name(self.lora_scale * jnp.where(mine, low, 0), "low")  # scaled while it is narrow
         return y + adapter_product(low, rearrange(self.lora_b[...], "e r f -> (e r) f"))
@@ -275,8 +276,7 @@ class Experts(nnx.Module):
         adapted = any(linear.lora_a is not None for linear in (self.gate, self.up, self.down))
         if x_SxD.shape[0] == 1 and not adapted and not exchanged:
             return self._one(x_SxD, routing)
-        few = FEW_TOKENS_TPU if is_for_tpu(x_SxD) else FEW_TOKENS
-        if x_SxD.shape[0] <= few and not exchanged:
+        if x_SxD.shape[0] <= (FEW_TOKENS_TPU if is_for_tpu(x_SxD) else FEW_TOKENS) and not exchanged:
             return self._few(x_SxD, routing, rngs)
         num_experts = self.gate.kernel.shape[0] * axis_product(exchanged)
         x_NxD, expert_N = _choices(x_SxD, routing, num_experts)
