@@ -36,7 +36,7 @@ from medplib_jax.evaluate.report.comparisons import ALL, compare
 from medplib_jax.evaluate.report.sweep_load import load_sweep
 from medplib_jax.evaluate.report.sweep_tables import entry
 from medplib_jax.evaluate.sweep import run_sweep
-from medplib_jax.parallel.quiet import ignore_missing_tpu
+from medplib_jax.parallel.compilation import use_cache
 from medplib_jax.train.metrics_log import read_metrics
 
 STAGES = {
@@ -127,7 +127,6 @@ class Demo:
 
 
 def main() -> int:
-    ignore_missing_tpu()
     parser = argparse.ArgumentParser(prog="launch/demo.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--examples", type=int, default=3000, help="training images to generate")
@@ -157,6 +156,7 @@ def main() -> int:
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax's remarks
     logging.getLogger("medplib_jax").setLevel(logging.INFO)
     jax.config.update("jax_compilation_cache_dir", str((demo.out / "compiled").resolve()))
+    use_cache()
     out = demo.out / ("bird" if with_bird else "icl" if with_icl else "")
     out.mkdir(parents=True, exist_ok=True)
     watch = Stopwatch(out / "stopwatch.json")

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import gc
 import logging
 import os
 import threading
@@ -24,12 +25,14 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 def use_cache() -> None:
     """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, by default in ~/.cache/medplib_jax.
 
-    JAX_ENABLE_COMPILATION_CACHE=false turns it off. Command lines call it first.
+    JAX_ENABLE_COMPILATION_CACHE=false turns it off. Command lines call it first. It also leaves what they imported out
+    of garbage collection: tracing programs would look through all of it again and again, a sixth of the start.
     """
     if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 - jax.config declares no fields
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FOLDER))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     ignore_missing_tpu()
+    gc.freeze()
 
 
 def release_memory() -> None:

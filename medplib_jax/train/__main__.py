@@ -23,14 +23,14 @@ from collections.abc import Sequence
 import absl.logging
 import jax
 from absl import app, flags
+from jax.sharding import Mesh
 
 from medplib_jax.config.base import flags_parser, from_config_dict
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.files import define_config
-from medplib_jax.evaluate.in_training import HeldOutFigures
 from medplib_jax.parallel.compilation import Compilations, use_cache
 from medplib_jax.parallel.processes import RESTART, exit_code, initialize_distributed
-from medplib_jax.train.loop import train
+from medplib_jax.train.loop import Evaluate, train
 
 log = logging.getLogger("medplib_jax.train")
 
@@ -53,7 +53,7 @@ def main() -> None:
             return exit_code(error)
         try:
             experiment = epochs_asked_for(from_config_dict(config.value, ExperimentConfig), sys.argv)
-            result = train(experiment, workdir.value, HeldOutFigures)
+            result = train(experiment, workdir.value, held_out_figures)
         except (ValueError, OSError, FloatingPointError) as error:
             log.debug("where it came from", exc_info=True)
             print(f"error: {error}", file=sys.stderr)
@@ -62,6 +62,13 @@ def main() -> None:
         return {None: 0, signal.SIGINT: 130}.get(result["interrupted"], RESTART)
 
     app.run(run, flags_parser=flags_parser(ExperimentConfig))
+
+
+def held_out_figures(config: ExperimentConfig, mesh: Mesh) -> Evaluate:
+    """`evaluate.in_training.HeldOutFigures`, for runs that evaluate: importing it takes others more than a second."""
+    from medplib_jax.evaluate.in_training import HeldOutFigures
+
+    return HeldOutFigures(config, mesh)
 
 
 def epochs_asked_for(config: ExperimentConfig, arguments: Sequence[str]) -> ExperimentConfig:

@@ -35,10 +35,8 @@ def test_a_machine_without_a_tpu_does_not_load_its_library():
     assert done.stdout.strip() in ("gpu", "tpu") or (done.stdout, done.stderr) == ("cpu\n", "")
 
 
-@pytest.mark.parametrize(
-    "name", ["convert.check", "convert.from_torch", "convert.quantize", "convert.to_torch", "launch.demo"]
-)
-def test_nor_does_a_command_that_keeps_no_programs_or_has_its_own_folder_for_them(name, monkeypatch):
+@pytest.mark.parametrize("name", ["convert.check", "convert.from_torch", "convert.quantize", "convert.to_torch"])
+def test_nor_does_a_command_that_keeps_no_programs(name, monkeypatch):
     module, asked = importlib.import_module(name), []
     monkeypatch.setattr(module, "ignore_missing_tpu", lambda: asked.append(name))
     monkeypatch.setattr(sys, "argv", [name, "--help"])
