@@ -5,6 +5,7 @@ import importlib.util
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -14,7 +15,7 @@ from medplib_jax.aot.report import Request, as_text, examine
 from medplib_jax.aot.usage import read_usage
 from medplib_jax.benchmarks import grouped
 from medplib_jax.config.experiment import MeshConfig
-from medplib_jax.models.kernels.grouped_matmul import WAYS, obstacle
+from medplib_jax.models.kernels.grouped_matmul import WAYS, grouped_matmul, obstacle
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.train import flops
 from tests.aot.test_report import config
@@ -210,6 +211,27 @@ def test_grouped_products_compile(kind, dtype, ways):
             products = {"triton": ("gmm_triton", "tgmm_triton"), "mosaic": ("mosaic_gmm", "mosaic_tgmm")}[way]
             assert kernels == [{products[0]}, set(products)][: len(programs)]
             assert all(found.flops >= 2 * 512 * 256 * 512 for found in usage)
+
+
+@needs_cuda
+def test_jaxs_kernels_on_two_gpus_with_gathered_and_frozen_matrices():
+    """What a JAX without Triton gets on Hopper, as a mixture calls it."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2), topologies.devices_of("h200:2"))
+    rows, columns = PartitionSpec("fsdp"), PartitionSpec(None, "fsdp")
+
+    def local(x, w):
+        w = jax.lax.all_gather(w, "fsdp", axis=1, tiled=True)
+        return grouped_matmul(x, w, jnp.array([100, 300]), False, "mosaic")
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(rows, columns), out_specs=rows, check_vma=False)
+    x, w = (
+        jax.ShapeDtypeStruct(shape, "bfloat16", sharding=NamedSharding(mesh, spec))
+        for shape, spec in (((1024, 256), rows), ((2, 256, 512), columns))
+    )
+    for wanted, kernels in (((0, 1), {"mosaic_gmm", "mosaic_tgmm"}), ((0,), {"mosaic_gmm"})):
+        program = jax.jit(jax.grad(lambda x, w: jnp.square(run(x, w).astype(jnp.float32)).sum(), wanted)).lower(x, w)
+        text = program.compile(topologies.COMPILER_OPTIONS["gpu"]).as_text()
+        assert set(read_usage(text, executed_kernel_flops).kernels) == kernels
 
 
 @needs_cuda
