@@ -57,11 +57,16 @@ if [ "$kind" = tpu ]; then
   stage II v6e:8x8 256 --config.mesh.fsdp=64
   stage III v6e:8x8 512 --config.mesh.fsdp=64
   stage IV v6e:8x8 384 --config.mesh.fsdp=64
+  examine "BiRD on v5e:8x8, 128 rows" v5e:8x8 bird_grit.py:9b --config.mesh.fsdp=64 --rows=128 --config.optim.accumulate=2
+  examine "BiRD on v5p:4x4x4, 256 rows" v5p:4x4x4 bird_grit.py:9b --config.mesh.data=4 --config.mesh.fsdp=16 --rows=256
   lora III 8
+  lora III 24
+  lora III 128 --config.model.remat=full
   lora IV 8
   lora IV 16
   lora IV 128 --config.model.remat=full
   lora BiRD 8
+  lora BiRD 16
   for rows in 1 8 32; do
     generation v5e:2x4 "$rows" --config.mesh.tensor=8
     generation v6e:2x2 "$rows" --config.mesh.tensor=4
