@@ -1,4 +1,4 @@
-"""The layout that decoding has on a GPU, run on the CPU:
+"""The layouts that decoding has on a GPU and on a TPU, run on the CPU:
 
 The same answers, from the same programs but for kernels that are transposed.
 """
@@ -13,6 +13,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from medplib_jax.batch import flatten
+from medplib_jax.config.experiment import MeshConfig, ShardingConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode import layout as layout
 from medplib_jax.decode.generator import Generator
@@ -21,6 +22,7 @@ from medplib_jax.decode.options import DecodeOptions
 from medplib_jax.models.language.lora import merge_lora
 from medplib_jax.models.layers import abstract_module, draw_params, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
+from medplib_jax.parallel.mesh import make_mesh
 from tests.helpers import MODEL, random_batch, tiny_experiment
 
 ADAPTED = MODEL
@@ -53,10 +55,9 @@ def on_gpu(monkeypatch):
     for_platform(monkeypatch, "gpu")
 
 
-def answers(model, params, batch, quantize):
-    generator = Generator(
-        model, params, DecodeOptions(max_new_tokens=6, max_masks=1, quantize=quantize), stop_ids=(2,), seg_id=7
-    )
+def answers(model, params, batch, quantize, mesh=None):
+    options, rules = DecodeOptions(max_new_tokens=6, max_masks=1, quantize=quantize), ShardingConfig()
+    generator = Generator(model, params, options, stop_ids=(2,), seg_id=7, mesh=mesh, rules=rules)
     return jax.device_get(generator(batch))
 
 
@@ -75,6 +76,27 @@ def test_an_accelerator_gives_the_same_answers(params, platform, rows, top_k, qu
     actual = answers(model, params, batch, quantize)
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
     np.testing.assert_array_equal(actual.choices, expected.choices)
+    np.testing.assert_allclose(actual.mask_logits, expected.mask_logits, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes, rows, quantize",
+    [
+        ((1, 1, 2, 1), 1, ""),
+        ((1, 2, 2, 2), 1, ""),
+        ((1, 2, 2, 2), 4, ""),
+        ((1, 1, 1, 2), 1, "w8a8"),
+        ((1, 2, 1, 2), 1, "int8"),
+    ],
+)
+def test_so_do_the_tpus_of_a_mesh(params, sizes, rows, quantize, monkeypatch):
+    batch = jax.tree.map(lambda x: x[:rows], random_batch(tiny_experiment(model=MODEL), 16))
+    expected = answers(MODEL, params, batch, quantize)
+    for_platform(monkeypatch, "tpu")
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    actual = answers(MODEL, params, batch, quantize, mesh)
+    np.testing.assert_array_equal(actual.tokens, expected.tokens)
     np.testing.assert_allclose(actual.mask_logits, expected.mask_logits, atol=1e-3)
 
 
