@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from medplib_jax import checkpoint
-from medplib_jax.batch import flatten
+from medplib_jax.batch import Params, flatten
 from medplib_jax.config.experiment import ExperimentConfig
 from medplib_jax.config.model import LoraConfig, ModelConfig
 from medplib_jax.decode.saved_params import SavedArray, SavedParams, open_params
@@ -74,6 +74,13 @@ class Stored:
 
     def adapted(self, path: str) -> bool:
         return path.endswith("/kernel") and path.removesuffix("kernel") + "lora_a" in self.arrays
+
+
+def original_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(name in the original's files, path in our tree, values) of every parameter."""
+    flat = flatten(params)
+    for name, place in mapping.entries(config, flat).items():
+        yield name, place.path, np.array(place.layout.to_torch(np.asarray(flat[place.path])[place.index]))
 
 
 def open_checkpoint(path: pathlib.Path) -> Stored:

@@ -31,12 +31,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
 import psutil
 
 from configs import bird_grit, common, stage3_grounding, stage4_moe
-from convert import benchmark, mapping
-from medplib_jax.batch import Params, flatten
+from convert import benchmark
+from convert.to_torch import original_tensors
 from medplib_jax.benchmarks import (
     accelerator,
     data_pipeline,
@@ -55,7 +54,6 @@ from medplib_jax.benchmarks import (
 )
 from medplib_jax.benchmarks.measure import Table
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.config.model import ModelConfig
 from medplib_jax.data.splits import annotation_files
 from medplib_jax.parallel.compilation import use_cache
 
@@ -66,13 +64,6 @@ Parts = dict[str, Callable[[], Iterable[Table]]]
 
 RECIPES = {"IV": stage4_moe.large, "III": stage3_grounding.large}
 SLOTS_PROMPT, SLOTS_REQUESTS = 96, 96  # positions of a prompt, 64 of them of the picture; prompts
-
-
-def original_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(name in the original's files, path in our tree, values) of every parameter."""
-    flat = flatten(params)
-    for name, place in mapping.entries(config, flat).items():
-        yield name, place.path, np.array(place.layout.to_torch(np.asarray(flat[place.path])[place.index]))
 
 
 def rival(options: argparse.Namespace) -> workload.Rival | None:

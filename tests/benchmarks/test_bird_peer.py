@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from configs import bird_grit
+from convert.to_torch import original_tensors
 from medplib_jax.benchmarks import workload
-from medplib_jax.benchmarks.__main__ import original_tensors
 from medplib_jax.benchmarks.bird_peer import loaded, to_torch
 from medplib_jax.decode.generator import Generator
 from medplib_jax.decode.options import DecodeOptions

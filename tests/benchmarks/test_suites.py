@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import pickle
+import runpy
 import subprocess
 import sys
 
@@ -89,6 +91,13 @@ def test_without_pytorch_there_is_nothing_to_measure_against(monkeypatch, capsys
     with pytest.raises(SystemExit):
         benchmarks.main(["--suite", "cpu", "--against", "torch"])
     assert "need PyTorch: pip install -e '.[torch]'" in capsys.readouterr().err
+
+
+def test_the_rival_travels_to_processes_that_do_not_run_the_command():
+    """What a command's own module defines cannot: memory is measured in a process of each side."""
+    command = runpy.run_module("medplib_jax.benchmarks.__main__", run_name="as a command")
+    options = command["parse"](["--suite", "cpu", "--against", "torch"])
+    assert pickle.loads(pickle.dumps(command["rival"](options))) == command["rival"](options)
 
 
 def test_kernels_beside_the_cpu(tmp_path):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from configs import stage3_grounding, stage4_moe
+from convert.to_torch import original_tensors
 from medplib_jax.batch import flatten
 from medplib_jax.benchmarks import workload
-from medplib_jax.benchmarks.__main__ import original_tensors
 from medplib_jax.benchmarks.measure import Samples, side_by_side
 from medplib_jax.benchmarks.torch_peer import loaded, to_torch
 from medplib_jax.decode.generator import Generator
