@@ -61,12 +61,13 @@ if [ "$kind" = tpu ]; then
   examine "BiRD on v5p:4x4x4, 256 rows" v5p:4x4x4 bird_grit.py:9b --config.mesh.data=4 --config.mesh.fsdp=16 --rows=256
   lora III 8
   lora III 24
-  lora III 128 --config.model.remat=full
+  lora III 224 --config.model.remat=full
   lora IV 8
   lora IV 16
   lora IV 128 --config.model.remat=full
   lora BiRD 8
   lora BiRD 16
+  lora BiRD 32 --config.model.remat=full
   for rows in 1 8 32; do
     generation v5e:2x4 "$rows" --config.mesh.tensor=8
     generation v6e:2x2 "$rows" --config.mesh.tensor=4
