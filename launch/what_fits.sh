@@ -68,6 +68,7 @@ if [ "$kind" = tpu ]; then
   lora BiRD 8
   lora BiRD 16
   lora BiRD 32 --config.model.remat=full
+  lora BiRD 88 --config.model.remat=full
   for rows in 1 8 32; do
     generation v5e:2x4 "$rows" --config.mesh.tensor=8
     generation v6e:2x2 "$rows" --config.mesh.tensor=4
