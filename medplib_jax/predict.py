@@ -274,7 +274,8 @@ def main():
 def prepare_scans(arguments: argparse.Namespace) -> Callable[[Predictor, BoxDrawer | None], None]:
     """What answers scans or jobs. Whatever is wrong with the command line is raised here, before a model is loaded."""
     options, out = scan_options(arguments), arguments.out
-    jobs = read_jobs(arguments.jobs, arguments.question or "", options.structures) if arguments.jobs else None
+    structures = options.structures if arguments.question or arguments.structures else ()
+    jobs = read_jobs(arguments.jobs, arguments.question or "", structures) if arguments.jobs else None
     make_folder(Path(out))
 
     def answer(predictor: Predictor, _: BoxDrawer | None) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -313,4 +314,14 @@ def test_of_scans_and_jobs_the_folder_is_checked_before_the_model(folder, tmp_pa
     given = tmp_path / "scan.nii" if "--image" in what else folder / "images"
     monkeypatch.setattr(sys, "argv", ["predict", "--checkpoint", "c", *what, str(given), "--out", "/proc/answer"])
     with pytest.raises(SystemExit, match="error: .*/proc/answer"):
+        predict.main()
+
+
+@pytest.mark.parametrize("job, found", [({"question": "What is it?"}, "/proc/answer"), ({}, "job without a question")])
+def test_jobs_may_have_all_questions_of_their_own(folder, tmp_path, monkeypatch, job, found):
+    monkeypatch.setattr(predict, "Predictor", None)
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"image": str(folder / "images" / "ct_00--a.png"), **job}))
+    given = ["--checkpoint", "c", "--jobs", str(tmp_path / "jobs.jsonl"), "--out", "/proc/answer"]
+    monkeypatch.setattr(sys, "argv", ["predict", *given])
+    with pytest.raises(SystemExit, match=f"error: .*{found}"):
         predict.main()

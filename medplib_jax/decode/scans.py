@@ -241,8 +241,8 @@ def add_scan_flags(parser: argparse.ArgumentParser) -> None:
 def scan_options(arguments: argparse.Namespace) -> ScanOptions:
     """ValueError for flags that cannot be used."""
     names = tuple(filter(None, (name.strip() for name in (arguments.structures or "").split(";"))))
-    if not names and arguments.question:
-        names = ("segmentation",)
+    if not names and (arguments.question or arguments.jobs):
+        names = ("segmentation",)  # what a question asks for, of the command line or of a job
     match = re.fullmatch(r"(\d+):(\d+)", arguments.slices or "0:1")
     if not match:
         raise ValueError(f"--slices: expected A:B, found {arguments.slices!r}")
