@@ -1,8 +1,12 @@
 """A model and batches small enough to train in a test."""
 
+import contextlib
 import dataclasses
 
+import jax
 import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.tree_util import Partial
 
 from medplib_jax.batch import Batch, Params
@@ -106,3 +110,14 @@ def assert_gradients_close(found: dict[str, np.ndarray], expected: dict[str, np.
     for path, gradient in expected.items():
         scale = max(np.abs(gradient).max(), (1e-2 if path.endswith("/k/bias") else 1e-3) * largest)
         np.testing.assert_allclose(found[path], gradient, rtol=0, atol=1e-5 * scale, err_msg=path)
+
+
+@contextlib.contextmanager
+def interpreted_kernels(capsys: pytest.CaptureFixture[str]):
+    """Kernels of a TPU run on CPU devices. Fails when two of a kernel's accesses to memory race."""
+    capsys.readouterr()
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        yield
+    jax.effects_barrier()  # results are promises: kernels still run, and the interpreter's memory is one for all
+    pltpu.reset_tpu_interpret_mode_state()
+    assert "race" not in capsys.readouterr().out.lower()

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import DataConfig, MeshConfig, ShardingConfig
@@ -26,7 +25,15 @@ from medplib_jax.models.target import made_for
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.sharding import put_batch
 from medplib_jax.train.step import CompiledStep, abstract_model, make_state, make_train_step, state_shardings
-from tests.helpers import MODEL, assert_gradients_close, constant, init_params, random_batch, tiny_experiment
+from tests.helpers import (
+    MODEL,
+    assert_gradients_close,
+    constant,
+    init_params,
+    interpreted_kernels,
+    random_batch,
+    tiny_experiment,
+)
 
 LENGTH, ROWS = 256, 8  # so many positions that a device sorts its tokens by expert
 WIDE = dataclasses.replace(  # heads of 128, which splash attention takes
@@ -38,12 +45,9 @@ WIDE = dataclasses.replace(  # heads of 128, which splash attention takes
 
 @contextlib.contextmanager
 def on_tpu(capsys):
-    """Programs made for a TPU and interpreted. Fails when two of a kernel's accesses to memory race."""
-    capsys.readouterr()
-    with made_for("tpu"), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    """Programs made for a TPU and interpreted."""
+    with made_for("tpu"), interpreted_kernels(capsys):
         yield
-    pltpu.reset_tpu_interpret_mode_state()
-    assert "race" not in capsys.readouterr().out.lower()
 
 
 def assert_close(found, expected):

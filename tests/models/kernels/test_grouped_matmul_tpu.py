@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from medplib_jax.models.kernels import grouped_matmul_tpu as module
+from tests.helpers import interpreted_kernels
 
 
 @pytest.mark.parametrize(
@@ -30,14 +30,12 @@ def test_columns_come_in_blocks(transpose, dtype, block, monkeypatch, capsys):
     )
     expected = np.concatenate(parts)
     matrices, sizes = w.swapaxes(1, 2) if transpose else w, jnp.array([70, 0, 230, 84])
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    with interpreted_kernels(capsys):
         found = jax.jit(module.gmm, static_argnames=("transpose", "device_kind"))(
             x, matrices, sizes, transpose=transpose, device_kind=f"TPU {transpose} {dtype}"
         )
-    pltpu.reset_tpu_interpret_mode_state()
     assert found.dtype == wide
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-    assert "race" not in capsys.readouterr().out.lower()
 
 
 @pytest.mark.parametrize(
