@@ -38,6 +38,16 @@ def nearest_points(points_GxSx2: Array, centres_GxQx2: Array, count: int) -> Arr
     return jax.lax.top_k(-distance, count)[1]
 
 
+def largest(x: Array, axis: int) -> Array:
+    """The maximum along an axis. Its gradient goes to one place, as PyTorch's does.
+
+    That of `jnp.max` goes to all that equal the maximum. It is NaN where the compiler computes `x` twice, with other
+    roundings, and so finds none.
+    """
+    place = jnp.expand_dims(x.argmax(axis), axis)
+    return jnp.take_along_axis(x, place, axis).squeeze(axis)
+
+
 class Aggregation(nnx.Module):
     """Every centre gathers its neighbours, relative to itself: linear, ReLU, norm, then pooled.
 
@@ -49,7 +59,7 @@ class Aggregation(nnx.Module):
         self.diff = Linear(width + 2, width + 2, axes=(None, None), rngs=rngs)
         self.aggregate = Linear(2 * (width + 2), width, axes=(None, None), rngs=rngs)
         self.norm = LayerNorm(width, eps=NORM_EPS, rngs=rngs)
-        self.pool = jnp.max if pooling == "max" else jnp.mean
+        self.pool = largest if pooling == "max" else jnp.mean
 
     def __call__(
         self, features_GxSxC: Array, points_GxSx2: Array, centres_GxQ: Array, neighbours_GxQxK: Array

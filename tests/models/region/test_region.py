@@ -36,9 +36,7 @@ def test_mean_equals_the_original_and_finds_its_image():
         region = points_of(golden[f"region_mask_{i}"][0])
         points[0, i, 60 - len(region) :], valid[0, i, 60 - len(region) :] = region, True
     images = np.array([[*golden["region_image"], 0]])
-    region, _ = encoder(
-        jnp.asarray(golden["clip_features"][None]), jnp.asarray(points), jnp.asarray(valid), jnp.asarray(images)
-    )
+    region = jax.jit(lambda *given: encoder(*given)[0])(golden["clip_features"][None], points, valid, images)
     for i in range(2):
         assert relative_error(region[0, i], golden[f"region_feature_{i}"][0]) < 1e-5
     assert not region[0, 2].any(), "a region without points is zero, without the adapter's bias"
@@ -96,6 +94,7 @@ def test_geometry_sampler_and_its_gradients_equal_the_original(pooling):
     rows_columns = jnp.asarray(np.stack(chosen))
     weights = point_weights(rows_columns[None, :, :, ::-1], 24)[0]
 
+    @jax.jit
     def flat_features(params, feature_map):
         sampler, points = bind(abstract, params), rows_columns
         features = weights @ feature_map[jnp.array([image for image, _ in regions])]
@@ -108,7 +107,8 @@ def test_geometry_sampler_and_its_gradients_equal_the_original(pooling):
     params, feature_map = geometry_params(golden), jnp.asarray(golden["feature_map"])
     features = flat_features(params, feature_map)
     expected = np.concatenate([golden[f"{pooling}_region_feature_0"], golden[f"{pooling}_region_feature_2"]])
-    assert relative_error(bind(abstract, params).readout(features), expected) < 1e-5
+    readout = jax.jit(lambda params, features: bind(abstract, params).readout(features))
+    assert relative_error(readout(params, features), expected) < 1e-5
 
     # The loss of the recorded gradients is not recorded. What reaches `flatten` follows from its gradient (30 unknowns,
     # 800 equations).
@@ -119,7 +119,7 @@ def test_geometry_sampler_and_its_gradients_equal_the_original(pooling):
     def loss(params, feature_map):
         return ((flat_features(params, feature_map).reshape(3, -1) @ params["flatten"]["kernel"]) * incoming.T).sum()
 
-    of_params, of_map = jax.grad(loss, argnums=(0, 1))(params, feature_map)
+    of_params, of_map = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, feature_map)
     assert relative_error(of_map, golden[f"{pooling}_grad_feature_map"]) < 1e-3
     of_diff = of_params["stages"]["0"]["diff"]["kernel"].T
     assert relative_error(of_diff, golden[f"{pooling}_grad_diff_projector_list.0.weight"]) < 1e-3
@@ -137,10 +137,11 @@ def test_geometry_encoder_reads_valid_points_of_its_image_alone():
     points = jnp.asarray(random.random((1, 3, 12, 2), np.float32))
     valid = jnp.asarray(np.arange(12) < np.array([[[12], [7], [0]]]))
     image = jnp.array([[0, 1, 0]])
-    region, _ = encoder(features, points, valid, image)
+    encode = jax.jit(lambda features, points: encoder(features, points, valid, image)[0])
+    region = encode(features, points)
     assert region.shape == (1, 3, 8) and jnp.isfinite(region).all()
     assert not region[0, 2].any()
-    elsewhere, _ = encoder(features.at[:, 0].set(0.0), points.at[0, 1, 7:].set(0.5), valid, image)
+    elsewhere = encode(features.at[:, 0].set(0.0), points.at[0, 1, 7:].set(0.5))
     np.testing.assert_allclose(region[0, 1], elsewhere[0, 1], rtol=1e-5, atol=1e-6)
     assert jnp.abs(region[0, 0] - elsewhere[0, 0]).max() > 1e-3
     assert set(params_of(encoder)) == {"adapter", "geometry"}
