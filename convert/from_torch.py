@@ -122,7 +122,7 @@ def convert(options: Options) -> ModelConfig:
 def experiment_of(source: Source, config: ModelConfig, options: Options) -> ExperimentConfig:
     """The experiment that the checkpoint belongs to. What `to_torch` recorded of it comes back; else it is as
     prediction needs it."""
-    own, needed = source.foreign.own, {"bucket_lengths": prompt_lengths(config)}
+    own, needed = source.foreign.own, {"bucket_lengths": short_and_longest_lengths(config)}
     needed |= {} if config.draws_masks else qwen_vl.DATA
     data = from_dict(DataConfig, needed | own.get("data", {}))
     if "llm" in {kinds.part_of(key) for key in source.tensors}:
@@ -132,7 +132,7 @@ def experiment_of(source: Source, config: ModelConfig, options: Options) -> Expe
     )
 
 
-def prompt_lengths(config: ModelConfig) -> tuple[int, ...]:
+def short_and_longest_lengths(config: ModelConfig) -> tuple[int, ...]:
     """Two lengths, multiples of 128, for a picture and a short question, and the longest. What a prompt is padded with
     costs computing and memory."""
     longest = min(DataConfig().bucket_lengths[-1], config.llm.max_positions)

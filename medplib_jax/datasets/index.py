@@ -156,6 +156,9 @@ def main() -> int:
     given = parse(parser)
     if given.records and given.patient:
         parser.error("--patient: expected with --images, records name their patients")
+    from medplib_jax.parallel.compilation import use_cache  # imports JAX, which nothing here needs before
+
+    use_cache()
 
     def make() -> dict[str, Any]:
         library = library_of_records(given.records) if given.records else library_of_pairs(given.images, given.patient)

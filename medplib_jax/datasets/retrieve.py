@@ -101,6 +101,9 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="file to write, beside the records")
     parser.add_argument("--top-k", type=int, choices=range(1, MAX_EXAMPLES + 1), default=MAX_EXAMPLES)
     given = parse(parser)
+    from medplib_jax.parallel.compilation import use_cache  # imports JAX, which nothing here needs before
+
+    use_cache()
     return finish(lambda: retrieve(given.records, given.index, given.checkpoint, given.out, given.top_k))
 
 

@@ -18,30 +18,35 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import absl.logging
-import jax
-from absl import app, flags
+from medplib_jax.parallel.imports import without_collection
 
-from medplib_jax.config.base import flags_parser, from_config_dict
-from medplib_jax.config.files import define_config
-from medplib_jax.config.sweep import SweepConfig
-from medplib_jax.data.errors import DataError
-from medplib_jax.evaluate.own import MetricFailed, OwnMetric, load_metrics
-from medplib_jax.evaluate.plan import SweepPlan, plan_sweep
-from medplib_jax.evaluate.provenance import note_run
-from medplib_jax.evaluate.report.sweep import write_sweep_report
-from medplib_jax.evaluate.rescore import rescore
-from medplib_jax.evaluate.result import SweepResult
-from medplib_jax.evaluate.sweep import IncompleteSweep, answer_plan
-from medplib_jax.parallel.compilation import use_cache
-from medplib_jax.parallel.processes import abort_together, initialize_distributed, require_shared, wait_for_others
+with without_collection():
+    import absl.logging
+    import jax
+    from absl import app, flags
+
+    from medplib_jax.config.base import flags_parser, from_config_dict
+    from medplib_jax.config.files import define_config
+    from medplib_jax.config.sweep import SweepConfig
+    from medplib_jax.data.errors import DataError
+    from medplib_jax.evaluate.own import MetricFailed, OwnMetric, load_metrics
+    from medplib_jax.evaluate.plan import SweepPlan, plan_sweep
+    from medplib_jax.evaluate.provenance import note_run
+    from medplib_jax.evaluate.report.sweep import write_sweep_report
+    from medplib_jax.evaluate.rescore import rescore
+    from medplib_jax.evaluate.result import SweepResult
+    from medplib_jax.evaluate.sweep import IncompleteSweep, answer_plan
+    from medplib_jax.parallel.compilation import use_cache
+    from medplib_jax.parallel.processes import abort_together, initialize_distributed, require_shared, wait_for_others
 
 
 def print_summary(result: SweepResult) -> None:
     """The figures over all modalities; those by modality are in sweep.json."""
     for cell in result.cells:
         records = f"{cell.records} records, {len(cell.skipped)} skipped"
-        records += f", {cell.cut_off} cut off after {cell.max_new_tokens} tokens" if cell.cut_off else ""
+        if cell.cut_off != 0:
+            count = "an unknown number" if cell.cut_off is None else cell.cut_off
+            records += f", {count} cut off after {cell.max_new_tokens} tokens"
         print(f"\n{cell.checkpoint}, {cell.task}, protocol {cell.protocol}: {records}")
         for metric, value in cell.metrics.items():
             if "/" not in metric:

@@ -118,7 +118,7 @@ def answers(
     data = dataclasses.replace(
         asked.experiment.data,
         template=settings.template,
-        bucket_lengths=prompt_lengths(model.llm.max_positions),
+        bucket_lengths=evenly_spaced_lengths(model.llm.max_positions),
         on_error=config.on_error,
         max_images=max(task.images + task.examples * model.icl.pictures, 1),
         max_regions=task.regions,
@@ -179,7 +179,7 @@ def group_by_length(
     return groups, failed
 
 
-def prompt_lengths(longest: int) -> tuple[int, ...]:
+def evenly_spaced_lengths(longest: int) -> tuple[int, ...]:
     """What prompts are padded to: about 32 lengths, so that little is computed for nothing and few programs are
     compiled. The last is `longest`.
     """

@@ -17,7 +17,7 @@ from medplib_jax.data.tokenizers import load_tokenizer
 from medplib_jax.decode.layout import to_decoding_layout
 from medplib_jax.evaluate import metrics
 from medplib_jax.evaluate.answering import AskedModel, answers
-from medplib_jax.evaluate.evaluators.predictions import SKIPPED
+from medplib_jax.evaluate.evaluators.predictions import SKIPPED, count_cut_off
 from medplib_jax.evaluate.kinds import find_kind
 from medplib_jax.evaluate.plan import AnswerSettings
 from medplib_jax.evaluate.tasks import SweepTask, read_task
@@ -74,7 +74,7 @@ class HeldOutFigures:
         rows = [{name: value for name, value in row.items() if name not in dropped} for row in rows]
         shared = of_every_process(f"eval/{task.name}/{step}", json.dumps(rows))
         everyone = sorted((row for part in shared for row in json.loads(part)), key=lambda row: row["record"])
-        cut_off = sum(row.get("cut_off", False) for row in everyone)
+        cut_off = count_cut_off(everyone)
         if cut_off and jax.process_index() == 0:
             place = f"step {step}, {task.name}: {cut_off} of {len(everyone)} answers"
             log.warning("%s were cut off after eval.max_new_tokens=%d tokens", place, settings.max_new_tokens)

@@ -27,7 +27,7 @@ from medplib_jax.data.records import MASK, Record
 from medplib_jax.data.rle import decode_rle, encode_rle
 from medplib_jax.data.sources import open_source
 from medplib_jax.evaluate import metrics
-from medplib_jax.evaluate.evaluators.predictions import PredictionRow, read_lines, read_rows
+from medplib_jax.evaluate.evaluators.predictions import PredictionRow, count_cut_off, read_lines, read_rows
 from medplib_jax.evaluate.kinds import Answer, TaskKind, find_kind
 from medplib_jax.evaluate.kinds.naive import Example, Guess, box_of
 from medplib_jax.evaluate.kinds.refer_box import BOX_GRID
@@ -59,7 +59,8 @@ def rescore(workdir: str | Path, own: Sequence[OwnMetric] = ()) -> SweepResult:
     """
     workdir = Path(workdir)
     first = read_result(workdir)
-    found = _add_own(workdir, _add_naive(workdir, first), own)  # takes minutes: others may write meanwhile
+    counted = _count_cut_off(workdir, first)
+    found = _add_own(workdir, _add_naive(workdir, counted), own)  # takes minutes: others may write meanwhile
     read, scored = ({cell.key: cell for cell in result.cells} for result in (first, found))
     naive = [entry for entry in found.checkpoints if entry.kind == NAIVE]
     guesses = [cell for cell in found.cells if cell.checkpoint in {entry.name for entry in naive}]
@@ -76,6 +77,24 @@ def rescore(workdir: str | Path, own: Sequence[OwnMetric] = ()) -> SweepResult:
         )
 
     return update_result(workdir, change)
+
+
+def _count_cut_off(workdir: Path, result: SweepResult) -> SweepResult:
+    """The result with what the lines say of answers that were cut off; a warning names the cells where some do not."""
+
+    def counted(cell: CellEntry) -> CellEntry:
+        rows = read_rows(*(workdir / name for name in cell.predictions), fields=("scores", "cut_off"))
+        count = count_cut_off(rows)
+        if count is None:
+            log.warning(
+                "%s on %s: how many answers were cut off is unknown: lines do not say", cell.checkpoint, cell.task
+            )
+        return dataclasses.replace(cell, cut_off=count)
+
+    models = {cell.key for cell in result.of_models}
+    return dataclasses.replace(
+        result, cells=tuple(counted(cell) if cell.key in models else cell for cell in result.cells)
+    )
 
 
 def _add_own(workdir: Path, result: SweepResult, own: Sequence[OwnMetric]) -> SweepResult:
@@ -168,7 +187,7 @@ def _naive_cells(
         lines[name] = list(found)
         _write(workdir / paths[name], header | {"naive": name}, found)
     return [
-        CellEntry(name, task.name, protocol, (str(path),), len(rows), _metrics(lines[name], task, protocol))
+        CellEntry(name, task.name, protocol, (str(path),), len(rows), _metrics(lines[name], task, protocol), cut_off=0)
         for name, path in paths.items()
     ]
 

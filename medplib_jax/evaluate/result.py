@@ -63,7 +63,7 @@ class CellEntry:
     metrics: dict[str, float]  # "mDice", "mDice/<modality>", "mDice/modality_mean"
     max_new_tokens: int | None = None
     mask_threshold: float | None = None
-    cut_off: int = 0  # answers that took all of max_new_tokens, and may lack their end
+    cut_off: int | None = None  # answers that took all of max_new_tokens, and may lack their end; None: unknown
     skipped: tuple[dict[str, Any], ...] = ()  # records that could not be used (`DataError.as_dict`)
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)  # metric -> why it was not computed
     router: dict[str, Any] | None = None  # see `evaluators.router.summarise`

@@ -22,7 +22,7 @@ from medplib_jax.evaluate import metrics
 from medplib_jax.evaluate.answering import answer_cell, load_model
 from medplib_jax.evaluate.checkpoints import SweepCheckpoint
 from medplib_jax.evaluate.evaluators import captions, router
-from medplib_jax.evaluate.evaluators.predictions import SKIPPED, PredictionRow
+from medplib_jax.evaluate.evaluators.predictions import SKIPPED, PredictionRow, count_cut_off
 from medplib_jax.evaluate.kinds import find_kind
 from medplib_jax.evaluate.plan import PlannedCell, SweepPlan, plan_sweep
 from medplib_jax.evaluate.result import CellEntry, LeftOut, SweepResult, merge, read_result, update_result
@@ -231,7 +231,7 @@ def summarise(
         values,
         cell.settings.max_new_tokens,
         cell.settings.mask_threshold,
-        sum(row.get("cut_off", False) for row in rows),
+        count_cut_off(rows),
         tuple(line[SKIPPED] for line in lines if SKIPPED in line),
         left_out,
         router.summarise(rows, model) if model.moe_layers and rows else None,

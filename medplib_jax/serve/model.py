@@ -58,7 +58,7 @@ class ServedModel:
         return self.make_prompt([Message(role="user", content=parts)], [])
 
 
-def prompt_lengths(image_positions: int, longest: int) -> Sequence[int]:
+def doubling_lengths(image_positions: int, longest: int) -> Sequence[int]:
     """What prompts are padded to: each length twice the one before, beginning where a picture and a question fit."""
     length, lengths = SHORTEST, []
     while length < image_positions + SHORTEST:
@@ -93,7 +93,7 @@ def load_model(path: str, name: str, quantize: str, max_new_tokens: int, thresho
         stop_ids=tokenizer.stop_ids,
         seg_id=tokenizer.seg_id,
     )
-    lengths = prompt_lengths(model.image_tokens, longest)
+    lengths = doubling_lengths(model.image_tokens, longest)
     maker = PromptMaker(experiment.data, model, tokenizer, lengths, max(1, experiment.data.max_images), MAX_REGIONS)
     threshold = experiment.eval.mask_threshold if threshold is None else threshold
     drawer = PictureMasks(model.mask, threshold) if model.draws_masks else None

@@ -18,11 +18,12 @@ from medplib_jax.config.sweep import SweepConfig
 from medplib_jax.data.tokenizers import Tokenizer
 from medplib_jax.decode import generator as decode
 from medplib_jax.evaluate import answering, sweep
-from medplib_jax.evaluate.answering import load_model, prompt_lengths
+from medplib_jax.evaluate.answering import evenly_spaced_lengths, load_model
 from medplib_jax.evaluate.evaluators.predictions import read_rows
 from medplib_jax.evaluate.plan import plan_sweep
 from medplib_jax.evaluate.report.sweep import write_sweep_report
 from medplib_jax.evaluate.report.sweep_load import load_sweep
+from medplib_jax.evaluate.rescore import rescore
 from medplib_jax.evaluate.sweep import IncompleteSweep, run_sweep
 from medplib_jax.evaluate.tasks import folder_tasks
 from medplib_jax.parallel.lock import folder_lock
@@ -88,9 +89,26 @@ def test_answers_that_were_cut_off_are_counted_and_said(whole):
     workdir, result = whole
     cell = result.cells[0]
     rows = [row for path in cell.predictions for row in read_rows(workdir / path)]
-    assert cell.cut_off == sum(row.get("cut_off", False) for row in rows) > 0
+    assert cell.cut_off == sum(row["cut_off"] for row in rows) > 0
     said = " ".join(note for one in load_sweep(workdir).cells if one.protocol == cell.protocol for note in one.notes)
     assert f"{cell.cut_off} of 6 answers were cut off after {cell.max_new_tokens} tokens" in said
+
+
+def test_what_earlier_versions_did_not_say_of_answers_that_were_cut_off_is_unknown(
+    config, whole, tmp_path, caplog, monkeypatch
+):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    older = tmp_path / "predictions" / "runs-tiny-3" / "exact" / "grounding.00000.jsonl"
+    rows = [json.loads(line) for line in older.read_text().splitlines()]
+    older.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "cut_off"}) + "\n" for row in rows))
+    exact, reference = rescore(tmp_path).of_models
+    assert exact.cut_off is None and reference.cut_off == whole[1].cells[1].cut_off
+    assert caplog.text.count("how many answers were cut off is unknown") == 1
+    said = [note for one in load_sweep(tmp_path).cells if one.protocol == "exact" for note in one.notes]
+    assert sum("is unknown, because their lines do not say" in note for note in said) == 1
+    monkeypatch.setattr(sweep, "load_model", None)
+    again = {cell.protocol: cell.cut_off for cell in run_sweep(config, tmp_path).of_models}
+    assert again == {"exact": None, "reference": reference.cut_off}
 
 
 def test_pieces_make_the_whole(config, whole, tmp_path):
@@ -247,7 +265,7 @@ def test_an_unknown_answer_type_is_named_and_ends_nothing(config, folder, tmp_pa
 
 @pytest.mark.parametrize("longest", [16, 100, 512, 2048, 4096, 5000])
 def test_the_longest_prompt_has_a_length(longest):
-    lengths = prompt_lengths(longest)
+    lengths = evenly_spaced_lengths(longest)
     assert lengths[-1] == longest and list(lengths) == sorted(set(lengths)) and len(lengths) <= 33
 
 

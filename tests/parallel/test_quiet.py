@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from medplib_jax.parallel import compilation
 from tests.evaluate.evaluators import tiny
 from tests.paths import ROOT
 
@@ -43,6 +44,17 @@ def test_nor_does_a_command_that_keeps_no_programs(name, monkeypatch):
     with pytest.raises(SystemExit):
         module.main()
     assert asked == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"), [("index", ["--images", "lost"]), ("retrieve", ["--records", "lost", "--index", "lost"])]
+)
+def test_nor_does_a_command_that_embeds_pictures(name, flags, tmp_path, monkeypatch):
+    module, asked = importlib.import_module(f"medplib_jax.datasets.{name}"), []
+    monkeypatch.setattr(compilation, "use_cache", lambda: asked.append(name))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *flags, "--checkpoint", "lost", "--out", "out"])
+    assert module.main() == 1 and asked == [name]
 
 
 def test_asking_loads_no_report_and_no_builders():

@@ -64,7 +64,7 @@ class Evaluator:
         row |= {} if record.examples is None else {"examples": [list(example) for example in record.examples]}
         row |= {"volume": dataclasses.asdict(record.volume)} if record.volume else {}
         row |= measures
-        row |= {"cut_off": True} if generation.cut_off[0] else {}
+        row["cut_off"] = bool(generation.cut_off[0])
         row |= self._kind.score(answer, self._protocol) | drawn
         return row if generation.choices is None else row | {"router": generation.choices[0].tolist()}
 

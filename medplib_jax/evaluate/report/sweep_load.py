@@ -159,7 +159,14 @@ def _load_cell(workdir: Path, entry: CellEntry, kind: TaskKind) -> ScoredCell:
 
 
 def _cut_off(entry: CellEntry) -> Iterator[str]:
-    if entry.cut_off:
+    if entry.max_new_tokens is None:  # answers without a model
+        return
+    if entry.cut_off is None:
+        yield (
+            f"{entry.checkpoint} on {entry.task}: how many answers were cut off after {entry.max_new_tokens} tokens is "
+            "unknown, because their lines do not say; to know it, ask again in another workdir"
+        )
+    elif entry.cut_off:
         yield (
             f"{entry.checkpoint} on {entry.task}: {entry.cut_off} of {entry.records} answers were cut off after "
             f"{entry.max_new_tokens} tokens and are scored as they are; max_new_tokens says how long they may be"

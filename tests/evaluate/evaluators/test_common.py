@@ -98,6 +98,7 @@ def test_every_answer_is_kept_with_its_question(answered):
     assert [row["record"] for row in rows] == [0, 1, 2, 3]
     assert rows[1] | {"scores": None} == {
         "record": 1,
+        "cut_off": False,
         "image": ["images/ct_00--a.png"],
         "modality": "ct",
         "question": "<image>\nWhat organ is it?",
@@ -132,7 +133,7 @@ def test_kind_of_question():
     assert not is_closed("", "left") and not is_closed("open", "yes")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(numpy_arrays(bool, st.tuples(st.integers(1, 6), st.integers(1, 6))))
 def test_run_lengths_round_trip(mask):
     rle = json.loads(json.dumps(encode_rle(mask)))

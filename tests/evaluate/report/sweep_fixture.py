@@ -99,6 +99,7 @@ def _write_cell(workdir, checkpoint, task, protocol, rows, skipped, rng):
         "task": task,
         "protocol": protocol,
         "max_new_tokens": 64,
+        "cut_off": 0,
         "mask_threshold": 0.5 if protocol == "exact" else 0.1,
         "predictions": names,
         "records": len(rows),
@@ -126,6 +127,7 @@ def router(modalities, rng, layers=6, experts=2):
 def _row(record, kind, part, skill, protocol, rng):
     row = {
         "record": record.index,
+        "cut_off": False,
         "image": list(record.images),
         "modality": record.modality,
         "question": record.turns[-2][1],
