@@ -33,23 +33,26 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from medplib_jax.parallel.imports import without_collection
 
-from medplib_jax.batch import Batch
-from medplib_jax.checkpoint import find_step
-from medplib_jax.data.errors import DataError
-from medplib_jax.data.icl_form import MAX_EXAMPLES, REQUEST
-from medplib_jax.data.overlay import PALETTE, draw_boxes, overlay
-from medplib_jax.decode.box_masks import BoxDrawer
-from medplib_jax.decode.jobs import answer_jobs, read_jobs
-from medplib_jax.decode.layout import QUANTIZE
-from medplib_jax.decode.masks import remove_answer
-from medplib_jax.decode.predictor import Prediction, Predictor, read_question
-from medplib_jax.decode.sampling import Sampling
-from medplib_jax.decode.scans import add_scan_flags, answer_scan, scan_model, scan_options
-from medplib_jax.parallel.compilation import use_cache
-from medplib_jax.volumes.read import is_scan
+with without_collection():
+    import numpy as np
+    from PIL import Image
+
+    from medplib_jax.batch import Batch
+    from medplib_jax.checkpoint import find_step
+    from medplib_jax.data.errors import DataError
+    from medplib_jax.data.icl_form import MAX_EXAMPLES, REQUEST
+    from medplib_jax.data.overlay import PALETTE, draw_boxes, overlay
+    from medplib_jax.decode.box_masks import BoxDrawer
+    from medplib_jax.decode.jobs import answer_jobs, read_jobs
+    from medplib_jax.decode.layout import QUANTIZE
+    from medplib_jax.decode.masks import remove_answer
+    from medplib_jax.decode.predictor import Prediction, Predictor, read_question
+    from medplib_jax.decode.sampling import Sampling
+    from medplib_jax.decode.scans import add_scan_flags, answer_scan, scan_model, scan_options
+    from medplib_jax.parallel.compilation import use_cache
+    from medplib_jax.volumes.read import is_scan
 
 SINGLE = ("point", "box", "scribble", "region_mask")  # flags of a region without a name
 

@@ -20,17 +20,20 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import absl.logging
-import jax
-from absl import app, flags
-from jax.sharding import Mesh
+from medplib_jax.parallel.imports import without_collection
 
-from medplib_jax.config.base import flags_parser, from_config_dict
-from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.config.files import define_config
-from medplib_jax.parallel.compilation import Compilations, use_cache
-from medplib_jax.parallel.processes import RESTART, exit_code, initialize_distributed
-from medplib_jax.train.loop import Evaluate, train
+with without_collection():
+    import absl.logging
+    import jax
+    from absl import app, flags
+    from jax.sharding import Mesh
+
+    from medplib_jax.config.base import flags_parser, from_config_dict
+    from medplib_jax.config.experiment import ExperimentConfig
+    from medplib_jax.config.files import define_config
+    from medplib_jax.parallel.compilation import Compilations, use_cache
+    from medplib_jax.parallel.processes import RESTART, exit_code, initialize_distributed
+    from medplib_jax.train.loop import Evaluate, train
 
 log = logging.getLogger("medplib_jax.train")
 
