@@ -17,8 +17,10 @@ EXIT CODES
 """
 
 import argparse
+import contextlib
 import ctypes
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -129,9 +131,12 @@ def describe(code: int) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """A port that stays free until it is listened on: clients get theirs from 32768 on."""
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
 
 
 def prefix_lines(stream, process: int) -> None:

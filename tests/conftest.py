@@ -4,8 +4,10 @@ import importlib.metadata
 import os
 import shutil
 
+import hypothesis
 import pytest
 
+hypothesis.settings.load_profile("ci")  # no deadlines, and the same examples each time
 flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jax").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")  # XLA refuses to start on a flag that it no longer has

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pickle
+import re
 import runpy
 import subprocess
 import sys
@@ -119,8 +120,10 @@ def test_the_budget_ends_a_suite_in_time(tmp_path):
     command = [sys.executable, "-m", "medplib_jax.benchmarks", "--suite", "gpu", *SMALL, "--json", str(file)]
     command += ["--only", "kernels,input,moe", "--seconds", "3600", "--budget", "12"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0 and "not measured: input, moe" in done.stderr
-    assert set(json.loads(file.read_text())) == KERNELS
+    (missing,) = re.findall(r"12 s are over; not measured: (.*)", done.stderr)
+    assert done.returncode == 0 and missing.endswith("input, moe")
+    if "kernels" not in missing:  # a busy machine may not come so far
+        assert set(json.loads(file.read_text())) == KERNELS
 
 
 def test_input_at_a_rate(tmp_path):

@@ -70,7 +70,7 @@ def use(config) -> None:
         resolve(config.mesh, 8)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.sampled_from(NUMERIC), st.sampled_from([0, -1, math.nan, math.inf, 0.5, "1", None]))
 def test_a_number_is_accepted_or_refused_by_name(found, value):
     config, path, section, name = found

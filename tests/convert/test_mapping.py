@@ -163,7 +163,7 @@ def test_unmerged_names_come_back():
     assert mapping.unmerged_name(adapted, True) == "base_model.model.model.layers.0.mlp.gate_proj.base_layer.weight"
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.data())
 def test_layouts_are_inverse(data):
     layout = data.draw(

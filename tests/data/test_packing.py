@@ -28,7 +28,7 @@ costs_of = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(costs_of, st.integers(0, 3), st.sets(st.integers(0, 199)))
 def test_groups_keep_the_limits_and_every_usable_record(rows, seed, unusable):
     costs, alone = np.array([row[:3] for row in rows]), np.array([row[3] for row in rows])

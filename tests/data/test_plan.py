@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from medplib_jax.data.pipeline import BatchPlan
 
-some = settings(max_examples=25, deadline=None)
+some = settings(max_examples=25)
 lengths_of_sources = st.lists(st.lists(st.integers(1, 100), min_size=1, max_size=40), min_size=1, max_size=3)
 
 

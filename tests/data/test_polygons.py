@@ -1,7 +1,7 @@
 """Polygons of masks: exactly the mask's pixels, whatever its shape."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -26,7 +26,6 @@ def area(ring: list[list[int]]) -> float:
 
 
 @given(masks)
-@settings(deadline=None)
 def test_polygons_cover_the_mask_and_nothing_else(mask):
     drawn = np.zeros(mask.shape, int)
     for outline, *holes in polygons(mask):
@@ -38,7 +37,6 @@ def test_polygons_cover_the_mask_and_nothing_else(mask):
 
 
 @given(masks)
-@settings(deadline=None)
 def test_no_ring_meets_itself(mask):
     for polygon in polygons(mask):
         for ring in polygon:

@@ -14,7 +14,7 @@ from tests.paths import GOLDEN
 PREPROCESS = GOLDEN / "preprocess"
 ARRAYS = np.load(PREPROCESS / "arrays.npz")
 sides = st.integers(1, 90)
-some = settings(max_examples=25, deadline=None)
+some = settings(max_examples=25)
 
 
 @pytest.mark.parametrize("name", ["synth_wide", "synth_large"])

@@ -229,7 +229,7 @@ def test_reports_name_everything_of_the_modality(made):
         assert {name for name, state in found.items() if state == "present"} == set(visible_names(folder, record))
 
 
-@settings(deadline=None, max_examples=24)
+@settings(max_examples=24)
 @given(modality=st.sampled_from(phantom_draw.MODALITIES), seed=st.integers(0, 2**31))
 def test_scenes_are_well_formed(modality, seed):
     scene = phantom_draw.draw_scene(modality, np.random.default_rng(seed))

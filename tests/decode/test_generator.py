@@ -135,7 +135,7 @@ def assert_same(found, expected):
     np.testing.assert_allclose(found.predicted_iou[valid], expected.predicted_iou[valid], rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     order=st.permutations(range(8)),
     limits=st.lists(st.integers(1, NEW), min_size=8, max_size=8),

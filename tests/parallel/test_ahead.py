@@ -24,7 +24,7 @@ def held(monkeypatch):
                 most.append(sum(holding))
                 if len(holding) == together:
                     all_run.set()
-            assert all_run.wait(10)
+            assert all_run.wait(60)
             return size
 
         made = []

@@ -30,7 +30,6 @@ def test_a_second_compilation_comes_from_the_cache(tmp_path):
             count = Compilations()
             jax.jit(lambda x: jnp.sin(x) + 3.25).lower(jax.ShapeDtypeStruct((7,), jnp.float32)).compile()
             counts.append((count.requested, count.cached))
-            jax.clear_caches()
         assert counts == [(1, 0), (1, 1)]
     finally:
         for name, value in before.items():
@@ -65,6 +64,6 @@ def test_the_bar_says_that_something_is_compiled_and_for_how_long():
 
     with Bar(desc="train", file=io.StringIO()) as bar, compiling_shown(bar, every=0.01):
         jax.monitoring.record_event_duration_secs(LOWERED, 0.0)
-        assert shown.wait(20)
+        assert shown.wait(60)
         jax.monitoring.record_event_duration_secs(COMPILED, 0.0)
     assert re.fullmatch(r"train, compiling, \d+ s", said[0]) and said[-1] == "train"

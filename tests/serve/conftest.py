@@ -4,7 +4,6 @@ checkpoint.
 
 import contextlib
 import dataclasses
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from launch.local_multiprocess import free_port
 from medplib_jax.decode.predictor import Predictor
 from tests.paths import ROOT
 
@@ -27,12 +27,6 @@ class Server:
     url: str
     process: subprocess.Popen
     log: Path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import http.server
 import json
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -13,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
+from launch.local_multiprocess import free_port
 from medplib_jax.serve.dicomweb import DicomWeb, is_uid
 from medplib_jax.serve.refusals import Refused
 from medplib_jax.volumes.read import read_scan
@@ -91,9 +91,7 @@ def test_only_identifiers_are_series(text):
 @pytest.fixture
 def orthanc(tmp_path):
     """A real archive, empty."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     content = {"HttpPort": port, "DicomServerEnabled": False, "AuthenticationEnabled": False}
     content |= {
         "StorageDirectory": str(tmp_path / "db"),

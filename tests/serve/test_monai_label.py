@@ -94,7 +94,7 @@ def test_what_cannot_be_answered_is_refused(client, model, session, path, data, 
 
 def test_nothing_is_kept_of_what_was_answered(client, server, model, session):
     found = client.post(f"/infer/{model}?image={session}&output=json").json()
-    for _ in range(100):  # it is removed behind the answer
+    for _ in range(1200):  # it is removed behind the answer
         if client.get(f"/jobs/{found['job_id']}").status_code == 404:
             return
         time.sleep(0.05)

@@ -31,7 +31,7 @@ class Oracle:
         for number in numbers:
             if number == self._stop:
                 self.reached.set()
-                assert self.go.wait(30)
+                assert self.go.wait(120)
             self.asked.append(number)
             mask = np.full(SHAPE[1::-1], True) if number % 2 else None
             yield SliceAnswer(structure, number, "It is <SEG>.", mask, 0.5 if number % 2 else 0.0)
@@ -56,7 +56,7 @@ def image(store):
 def finish(runner: JobRunner) -> None:
     """Waits until nothing is left to do."""
     deadline = threading.Event()
-    for _ in range(600):
+    for _ in range(2400):
         if not runner.in_use()["jobs"]:
             return
         deadline.wait(0.05)
@@ -68,7 +68,7 @@ def test_a_job_leaves_masks_and_survives_the_server(store, image):
     runner.start()
     job = runner.submit("a", image, "m", OPTIONS)
     finish(runner)
-    runner.close(10)
+    runner.close(120)
     assert job.status == "done" and (job.done, job.total) == (6, 6) and "masks.nii.gz" in job.files
     again = make_runner(store, Oracle()).job(job.id, "a")
     assert again.shown() == job.shown()
@@ -81,8 +81,8 @@ def test_an_interrupted_job_goes_on_where_it_stood(store, image):
     runner = make_runner(store, first)
     runner.start()
     job = runner.submit("a", image, "m", OPTIONS)
-    assert first.reached.wait(30)
-    closing = threading.Thread(target=runner.close, args=[30])
+    assert first.reached.wait(120)
+    closing = threading.Thread(target=runner.close, args=[120])
     closing.start()
     while not runner._closing.is_set():
         pass
@@ -92,7 +92,7 @@ def test_an_interrupted_job_goes_on_where_it_stood(store, image):
     assert later.job(job.id, "a").status in ("queued", "running")
     later.start()
     finish(later)
-    later.close(10)
+    later.close(120)
     assert later.job(job.id, "a").status == "done"
     assert first.asked == [0, 1, 2, 3, 4] and second.asked == [5]
 
@@ -102,13 +102,13 @@ def test_a_job_is_cancelled_while_it_waits_and_while_it_runs(store, image):
     runner = make_runner(store, oracle)
     runner.start()
     running, waiting = (runner.submit("a", image, "m", OPTIONS) for _ in range(2))
-    assert oracle.reached.wait(30)
+    assert oracle.reached.wait(120)
     runner.cancel(waiting)
     assert waiting.status == "cancelled"
     runner.cancel(running)
     oracle.go.set()
     finish(runner)
-    runner.close(10)
+    runner.close(120)
     assert running.status == "cancelled" and oracle.asked == [0, 1, 2]
 
 
@@ -130,7 +130,7 @@ def test_a_job_whose_state_cannot_be_written_ends_no_other(store, image, monkeyp
     monkeypatch.setattr(volume_jobs, "write_json", write_but_lost)
     runner.start()
     finish(runner)
-    runner.close(10)
+    runner.close(120)
     assert (lost.status, answered.status) == ("error", "done")
 
 
@@ -140,7 +140,7 @@ def test_every_volume_of_an_upload_is_bounded(store, image, monkeypatch):
     job = runner.submit("a", image, "m", OPTIONS)
     runner.start()
     finish(runner)
-    runner.close(10)
+    runner.close(120)
     assert job.status == "error" and "too large" in job.message
 
 
@@ -171,5 +171,5 @@ def test_what_is_wrong_is_told_without_a_path(store, image, options, message):
     runner.start()
     job = runner.submit("a", image, "m", options)
     finish(runner)
-    runner.close(10)
+    runner.close(120)
     assert job.status == "error" and message in job.message and "/" not in job.message

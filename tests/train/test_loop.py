@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -33,12 +32,19 @@ from tests import tiny_run
 from tests.paths import ROOT
 
 KILLED = """
-import json, sys
+import json, os, signal, sys
 from medplib_jax.train import loop as train
 from medplib_jax.config.base import from_dict
 from medplib_jax.config.experiment import ExperimentConfig
 from tests.train.test_loop import one_device
-train.make_mesh = one_device
+
+class Writer(train.MetricWriter):
+    def write(self, step, metrics):
+        super().write(step, metrics)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+train.make_mesh, train.MetricWriter = one_device, Writer
 train.train(from_dict(ExperimentConfig, json.load(open(sys.argv[1]))), sys.argv[2])
 """
 
@@ -102,15 +108,10 @@ def test_resuming_after_sigkill_gives_the_same_losses(uninterrupted, config, fol
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path / "config.json"), str(tmp_path / "run")], env=environment
-    )
-    deadline = time.time() + 200
-    while len(losses(tmp_path / "run")) < 5 and process.poll() is None and time.time() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL  # it was killed in the middle, not finished
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "config.json"), str(tmp_path / "run")]
+    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
     written = losses(tmp_path / "run")
+    assert list(written) == [1, 2, 3, 4, 5]
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')  # as a killed write leaves it
     assert train(config, str(tmp_path / "run"))["step"] == 8

@@ -63,7 +63,7 @@ def test_a_constant_never_trains():
 paths = st.lists(st.lists(st.sampled_from("abc"), min_size=3, max_size=3).map("/".join), min_size=1, unique=True)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(paths, st.sampled_from("abc"))
 def test_partition_never_loses_a_leaf(names, letter):
     tree = unflatten({name: i for i, name in enumerate(names)})

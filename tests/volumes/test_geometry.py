@@ -30,7 +30,7 @@ def affines(draw):
 
 
 @given(affines(), st.sampled_from(PLANES), st.tuples(*[st.integers(1, 12)] * 3), st.integers(0, 2), st.integers(0, 999))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_masks_come_back_voxel_for_voxel(affine, plane, shape, slice_axis, seed):
     mask = np.random.default_rng(seed).random(shape) < 0.4
     way = cut(volume_of(shape, affine, slice_axis), plane)
@@ -43,7 +43,7 @@ def test_masks_come_back_voxel_for_voxel(affine, plane, shape, slice_axis, seed)
 
 
 @given(affines(), st.sampled_from(PLANES[1:]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_pictures_lie_as_radiologists_expect(affine, plane):
     way = cut(volume_of((6, 7, 8), affine), plane)
     towards = [affine[:3, axis] * (-1 if flip else 1) for axis, flip in zip(way.axes, way.flips, strict=True)]

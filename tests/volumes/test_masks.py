@@ -43,7 +43,7 @@ def by_slices(masks, scan, plane):
 
 
 @given(affine=affines(), plane=st.sampled_from(PLANES), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_masks_written_to_nifti_are_the_ones_drawn(tmp_path, affine, plane, seed):
     save(tmp_path / "scan.nii.gz", some_values(), affine)
     scan, masks = read_scan(str(tmp_path / "scan.nii.gz")), some_masks(seed)
@@ -81,7 +81,7 @@ def test_masks_written_to_dicom_are_the_ones_drawn(tmp_path, direction, overlap)
 
 
 @given(affine=affines(), plane=st.sampled_from(PLANES), seed=st.integers(0, 99))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_masks_drawn_on_any_plane_are_those_of_the_segmentation(tmp_path_factory, affine, plane, seed):
     """Series of any orientation and voxel size; DICOM stores directions and places in decimals."""
     folder = tmp_path_factory.mktemp("series")

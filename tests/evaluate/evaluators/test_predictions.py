@@ -25,7 +25,7 @@ def test_lines_come_in_any_order_and_end_sorted(tmp_path):
         shard.add({"record": 1})
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(order=st.permutations(range(5)), data=st.data())
 def test_a_kill_at_any_byte_costs_no_more_than_a_line(tmp_path_factory, order, data):
     path = tmp_path_factory.mktemp("shard") / "a.jsonl"

@@ -33,7 +33,7 @@ def test_boxes_are_read_from_text():
     assert metrics.parse_boxes("no box (1,2)").shape == (0, 4)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(BOX, BOX)
 def test_box_iou_counts_pixels(a, b):
     grid = np.zeros((2, 21, 21), bool)
@@ -61,7 +61,7 @@ def test_roc_takes_substrings():
     )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(SENTENCE, SENTENCE), min_size=1, max_size=4))
 def test_bleu_of_a_corpus_equals_nltk(pairs):
     found = metrics.values(metrics.statistics([{"scores": metrics.mia_scores(*pair)} for pair in pairs]))

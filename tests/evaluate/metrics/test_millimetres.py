@@ -59,7 +59,7 @@ def test_scores_equal_the_definition_in_physical_coordinates(seed):
     assert found["area_error_mm2"] == pytest.approx(error)
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(MASKS, MASKS, STEPS, STEPS, st.sampled_from([0.125, 0.5, 4, 16]))  # without rounding
 def test_a_longer_spacing_gives_longer_distances(drawn, truth, down, right, times):
     tolerance = 1.7 * right
@@ -71,7 +71,7 @@ def test_a_longer_spacing_gives_longer_distances(drawn, truth, down, right, time
     assert more[far] == pytest.approx(once[near], nan_ok=True)
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(MASKS, MASKS, STEPS, STEPS)
 def test_mirrored_and_turned_pictures_score_alike(drawn, truth, down, right):
     scores = millimetre_scores([(drawn, truth)], (down, right))

@@ -60,7 +60,7 @@ def test_candidate_hits_equal_golden(golden):
 TEXT = st.lists(st.sampled_from("a left right lung mass".split()), max_size=3).map(" ".join)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4),
     st.lists(TEXT, min_size=1, max_size=4),
@@ -105,7 +105,7 @@ def test_table_equals_golden(golden):
     assert 100 * np.mean(closed) == pytest.approx(table["yes/no accuracy"])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(WORDS, WORDS, st.integers(1, 4))
 def test_bleu_equals_nltk(prediction, truth, n):
     with warnings.catch_warnings(action="ignore"):  # nltk warns of every order without a match
@@ -113,7 +113,7 @@ def test_bleu_equals_nltk(prediction, truth, n):
     assert metrics.bleu(prediction, truth, [1 / n] * n) == pytest.approx(expected, rel=1e-9, abs=1e-300)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(WORDS, WORDS)
 def test_exact_scores_are_bounded_and_symmetric(prediction, truth):
     f1, precision, recall = metrics.token_f1(prediction, truth)

@@ -150,7 +150,7 @@ def test_second_mask_has_the_colour_of_its_token():
     assert tuple(shown[0, 0]) == tuple(bytes.fromhex(PALETTE[1][1:]))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.text(alphabet="<>SEG/regionmask&\"' ab\n", max_size=40))
 def test_marked_text_opens_only_our_spans(text):
     marked = str(pictures.mark_tokens(text))
@@ -161,7 +161,7 @@ def test_marked_text_opens_only_our_spans(text):
     }
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=100))
 def test_running_mean_against_a_loop(values):
     values = np.array(values)

@@ -36,7 +36,7 @@ def value_and_gradients(x, w, dy, sizes):
     return y, *pull(dy)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 1200), min_size=3, max_size=3), st.sampled_from([31, 32, 1200]))
 def test_blocks_equal_one_product_per_group(cuts, rows):
     sizes = np.diff(np.minimum(np.sort(cuts), rows), prepend=0)  # rows beyond the last cut belong to no group

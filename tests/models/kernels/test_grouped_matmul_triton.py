@@ -31,7 +31,7 @@ def products(x, w, dy, sizes, wide):
     )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     st.lists(st.integers(0, 700), min_size=3, max_size=3), st.sampled_from([(256, False), (300, True), (513, False)])
 )
@@ -52,7 +52,7 @@ def test_integers_of_8_bits_are_summed_in_32():
 
 
 @given(st.lists(st.integers(0, 900), min_size=1, max_size=6), st.integers(0, 300))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_every_row_lies_in_one_tile_of_its_group(sizes, rest):
     rows = sum(sizes) + rest
     group_T, start_T, stop_T = map(np.asarray, gpu.row_tiles(jnp.array(sizes, jnp.int32), rows))

@@ -42,7 +42,7 @@ def test_equals_the_original_where_the_grid_is_sams_canvas(case, mode):
         assert relative_error(out[:, :, : size[0], : size[1]], golden[f"post{case}_sam_out"]) < 1e-4
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     long_side=st.tuples(st.booleans(), st.integers(5, SAM)),
     size=st.tuples(st.integers(1, 50), st.integers(1, 50)),
