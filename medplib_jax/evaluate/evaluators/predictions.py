@@ -96,12 +96,12 @@ def read_rows(*paths: str | os.PathLike, fields: Sequence[str] = ()) -> list[Pre
     return [rows[record] for record in sorted(rows)]
 
 
-def count_cut_off(rows: Iterable[PredictionRow]) -> int | None:
+def count_cut_off(rows: Sequence[PredictionRow]) -> int | None:
     """How many answers took all of `max_new_tokens`. None, unknown, where a line does not say: earlier versions did
     not write it.
     """
-    said = [row.get("cut_off") for row in rows]
-    return None if None in said else sum(said)
+    said = [row["cut_off"] for row in rows if row.get("cut_off") is not None]
+    return sum(said) if len(said) == len(rows) else None
 
 
 def _parse(line: bytes, place: str) -> PredictionRow:
