@@ -212,9 +212,8 @@ def _language(converted, z, batch, output, out, prefix, mode) -> Iterator[Row]:
     elif prefix + "logits_sel" in z:
         chosen = np.asarray(out["logits"])[:, z["logits_pos"]]
         yield Row(mode + "logits", at_valid(chosen, z[prefix + "logits_sel"], batch.valid[:, z["logits_pos"]]))
-    _, terms = total_loss(
-        output, converted.params["llm"]["head"]["kernel"], batch, LossConfig(), converted.config, divisors(batch)
-    )
+    loss = lambda output, head, batch: total_loss(output, head, batch, LossConfig(), converted.config, divisors(batch))
+    _, terms = jax.jit(loss)(output, converted.params["llm"]["head"]["kernel"], batch)
     yield Row(mode + "loss", relative(terms["loss"], z[prefix + "loss"]))
 
 

@@ -43,9 +43,7 @@ def test_a_folder_of_pytorch_weights_answers_like_its_checkpoint(run, tmp_path):
     folder = tmp_path / "MedPLIB-tiny"
     to_torch.convert(run, folder)
     tasks = folder_tasks(tiny.write_data(tmp_path / "data"))
-    config = SweepConfig(
-        checkpoints=f"{run},{folder}", tasks=tasks, protocol="both", max_new_tokens=4, limit=2, slots=2, refill=2
-    )
+    config = SweepConfig(checkpoints=f"{run},{folder}", tasks=tasks, max_new_tokens=4, limit=2, slots=2, refill=2)
     result = run_sweep(config, tmp_path / "sweep")
     assert [(c.name, c.kind, c.step) for c in result.checkpoints] == [
         ("runs-tiny-3", "jax", 3),
@@ -60,4 +58,4 @@ def test_a_folder_of_pytorch_weights_answers_like_its_checkpoint(run, tmp_path):
             [rows, cell.metrics, cell.router]
         )
         assert all(row["answer"] for row in rows) and ("masks" in rows[0]) == (cell.task == "grounding")
-    assert answers["MedPLIB_tiny"] == answers["runs-tiny-3"] and len(answers["runs-tiny-3"]) == 6
+    assert answers["MedPLIB_tiny"] == answers["runs-tiny-3"] and len(answers["runs-tiny-3"]) == 3

@@ -1,5 +1,6 @@
 """Masks from boxes: drawn by a MedPLIB checkpoint's SAM-Med2D, prompted as SAM is."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,23 +25,22 @@ def test_a_box_prompts_the_decoder_where_it_lies_on_the_padded_canvas(workdir, d
     experiment, params, _ = load_params(str(workdir))
     config = experiment.model.mask
     side = config.image_size
-    sam = bind(abstract_module(lambda rngs: SamMed2d(config, rngs)), params["sam"])
+    abstract = abstract_module(lambda rngs: SamMed2d(config, rngs))
     pixels, (top, left, height, width) = images.sam_pixels(PICTURE, side)
     assert (left, width, height) == (0, side, side // 2) and top == side // 4
-    embedding = sam.encode(normalise_sam(pixels[None], np.array([[top, left, height, width]])))
-    scale = side / WIDTH
-    box = jnp.array([[4 * scale, top + 2 * scale, 24 * scale, top + 12 * scale]])
-    prompt = sam.prompt_encoder.sparse(boxes=box)[None]
-    dense = sam.prompt_encoder.dense()
-    logits, iou = sam.mask_decoder(embedding, sam.prompt_encoder.grid_position(), prompt, dense)
-    drawn, _ = resample_to_canvas(
-        logits,
-        np.array([[top, left, height, width]]),
-        np.array([[HEIGHT, WIDTH]]),
-        canvas=(HEIGHT, WIDTH),
-        sam_size=side,
-        mode=config.unpad,
-    )
+    place, scale = np.array([[top, left, height, width]]), side / WIDTH
+
+    @jax.jit
+    def draw(params):
+        sam = bind(abstract, params)
+        embedding = sam.encode(normalise_sam(pixels[None], place))
+        box = jnp.array([[4 * scale, top + 2 * scale, 24 * scale, top + 12 * scale]])
+        prompt, dense = sam.prompt_encoder.sparse(boxes=box)[None], sam.prompt_encoder.dense()
+        logits, iou = sam.mask_decoder(embedding, sam.prompt_encoder.grid_position(), prompt, dense)
+        shape = {"canvas": (HEIGHT, WIDTH), "sam_size": side, "mode": config.unpad}
+        return resample_to_canvas(logits, place, np.array([[HEIGHT, WIDTH]]), **shape)[0], iou
+
+    drawn, iou = draw(params["sam"])
     (mask,), (found,) = drawer(PICTURE, [(4, 2, 24, 12)])
     assert mask.shape == (HEIGHT, WIDTH) and found == pytest.approx(float(iou[0, 0]), abs=1e-4)
     certain = np.abs(np.asarray(drawn[0, 0])) > 1e-3

@@ -61,19 +61,36 @@ def answers(model, params, batch, quantize, mesh=None):
     return jax.device_get(generator(batch))
 
 
-ON_GPU = [(1, 1, ""), (1, 1, "int8"), (1, 2, ""), (3, 1, "int8"), (1, 1, "w8a8"), (3, 1, "w8a8")]
+REPEATED = [pytest.param("gpu", 1, 1, quantize, marks=pytest.mark.slow) for quantize in ("int8", "w8a8")]
+ON_GPU = [(1, 1, ""), (1, 2, ""), (3, 1, "int8"), (3, 1, "w8a8")]  # each width, and one row and several
 ON_TPU = [(1, 1, ""), (1, 2, "int8"), (1, 1, "w8a8"), (3, 1, "")]
 
 
+@pytest.fixture(scope="module")
+def asked(params):
+    """Answers by rows, top_k and quantize."""
+
+    def ask(rows, top_k, quantize):
+        model = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, top_k=top_k))
+        batch = jax.tree.map(lambda x: x[:rows], random_batch(tiny_experiment(model=MODEL), 16))
+        return answers(model, params, batch, quantize)
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def on_cpu(asked):
+    return functools.cache(asked)
+
+
 @pytest.mark.parametrize(
-    "platform, rows, top_k, quantize", [("gpu", *case) for case in ON_GPU] + [("tpu", *case) for case in ON_TPU]
+    "platform, rows, top_k, quantize",
+    [*(("gpu", *case) for case in ON_GPU), *(("tpu", *case) for case in ON_TPU), *REPEATED],
 )
-def test_an_accelerator_gives_the_same_answers(params, platform, rows, top_k, quantize, monkeypatch):
-    model = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, top_k=top_k))
-    batch = jax.tree.map(lambda x: x[:rows], random_batch(tiny_experiment(model=MODEL), 16))
-    expected = answers(model, params, batch, quantize)
+def test_an_accelerator_gives_the_same_answers(on_cpu, asked, platform, rows, top_k, quantize, monkeypatch):
+    expected = on_cpu(rows, top_k, quantize)
     for_platform(monkeypatch, platform)
-    actual = answers(model, params, batch, quantize)
+    actual = asked(rows, top_k, quantize)
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
     np.testing.assert_array_equal(actual.choices, expected.choices)
     np.testing.assert_allclose(actual.mask_logits, expected.mask_logits, atol=1e-3)

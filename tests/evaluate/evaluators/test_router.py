@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -59,7 +60,8 @@ def test_counts_of_choices():
 def test_choices_are_counted_while_answering(setup):
     experiment, tokenizer, prompts = setup
     model = experiment.model
-    params = draw_params(abstract_module(functools.partial(MedPLIB, model)), 1)
+    abstract = abstract_module(functools.partial(MedPLIB, model))
+    params = draw_params(abstract, 1)
     made = Generator(
         model, params, DecodeOptions(max_new_tokens=3, max_masks=0), stop_ids=(-1,), seg_id=tokenizer.seg_id
     )(prompts)
@@ -67,7 +69,7 @@ def test_choices_are_counted_while_answering(setup):
     prompts = prompts.replace(tokens=prompts.tokens.copy(), valid=prompts.valid.copy())
     for row, start in enumerate(prompts.valid.sum(-1)):
         prompts.tokens[row, start : start + 3], prompts.valid[row, start : start + 3] = made.tokens[row], True
-    _, out = bind(abstract_module(functools.partial(MedPLIB, model)), params)(prompts)
+    _, out = jax.jit(lambda params, prompts: bind(abstract, params)(prompts))(params, prompts)
     regions = range(model.clip.num_patches, model.clip.num_patches + 1)
     kinds = token_kinds(prompts.tokens, prompts.feature_index, prompts.valid, regions, tokenizer.seg_id)
     np.testing.assert_array_equal(made.choices, count_choices(out["expert_index"], kinds, 2))

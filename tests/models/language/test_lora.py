@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from medplib_jax.batch import flatten
 from medplib_jax.config.model import LlmConfig, LoraConfig, ModelConfig, MoeConfig
 from medplib_jax.models.language.llama import Llama
 from medplib_jax.models.language.lora import merge_lora
-from medplib_jax.models.layers import Linear, abstract_module, bind, params_of
+from medplib_jax.models.layers import Linear, abstract_module, bind, draw_params
 from tests.paths import GOLDEN
 
 golden = np.load(GOLDEN / "lora.npz")
@@ -23,7 +22,7 @@ CONFIG = ModelConfig(
 
 
 def llama_with_adapters():
-    params = params_of(Llama(CONFIG, nnx.Rngs(0)))
+    params = draw_params(abstract_module(lambda rngs: Llama(CONFIG, rngs)), 0)
     return jax.tree_util.tree_map_with_path(
         lambda path, a: 0.1 * jax.random.normal(jax.random.key(1), a.shape) if path[-1].key == "lora_b" else a, params
     )

@@ -68,7 +68,7 @@ def make(moe: MoeConfig, lora=None, llm=None, rules=None):
 
 def run(module, params, x, **kwargs):
     kwargs.setdefault("valid_BxL", jnp.ones(x.shape[:2], bool))
-    return bind(module, params)(jnp.asarray(x), kwargs.pop("valid_BxL"), **kwargs)
+    return jax.jit(lambda params, x: bind(module, params)(x, **kwargs))(params, jnp.asarray(x))
 
 
 def test_capacity_of_every_token_count():

@@ -35,7 +35,7 @@ def test_counter_follows_loops_branches_and_scans():
     assert executed_flops(jax.grad(lambda x: jnp.sum(x @ x.T)), x) > 0
 
 
-@pytest.mark.parametrize("num_experts", [2, 8])
+@pytest.mark.parametrize("num_experts", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_top1_costs_one_expert(num_experts):
     for kind, ratio in flop_ratios(2048, 32, 48, num_experts).items():
         assert 1 <= ratio <= 1.3, (kind, ratio)
