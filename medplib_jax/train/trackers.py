@@ -17,13 +17,13 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.train.events import EventFile
 
 log = logging.getLogger("medplib_jax.train")
 
+FLUSH_SECONDS = 5  # what a killed process may lose of TensorBoard's events
 PROJECT = "medplib_jax"
 LONGEST = 6000  # characters of a parameter that MLflow keeps
-PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}  # tracker: what it imports, an extra
+PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # tracker: what it imports
 
 
 class Tracker(Protocol):
@@ -40,13 +40,17 @@ class TensorBoard:
     """Events in WORKDIR/tensorboard. Those after `start` are hidden by what comes instead of them."""
 
     def __init__(self, workdir: str, start: int, _: ExperimentConfig):
-        self._file = EventFile(epath.Path(workdir) / "tensorboard", start + 1)
+        from tensorboardX import SummaryWriter  # slow to import, and only process 0 needs it
+
+        folder = epath.Path(workdir) / "tensorboard"
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1, flush_secs=FLUSH_SECONDS)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        self._file.add(step, metrics)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self, failed: bool) -> None:
-        self._file.close()
+        self._writer.close()
 
 
 class Mlflow:
@@ -140,7 +144,7 @@ TRACKERS: dict[str, Callable[[str, int, ExperimentConfig], Tracker]] = {
 def check_installed(names: Sequence[str]) -> None:
     """ValueError for a tracker whose package is not there."""
     for name in names:
-        if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
             raise ValueError(f"train.trackers names {name!r}, not installed here: pip install 'medplib_jax[{name}]'")
 
 
