@@ -1,8 +1,11 @@
-"""Every test runs on a CPU with 8 virtual devices. Programs are compiled in little time, not to be fast."""
+"""Every test runs on a CPU with 8 virtual devices. Programs are compiled in little time, not to be fast, and kept for
+all processes of this session: many tests need the same.
+"""
 
 import importlib.metadata
 import os
 import shutil
+import tempfile
 
 import hypothesis
 import pytest
@@ -15,6 +18,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA's threads. With too few (8 are), kernels that are interpreted on several devices wait for each other for ever.
 os.environ.setdefault("NPROC", str(max(32, os.cpu_count() or 1)))
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")]).strip()
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not IS_WORKER:  # workers and commands that tests start inherit it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="medplib_jax-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+def pytest_unconfigure():
+    if not IS_WORKER:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
