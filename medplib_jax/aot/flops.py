@@ -12,7 +12,7 @@ from medplib_jax.config.experiment import ExperimentConfig, MeshConfig
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.train.flops import attention_flops, count_flops, splash_flops
 
-CUDNN_BLOCK = 128  # side of the blocks of scores in cuDNN's flash attention
+CUDNN_BLOCK = 128, 128  # queries and keys of the blocks of scores in cuDNN's flash attention
 # Rows that kernels of grouped products take at a time. Not imported: a JAX without Triton cannot have them all.
 ROW_TILE = 128
 TRITON_DEPTH = MOSAIC_DEPTH = 64  # of bfloat16, in matrices' gradients
@@ -40,7 +40,8 @@ def executed_kernel_flops(name: str, operands: Sequence[Shape]) -> float:
     """
     floating = [shape.dims for shape in operands if shape.dtype in ("bf16", "f16", "f32")]
     if "splash" in name:
-        return splash_flops(name, floating, needed=False)
+        blocks = next(shape.dims[-2:] for shape in operands if shape.dtype == "s8")  # which of them hold a score
+        return splash_flops(name, floating, blocks)
     if "fmha" in name:
         return attention_flops(math.prod(floating[0]), floating[0][1], backward="Backward" in name, block=CUDNN_BLOCK)
     if "gmm" in name:

@@ -184,10 +184,9 @@ def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) * up. For a TPU their gradients are written once, together. Left to itself its compiler computes them
     from the wide arrays again in every product that reads them.
     """
-    if not is_for_tpu(gate):
-        return jax.nn.silu(gate) * up
-    gate, up = _gradients_at_once((gate, up))
-    return _gradients_at_once(jax.nn.silu(gate) * up)
+    if is_for_tpu(gate):
+        gate, up = _gradients_at_once((gate, up))
+    return jax.nn.silu(gate) * up
 
 
 @jax.custom_vjp

@@ -18,7 +18,6 @@ from jax.tree_util import Partial
 
 from medplib_jax.batch import Batch
 from medplib_jax.config.experiment import ExperimentConfig
-from medplib_jax.models.language.attention import splash_block
 from medplib_jax.models.layers import params_of
 from medplib_jax.train.step import Knobs, abstract_model, make_state, make_train_step
 
@@ -137,27 +136,31 @@ def _kernel_flops(eqn) -> float:
     name = eqn.params["name"] or ""
     if name.startswith("splash"):
         operands = [v.aval.shape for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
-        return splash_flops(name, operands, needed=True)
+        return splash_flops(name, operands)
     return eqn.params["cost_estimate"].flops
 
 
-def splash_flops(name: str, floating_operands: Sequence[tuple[int, ...]], needed: bool) -> float:
-    """Of splash attention on q [..., H, L, K], the first operand of as many axes."""
+def splash_flops(
+    name: str, floating_operands: Sequence[tuple[int, ...]], blocks: tuple[int, int] | None = None
+) -> float:
+    """Of splash attention on q [..., H, L, K], the first operand of as many axes. `blocks`: into how many the kernel
+    cuts queries and keys, for what it executes."""
     q = next(shape for shape in floating_operands if len(shape) >= 3)
-    return attention_flops(
-        math.prod(q), q[-2], backward="fwd" not in name, block=None if needed else splash_block(q[-2])
-    )
+    sides = blocks and tuple(q[-2] // number for number in blocks)
+    return attention_flops(math.prod(q), q[-2], backward="fwd" not in name, block=sides)
 
 
-def attention_flops(size: int, length: int, backward: bool, block: int | None = None) -> float:
+def attention_flops(size: int, length: int, backward: bool, block: tuple[int, int] | None = None) -> float:
     """Of causal attention among `length` positions on queries of `size` values.
 
     Needed are 2 products forward and 4 backward of half the scores. With `block`, what a kernel executes: all blocks
-    of scores of that side that hold one of them, and backward the scores once more.
+    of so many queries and keys that hold one of them, and backward the scores once more.
     """
     if block is None:
         products, share = 4 if backward else 2, 0.5
     else:
-        blocks = -(-length // block)
-        products, share = 5 if backward else 2, blocks * (blocks + 1) / 2 * (block / length) ** 2
+        queries, keys = block
+        ends = (min(start + queries, length) for start in range(0, length, queries))
+        executed = sum(-(-end // keys) for end in ends)
+        products, share = 5 if backward else 2, executed * (queries / length) * (keys / length)
     return products * 2.0 * size * length * share

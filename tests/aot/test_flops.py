@@ -7,7 +7,6 @@ import pytest
 from medplib_jax.aot.flops import executed_kernel_flops
 from medplib_jax.aot.hlo import Shape
 from medplib_jax.models.language import attention
-from medplib_jax.models.language.attention import splash_block
 from medplib_jax.train.flops import count_flops, splash_flops
 
 
@@ -46,11 +45,18 @@ def test_gradients_of_what_is_frozen_do_not_count():
 def test_attention_counts_half_of_the_scores_and_executes_whole_blocks():
     q = (3, 2, 1024, 128)
     all_scores = 2 * 3 * 2 * 1024 * 1024 * 128  # one product
-    assert splash_flops("splash_mha_fwd_segmented_residuals", [q], needed=True) == 2 * all_scores / 2
-    assert splash_flops("splash_mha_dkv_segmented_no_residuals", [q], needed=True) == 4 * all_scores / 2
-    assert splash_block(1024) == 512
-    assert splash_flops("splash_mha_fwd_segmented_residuals", [q], needed=False) == 2 * all_scores * 3 / 4
-    assert splash_flops("splash_mha_dkv_segmented_no_residuals", [q], needed=False) == 5 * all_scores * 3 / 4
+    forward, back = "splash_mha_fwd_segmented_residuals", "splash_mha_dkv_segmented_no_residuals"
+    assert splash_flops(forward, [q]) == 2 * all_scores / 2
+    assert splash_flops(back, [q]) == 4 * all_scores / 2
+
+    def executed(name, *blocks):
+        return executed_kernel_flops(name, [Shape("s8", (1, *blocks), False), Shape("bf16", q, False)])
+
+    assert executed(forward, 2, 2) == 2 * all_scores * 3 / 4
+    assert executed(back, 2, 2) == 5 * all_scores * 3 / 4
+    assert executed(back, 2, 1) == 5 * all_scores
+    assert executed(back, 4, 2) == 5 * all_scores * 3 / 4
+    assert executed(back, 4, 4) == 5 * all_scores * 5 / 8
 
 
 def test_grouped_products_execute_tiles_on_a_border_twice():

@@ -19,7 +19,8 @@ from medplib_jax.data import images
 from medplib_jax.models.icl.embedding import picture_vectors, retrieval_tower
 from medplib_jax.models.icl.tokens import ExampleReader, pooling_weights
 from medplib_jax.models.language.lora import merge_lora
-from medplib_jax.models.language.moe import MoeMlp, expert_capacity
+from medplib_jax.models.language.moe import MoeMlp
+from medplib_jax.models.language.routing import expert_capacity
 from medplib_jax.models.layers import abstract_module, bind, params_of
 from medplib_jax.models.masks.sam import SamMed2d
 from medplib_jax.models.masks.unpad import resample_to_canvas

@@ -15,7 +15,8 @@ from medplib_jax.batch import flatten
 from medplib_jax.config.experiment import MeshConfig, ShardingConfig
 from medplib_jax.config.model import LoraConfig
 from medplib_jax.decode.layout import decoding_model, to_decoding_layout
-from medplib_jax.models.language.moe import Experts, ExpertsApart, Routing
+from medplib_jax.models.language.moe import Experts, ExpertsApart
+from medplib_jax.models.language.routing import Routing
 from medplib_jax.models.layers import Linear, abstract_module, bind, draw_params, logical_axes, params_of
 from medplib_jax.models.medplib import MedPLIB
 from medplib_jax.models.quantize import dequantize_params, num_bytes, quantize_kernel, quantize_linear

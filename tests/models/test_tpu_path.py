@@ -44,9 +44,9 @@ WIDE = dataclasses.replace(  # heads of 128, which splash attention takes
 
 
 @contextlib.contextmanager
-def on_tpu(capsys):
-    """Programs made for a TPU and interpreted."""
-    with made_for("tpu"), interpreted_kernels(capsys):
+def on_tpu(capsys, kind=""):
+    """Programs made for a TPU of some kind and interpreted."""
+    with made_for("tpu", kind), interpreted_kernels(capsys):
         yield
 
 
@@ -75,8 +75,17 @@ def test_grouped_products_and_their_gradients(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("segments", [None, np.repeat([[1, 2], [1, 1]], LENGTH // 2, axis=1)])
 def test_attention_and_its_gradients(segments, capsys):
-    q, k, v = (jax.random.normal(jax.random.key(i), (2, LENGTH, 2, 128)) for i in range(3))
-    valid = np.arange(LENGTH) < np.array([[LENGTH], [LENGTH - 50]])
+    check_attention(LENGTH, segments, capsys)
+
+
+@pytest.mark.slow
+def test_attention_whose_gradients_take_two_blocks_of_keys_at_once(capsys):
+    check_attention(1024, None, capsys, "TPU v6 lite")
+
+
+def check_attention(length, segments, capsys, kind=""):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, length, 2, 128)) for i in range(3))
+    valid = np.arange(length) < np.array([[length], [length - 50]])
 
     def loss(q, k, v):
         y = attend_within(q, k, v, valid, segments, rules=None)
@@ -84,7 +93,7 @@ def test_attention_and_its_gradients(segments, capsys):
 
     both = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
     expected = both(q, k, v)
-    with on_tpu(capsys):
+    with on_tpu(capsys, kind):
         found = both(q, k, v)
     assert_close(found, expected)
 

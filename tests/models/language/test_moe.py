@@ -11,7 +11,8 @@ from medplib_jax.config.model import LlmConfig, LoraConfig, MoeConfig
 from medplib_jax.models.language import expert_exchange
 from medplib_jax.models.language import moe as moe_module
 from medplib_jax.models.language.expert_exchange import sort_by_expert
-from medplib_jax.models.language.moe import MoeMlp, Routing, expert_capacity, route_capacity, route_dropless
+from medplib_jax.models.language.moe import MoeMlp
+from medplib_jax.models.language.routing import Routing, expert_capacity, route_capacity, route_dropless
 from medplib_jax.models.layers import abstract_module, bind, logical_axes, params_of
 from medplib_jax.parallel.mesh import make_mesh
 from medplib_jax.parallel.sharding import batch_sharding, param_shardings
