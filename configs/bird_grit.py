@@ -133,16 +133,16 @@ def rough() -> ExperimentConfig:
 
     Where a structure lies can be guessed from its name. Asked of all, a model learns to guess and does not look.
     """
-    config = _small((grit.ROUGH,), lengths=(184,), lr=1e-3)
-    return dataclasses.replace(config, train=TrainConfig(steps=1600, checkpoint_every=800))
+    config = _small((grit.ROUGH,), lengths=(136, 176), lr=1e-3)
+    return dataclasses.replace(config, train=TrainConfig(steps=1800, checkpoint_every=900))
 
 
 def tiny() -> ExperimentConfig:
-    config = _small((grit.LOOK, grit.FINDINGS, grit.FIND), lengths=(184, 240, 352), lr=1.5e-3)
+    config = _small((grit.LOOK, grit.FINDINGS, grit.FIND), lengths=(136, 176, 240, 288, 352), lr=1.5e-3)
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, weights=(2, 2, 3)),
-        train=TrainConfig(steps=4400, checkpoint_every=1100),
+        data=dataclasses.replace(config.data, weights=(5, 4, 6)),
+        train=TrainConfig(steps=5000, checkpoint_every=1250),
         init=InitConfig(base=f"{DEMO}/rough"),
     )
 
