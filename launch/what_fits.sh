@@ -57,6 +57,7 @@ if [ "$kind" = tpu ]; then
   stage II v6e:8x8 256 --config.mesh.fsdp=64
   stage III v6e:8x8 512 --config.mesh.fsdp=64
   stage IV v6e:8x8 384 --config.mesh.fsdp=64
+  examine "stage V, 4 pictures on v5e:8x8" v5e:8x8 stage5_icl.py --length=4096
   examine "BiRD on v5e:8x8, 128 rows" v5e:8x8 bird_grit.py:9b --config.mesh.fsdp=64 --rows=128 --config.optim.accumulate=2
   examine "BiRD on v5p:4x4x4, 256 rows" v5p:4x4x4 bird_grit.py:9b --config.mesh.data=4 --config.mesh.fsdp=16 --rows=256
   lora III 8
@@ -73,6 +74,8 @@ if [ "$kind" = tpu ]; then
     generation v5e:2x4 "$rows" --config.mesh.tensor=8
     generation v6e:2x2 "$rows" --config.mesh.tensor=4
   done
+  examine "generation, 64 new tokens, KV cache of 8 bits on v5e:2x4, 32 rows" v5e:2x4 stage4_moe.py:7b --program=decode --quantize=kv --rows=32 \
+    --length=2048 --config.mesh.fsdp=1 --config.eval.max_new_tokens=64 --config.mesh.tensor=8
   for rows in 1 2; do # a chip of Colab's, with weights of 8 bits
     examine "prediction, 64 new tokens on v5e:1x1, $rows rows" v5e:1x1 stage4_moe.py:7b --program=decode --quantize=int8 --rows="$rows" \
       --length=1024 --config.mesh.fsdp=1 --config.eval.max_new_tokens=64
